@@ -1,0 +1,38 @@
+"""What can go wrong on the way from an image and a prompt to instances.
+
+SAM3Error
+    WeightsError            the checkpoint is missing, unreadable or not a SAM 3
+    ModelNotLoaded          asked before the weights were in, or after they failed to load
+    UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or more pixels than allowed
+    PromptTooLong           more tokens than the text encoder reads
+    DeadlineExceeded        the caller's deadline passed before the work began
+    InferenceFailed         the model failed on this image
+"""
+
+
+class SAM3Error(Exception):
+    """Base of every error of this package."""
+
+
+class WeightsError(SAM3Error):
+    """The checkpoint is missing, unreadable or not a SAM 3; the message says what to do."""
+
+
+class ModelNotLoaded(SAM3Error):
+    """Asked before the weights were in, or after they failed to load."""
+
+
+class UnsupportedImage(SAM3Error):
+    """The bytes are no PNG, JPEG or WEBP, are damaged, or hold more pixels than allowed."""
+
+
+class PromptTooLong(SAM3Error):
+    """The prompt has more tokens than the text encoder reads."""
+
+
+class DeadlineExceeded(SAM3Error):
+    """The caller's deadline passed before the work began."""
+
+
+class InferenceFailed(SAM3Error):
+    """The model failed on this image; its neighbours in the batch are not touched."""
