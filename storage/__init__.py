@@ -1,0 +1,25 @@
+"""Where images come from and masks go: an ObjectStore, its key rules and its errors."""
+
+from storage.base import ObjectStore
+from storage.errors import (
+    ImageUrlForbidden,
+    ImageUrlInvalid,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StorageError,
+    StorageUnavailable,
+)
+from storage.keys import mask_key
+from storage.local import LocalFolder
+
+__all__ = [
+    "ImageUrlForbidden",
+    "ImageUrlInvalid",
+    "LocalFolder",
+    "ObjectNotFound",
+    "ObjectStore",
+    "ObjectTooLarge",
+    "StorageError",
+    "StorageUnavailable",
+    "mask_key",
+]

@@ -1,0 +1,85 @@
+"""The rules for object keys, the same for every store: pure functions, no I/O.
+
+A key is what R2 takes: NFC, at most 1024 bytes of UTF-8, segments joined by single slashes.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from storage.errors import ImageUrlForbidden, ImageUrlInvalid
+
+MAX_KEY_BYTES: Final = 1024
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# Controls, lone surrogates, and the two separators that some log readers take for a new line.
+_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def image_key(
+    image_url: str, user_id: str, *, key_in_url: Callable[[str], str], user_prefix_required: bool
+) -> str:
+    """The key of a bare key (taken literally) or of a URL (given to the store's own `key_in_url`).
+
+    `key_in_url` raises ValueError for a malformed URL and ImageUrlForbidden for a foreign one.
+    Raises ImageUrlInvalid, or ImageUrlForbidden when the key is not below `uploads/{user_id}/`.
+    """
+    try:
+        # Before any URL parser sees it: urlsplit silently deletes tabs and line ends.
+        refuse_control_characters(image_url)
+        key = checked_key(key_in_url(image_url) if "://" in image_url else image_url)
+    except ValueError as error:
+        raise ImageUrlInvalid(f"image_url {error}") from None
+    if user_prefix_required and not _is_upload_of(key, user_id):
+        raise ImageUrlForbidden("image_url is not below the user's uploads")
+    return key
+
+
+def checked_key(key: str) -> str:
+    """The key in NFC. Raises ValueError, whose text reads after the name of the thing checked."""
+    refuse_control_characters(key)
+    key = unicodedata.normalize("NFC", key)
+    if "\\" in key:
+        raise ValueError("holds a backslash")
+    if any(segment in {"", ".", ".."} for segment in key.split("/")):
+        raise ValueError("is empty, or has an empty, '.' or '..' segment")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise ValueError(f"has a key of more than {MAX_KEY_BYTES} bytes")
+    return key
+
+
+def refuse_control_characters(text: str) -> None:
+    """Raises ValueError for control characters, line separators and lone surrogates."""
+    if any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in text):
+        raise ValueError("holds a control character or broken Unicode")
+
+
+def percent_decoded(text: str) -> str:
+    """`text` with its %XX decoded exactly once; '+' stays '+'. Raises ValueError unless it is UTF-8."""
+    if _BROKEN_ESCAPE.search(text):
+        raise ValueError("has a '%' that is not followed by two hex digits")
+    try:
+        return unquote_to_bytes(text).decode()
+    except UnicodeError:
+        raise ValueError("is not UTF-8 after percent-decoding") from None
+
+
+def mask_key(user_id: str, task_id: str, name: str | int, png: bytes) -> str:
+    """The key for a mask: `masks/{user_id}/{task_id}/{name}-{16 hex of its SHA-256}.png`.
+
+    The content is in the key, so another attempt never overwrites a mask that someone may have read.
+    Raises ValueError when a part is not 1 to 64 letters, digits, '-' or '_'.
+    """
+    parts = (user_id, task_id, str(name))
+    if not all(_NAME.fullmatch(part) for part in parts):
+        raise ValueError("user_id, task_id and name are 1 to 64 letters, digits, '-' or '_'")
+    return f"masks/{'/'.join(parts)}-{hashlib.sha256(png).hexdigest()[:16]}.png"
+
+
+def _is_upload_of(key: str, user_id: str) -> bool:
+    # A user_id with a slash would move the border of the prefix.
+    return _NAME.fullmatch(user_id) is not None and key.startswith(f"uploads/{user_id}/")

@@ -1,0 +1,145 @@
+"""Images and masks in a folder: the embedded default, for one machine and for development."""
+
+import asyncio
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from uuid import uuid4
+
+from storage.errors import ImageUrlForbidden, ObjectNotFound, ObjectTooLarge, StorageUnavailable
+from storage.keys import checked_key, image_key, percent_decoded
+
+# A killed process leaves such a file behind; no key may name it.
+_UNFINISHED: Final = ".unfinished"
+# What an open says when the folder has, or can have, no object of that name.
+_ABSENT: Final = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
+)
+# Windows has no way to sync a folder.
+_FOLDER_FLAGS: Final[int | None] = getattr(os, "O_DIRECTORY", None)
+
+
+class LocalFolder:
+    """An ObjectStore in the folder `root`, which is made when it is missing.
+
+    `image_url` is a bare key or a `file://` URL inside the folder; mask URLs are `file://` URLs.
+    Raises StorageUnavailable when the folder cannot be made.
+    """
+
+    def __init__(self, root: Path, *, user_prefix_required: bool = True) -> None:
+        with _os_errors():
+            root.mkdir(parents=True, exist_ok=True)
+        self._root = Path(os.path.realpath(root))
+        # As text ("/srv/s3/", on Windows "/C:/srv/s3/"): a URL is judged without touching the file system.
+        self._url_path = percent_decoded(self._root.as_uri().removeprefix("file://").rstrip("/") + "/")
+        self._user_prefix_required = user_prefix_required
+
+    def key_of(self, image_url: str, user_id: str) -> str:
+        """See ObjectStore."""
+        return image_key(
+            image_url,
+            user_id,
+            key_in_url=self._key_in_url,
+            user_prefix_required=self._user_prefix_required,
+        )
+
+    async def download_image(self, image_url: str, user_id: str, max_bytes: int) -> bytes:
+        """See ObjectStore. A symbolic link anywhere below the folder is ImageUrlForbidden."""
+        return await asyncio.to_thread(self._read, self.key_of(image_url, user_id), max_bytes)
+
+    async def upload_mask(self, mask: bytes, key: str) -> str:
+        """See ObjectStore."""
+        return await asyncio.to_thread(self._write, key, mask)
+
+    def put_upload(self, key: str, data: bytes) -> None:
+        """Keep an image at `key`, as the Edge does. Blocks; raises what `upload_mask` raises."""
+        self._write(key, data)
+
+    def describe(self) -> str:
+        """See ObjectStore."""
+        return f"folder {self._root} (embedded storage)"
+
+    def _key_in_url(self, image_url: str) -> str:
+        scheme, _, rest = image_url.partition("://")
+        if scheme.lower() != "file":
+            raise ImageUrlForbidden("image_url is not in the storage folder")
+        if "?" in rest or "#" in rest:
+            raise ValueError("has a query or a fragment")
+        path = percent_decoded(rest)
+        # A host, "localhost" too, stands before the first slash and so fails here.
+        if not path.startswith(self._url_path):
+            raise ImageUrlForbidden("image_url is not in the storage folder")
+        return path.removeprefix(self._url_path)
+
+    def _read(self, key: str, max_bytes: int) -> bytes:
+        path = self._root / key
+        if path.name.endswith(_UNFINISHED):
+            raise ObjectNotFound("no image is stored there")
+        if self._leaves_folder(path):
+            raise ImageUrlForbidden("image_url is not in the storage folder")
+        with _os_errors(absent=_ABSENT), path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ObjectTooLarge(max_bytes)
+        return data
+
+    def _write(self, key: str, data: bytes) -> str:
+        path = self._root / checked_key(key)
+        if path.name.endswith(_UNFINISHED):
+            raise ValueError("a key cannot end like an unfinished file")
+        if self._leaves_folder(path):
+            raise StorageUnavailable("a link stands in the way of the object")
+        with _os_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(path, data)
+            self._sync_folders(path.parent)
+        return path.as_uri()
+
+    def _leaves_folder(self, path: Path) -> bool:
+        # Any link, not only one that points outside: a link to another user's upload is as bad.
+        return Path(os.path.realpath(path)) != path
+
+    def _sync_folders(self, folder: Path) -> None:
+        """Make the names durable up to the root; any folder on the way may be new."""
+        while True:
+            _sync_folder(folder)
+            if folder == self._root:
+                return
+            folder = folder.parent
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(uuid4().hex + _UNFINISHED)
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:  # a Ctrl-C leaves no litter either
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if _FOLDER_FLAGS is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY | _FOLDER_FLAGS)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _os_errors(*, absent: frozenset[int] = frozenset()) -> Iterator[None]:
+    """The only place where an OSError becomes one of ours; its text holds a path, so it goes to the cause."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in absent:
+            raise ObjectNotFound("no image is stored there") from error
+        raise StorageUnavailable(f"the storage folder failed: {os.strerror(error.errno or 0)}") from error

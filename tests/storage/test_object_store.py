@@ -1,0 +1,290 @@
+"""What every ObjectStore does; what only one of them does is in its own module."""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+from urllib.request import url2pathname
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from storage import (
+    ImageUrlForbidden,
+    ImageUrlInvalid,
+    LocalFolder,
+    ObjectNotFound,
+    ObjectStore,
+    ObjectTooLarge,
+    StorageError,
+    mask_key,
+)
+
+pytestmark = pytest.mark.anyio
+
+USER = "user-1"
+TASK_ID = "0c8e6a2e-4f6b-4d0e-9d0c-3f6f1b1f2a11"
+IMAGE = b"\x89PNG image"
+CAP = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A store, and what its tests need that the service does not."""
+
+    store: ObjectStore
+    unprefixed: ObjectStore  # the same objects, with user_prefix_required=False
+    url_base: str  # a URL that the store accepts, up to the key
+    put_upload: Callable[[str, bytes], None]
+    read_url: Callable[[str], bytes]
+
+
+def open_local(folder: Path) -> Opened:
+    store = LocalFolder(folder / "objects")
+    return Opened(
+        store=store,
+        unprefixed=LocalFolder(folder / "objects", user_prefix_required=False),
+        url_base=(folder / "objects").resolve().as_uri() + "/",
+        put_upload=store.put_upload,
+        read_url=lambda url: Path(url2pathname(url.removeprefix("file://"))).read_bytes(),
+    )
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=[open_local], ids=["local"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
+    open_store: Callable[[Path], Opened] = request.param
+    return open_store(tmp_path)
+
+
+async def test_image_is_found_by_its_key(opened: Opened) -> None:
+    """An uploaded image comes back byte for byte under its bare key."""
+    opened.put_upload(f"uploads/{USER}/cat", IMAGE)
+    assert await opened.store.download_image(f"uploads/{USER}/cat", USER, CAP) == IMAGE
+
+
+@pytest.mark.parametrize("name", ["cat", "a b", "a+b", "a%41", "caf\u00e9", "100%", "a?b#c", "\u732b"])
+async def test_image_is_found_by_its_url(opened: Opened, name: str) -> None:
+    """A URL is percent-decoded exactly once, and '+' stays '+'."""
+    key = f"uploads/{USER}/{name}"
+    opened.put_upload(key, IMAGE)
+    assert opened.store.key_of(opened.url_base + quote(key), USER) == key
+    assert await opened.store.download_image(opened.url_base + quote(key, safe=""), USER, CAP) == IMAGE
+
+
+def test_bare_key_is_taken_literally(opened: Opened) -> None:
+    """A bare key is not decoded: its %41 is three characters."""
+    assert opened.store.key_of(f"uploads/{USER}/%41", USER) == f"uploads/{USER}/%41"
+
+
+def test_key_is_normalised(opened: Opened) -> None:
+    """A key in NFD becomes the NFC key that R2 keeps."""
+    nfc = f"uploads/{USER}/caf\u00e9"
+    assert opened.store.key_of(unicodedata.normalize("NFD", nfc), USER) == nfc
+
+
+MALFORMED = {
+    "empty": "",
+    "traversal": f"uploads/{USER}/../user-2/cat",
+    "dot segment": f"uploads/{USER}/./cat",
+    "absolute path": "/etc/passwd",
+    "double slash": f"uploads/{USER}//cat",
+    "folder": f"uploads/{USER}/",
+    "backslash": f"uploads/{USER}\\..\\user-2\\cat",
+    "NUL": f"uploads/{USER}/cat\0.png",
+    "newline": f"uploads/{USER}/cat\nlevel=INFO",
+    "line separator": f"uploads/{USER}/cat\u2028",
+    "lone surrogate": f"uploads/{USER}/\ud800",
+    "1025 bytes": f"uploads/{USER}/".ljust(1025, "x"),
+    "1026 bytes in 600 characters": f"uploads/{USER}/".ljust(600, "\u00e9"),
+}
+
+MALFORMED_PATHS = {
+    "traversal": f"uploads/{USER}/../user-2/cat",
+    "encoded traversal": f"uploads/{USER}/%2e%2e/user-2/cat",
+    "encoded slash traversal": f"uploads/{USER}/..%2fuser-2%2fcat",
+    "encoded backslash": f"uploads/{USER}%5c..%5cuser-2",
+    "encoded NUL": f"uploads/{USER}/cat%00.png",
+    "encoded newline": f"uploads/{USER}/cat%0a",
+    "tab that urlsplit would delete": f"uploads/{USER}/.\t./user-2/cat",
+    "not UTF-8": f"uploads/{USER}/%ff",
+    "overlong slash": f"uploads/{USER}/..%c0%afuser-2",
+    "encoded surrogate": f"uploads/{USER}/%ed%a0%80",
+    "broken escape": f"uploads/{USER}/%zz",
+    "cut escape": f"uploads/{USER}/cat%4",
+    "absolute path": "/etc/passwd",
+    "no key": "",
+    "fragment": f"uploads/{USER}/cat#x",
+}
+
+FORBIDDEN = {
+    "another user's upload": "uploads/user-2/cat",
+    "a longer user_id": f"uploads/{USER}0/cat",
+    "a mask": f"masks/{USER}/{TASK_ID}/0.png",
+    "the prefix alone": f"uploads/{USER}",
+    "encoded bare key": f"uploads%2f{USER}%2fcat",
+    "double encoded URL": "{base}" + f"uploads/{USER}/".replace("/", "%252f") + "cat",
+    "another user's URL": "{base}uploads/user-2/cat",
+    "http": f"http://169.254.169.254/uploads/{USER}/cat",
+    "https": f"https://example.com/uploads/{USER}/cat",
+    "another bucket": f"s3://other/uploads/{USER}/cat",
+    "ftp": f"ftp://example.com/uploads/{USER}/cat",
+    "file on another host": f"file://host/uploads/{USER}/cat",
+    "file elsewhere": "file:///etc/passwd",
+    "file beside": "file:///uploads/user-1/cat",
+    "data": "data:image/png;base64,iVBORw0KGgo=",
+}
+
+
+@pytest.mark.parametrize("image_url", MALFORMED.values(), ids=MALFORMED.keys())
+async def test_malformed_key_is_invalid(opened: Opened, image_url: str) -> None:
+    """A bare key that breaks a key rule is refused before anything is read."""
+    with pytest.raises(ImageUrlInvalid):
+        await opened.store.download_image(image_url, USER, CAP)
+
+
+@pytest.mark.parametrize("path", MALFORMED_PATHS.values(), ids=MALFORMED_PATHS.keys())
+async def test_malformed_url_is_invalid(opened: Opened, path: str) -> None:
+    """A URL of ours whose path breaks a key rule once decoded is refused before anything is read."""
+    with pytest.raises(ImageUrlInvalid):
+        await opened.store.download_image(opened.url_base + path, USER, CAP)
+
+
+@pytest.mark.parametrize("image_url", FORBIDDEN.values(), ids=FORBIDDEN.keys())
+async def test_foreign_image_is_forbidden(opened: Opened, image_url: str) -> None:
+    """What is not below the user's own uploads is refused before anything is read."""
+    with pytest.raises(ImageUrlForbidden):
+        await opened.store.download_image(image_url.replace("{base}", opened.url_base), USER, CAP)
+
+
+@pytest.mark.parametrize("user_id", ["", ".", "..", "user-1/x", "user-2/../user-1", "u\u00e9"])
+def test_user_id_cannot_move_the_prefix(opened: Opened, user_id: str) -> None:
+    """A user_id that is no plain name owns no uploads at all."""
+    with pytest.raises(ImageUrlForbidden):
+        opened.store.key_of("uploads/user-1/x/cat", user_id)
+
+
+async def test_prefix_rule_can_be_off(opened: Opened) -> None:
+    """Without the prefix rule any key of the store is readable, and other stores stay forbidden."""
+    opened.put_upload("elsewhere/cat", IMAGE)
+    assert await opened.unprefixed.download_image("elsewhere/cat", USER, CAP) == IMAGE
+    with pytest.raises(ImageUrlForbidden):
+        opened.unprefixed.key_of("https://example.com/elsewhere/cat", USER)
+
+
+SPELLINGS = ["/", "//", ".", "..", "\\", "%2e", "%2f", "%5c", "%25", "%00", "\0", "?", "#", ":", "C:", "~"]
+ODD_CHARACTERS = ["\u212a", "\uff0f", "\ud800", "e\u0301"]
+WORDS = ["uploads", USER, "user-2", "masks", "file://", "FILE://", "localhost"]
+PIECES = st.sampled_from([*SPELLINGS, *ODD_CHARACTERS, *WORDS])
+
+
+@given(
+    pieces=st.lists(st.one_of(PIECES, st.text(max_size=3)), max_size=12),
+    start=st.sampled_from(["", f"uploads/{USER}/", "{base}", f"{{base}}uploads/{USER}/"]),
+)
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_image_url_leaves_the_users_uploads(opened: Opened, pieces: list[str], start: str) -> None:
+    """Whatever the image_url, its key is a clean one below the user's uploads, or there is none."""
+    image_url = start.replace("{base}", opened.url_base) + "".join(pieces)
+    try:
+        key = opened.store.key_of(image_url, USER)
+    except StorageError:
+        return
+    assert key.startswith(f"uploads/{USER}/")
+    assert not {"", ".", ".."} & set(key.split("/"))
+    assert not set("\\\0\n\r\t") & set(key)
+    assert key == unicodedata.normalize("NFC", key)
+    assert len(key.encode()) <= 1024
+
+
+async def test_missing_image_is_not_found(opened: Opened) -> None:
+    """A key without an object is ObjectNotFound."""
+    with pytest.raises(ObjectNotFound):
+        await opened.store.download_image(f"uploads/{USER}/cat", USER, CAP)
+
+
+async def test_key_below_an_object_is_not_found(opened: Opened) -> None:
+    """A key that has an object's key for a folder is ObjectNotFound."""
+    opened.put_upload(f"uploads/{USER}/cat", IMAGE)
+    with pytest.raises(ObjectNotFound):
+        await opened.store.download_image(f"uploads/{USER}/cat/tail", USER, CAP)
+
+
+async def test_folder_of_objects_is_not_found(opened: Opened) -> None:
+    """A key that is only the folder of others is ObjectNotFound."""
+    opened.put_upload(f"uploads/{USER}/album/cat", IMAGE)
+    with pytest.raises(ObjectNotFound):
+        await opened.store.download_image(f"uploads/{USER}/album", USER, CAP)
+
+
+async def test_longest_key_is_not_found(opened: Opened) -> None:
+    """A key of 1024 bytes is a good key, and has no object."""
+    with pytest.raises(ObjectNotFound):
+        await opened.store.download_image(f"uploads/{USER}/".ljust(1024, "x"), USER, CAP)
+
+
+async def test_image_may_have_exactly_the_cap(opened: Opened) -> None:
+    """`max_bytes` bytes are allowed, one more is ObjectTooLarge."""
+    opened.put_upload(f"uploads/{USER}/full", b"x" * CAP)
+    opened.put_upload(f"uploads/{USER}/over", b"x" * (CAP + 1))
+    assert len(await opened.store.download_image(f"uploads/{USER}/full", USER, CAP)) == CAP
+    with pytest.raises(ObjectTooLarge) as raised:
+        await opened.store.download_image(f"uploads/{USER}/over", USER, CAP)
+    assert raised.value.max_bytes == CAP
+
+
+async def test_mask_is_readable_at_its_url(opened: Opened) -> None:
+    """The URL of an uploaded mask leads to its bytes."""
+    url = await opened.store.upload_mask(IMAGE, mask_key(USER, TASK_ID, 0, IMAGE))
+    assert opened.read_url(url) == IMAGE
+
+
+async def test_mask_may_be_uploaded_again(opened: Opened) -> None:
+    """The same mask at the same key gives the same URL, as a retry needs."""
+    key = mask_key(USER, TASK_ID, "union", IMAGE)
+    first = await opened.store.upload_mask(IMAGE, key)
+    assert await opened.store.upload_mask(IMAGE, key) == first
+    assert opened.read_url(first) == IMAGE
+
+
+@pytest.mark.parametrize("key", ["", "../mask.png", "/mask.png", "masks//mask.png", "masks\\mask.png"])
+async def test_mask_key_must_be_a_key(opened: Opened, key: str) -> None:
+    """A mask cannot be put at what is no key: that is a bug of the caller."""
+    with pytest.raises(ValueError, match=r"holds a|has an empty"):
+        await opened.store.upload_mask(IMAGE, key)
+
+
+def test_errors_hold_no_user_data(opened: Opened) -> None:
+    """The message of a refused image_url repeats nothing of it, since it is logged."""
+    with pytest.raises(ImageUrlForbidden) as forbidden:
+        opened.store.key_of("https://secret-host/secret?token=secret", USER)
+    with pytest.raises(ImageUrlInvalid) as invalid:
+        opened.store.key_of("secret//secret", USER)
+    assert "secret" not in f"{forbidden.value} {invalid.value}"
+
+
+def test_description_is_one_line(opened: Opened) -> None:
+    """The start-up log gets one line."""
+    assert len(opened.store.describe().splitlines()) == 1
+
+
+def test_mask_key_tells_contents_apart() -> None:
+    """The key holds the user, the task, the prompt and the content's hash."""
+    digest = hashlib.sha256(IMAGE).hexdigest()[:16]
+    assert mask_key(USER, TASK_ID, 3, IMAGE) == f"masks/{USER}/{TASK_ID}/3-{digest}.png"
+    assert mask_key(USER, TASK_ID, 3, b"other") != mask_key(USER, TASK_ID, 3, IMAGE)
+
+
+@pytest.mark.parametrize("part", ["", "..", "a/b", "a\\b", "a.b", "x" * 65, "a\n"])
+def test_mask_key_parts_are_plain_names(part: str) -> None:
+    """No part of a mask's key can bring a slash, a dot or a newline of its own."""
+    for parts in [(part, TASK_ID, "0"), (USER, part, "0"), (USER, TASK_ID, part)]:
+        with pytest.raises(ValueError, match="1 to 64"):
+            mask_key(*parts, IMAGE)
