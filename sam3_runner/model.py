@@ -83,7 +83,9 @@ def encode_image(model: Any, pixels: Tensor) -> ImageFeatures:
     # The 0.5x level is computed by transformers and used by nobody.
     levels = tuple(vision.fpn_hidden_states[:-1])
     coarse = levels[-1].flatten(2).transpose(1, 2)
-    position = vision.fpn_position_encoding[-2][:1].flatten(2).transpose(1, 2).float()
+    # Drawn anew in fp32: under autocast transformers draws it in bf16, off by up to 0.034.
+    grid = model.vision_encoder.neck.position_encoding(levels[-1][:1].shape, levels[-1].device, torch.float32)
+    position = grid.flatten(2).transpose(1, 2)
     return ImageFeatures(
         levels=levels,
         position=position,

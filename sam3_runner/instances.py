@@ -1,0 +1,90 @@
+"""What a prediction is made of. Plain values: they cross the process border, and hold no tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskCrop:
+    """A binary mask, kept as the bits of the smallest rectangle that holds it.
+
+    Attributes:
+        left, top: corner of the rectangle in px of the image.
+        width, height: its size in px; both 0 for an empty mask.
+        bits: its rows one after another without padding, 8 px a byte, first px in the highest bit.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    bits: bytes
+
+    def array(self) -> Mask:
+        """The rectangle, (height, width) bool."""
+        packed = np.frombuffer(self.bits, dtype=np.uint8)
+        flat = np.unpackbits(packed, count=self.width * self.height)
+        return flat.view(np.bool_).reshape(self.height, self.width)
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Where the rectangle lies in the image: rows, columns."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One object that the model kept.
+
+    Attributes:
+        score: sigmoid(logit) x sigmoid(presence logit), above the threshold.
+        box: x0, y0, x1, y1 in px of the image, not rounded; the decoder's box, not the mask's.
+        area_px: pixels of the mask.
+        mask: the mask, at the image's size.
+    """
+
+    score: float
+    box: tuple[float, float, float, float]
+    area_px: int
+    mask: MaskCrop
+
+
+@dataclass(frozen=True, slots=True)
+class PredictResult:
+    """Every instance of one prompt in one image, best score first.
+
+    Attributes:
+        prompt: the text as it was given.
+        presence: probability that the concept is in the image at all.
+        image_width, image_height: px.
+    """
+
+    prompt: str
+    presence: float
+    image_width: int
+    image_height: int
+    instances: list[Instance] = field(default_factory=list)
+
+    @property
+    def confidence(self) -> float:
+        """The best kept score, 0.0 when nothing was found."""
+        return max((instance.score for instance in self.instances), default=0.0)
+
+    def mask_array(self) -> Mask:
+        """The union of the instances, (image_height, image_width) bool."""
+        return union_mask([self])
+
+
+def union_mask(results: list[PredictResult]) -> Mask:
+    """The union of all instances of `results`, which share one image, (height, width) bool."""
+    union = np.zeros((results[0].image_height, results[0].image_width), dtype=np.bool_)
+    for result in results:
+        for instance in result.instances:
+            union[instance.mask.window] |= instance.mask.array()
+    return union

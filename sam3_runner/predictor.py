@@ -1,0 +1,225 @@
+"""SAM3Predictor: images and prompts in, instances out. What the server's runner and Python users share."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, Checkpoint, find_checkpoint
+from sam3_runner.errors import ModelNotLoaded
+from sam3_runner.images import SquareImage, squash, to_rgb
+from sam3_runner.instances import Instance, PredictResult
+from sam3_runner.masks import to_instances
+from sam3_runner.model import (
+    Detections,
+    ImageFeatures,
+    TextFeatures,
+    decode_masks,
+    decode_prompts,
+    draw_masks,
+    encode_image,
+    encode_text,
+)
+from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.weights import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SCORE_THRESHOLD = 0.5
+"""Instances above it are kept: `confidence_threshold` of the official Sam3Processor."""
+
+PAIRS_PER_PASS = 16
+"""(image, prompt) pairs decoded at once; bounds the memory of the fusion encoder."""
+
+MASK_PAIRS_PER_PASS = 4
+"""Pairs whose pixel features are held at once: 4g x 4g x D fp32 each, 85 MB at SAM 3's full size."""
+
+CACHED_TEXTS = 1024
+"""Encoded prompts kept: 16 to 32 KB each at full size."""
+
+
+class SAM3Predictor:
+    """SAM 3 for text prompts.
+
+    `load` first. Not safe for use from several threads at once.
+
+    Args:
+        weights_path: a transformers folder, or `demo` for the embedded demo checkpoint. None: the
+            project's default place if something lies there, else the demo checkpoint, with a warning.
+        device: `cuda`, `cpu`, or None for cuda if there is one.
+        score_threshold: instances with a higher score are kept.
+    """
+
+    def __init__(
+        self,
+        weights_path: str | None = None,
+        device: str | None = None,
+        *,
+        score_threshold: float = SCORE_THRESHOLD,
+    ) -> None:
+        self._weights_path = weights_path
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.score_threshold = score_threshold
+        self.checkpoint: Checkpoint | None = None
+        self._model: Any = None
+        self._tokenizer: PromptTokenizer | None = None
+        self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def load(self) -> None:
+        """Read the weights and move them to the device. Raises `WeightsError`."""
+        checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
+        self._tokenizer = PromptTokenizer(checkpoint.folder)
+        self._model = load_model(checkpoint, self.device)
+        self.checkpoint = checkpoint
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the loaded model, counted."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def dtype(self) -> str:
+        """Of the large matrix products; scores, boxes and positions are fp32 everywhere."""
+        return "bfloat16" if self.device.type == "cuda" else "float32"
+
+    def predict(self, image: Image.Image, text_prompt: str) -> PredictResult:
+        """Every instance of `text_prompt` in `image` (any PIL mode), masks at the image's size.
+
+        Raises:
+            ModelNotLoaded: `load` was not called.
+            PromptTooLong: more than 32 tokens.
+        """
+        return self.predict_batch(image, [text_prompt])[0]
+
+    def predict_batch(self, image: Image.Image, prompts: Sequence[str]) -> list[PredictResult]:
+        """One result a prompt, in their order; the image is encoded once. Raises as `predict`."""
+        if self.checkpoint is None:
+            raise ModelNotLoaded("call load() first")
+        square = squash(to_rgb(image), self.checkpoint.input_side_px)
+        return self.segment([(square, prompts)])[0]
+
+    @torch.inference_mode()
+    def segment(self, requests: Sequence[tuple[SquareImage, Sequence[str]]]) -> list[list[PredictResult]]:
+        """Several images at once, each with its own prompts: one list of results an image.
+
+        Images are encoded in one pass, each distinct text once, and all pairs are decoded together.
+        """
+        if self._model is None:
+            raise ModelNotLoaded("call load() first")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            images = encode_image(self._model, self._pixels([square for square, _ in requests]))
+            pairs = [(row, prompt) for row, (_, prompts) in enumerate(requests) for prompt in prompts]
+            texts = list(dict.fromkeys(prompt for _, prompt in pairs))
+            text = self._encode_texts(texts)
+            results = [
+                result
+                for start in range(0, len(pairs), PAIRS_PER_PASS)
+                for result in self._decode(
+                    images, text, texts, pairs[start : start + PAIRS_PER_PASS], requests
+                )
+            ]
+        ordered = iter(results)
+        return [[next(ordered) for _ in prompts] for _, prompts in requests]
+
+    def _decode(
+        self,
+        images: ImageFeatures,
+        text: TextFeatures,
+        texts: list[str],
+        pairs: list[tuple[int, str]],
+        requests: Sequence[tuple[SquareImage, Sequence[str]]],
+    ) -> list[PredictResult]:
+        image_index = self._index([row for row, _ in pairs])
+        detections = decode_prompts(
+            self._model, images, text, image_index, self._index([texts.index(prompt) for _, prompt in pairs])
+        )
+        presence = detections.presence_logits.sigmoid()
+        scores = detections.logits.sigmoid() * presence[:, None]
+        squares = [requests[row][0] for row, _ in pairs]
+        found = self._draw(images, detections, image_index, scores, squares)
+        return [
+            PredictResult(
+                prompt=prompt,
+                presence=probability,
+                image_width=square.width,
+                image_height=square.height,
+                instances=found.get(pair, []),
+            )
+            for pair, ((_, prompt), square, probability) in enumerate(
+                zip(pairs, squares, presence.tolist(), strict=True)
+            )
+        ]
+
+    def _draw(
+        self,
+        images: ImageFeatures,
+        detections: Detections,
+        image_index: Tensor,
+        scores: Tensor,
+        squares: list[SquareImage],
+    ) -> dict[int, list[Instance]]:
+        """Instances of the pairs that kept any query; the others never reach the mask head."""
+        found: dict[int, list[Instance]] = {}
+        kept = scores > self.score_threshold
+        positive: list[int] = kept.any(dim=1).nonzero().flatten().tolist()
+        for start in range(0, len(positive), MASK_PAIRS_PER_PASS):
+            chunk = positive[start : start + MASK_PAIRS_PER_PASS]
+            pixels = decode_masks(self._model, images, detections, image_index, self._index(chunk))
+            for row, pair in enumerate(chunk):
+                queries = detections.queries[-1, pair][kept[pair]]
+                found[pair] = to_instances(
+                    scores[pair][kept[pair]],
+                    detections.boxes[pair][kept[pair]],
+                    draw_masks(self._model, pixels[row], queries),
+                    width=squares[pair].width,
+                    height=squares[pair].height,
+                )
+        return found
+
+    def _encode_texts(self, texts: list[str]) -> TextFeatures:
+        """Features of distinct texts, in their order; texts seen before come from the cache."""
+        assert self._tokenizer is not None
+        unseen = [text for text in texts if text not in self._texts]
+        if unseen:
+            tokens = self._tokenizer.encode(unseen)
+            ids, valid = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid)
+            encoded = encode_text(self._model, ids.to(self.device), valid.to(self.device))
+            self._texts.update(zip(unseen, zip(encoded.tokens, encoded.valid, strict=True), strict=True))
+        for text in texts:
+            self._texts.move_to_end(text)
+        rows = [self._texts[text] for text in texts]
+        while len(self._texts) > CACHED_TEXTS:
+            self._texts.popitem(last=False)
+        return TextFeatures(
+            tokens=torch.stack([tokens for tokens, _ in rows]),
+            valid=torch.stack([valid for _, valid in rows]),
+        )
+
+    def _pixels(self, squares: list[SquareImage]) -> Tensor:
+        """(B, 3, S, S) uint8 on the device, in one transfer."""
+        stacked = torch.from_numpy(np.stack([square.pixels for square in squares]))
+        return stacked.to(self.device).permute(0, 3, 1, 2)
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
+
+
+def _default_weights_path() -> str:
+    if Path(DEFAULT_WEIGHTS_PATH).exists():
+        return DEFAULT_WEIGHTS_PATH
+    logger.warning(
+        "nothing at %s: loading the embedded demo checkpoint, which knows coloured shapes only",
+        DEFAULT_WEIGHTS_PATH,
+    )
+    return "demo"
