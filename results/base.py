@@ -1,0 +1,108 @@
+r"""The life of a task row, and what the service asks of the place where the rows are kept.
+
+    pending or error --claim--> processing --update_result--> done
+           ^                        |    \--update_status--> error
+           '------update_status-----'
+
+A claim makes an attempt id. Every later write names it and changes the row only while the row is
+`processing` under that attempt, so an attempt that was taken over cannot spoil its successor's row.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+from uuid import UUID
+
+Status = Literal["pending", "processing", "done", "error"]
+# The two that end an attempt without a result.
+SettledStatus = Literal["pending", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task as the caller names it. Raises ValueError for a task_id that is not a lower-case UUID."""
+
+    task_id: str
+    user_id: str
+    source_image_url: str
+    text_prompt: str  # of a batch: its prompts, joined
+
+    def __post_init__(self) -> None:
+        if str(UUID(self.task_id)) != self.task_id:
+            raise ValueError("task_id is not a canonical lower-case UUID")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to settle a task, until its lease runs out."""
+
+    task_id: str
+    attempt_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """What `update_result` was given for a task that is done."""
+
+    task_id: str
+    mask_url: str
+    labels: list[str]
+    metadata: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as it stands; times are in UTC, and `metadata["attempt"]` is its latest attempt id."""
+
+    status: Status
+    mask_url: str | None
+    labels: list[str]
+    metadata: dict[str, object]
+    created_at: datetime
+    updated_at: datetime
+
+
+class ResultStore(Protocol):
+    """Task rows. Any call may raise ResultsUnavailable, and may then be repeated as it was.
+
+    One store serves all requests of a process at once; several processes may share the rows.
+    """
+
+    async def claim(self, task: Task) -> Claim | StoredResult:
+        """Take a pending or failed task, or one whose lease ran out; a done one gives its result.
+
+        Raises TaskInProgress while another attempt's lease lasts, and TaskNotFound for another user's
+        row or, where the Edge makes the rows, for a missing one. A repeat after a lost answer is a new
+        attempt, and so meets the first one's lease.
+        """
+        ...
+
+    async def update_result(
+        self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
+    ) -> None:
+        """Settle the task as done. The metadata key "attempt" is the store's own.
+
+        Raises AttemptLost, and MetadataInvalid when it cannot be JSON. Repeating it is no error.
+        """
+        ...
+
+    async def update_status(
+        self, task_id: str, status: SettledStatus, *, attempt_id: str, error_message: str | None = None
+    ) -> None:
+        """End the attempt as "error", with a text for the user, or give the task back as "pending".
+
+        Raises AttemptLost, and ValueError for any other status. Repeating it is no error.
+        """
+        ...
+
+    async def renew(self, task_id: str, *, attempt_id: str) -> None:
+        """Start the lease anew, for work that outlasts it. Raises AttemptLost."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was begun and let go of the store; nothing else may be called after."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the start-up log, without secrets."""
+        ...

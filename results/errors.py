@@ -1,0 +1,43 @@
+"""What can go wrong with task rows; no message holds a prompt, a URL or a secret.
+
+ResultsError
+    TaskNotFound        404: no row with this id belongs to this user
+    TaskInProgress      409: another attempt holds the row; carries retry_after_s
+    AttemptLost         the row is no longer this attempt's: drop the work, settle nothing
+    MetadataInvalid     500: metadata or labels are not JSON (NaN, infinity, a tensor): our own bug
+    ResultsUnavailable  502: the store itself failed; trying again may help
+"""
+
+
+class ResultsError(Exception):
+    """Anything that a result store raises on purpose."""
+
+
+class TaskNotFound(ResultsError):
+    """No row has this id, or it is another user's: the two look alike on purpose."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"no task {task_id}")
+
+
+class TaskInProgress(ResultsError):
+    """Another attempt holds the row; its lease runs out in `retry_after_s` seconds unless renewed."""
+
+    def __init__(self, task_id: str, retry_after_s: float) -> None:
+        super().__init__(f"task {task_id} is being processed; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class AttemptLost(ResultsError):
+    """The row was taken over, settled otherwise, or deleted since this attempt claimed it."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"task {task_id} is no longer held by this attempt")
+
+
+class MetadataInvalid(ResultsError):
+    """The metadata or the labels cannot be written as JSON."""
+
+
+class ResultsUnavailable(ResultsError):
+    """The store could not be read or written."""

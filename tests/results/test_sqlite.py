@@ -1,0 +1,181 @@
+"""What only the SQLite file does: several processes, start-up, the clock and broken files."""
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from results import Claim, ResultsUnavailable, SqliteResults, Task, TaskInProgress
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def new_task() -> Task:
+    return Task(str(uuid4()), "user-1", "uploads/user-1/cat", "cat")
+
+
+# Five claims at once in each process; a line of standard input is the starting shot.
+CLAIMER = """
+import asyncio, sys
+from pathlib import Path
+from results import Claim, SqliteResults, Task, TaskInProgress
+
+async def main():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    store = SqliteResults(Path(sys.argv[1]), 60)
+    task = Task(sys.argv[2], "user-1", "uploads/user-1/cat", "cat")
+    answers = await asyncio.gather(*(store.claim(task) for _ in range(5)), return_exceptions=True)
+    await store.close()
+    print(*(type(answer).__name__ for answer in answers))
+
+asyncio.run(main())
+"""
+
+
+def answers_of_processes(path: Path, task_id: str, processes: int) -> list[str]:
+    command = [sys.executable, "-c", CLAIMER, str(path), task_id]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return [answer for process in running for answer in process.communicate(timeout=30)[0].split()]
+
+
+@pytest.mark.parametrize("new_file", [True, False])
+def test_one_claim_wins_across_processes(tmp_path: Path, *, new_file: bool) -> None:
+    """Of 20 claims of one new task in 4 processes that start together, exactly one wins."""
+    path = tmp_path / "results.db"
+    if not new_file:
+        SqliteResults(path, 60)
+    for _ in range(3):
+        answers = answers_of_processes(path, str(uuid4()), 4)
+        assert sorted(answers) == ["Claim"] + ["TaskInProgress"] * 19
+
+
+OPENER = """
+import multiprocessing, sys
+from pathlib import Path
+from results import SqliteResults
+
+def open_all(together, folder):
+    for number in range(50):
+        together.wait(20)
+        SqliteResults(Path(folder) / f"{number}.db", 60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(4)
+    openers = [context.Process(target=open_all, args=(together, sys.argv[1])) for _ in range(4)]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
+    sys.exit(max(abs(opener.exitcode) for opener in openers))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_processes_may_make_the_file_together(tmp_path: Path) -> None:
+    """Processes that open one new file at the same moment all succeed."""
+    opened = subprocess.run([sys.executable, "-c", OPENER, str(tmp_path)], check=False, capture_output=True)
+    assert (opened.returncode, opened.stderr) == (0, b"")
+
+
+async def test_missing_row_is_made_by_its_claim(tmp_path: Path) -> None:
+    """Without an Edge the claim makes the row itself, with all that the task says."""
+    store = SqliteResults(tmp_path / "new" / "results.db", 60)
+    task = new_task()
+    assert isinstance(await store.claim(task), Claim)
+    await store.close()
+    db = sqlite3.connect(tmp_path / "new" / "results.db")
+    row = db.execute("SELECT id, user_id, source_image_url, text_prompt FROM segmentation_results").fetchall()
+    db.close()
+    assert row == [(task.task_id, "user-1", "uploads/user-1/cat", "cat")]
+
+
+async def test_rows_outlive_the_process(tmp_path: Path) -> None:
+    """What one store has written the next one reads."""
+    task = new_task()
+    first = SqliteResults(tmp_path / "results.db", 60)
+    await first.claim(task)
+    await first.close()
+    second = SqliteResults(tmp_path / "results.db", 60)
+    with pytest.raises(TaskInProgress):
+        await second.claim(task)
+    await second.close()
+
+
+async def test_clock_set_back_does_not_lock_a_task(tmp_path: Path) -> None:
+    """A lease from a future that the clock was set back from is taken over, not waited for."""
+    clock = [datetime(2026, 1, 2, tzinfo=UTC)]
+    store = SqliteResults(tmp_path / "results.db", 60, now=lambda: clock[0])
+    task = new_task()
+    await store.claim(task)
+    clock[0] -= timedelta(days=1)
+    assert isinstance(await store.claim(task), Claim)
+    await store.close()
+
+
+async def test_locked_file_does_not_stop_the_event_loop(tmp_path: Path) -> None:
+    """While another process writes, a claim waits and everything else goes on."""
+    store = SqliteResults(tmp_path / "results.db", 60)
+    other = sqlite3.connect(tmp_path / "results.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    claim = asyncio.create_task(store.claim(new_task()))
+    await asyncio.sleep(0.2)
+    assert not claim.done()
+    other.execute("COMMIT")
+    other.close()
+    assert isinstance(await claim, Claim)
+    await store.close()
+
+
+async def test_broken_file_is_unavailable(tmp_path: Path) -> None:
+    """A file that is no database stops the start, and the message names no path."""
+    (tmp_path / "results.db").write_bytes(b"no database" * 100)
+    with pytest.raises(ResultsUnavailable) as raised:
+        SqliteResults(tmp_path / "results.db", 60)
+    assert str(tmp_path) not in str(raised.value)
+
+
+async def test_folder_that_is_a_file_is_unavailable(tmp_path: Path) -> None:
+    """A folder that cannot be made stops the start."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ResultsUnavailable):
+        SqliteResults(tmp_path / "file" / "results.db", 60)
+
+
+async def test_lost_table_is_unavailable(tmp_path: Path) -> None:
+    """An SQLite error in the middle of the work is ResultsUnavailable."""
+    store = SqliteResults(tmp_path / "results.db", 60)
+    db = sqlite3.connect(tmp_path / "results.db")
+    db.execute("DROP TABLE segmentation_results")
+    db.close()
+    with pytest.raises(ResultsUnavailable):
+        await store.claim(new_task())
+    await store.close()
+
+
+async def test_closing_twice_is_harmless(tmp_path: Path) -> None:
+    """A store may be closed again."""
+    store = SqliteResults(tmp_path / "results.db", 60)
+    await store.close()
+    await store.close()
