@@ -79,6 +79,19 @@ async def test_image_is_found_by_its_url(opened: Opened, name: str) -> None:
     assert await opened.store.download_image(opened.url_base + quote(key, safe=""), USER, CAP) == IMAGE
 
 
+def test_plus_in_a_url_stays(opened: Opened) -> None:
+    """A URL's path is no HTML form: its '+' is no space."""
+    assert opened.store.key_of(f"{opened.url_base}uploads/{USER}/a+b", USER) == f"uploads/{USER}/a+b"
+
+
+@pytest.mark.parametrize("character", ["\t", "\r", "\n", "\0"])
+def test_control_character_before_the_key_is_invalid(opened: Opened, character: str) -> None:
+    """A URL parser that deletes control characters never gets to see them."""
+    image_url = opened.url_base[:2] + character + opened.url_base[2:]
+    with pytest.raises(ImageUrlInvalid):
+        opened.store.key_of(f"{image_url}uploads/{USER}/cat", USER)
+
+
 def test_bare_key_is_taken_literally(opened: Opened) -> None:
     """A bare key is not decoded: its %41 is three characters."""
     assert opened.store.key_of(f"uploads/{USER}/%41", USER) == f"uploads/{USER}/%41"
@@ -226,6 +239,7 @@ async def test_folder_of_objects_is_not_found(opened: Opened) -> None:
 
 async def test_longest_key_is_not_found(opened: Opened) -> None:
     """A key of 1024 bytes is a good key, and has no object."""
+    opened.put_upload(f"uploads/{USER}/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
         await opened.store.download_image(f"uploads/{USER}/".ljust(1024, "x"), USER, CAP)
 
