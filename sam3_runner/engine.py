@@ -1,0 +1,214 @@
+"""The life of one predictor inside a server: loading in the background, batches, one outcome an item.
+
+Knows nothing of BentoML; torch is imported by the loading thread, never at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from prometheus_client import Histogram
+
+from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, SAM3Error
+from sam3_runner.images import SquareImage
+
+if TYPE_CHECKING:
+    from sam3_runner.predictor import SAM3Predictor
+
+logger = logging.getLogger("bentoml.sam3")
+
+BATCH_REQUESTS = Histogram(
+    "sam3_batch_requests", "Requests that shared one pass of the model", buckets=(1, 2, 4, 8, 16, 32, 64)
+)
+BATCH_SECONDS = Histogram("sam3_batch_seconds", "Time of one pass of the model, masks included")
+
+WARM_UP_PROMPTS = ("warm up", "twice")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine needs to know.
+
+    Attributes:
+        weights_path: as `SAM3Predictor` takes it.
+        device: `cuda`, `cpu`, or None for cuda if there is one.
+        cpu_threads: threads of one operation where the model runs on the CPU.
+        max_batch: most requests in one pass.
+    """
+
+    weights_path: str
+    device: str | None = None
+    cpu_threads: int = 1
+    max_batch: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRequest:
+    """One image and its prompts.
+
+    Attributes:
+        image: a `SquareImage`; Any, since BentoML cannot describe an array.
+        prompts: texts of at most 32 tokens.
+        deadline_s: on the clock of `time.monotonic`, which all processes of a host share.
+    """
+
+    image: Any
+    prompts: list[str]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOutcome:
+    """Exactly one of `results` and `error` is set.
+
+    Attributes:
+        results: a list of `PredictResult`, one a prompt, in their order.
+        error: a `SAM3Error`.
+        inference_ms: time of the pass that this request shared.
+    """
+
+    results: Any = None
+    error: Any = None
+    inference_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What `/health` and `/api/v1/model/info` tell; the model's facts are None until it is loaded."""
+
+    state: Literal["loading", "ok", "error"]
+    error: str | None = None
+    checkpoint: str | None = None
+    demo: bool | None = None
+    parameters: int | None = None
+    weights_bytes: int | None = None
+    input_side_px: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    gpu_name: str | None = None
+    vram_used_bytes: int | None = None
+    vram_total_bytes: int | None = None
+
+
+class Engine:
+    """One predictor, from loading to the last batch. `segment` runs in one thread at a time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._predictor: SAM3Predictor | None = None
+        self._error: str | None = None
+        self._model_facts: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Load and warm up in the background; `ready` tells when it is done."""
+        threading.Thread(target=self._load, name="load-weights", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """The weights are in and the warm-up is done."""
+        return self._predictor is not None
+
+    def status(self) -> EngineStatus:
+        """Cheap: never waits for a running batch."""
+        if self._error is not None:
+            return EngineStatus(state="error", error=self._error)
+        if self._predictor is None:
+            return EngineStatus(state="loading")
+        return EngineStatus(state="ok", **self._model_facts, **_vram(self._predictor))
+
+    def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+        """One outcome a request, in their order. Never raises."""
+        predictor = self._predictor
+        if predictor is None:
+            error = ModelNotLoaded(self._error or "the model is loading")
+            return [SegmentOutcome(error=error) for _ in requests]
+        now_s = time.monotonic()
+        alive = [request for request in requests if request.deadline_s > now_s]
+        BATCH_REQUESTS.observe(len(alive))
+        done = iter(_run(predictor, alive) if alive else [])
+        late = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
+        return [next(done) if request.deadline_s > now_s else late for request in requests]
+
+    def _load(self) -> None:
+        try:
+            self._predictor = self._loaded_predictor()
+        except SAM3Error as error:
+            self._error = str(error)
+            logger.error("the model cannot be loaded: %s", error)  # noqa: TRY400 - the sentence says it all
+        except Exception as error:  # the thread's end: whatever it is, the server must say so
+            self._error = f"the model cannot be loaded: {type(error).__name__}"
+            logger.exception("the model cannot be loaded")
+
+    def _loaded_predictor(self) -> SAM3Predictor:
+        import torch  # noqa: PLC0415 - only the runner's process may load it
+
+        from sam3_runner.predictor import SAM3Predictor  # noqa: PLC0415
+
+        started_s = time.monotonic()
+        torch.set_num_threads(self._config.cpu_threads)
+        predictor = SAM3Predictor(self._config.weights_path, self._config.device)
+        predictor.load()
+        assert predictor.checkpoint is not None
+        self._model_facts = {
+            "checkpoint": predictor.checkpoint.name,
+            "demo": predictor.checkpoint.demo,
+            "parameters": predictor.parameters,
+            "weights_bytes": predictor.checkpoint.weights_file.stat().st_size,
+            "input_side_px": predictor.checkpoint.input_side_px,
+            "device": str(predictor.device),
+            "dtype": predictor.dtype,
+        }
+        self._warm_up(predictor)
+        logger.info(
+            "checkpoint %s is ready on %s after %.1f s%s",
+            predictor.checkpoint.name,
+            predictor.device,
+            time.monotonic() - started_s,
+            ": a demo, which knows coloured shapes and nothing else" if predictor.checkpoint.demo else "",
+        )
+        return predictor
+
+    def _warm_up(self, predictor: SAM3Predictor) -> None:
+        """Run the smallest and the largest batch once, so that the first caller does not pay for it."""
+        side_px = self._model_facts["input_side_px"]
+        blank = SquareImage(np.zeros((side_px, side_px, 3), dtype=np.uint8), width=side_px, height=side_px)
+        for images in (1, self._config.max_batch):
+            predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
+
+
+def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+    """Run a batch; if it fails, each request alone, so that only the culprit fails."""
+    started_s = time.monotonic()
+    try:
+        results = predictor.segment([(request.image, request.prompts) for request in requests])
+    except Exception as error:  # torch raises what it likes; the others of the batch must not suffer
+        if len(requests) > 1:
+            logger.warning(
+                "a batch of %d failed (%s); running each alone", len(requests), type(error).__name__
+            )
+            return [outcome for request in requests for outcome in _run(predictor, [request])]
+        if isinstance(error, SAM3Error):
+            return [SegmentOutcome(error=error)]
+        logger.exception("inference failed")
+        return [SegmentOutcome(error=InferenceFailed("the model failed on this image"))]
+    elapsed_s = time.monotonic() - started_s
+    BATCH_SECONDS.observe(elapsed_s)
+    return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
+
+
+def _vram(predictor: SAM3Predictor) -> dict[str, Any]:
+    if predictor.device.type != "cuda":
+        return {}
+    import torch  # noqa: PLC0415 - loaded already
+
+    free_bytes, total_bytes = torch.cuda.mem_get_info(predictor.device)
+    return {
+        "gpu_name": torch.cuda.get_device_name(predictor.device),
+        "vram_used_bytes": total_bytes - free_bytes,
+        "vram_total_bytes": total_bytes,
+    }

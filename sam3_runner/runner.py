@@ -1,0 +1,73 @@
+"""Sam3Runner: the engine as a BentoML service, which gathers the requests of all API workers into batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bentoml
+from bentoml._internal.marshal import dispatcher
+
+from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentOutcome, SegmentRequest
+
+MAX_BATCH_WAIT_S = 0.005
+"""Longest time that an idle runner waits for company: batches form while it is busy, not by waiting."""
+
+NEVER_S = 1_000_000_000
+
+
+def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool) -> Any:
+    """The service class `Sam3Runner`; one process, since one GPU holds one copy of the weights.
+
+    Args:
+        config: of the engine.
+        timeout_s: longest time that a request may wait and run; the requests' own deadlines are shorter.
+        gpu: asks BentoML for a GPU of the host.
+    """
+    bound_batch_wait()
+
+    @bentoml.service(
+        name="sam3_runner",
+        workers=1,
+        resources={"gpu": 1} if gpu else {},
+        traffic={"timeout": timeout_s},
+        # By default the connection to this service is renewed every 100 calls, killing those in flight.
+        runner_connection={"max_requests": NEVER_S, "max_age": float(NEVER_S)},
+        # Its own address is a private socket; the API worker logs every request once.
+        logging={"access": {"enabled": False}},
+    )
+    class Sam3Runner:
+        def __init__(self) -> None:
+            self._engine = Engine(config)
+            self._engine.start()
+
+        def __is_ready__(self) -> bool:
+            return self._engine.ready
+
+        # Our own deadlines shed late work, with an outcome; BentoML's shedding would be an exception.
+        @bentoml.api(batchable=True, max_batch_size=config.max_batch, max_latency_ms=int(timeout_s * 10_000))
+        def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+            return self._engine.segment(requests)
+
+        # async: answers from the event loop while a batch holds the worker thread.
+        @bentoml.api
+        async def status(self) -> EngineStatus:
+            return self._engine.status()
+
+    return Sam3Runner
+
+
+class BoundedOptimizer(dispatcher.Optimizer):
+    """BentoML's estimate of how long to wait for company, kept from sticking after a burst.
+
+    Unbounded, lone requests wait over a second for minutes after 64 clients came at once.
+    """
+
+    def trigger_refresh(self) -> None:
+        """Learn from the last batches, then bound what was learnt."""
+        super().trigger_refresh()  # type: ignore[no-untyped-call] - bentoml has no types here
+        self.wait: float = min(self.wait, MAX_BATCH_WAIT_S)
+
+
+def bound_batch_wait() -> None:
+    """Make BentoML's dispatchers use `BoundedOptimizer` (a private name of the pinned bentoml 1.4.39)."""
+    dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc] - that is the point

@@ -1,0 +1,197 @@
+"""The only place that reads the environment: every variable typed, read once, validated.
+
+`.env.example` lists the same variables, and a test holds the two together. A wrong value stops the
+start with one sentence that names the variable and the mend.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
+SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
+OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
+"""Variables that start so and are not ours are taken for slips of the pen."""
+
+
+class SettingsError(Exception):
+    """A variable is missing or wrong; the message is the sentence to print."""
+
+
+class Settings(BaseSettings):
+    """Every setting, with its default. The field's name in capitals is the variable's."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    app_env: Literal["development", "production"] = Field(
+        "development", description="production refuses embedded parts that are not asked for by name"
+    )
+    api_secret_key: SecretStr | None = Field(
+        None, description="keys that X-API-Key may hold, comma-separated: two while rotating"
+    )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="CORS: origins of the Edge, comma-separated; none by default"
+    )
+
+    sam3_weights_path: str = Field(
+        "weights/sam3.pt", description="the weights, or the word demo for the embedded demo checkpoint"
+    )
+    sam3_device: Literal["cuda", "cpu"] | None = Field(None, description="default: cuda if there is one")
+    sam3_cpu_threads: int = Field(1, ge=1, le=256, description="of the model, where it runs on the CPU")
+    sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
+    hf_token: SecretStr | None = Field(None, description="reads the gated weights from the Hugging Face hub")
+
+    r2_endpoint: str | None = Field(None, description="https://ACCOUNT.r2.cloudflarestorage.com")
+    r2_access_key_id: SecretStr | None = Field(None, description="of a token limited to the bucket")
+    r2_secret_access_key: SecretStr | None = Field(None, description="of the same token")
+    r2_bucket: str = Field("s3-images", description="holds uploads/ and masks/")
+    r2_public_base_url: str | None = Field(None, description="where browsers read the bucket: mask URLs")
+
+    supabase_url: str | None = Field(None, description="https://PROJECT.supabase.co")
+    supabase_service_key: SecretStr | None = Field(None, description="sb_secret_... or service_role")
+    supabase_mask_column: str | None = Field(None, description="default: found in the table at start")
+
+    embedded_parts: Annotated[tuple[Literal["storage", "results"], ...], NoDecode] = Field(
+        (), description="storage, results: embedded parts that production may use, comma-separated"
+    )
+    data_dir: Path = Field(Path("data"), description="of the embedded storage folder and results file")
+
+    api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
+    max_in_flight: int = Field(
+        256, ge=1, description="requests an API worker works on at once; more are told 429"
+    )
+    request_timeout_s: float = Field(60.0, gt=0, le=600, description="from claim to answer")
+    max_image_bytes: int = Field(10 * 1024 * 1024, ge=1, description="10 MB")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="50 megapixels")
+    max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
+
+    @field_validator("allowed_origins", "embedded_parts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _split_list(value) if isinstance(value, str) else value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise ValueError("must be origins such as https://app.example.com, without a path")
+        return origins
+
+    @field_validator("r2_endpoint", "r2_public_base_url", "supabase_url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with https:// (http:// only for a local server)")
+        return value.rstrip("/") if value else value
+
+    @field_validator("api_secret_key")
+    @classmethod
+    def _keys_are_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and any(len(key) < 16 for key in _split_list(value.get_secret_value())):
+            raise ValueError("each key must have 16 characters or more; `openssl rand -hex 32` makes one")
+        return value
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Settings:
+        for group in (R2_REQUIRED, SUPABASE_REQUIRED):
+            missing = [name for name in group if getattr(self, name) is None]
+            if missing and len(missing) < len(group):
+                raise ValueError(
+                    f"{_variables(missing)} missing beside {_variables(set(group) - set(missing))}: "
+                    "set all of them, or none to use the embedded default"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _production_is_real(self) -> Settings:
+        if self.app_env == "production":
+            for part, real, group in (
+                ("storage", self.uses_r2, R2_REQUIRED),
+                ("results", self.uses_supabase, SUPABASE_REQUIRED),
+            ):
+                if not real and part not in self.embedded_parts:
+                    raise ValueError(
+                        f"{_variables(group)} must be set when APP_ENV=production; "
+                        f"EMBEDDED_PARTS={part} asks for the embedded one"
+                    )
+        if self.api_secret_key is None and not self.is_demo:
+            raise ValueError(
+                "API_SECRET_KEY must be set: `openssl rand -hex 32` makes one. "
+                "Only the embedded demo (SAM3_WEIGHTS_PATH=demo, no R2_*, no SUPABASE_*) starts without"
+            )
+        return self
+
+    @property
+    def uses_r2(self) -> bool:
+        """Storage is R2, not a folder."""
+        return self.r2_endpoint is not None
+
+    @property
+    def uses_supabase(self) -> bool:
+        """Results are Supabase rows, not SQLite's."""
+        return self.supabase_url is not None
+
+    @property
+    def is_demo(self) -> bool:
+        """Everything is embedded: the demo checkpoint, a folder, SQLite, on a developer's machine."""
+        embedded = not self.uses_r2 and not self.uses_supabase
+        return embedded and self.sam3_weights_path == "demo" and self.app_env == "development"
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys that X-API-Key may hold; empty only in the demo, before it made one."""
+        return _split_list(self.api_secret_key.get_secret_value()) if self.api_secret_key else ()
+
+
+def load_settings() -> Settings:
+    """Read the environment and `.env`. Raises `SettingsError`."""
+    _refuse_slips()
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(_sentence(error)) from None  # the original holds values, secrets among them
+
+
+def make_demo_key() -> str:
+    """A random API key for the demo, left in the environment so that child processes share it."""
+    key = secrets.token_hex(16)
+    os.environ["API_SECRET_KEY"] = key
+    return key
+
+
+def _refuse_slips() -> None:
+    known = [name.upper() for name in Settings.model_fields]
+    for name in os.environ:
+        if name.startswith(OWN_PREFIXES) and name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; .env.example lists what there is"
+            raise SettingsError(f"{name} is not a setting of this server{hint}")
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False)[0]
+    if first["type"] == "extra_forbidden":
+        return f"{str(first['loc'][0]).upper()} in .env is not a setting; .env.example lists what there is"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{str(first['loc'][0]).upper()}: {reason}" if first["loc"] else reason
+
+
+def _split_list(value: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in value.split(",") if item.strip())
+
+
+def _variables(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name.upper() for name in names))
