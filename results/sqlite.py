@@ -213,11 +213,15 @@ def _opened(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Autocommit: transactions begin where we say. The store's one thread is not the one that opens.
     db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    _set_wal(db)
-    # No fsync per commit: kill -9 loses nothing, but power loss may take the last transitions back.
-    # The file stays whole, and such a task is claimed again once its lease has run out.
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.execute(_SCHEMA)
+    try:
+        _set_wal(db)
+        # No fsync per commit: kill -9 loses nothing, but power loss may take the last transitions back.
+        # The file stays whole, and such a task is claimed again once its lease has run out.
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(_SCHEMA)
+    except BaseException:  # whatever stops the start, the file is let go
+        db.close()
+        raise
     return db
 
 

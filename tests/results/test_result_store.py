@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
 
@@ -305,13 +306,17 @@ async def test_attempt_key_is_the_stores_own(opened: Opened, task: Task) -> None
 
 async def test_times_tell_the_last_change(opened: Opened, task: Task) -> None:
     """`updated_at` moves with every write, `created_at` never; both are in UTC."""
-    created = await row_of(opened, task)
+    rows = [await row_of(opened, task)]
     opened.advance_clock(10)
-    await claimed(opened.store, task)
-    row = await row_of(opened, task)
-    assert row.created_at == created.created_at
-    assert row.updated_at - created.updated_at >= timedelta(seconds=10)
-    assert row.updated_at.tzinfo == UTC
+    claim = await claimed(opened.store, task)
+    rows.append(await row_of(opened, task))
+    opened.advance_clock(10)
+    await finish(opened.store, claim)
+    rows.append(await row_of(opened, task))
+    assert {row.created_at for row in rows} == {rows[0].created_at}
+    for earlier, later in pairwise(rows):
+        assert later.updated_at - earlier.updated_at >= timedelta(seconds=10)
+    assert rows[0].created_at.tzinfo == rows[0].updated_at.tzinfo == UTC
 
 
 async def test_one_of_many_concurrent_claims_wins(opened: Opened, task: Task) -> None:

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from results import Claim, ResultsUnavailable, SqliteResults, Task, TaskInProgress
+from results import Claim, ResultsUnavailable, SqliteResults, StoredResult, Task, TaskInProgress
 
 pytestmark = pytest.mark.anyio
 
@@ -64,21 +64,21 @@ def test_one_claim_wins_across_processes(tmp_path: Path, *, new_file: bool) -> N
     """Of 20 claims of one new task in 4 processes that start together, exactly one wins."""
     path = tmp_path / "results.db"
     if not new_file:
-        SqliteResults(path, 60)
+        asyncio.run(SqliteResults(path, 60).close())
     for _ in range(3):
         answers = answers_of_processes(path, str(uuid4()), 4)
         assert sorted(answers) == ["Claim"] + ["TaskInProgress"] * 19
 
 
 OPENER = """
-import multiprocessing, sys
+import asyncio, multiprocessing, sys
 from pathlib import Path
 from results import SqliteResults
 
 def open_all(together, folder):
     for number in range(50):
         together.wait(20)
-        SqliteResults(Path(folder) / f"{number}.db", 60)
+        asyncio.run(SqliteResults(Path(folder) / f"{number}.db", 60).close())
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("fork")
@@ -121,6 +121,38 @@ async def test_rows_outlive_the_process(tmp_path: Path) -> None:
     with pytest.raises(TaskInProgress):
         await second.claim(task)
     await second.close()
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from results import SqliteResults, Task
+
+async def main():
+    store = SqliteResults(Path(sys.argv[1]), 60)
+    claim = await store.claim(Task(sys.argv[2], "user-1", "uploads/user-1/cat", "cat"))
+    await store.update_result(claim.task_id, "mask", ["cat"], {}, attempt_id=claim.attempt_id)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_finished_task_survives_a_kill(tmp_path: Path) -> None:
+    """What was answered before a kill -9 is there after it."""
+    task = new_task()
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "results.db"), task.task_id]
+    assert subprocess.run(command, check=False).returncode == -9
+
+    async def result_after() -> Claim | StoredResult:
+        store = SqliteResults(tmp_path / "results.db", 60)
+        try:
+            return await store.claim(task)
+        finally:
+            await store.close()
+
+    assert asyncio.run(result_after()) == StoredResult(task.task_id, "mask", ["cat"], {})
 
 
 async def test_clock_set_back_does_not_lock_a_task(tmp_path: Path) -> None:
