@@ -145,6 +145,11 @@ class Settings(BaseSettings):
         return self.supabase_url is not None
 
     @property
+    def wants_gpu(self) -> bool:
+        """Ask BentoML for a GPU: none is refused, and none was seen to be missing."""
+        return self.sam3_device != "cpu" and Path("/dev/nvidiactl").exists()
+
+    @property
     def is_demo(self) -> bool:
         """Everything is embedded: the demo checkpoint, a folder, SQLite, on a developer's machine."""
         embedded = not self.uses_r2 and not self.uses_supabase

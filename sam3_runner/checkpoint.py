@@ -11,6 +11,8 @@ from sam3_runner.errors import WeightsError
 
 DEMO_FOLDER = Path(__file__).parent / "demo_checkpoint"
 DEFAULT_WEIGHTS_PATH = "weights/sam3.pt"
+SCORE_THRESHOLD = 0.5
+"""Instances above it are kept: `confidence_threshold` of the official Sam3Processor."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, Checkpoint, find_checkpoint
+from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, SCORE_THRESHOLD, Checkpoint, find_checkpoint
 from sam3_runner.errors import ModelNotLoaded
 from sam3_runner.images import SquareImage, squash, to_rgb
 from sam3_runner.instances import Instance, PredictResult
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-SCORE_THRESHOLD = 0.5
-"""Instances above it are kept: `confidence_threshold` of the official Sam3Processor."""
 
 PAIRS_PER_PASS = 16
 """(image, prompt) pairs decoded at once; bounds the memory of the fusion encoder."""

@@ -62,12 +62,14 @@ class BoundedOptimizer(dispatcher.Optimizer):
     Unbounded, lone requests wait over a second for minutes after 64 clients came at once.
     """
 
+    wait: float  # type: ignore[assignment]
+
     def trigger_refresh(self) -> None:
         """Learn from the last batches, then bound what was learnt."""
-        super().trigger_refresh()  # type: ignore[no-untyped-call] - bentoml has no types here
-        self.wait: float = min(self.wait, MAX_BATCH_WAIT_S)
+        super().trigger_refresh()  # type: ignore[no-untyped-call]
+        self.wait = min(self.wait, MAX_BATCH_WAIT_S)
 
 
 def bound_batch_wait() -> None:
     """Make BentoML's dispatchers use `BoundedOptimizer` (a private name of the pinned bentoml 1.4.39)."""
-    dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc] - that is the point
+    dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc]

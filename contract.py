@@ -1,0 +1,264 @@
+"""What crosses HTTP: requests, answers, and the table from errors to codes and statuses."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+import results
+import sam3_runner
+import storage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_PROMPTS = 10
+RETRY_AFTER_S = 2
+"""Told to callers that meet a full or loading server."""
+
+
+class OverloadedError(Exception):
+    """More requests are in flight than this worker takes."""
+
+
+class TaskMismatchError(Exception):
+    """The task is done, but for other prompts: the caller has used its id twice."""
+
+
+def _is_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must hold more than white space")
+    if not text.isprintable():
+        raise ValueError("must hold no control characters")
+    return text
+
+
+Prompt = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=200, description="a noun phrase, at most 32 tokens", examples=["red circle"]
+    ),
+    AfterValidator(_is_text),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    image_url: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=2048,
+            description="where the Edge stored the image: a URL of our bucket, or its bare key",
+            examples=["uploads/user-1/0b0f5c7e"],
+        ),
+    ]
+    user_id: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="owner of the image and of the task")
+    ]
+    task_id: Annotated[UUID, Field(description="id of the row in segmentation_results")]
+
+
+class PredictRequest(_Request):
+    """One image, one prompt."""
+
+    text_prompt: Prompt
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts, as a batch has them."""
+        return [self.text_prompt]
+
+
+class BatchRequest(_Request):
+    """One image, several prompts: the image is fetched and encoded once."""
+
+    prompts: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        return self.prompts
+
+
+class InstanceModel(BaseModel):
+    """One object that was found."""
+
+    label: str = Field(description="the prompt that found it")
+    score: float = Field(description="0.5 to 1")
+    box: tuple[float, float, float, float] = Field(description="x0, y0, x1, y1 in px of the image")
+    area: int = Field(description="px of its mask")
+
+
+class PredictResponse(BaseModel):
+    """Every instance of one prompt."""
+
+    task_id: str
+    mask_url: str = Field(description="PNG of the image's size, 0 or 255: the union of the instances")
+    labels: list[str] = Field(description="the prompt if it was found, else nothing")
+    inference_time_ms: float = Field(
+        description="time of the model's pass that held this image; in a batch, the prompt's equal share"
+    )
+    confidence: float = Field(description="the best score, 0.0 when nothing was found")
+    instances: list[InstanceModel] = Field(description="best score first")
+    image_width: int = Field(description="px, as a viewer shows the image (EXIF orientation applied)")
+    image_height: int
+
+
+class BatchResponse(BaseModel):
+    """The results of several prompts, in their order."""
+
+    task_id: str
+    results: list[PredictResponse]
+    total_inference_time_ms: float
+
+
+class Health(BaseModel):
+    """The state of the model and of its GPU."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    status: Literal["ok", "loading", "error"]
+    model_loaded: bool
+    gpu_available: bool
+    gpu_name: str | None = None
+    vram_used_mb: int | None = None
+    vram_total_mb: int | None = None
+
+
+class Limits(BaseModel):
+    """What requests may hold."""
+
+    max_image_bytes: int
+    max_image_pixels: int
+    max_prompts: int = MAX_PROMPTS
+    max_prompt_characters: int = 200
+    max_prompt_tokens: int = 32
+    image_formats: list[str] = ["image/png", "image/jpeg", "image/webp"]
+
+
+class ModelInfo(BaseModel):
+    """What is loaded."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: Literal["SAM3"] = "SAM3"
+    model_version: str = Field(description="of this server")
+    checkpoint: str = Field(description="`demo`, or the name of the weights")
+    demo: bool = Field(description="the embedded demo checkpoint: it knows coloured shapes only")
+    parameters: int = Field(description="counted")
+    weights_size_gb: float
+    device: str
+    dtype: str = Field(description="of the large matrix products; scores and boxes are float32")
+    input_size: int = Field(description="side of the square that the model sees, px")
+    score_threshold: float
+    limits: Limits
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str
+    message: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+    request_id: str
+
+
+ERRORS: dict[type[Exception], tuple[str, HTTPStatus]] = {
+    OverloadedError: ("OVERLOADED", HTTPStatus.TOO_MANY_REQUESTS),
+    TaskMismatchError: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
+    TimeoutError: ("DEADLINE_EXCEEDED", HTTPStatus.GATEWAY_TIMEOUT),
+    sam3_runner.DeadlineExceeded: ("DEADLINE_EXCEEDED", HTTPStatus.GATEWAY_TIMEOUT),
+    sam3_runner.InferenceFailed: ("INFERENCE_FAILED", HTTPStatus.INTERNAL_SERVER_ERROR),
+    sam3_runner.ModelNotLoaded: ("MODEL_NOT_LOADED", HTTPStatus.SERVICE_UNAVAILABLE),
+    sam3_runner.PromptTooLong: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
+    sam3_runner.UnsupportedImage: ("UNSUPPORTED_IMAGE", HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
+    storage.ImageUrlInvalid: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
+    storage.ImageUrlForbidden: ("FORBIDDEN", HTTPStatus.FORBIDDEN),
+    storage.ObjectNotFound: ("IMAGE_NOT_FOUND", HTTPStatus.NOT_FOUND),
+    storage.ObjectTooLarge: ("FILE_TOO_LARGE", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    storage.StorageUnavailable: ("STORAGE_UNAVAILABLE", HTTPStatus.BAD_GATEWAY),
+    results.TaskNotFound: ("TASK_NOT_FOUND", HTTPStatus.NOT_FOUND),
+    results.TaskInProgress: ("TASK_IN_PROGRESS", HTTPStatus.CONFLICT),
+    results.AttemptLost: ("TASK_IN_PROGRESS", HTTPStatus.CONFLICT),
+    results.ResultsUnavailable: ("RESULTS_UNAVAILABLE", HTTPStatus.BAD_GATEWAY),
+}
+"""Every error that a request can meet. What is not here is INTERNAL_ERROR, 500."""
+
+CODES_BY_STATUS: dict[int, str] = {
+    400: "INVALID_REQUEST",
+    401: "AUTH_REQUIRED, AUTH_INVALID",
+    403: "FORBIDDEN",
+    404: "IMAGE_NOT_FOUND, TASK_NOT_FOUND",
+    409: "TASK_IN_PROGRESS",
+    413: "FILE_TOO_LARGE",
+    415: "UNSUPPORTED_IMAGE",
+    429: "OVERLOADED (with Retry-After)",
+    500: "INFERENCE_FAILED, INTERNAL_ERROR",
+    502: "STORAGE_UNAVAILABLE, RESULTS_UNAVAILABLE",
+    503: "MODEL_NOT_LOADED (with Retry-After)",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+class Failure(Exception):
+    """An error as a caller sees it: `code`, `status`, a message without secrets, and when to come back."""
+
+    def __init__(
+        self, code: str, status: HTTPStatus, message: str, *, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """The failure that `error` is to a caller, by `ERRORS`."""
+        if isinstance(error, Failure):
+            return error
+        for kind in type(error).__mro__:
+            if kind in ERRORS:
+                code, status = ERRORS[kind]
+                message = str(error) or "the request took too long"
+                return cls(code, status, message, retry_after_s=_retry_after_s(error, status))
+        return cls("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on our side")
+
+    def body(self, request_id: str) -> ErrorResponse:
+        """The answer's body."""
+        return ErrorResponse(error=ErrorDetail(code=self.code, message=self.message), request_id=request_id)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`Retry-After`, where it helps."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+def _retry_after_s(error: Exception, status: HTTPStatus) -> float | None:
+    if isinstance(error, results.TaskInProgress):
+        return error.retry_after_s
+    busy = status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
+    return RETRY_AFTER_S if busy else None
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
+    """What a route's documentation says of its errors."""
+    return {status: {"model": ErrorResponse, "description": CODES_BY_STATUS[status]} for status in statuses}
+
+
+def invalid_request(errors: Iterator[dict[str, object]]) -> Failure:
+    """The failure of a request that does not fit its model: names the first field, never its value."""
+    first = next(errors)
+    location = [str(part) for part in first["loc"]][1:]  # type: ignore[attr-defined]
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    return Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, f"{'.'.join(location) or 'the body'}: {reason}")

@@ -1,0 +1,237 @@
+"""The one path of a task: claim the row, fetch the image, segment it, store the masks, settle the row.
+
+The row is the result and the HTTP answer a courtesy: once begun, the work goes on whether or not the
+caller still listens, and a claimed row ends as `done` or `error`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from contract import (
+    BatchResponse,
+    Failure,
+    InstanceModel,
+    OverloadedError,
+    PredictResponse,
+    TaskMismatchError,
+)
+from results import ResultsError, StoredResult, Task
+from sam3_runner import ModelNotLoaded
+from sam3_runner.images import decode_image, encode_png, squash
+from sam3_runner.instances import union_mask
+from sam3_runner.prompts import PromptTokenizer
+from storage import mask_key
+
+if TYPE_CHECKING:
+    from contract import BatchRequest, PredictRequest
+    from results import Claim, ResultStore
+    from sam3_runner import PredictResult
+    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.client import RunnerClient
+    from sam3_runner.images import SquareImage
+    from settings import Settings
+    from storage import ObjectStore
+
+logger = logging.getLogger("bentoml.sam3")
+
+IMAGE_SLOTS = 4
+"""Images that a worker holds as bytes or pixels at once: up to 150 MB each at 50 megapixels."""
+
+UNION = "union"
+
+
+class Pipeline:
+    """Runs the tasks of one API worker.
+
+    Args:
+        settings: limits and times.
+        checkpoint: tells the model's input size and tokenizer.
+        objects: images in, masks out.
+        rows: the tasks' rows.
+        runner: the model.
+        model_version: written to the row.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        *,
+        objects: ObjectStore,
+        rows: ResultStore,
+        runner: RunnerClient,
+        model_version: str,
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = PromptTokenizer(checkpoint.folder)
+        self._input_side_px = checkpoint.input_side_px
+        self._objects = objects
+        self._rows = rows
+        self._runner = runner
+        self._model_version = model_version
+        self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
+        self._running: set[asyncio.Task[BatchResponse]] = set()
+
+    async def run(self, request: PredictRequest | BatchRequest) -> BatchResponse:
+        """Do the task, or give its stored result when it is done already.
+
+        Raises `Failure`, and nothing else.
+        """
+        try:
+            self._tokenizer.encode(request.texts)
+            await self._check_capacity()
+        except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
+            raise Failure.of(error) from error
+        running = asyncio.create_task(self._run(request))
+        self._running.add(running)
+        running.add_done_callback(self._finished)
+        # Shielded: a caller that hangs up ends its request, not the task.
+        return await asyncio.shield(running)
+
+    async def close(self) -> None:
+        """Let the running tasks end, then close the stores."""
+        if self._running:
+            logger.info("finishing %d tasks before the stop", len(self._running))
+            await asyncio.wait(self._running, timeout=self._settings.request_timeout_s)
+        await self._rows.close()
+
+    async def _check_capacity(self) -> None:
+        """Refuse before anything is claimed, so that the row stays as it was for the next try."""
+        if len(self._running) >= self._settings.max_in_flight:
+            raise OverloadedError(f"{len(self._running)} requests are in flight; try again later")
+        status = await self._runner.status()
+        if status.state != "ok":
+            raise ModelNotLoaded(status.error or "the model is loading")
+
+    async def _run(self, request: PredictRequest | BatchRequest) -> BatchResponse:
+        task = Task(
+            task_id=str(request.task_id),
+            user_id=request.user_id,
+            source_image_url=request.image_url,
+            text_prompt=", ".join(request.texts),
+        )
+        try:
+            claim = await self._rows.claim(task)
+            if isinstance(claim, StoredResult):
+                return _replay(claim, request.texts)
+            return await self._settle(claim, task, request.texts)
+        except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
+            raise Failure.of(error) from error
+
+    async def _settle(self, claim: Claim, task: Task, prompts: list[str]) -> BatchResponse:
+        """Do the work and end the claimed row as `done` or `error`. The only place that does."""
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                response, mask_url = await self._work(task, prompts)
+        except Exception as error:  # whatever it is, the row must end
+            failure = Failure.of(error)
+            if failure.code == "INTERNAL_ERROR":
+                logger.exception("task %s failed", task.task_id)
+            await self._end_with_error(claim, failure)
+            raise
+        await self._rows.update_result(
+            task.task_id,
+            mask_url,
+            _labels(response),
+            self._metadata(response, prompts),
+            attempt_id=claim.attempt_id,
+        )
+        return response
+
+    async def _end_with_error(self, claim: Claim, failure: Failure) -> None:
+        try:
+            await self._rows.update_status(
+                claim.task_id, "error", attempt_id=claim.attempt_id, error_message=failure.message
+            )
+        except ResultsError as error:
+            logger.error(  # noqa: TRY400 - the sentence says it all
+                "task %s failed with %s, and its row could not be told: %s",
+                claim.task_id,
+                failure.code,
+                error,
+            )
+
+    async def _work(self, task: Task, prompts: list[str]) -> tuple[BatchResponse, str]:
+        """The response, and the URL of the mask that stands for the whole task."""
+        deadline_s = time.monotonic() + self._settings.request_timeout_s
+        image = await self._fetch(task)
+        found, inference_ms = await self._runner.segment(image, prompts, deadline_s)
+        urls = await asyncio.gather(
+            *(self._store_mask(task, str(index), [result]) for index, result in enumerate(found))
+        )
+        task_url = urls[0] if len(found) == 1 else await self._store_mask(task, UNION, found)
+        answers = [
+            _answer(task.task_id, url, result, round(inference_ms / len(found), 1))
+            for url, result in zip(urls, found, strict=True)
+        ]
+        total_ms = round(inference_ms, 1)
+        response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
+        return response, task_url
+
+    async def _fetch(self, task: Task) -> SquareImage:
+        async with self._image_slots:
+            data = await self._objects.download_image(
+                task.source_image_url, task.user_id, self._settings.max_image_bytes
+            )
+            return await asyncio.to_thread(self._decode, data)
+
+    def _decode(self, data: bytes) -> SquareImage:
+        return squash(decode_image(data, max_pixels=self._settings.max_image_pixels), self._input_side_px)
+
+    async def _store_mask(self, task: Task, name: str, found: list[PredictResult]) -> str:
+        png = await asyncio.to_thread(lambda: encode_png(union_mask(found)))
+        return await self._objects.upload_mask(png, mask_key(task.user_id, task.task_id, name, png))
+
+    def _metadata(self, response: BatchResponse, prompts: list[str]) -> dict[str, object]:
+        return {
+            "model_version": self._model_version,
+            "inference_time_ms": response.total_inference_time_ms,
+            "confidence": max(result.confidence for result in response.results),
+            "prompts": prompts,
+            "results": [result.model_dump(mode="json") for result in response.results],
+        }
+
+    def _finished(self, running: asyncio.Task[BatchResponse]) -> None:
+        self._running.discard(running)
+        # Reading the exception keeps asyncio from complaining when the caller is gone.
+        if not running.cancelled() and isinstance(failure := running.exception(), Failure):
+            logger.info("a task ended with %s", failure.code)
+
+
+def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:
+    instances = [
+        InstanceModel(label=result.prompt, score=instance.score, box=instance.box, area=instance.area_px)
+        for instance in result.instances
+    ]
+    return PredictResponse(
+        task_id=task_id,
+        mask_url=mask_url,
+        labels=[result.prompt] if instances else [],
+        inference_time_ms=inference_ms,
+        confidence=result.confidence,
+        instances=instances,
+        image_width=result.image_width,
+        image_height=result.image_height,
+    )
+
+
+def _labels(response: BatchResponse) -> list[str]:
+    """The prompts that were found, each once, in their order."""
+    return list(dict.fromkeys(label for result in response.results for label in result.labels))
+
+
+def _replay(stored: StoredResult, prompts: list[str]) -> BatchResponse:
+    """The answer of a task that is done. Raises `TaskMismatchError` when it was done for other prompts."""
+    if stored.metadata.get("prompts") != prompts:
+        raise TaskMismatchError("this task is done already, for other prompts")
+    return BatchResponse.model_validate(
+        {
+            "task_id": stored.task_id,
+            "results": stored.metadata["results"],
+            "total_inference_time_ms": stored.metadata["inference_time_ms"],
+        }
+    )

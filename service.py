@@ -1,0 +1,256 @@
+"""The Bento: the four routes, and the wiring of the three packages.
+
+A request travels: key checked (gate.py) -> body validated (contract.py) -> pipeline.py: row claimed
+(results), image fetched (storage), decoded, segmented (sam3_runner, in its own process), masks stored,
+row settled -> answer. Errors climb untouched and become answers by one table (contract.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+from fastapi import FastAPI, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import APIKeyHeader
+from starlette.exceptions import HTTPException
+
+from contract import (
+    BatchRequest,
+    BatchResponse,
+    Failure,
+    Health,
+    Limits,
+    ModelInfo,
+    PredictRequest,
+    PredictResponse,
+    error_responses,
+    invalid_request,
+)
+from gate import Gate
+from pipeline import Pipeline
+from results import SqliteResults
+from sam3_runner import ModelNotLoaded, WeightsError
+from sam3_runner.checkpoint import SCORE_THRESHOLD, find_checkpoint
+from sam3_runner.client import RunnerClient
+from sam3_runner.engine import EngineConfig
+from sam3_runner.runner import runner_service
+from settings import Settings, SettingsError, load_settings, make_demo_key
+from storage import LocalFolder
+
+if TYPE_CHECKING:
+    from results import ResultStore
+    from storage import ObjectStore
+
+logger = logging.getLogger("bentoml.sam3")
+
+VERSION = "0.1.0"
+LEASE_S = 180.0
+"""After it a claimed task may be taken over; longer than any request may take."""
+
+STOP_MARGIN_S = 15.0
+"""BentoML's own timeout lies this far behind ours, which settles the row and says what happened."""
+
+
+def _settings_or_defaults() -> Settings:
+    """A Bento is built, and this module imported, where no secret is; `announce` checks before serving."""
+    try:
+        return load_settings()
+    except SettingsError:
+        return Settings.model_construct()
+
+
+settings = _settings_or_defaults()
+
+app = FastAPI(
+    title="SAM3 inference backend",
+    version=VERSION,
+    description="Segments every instance of a text concept in an image, with Meta's SAM 3.",
+    openapi_url="/docs.json",
+    docs_url=None,
+    redoc_url=None,
+)
+app.add_middleware(Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+if settings.allowed_origins:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.allowed_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"],
+        expose_headers=["X-Request-ID", "Retry-After"],
+    )
+
+# Gate checks the key; this tells the documentation that there is one.
+NEEDS_KEY = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
+PREDICT_ERRORS = error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 502, 503, 504)
+
+Sam3Runner = runner_service(
+    EngineConfig(
+        weights_path=settings.sam3_weights_path,
+        device=settings.sam3_device,
+        cpu_threads=settings.sam3_cpu_threads,
+        max_batch=settings.sam3_max_batch,
+    ),
+    timeout_s=settings.request_timeout_s + STOP_MARGIN_S,
+    gpu=settings.wants_gpu,
+)
+
+
+@bentoml.service(
+    name="sam3",
+    workers=settings.api_workers,
+    traffic={"timeout": settings.request_timeout_s + STOP_MARGIN_S},
+    logging={"access": {"enabled": False}},
+)
+@bentoml.asgi_app(app)
+class SegmentationService:
+    """Text-prompted segmentation over HTTP."""
+
+    runner = bentoml.depends(Sam3Runner)
+
+    def __init__(self) -> None:
+        self._runner = RunnerClient(self.runner)
+        self._pipeline = Pipeline(
+            settings,
+            find_checkpoint(settings.sam3_weights_path),
+            objects=open_storage(settings),
+            rows=open_results(settings),
+            runner=self._runner,
+            model_version=VERSION,
+        )
+
+    @bentoml.on_deployment
+    @staticmethod
+    def announce() -> None:
+        """Check everything once, before any process starts; say what will be used."""
+        try:
+            checked = load_settings()
+            checkpoint = find_checkpoint(checked.sam3_weights_path)
+        except (SettingsError, WeightsError) as error:
+            sys.exit(f"cannot start: {error}")
+        logger.info("storage: %s", open_storage(checked).describe())
+        logger.info("results: %s", open_results(checked).describe())
+        logger.info("weights: %s", checkpoint.folder)
+        if not checked.api_keys:
+            # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.
+            sys.stderr.write(f"embedded demo: X-API-Key for this run is {make_demo_key()}\n")
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        """Finish what was claimed."""
+        await self._pipeline.close()
+
+    @app.get("/health", tags=["state"], response_model_exclude_none=True)
+    async def health(self) -> Health:
+        """Is the model loaded, and how full is its GPU. Needs no key; always 200."""
+        status = await self._runner.status()
+        return Health(
+            status=status.state,
+            model_loaded=status.state == "ok",
+            gpu_available=status.gpu_name is not None,
+            gpu_name=status.gpu_name,
+            vram_used_mb=_mb(status.vram_used_bytes),
+            vram_total_mb=_mb(status.vram_total_bytes),
+        )
+
+    @app.post("/api/v1/predict", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS)
+    async def predict(self, body: PredictRequest) -> PredictResponse:
+        """Find every instance of one concept in an image; settle the task's row."""
+        return (await self._pipeline.run(body)).results[0]
+
+    @app.post(
+        "/api/v1/predict/batch", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS
+    )
+    async def predict_batch(self, body: BatchRequest) -> BatchResponse:
+        """Find several concepts in one image, which is fetched and encoded once; settle the task's row."""
+        return await self._pipeline.run(body)
+
+    @app.get(
+        "/api/v1/model/info", tags=["state"], dependencies=NEEDS_KEY, responses=error_responses(401, 503)
+    )
+    async def model_info(self) -> ModelInfo:
+        """What is loaded, and what requests may hold."""
+        status = await self._runner.status()
+        if status.state != "ok":
+            raise Failure.of(ModelNotLoaded(status.error or "the model is loading"))
+        return ModelInfo(
+            model_version=VERSION,
+            checkpoint=status.checkpoint,
+            demo=status.demo,
+            parameters=status.parameters,
+            weights_size_gb=round((status.weights_bytes or 0) / 1e9, 4),
+            device=status.device,
+            dtype=status.dtype,
+            input_size=status.input_side_px,
+            score_threshold=SCORE_THRESHOLD,
+            limits=Limits(
+                max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
+            ),
+        )
+
+
+@app.get("/", include_in_schema=False)
+async def swagger_page() -> HTMLResponse:
+    """Swagger UI from the assets that BentoML serves; BentoML's own page loads a tag manager."""
+    return get_swagger_ui_html(
+        openapi_url="docs.json",
+        title=app.title,
+        swagger_js_url="static_content/swagger-ui-bundle.js",
+        swagger_css_url="static_content/swagger-ui.css",
+        swagger_favicon_url="static_content/favicon-light-32x32.png",
+    )
+
+
+@app.exception_handler(Failure)
+async def answer_failure(request: Request, failure: Failure) -> JSONResponse:
+    """The body of every error."""
+    body = failure.body(request.state.request_id).model_dump()
+    return JSONResponse(body, status_code=failure.status, headers=failure.headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """A body that does not fit its model."""
+    return await answer_failure(request, invalid_request(iter(error.errors())))
+
+
+@app.exception_handler(HTTPException)
+async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """What the framework refuses by itself: a wrong method, a body that cannot be parsed."""
+    status = HTTPStatus(error.status_code)
+    code = "INVALID_REQUEST" if status == HTTPStatus.BAD_REQUEST else status.name
+    return await answer_failure(request, Failure(code, status, str(error.detail)))
+
+
+def _openapi() -> dict[str, Any]:
+    """FastAPI's description, without the 422 that this server never sends."""
+    schema = FastAPI.openapi(app)
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    return schema
+
+
+app.openapi = _openapi  # type: ignore[method-assign]
+
+
+def open_storage(settings: Settings) -> ObjectStore:
+    """The store that the settings name."""
+    return LocalFolder(settings.data_dir / "storage")
+
+
+def open_results(settings: Settings) -> ResultStore:
+    """The rows that the settings name."""
+    return SqliteResults(settings.data_dir / "results.sqlite", lease_s=LEASE_S)
+
+
+def _mb(size_bytes: int | None) -> int | None:
+    return None if size_bytes is None else size_bytes // 2**20
