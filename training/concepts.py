@@ -1,0 +1,159 @@
+"""What may be asked of a scene: "red circle", "circle", "red shape", and words that mean nothing here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer
+
+from sam3_runner.prompts import PromptTokenizer
+from training.scenes import COLOURS, MAX_OBJECTS, SHAPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training.scenes import Pictures, Scenes
+
+CHECKPOINT_FOLDER = Path(__file__).parent.parent / "sam3_runner" / "demo_checkpoint"
+
+PROMPTS_PER_SCENE = 4
+PRESENT_PER_SCENE = 3
+"""The first three prompts of a scene name something in it, the last one nothing: a quarter is absent."""
+
+KINDS = ("colour shape", "shape", "any shape of a colour")
+CONCEPT_COUNT = len(COLOURS) * len(SHAPES) + len(SHAPES) + len(COLOURS)
+_FIRST_SHAPE = len(COLOURS) * len(SHAPES)
+_FIRST_COLOUR = _FIRST_SHAPE + len(SHAPES)
+
+PROMPT_UNIFORMS = PRESENT_PER_SCENE * (MAX_OBJECTS + 1) + CONCEPT_COUNT
+_KIND_SHARE = (0.4, 0.3, 0.3)
+_NEAR_MISS_WEIGHT = 5.0
+_TOKENS = 8
+"""Tokens of the longest training prompt, padded; the served 32 give the same answer, since padding is masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Four prompts for each of B scenes.
+
+    Attributes:
+        concept: (B, 4) int64.
+        wanted: (B, 4, 7) bool, visible objects that the prompt means.
+        valid: (B, 4) bool, False for a scene in which nothing counts.
+    """
+
+    concept: Tensor
+    wanted: Tensor
+    valid: Tensor
+
+
+def kind_of(concept: int) -> str:
+    """Which of `KINDS` a concept is."""
+    return KINDS[(concept >= _FIRST_SHAPE) + (concept >= _FIRST_COLOUR)]
+
+
+def name_of(concept: int, *, plural: bool) -> str:
+    """The plain name of a concept: "red circle", "crosses", "blue shapes"."""
+    if concept < _FIRST_SHAPE:
+        colour, shape = divmod(concept, len(SHAPES))
+        words = [list(COLOURS)[colour], SHAPES[shape]]
+    elif concept < _FIRST_COLOUR:
+        words = [SHAPES[concept - _FIRST_SHAPE]]
+    else:
+        words = [list(COLOURS)[concept - _FIRST_COLOUR], "shape"]
+    if plural:
+        words[-1] += "es" if words[-1].endswith("s") else "s"
+    return " ".join(words)
+
+
+def phrases(concept: int) -> list[str]:
+    """Ways to ask for a concept, the plain ones twice: each is as likely in training."""
+    one, many = name_of(concept, plural=False), name_of(concept, plural=True)
+    article = "an" if one[0] == "o" else "a"
+    return [one, one, many, many, f"{article} {one}", f"the {one}", f"the {many}", f"all {many}"]
+
+
+def ask(scenes: Scenes, pictures: Pictures, uniforms: Tensor) -> Asked:
+    """Choose prompts with the help of (B, `PROMPT_UNIFORMS`) uniform numbers."""
+    meant = _meaning(uniforms.device)[:, scenes.colour, scenes.shape].transpose(0, 1)
+    meant &= pictures.visible[:, None]
+    picks, absent = uniforms.split([PROMPT_UNIFORMS - CONCEPT_COUNT, CONCEPT_COUNT], dim=1)
+    picks = picks.unflatten(1, (PRESENT_PER_SCENE, MAX_OBJECTS + 1))
+    target = (picks[..., :-1] + pictures.counted[:, None]).argmax(dim=-1)
+    colour, shape = scenes.colour.gather(1, target), scenes.shape.gather(1, target)
+    both, bare_shape = _KIND_SHARE[0], _KIND_SHARE[0] + _KIND_SHARE[1]
+    kind = picks[..., -1]
+    concept = torch.where(kind < bare_shape, _FIRST_SHAPE + shape, _FIRST_COLOUR + colour)
+    concept = torch.where(kind < both, colour * len(SHAPES) + shape, concept)
+    missing = _choose_absent(meant, absent)
+    concept = torch.cat([concept, missing[:, None]], dim=1)
+    wanted = meant.gather(1, concept[..., None].expand(-1, -1, MAX_OBJECTS))
+    valid = pictures.counted.any(dim=1, keepdim=True).expand(-1, PROMPTS_PER_SCENE)
+    return Asked(concept=concept, wanted=wanted, valid=valid)
+
+
+class PromptTokens:
+    """Token ids of every phrase of every concept, and of words that mean nothing here."""
+
+    def __init__(self, device: str, folder: Path = CHECKPOINT_FOLDER) -> None:
+        tokenizer = PromptTokenizer(folder)
+        encoded = tokenizer.encode([phrase for concept in range(CONCEPT_COUNT) for phrase in phrases(concept)])
+        ids = torch.from_numpy(encoded.ids)[:, :_TOKENS]
+        self._ids = ids.unflatten(0, (CONCEPT_COUNT, -1)).to(device)
+        self._lengths = torch.from_numpy(encoded.valid).sum(dim=1).unflatten(0, (CONCEPT_COUNT, -1)).to(device)
+        self._end = int(ids[0, -1])
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def encode(self, concept: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, 8) ids and validity of concepts (P,), phrased by uniform numbers (P, 1)."""
+        phrase = (uniforms[:, 0] * self._ids.shape[1]).long()
+        return self._with_validity(self._ids[concept, phrase], self._lengths[concept, phrase])
+
+    def encode_unknown(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, 8) ids and validity of one to three random tokens, half of them after a colour; needs (P, 6)."""
+        word = (uniforms[:, 2:5] * self._end).long().clamp(max=self._end - 2)
+        colour = _FIRST_COLOUR + (uniforms[:, 5] * len(COLOURS)).long()
+        coloured = uniforms[:, 0] < 0.5
+        ids = torch.full((len(uniforms), _TOKENS), self._end, device=uniforms.device)
+        ids[:, 0] = self._ids[0, 0, 0]
+        ids[:, 1:4] = word
+        ids[:, 1] = torch.where(coloured, self._ids[colour, 0, 1], ids[:, 1])
+        words = torch.where(coloured, 2, 1) + (uniforms[:, 1] * 2.0).long()
+        ids = torch.where(torch.arange(_TOKENS, device=ids.device) > words[:, None], self._end, ids)
+        return self._with_validity(ids, words + 2)
+
+    def read(self, ids: Tensor) -> list[str]:
+        """The texts of (P, 8) ids."""
+        return self._tokenizer.decode_batch(ids.tolist())
+
+    def _with_validity(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, torch.arange(_TOKENS, device=ids.device) < lengths[:, None]
+
+
+def _meaning(device: torch.device) -> Tensor:
+    """(concepts, colours, shapes) bool: does the concept mean an object of this colour and shape."""
+    table = torch.zeros(CONCEPT_COUNT, len(COLOURS), len(SHAPES), dtype=torch.bool)
+    for concept in range(CONCEPT_COUNT):
+        if concept < _FIRST_SHAPE:
+            table[(concept, *divmod(concept, len(SHAPES)))] = True
+        elif concept < _FIRST_COLOUR:
+            table[concept, :, concept - _FIRST_SHAPE] = True
+        else:
+            table[concept, concept - _FIRST_COLOUR] = True
+    return table.to(device)
+
+
+def _choose_absent(meant: Tensor, uniforms: Tensor) -> Tensor:
+    """(B,) concepts that nothing visible answers, most of them sharing a colour or a shape with something."""
+    present = meant.any(dim=2)
+    near = present[:, _FIRST_COLOUR:, None] | present[:, None, _FIRST_SHAPE:_FIRST_COLOUR]
+    counts = (_FIRST_SHAPE, len(SHAPES), len(COLOURS))
+    per_kind = [torch.full((n,), share / n) for n, share in zip(counts, _KIND_SHARE, strict=True)]
+    weight = torch.cat(per_kind).to(uniforms.device).repeat(len(meant), 1)
+    weight[:, :_FIRST_SHAPE] *= torch.where(near.flatten(1), _NEAR_MISS_WEIGHT, 1.0)
+    # The largest of log(u) / w is a draw in proportion to w.
+    lots = uniforms.clamp(min=1e-9).log() / weight
+    return lots.masked_fill(present, -torch.inf).argmax(dim=1)

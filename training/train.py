@@ -1,0 +1,260 @@
+"""Train the demo checkpoint: `python -m training.train --help`.
+
+One process, one device. Scenes are drawn on the device; batch n of a run depends on the run's seed and
+on n alone. The learning rate follows the clock (`--minutes`) or the count (`--steps`), and ends at zero
+either way. A run that was cut off goes on from its folder when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+from transformers import Sam3Model
+
+from training.architecture import demo_config
+from training.batches import BatchMaker
+from training.learner import answer, hold_positions, losses, match
+from training.score import score_weights
+from training.weights import save_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_EMA_DECAY = 0.9995
+_LOG_STEPS = 100
+VALIDATION_SEED = 700_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A training run's settings."""
+
+    folder: Path = Path("training/runs/demo")
+    init_from: Path | None = None
+    minutes: float = 18.0
+    steps: int | None = None
+    scenes: int = 64
+    rate: float = 6e-4
+    weight_decay: float = 0.03
+    warm_up: float = 0.02
+    decay_from: float = 0.45
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled: bool = True
+    validate_every_s: float = 120.0
+    validate_scenes: int = 512
+    save_every_s: float = 60.0
+
+
+class Trainer:
+    """Model, averaged weights, optimiser and the place in the schedule."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        torch.manual_seed(plan.seed)
+        torch.set_float32_matmul_precision("high")
+        self.model: Any = Sam3Model(demo_config())
+        start_weights(self.model)
+        if plan.init_from is not None:
+            self.model.load_state_dict(load_file(plan.init_from / "model.safetensors"))
+        self.model.to(plan.device)
+        self.averaged: Any = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+        hold_positions(self.model)
+        self._optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, plan.weight_decay),
+            lr=plan.rate,
+            betas=(0.9, 0.98),
+            fused=plan.device == "cuda",
+        )
+        self._batches = BatchMaker(
+            scenes=plan.scenes, seed=plan.seed, device=plan.device, compiled=plan.compiled
+        )
+        wrap: Callable[..., Any] = torch.compile if plan.compiled else lambda function: function
+        self._answer, self._losses, self._match = wrap(answer), wrap(losses), match
+        self.step = 0
+        self.seconds = 0.0
+
+    @property
+    def progress(self) -> float:
+        """0 at the start of the schedule, 1 at its end."""
+        if self.plan.steps is not None:
+            return self.step / self.plan.steps
+        return self.seconds / (60.0 * self.plan.minutes)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One update; returns the losses and the gradient's norm, still on the device."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.plan.rate * self._rate_share()
+        batch = self._batches.make(self.step)
+        with torch.autocast(self.plan.device, torch.bfloat16, enabled=self.plan.device == "cuda"):
+            answers = self._answer(self.model, batch.pixels, batch.ids, batch.ids_valid)
+            chosen = self._match(answers, batch)
+            terms = self._losses(self.model, answers, batch, chosen)
+        torch.stack(list(terms.values())).sum().backward()
+        terms["gradient"] = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._average()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def save(self) -> None:
+        """Write the whole state, for going on, and the averaged weights, for use."""
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        unfinished = self.plan.folder / "state.unfinished"
+        torch.save(state, unfinished)
+        unfinished.replace(self.plan.folder / "state.pt")
+        save_weights(self.averaged, self.plan.folder / "checkpoint")
+
+    def resume(self) -> bool:
+        """Go on from the folder's state, if there is one."""
+        path = self.plan.folder / "state.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.plan.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        return True
+
+    def _rate_share(self) -> float:
+        """Up in a line, level, then down along a cosine to zero."""
+        plan, done = self.plan, min(self.progress, 1.0)
+        if done < plan.warm_up:
+            return max(done / plan.warm_up, 1e-3)
+        if done < plan.decay_from:
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * (done - plan.decay_from) / (1.0 - plan.decay_from))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        keep = min(_EMA_DECAY, self.step / (self.step + 10.0))
+        torch._foreach_lerp_(  # noqa: SLF001 - one launch for all tensors
+            list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - keep
+        )
+
+
+def start_weights(model: Any) -> None:
+    """Begin so that signals keep their size, and so that the queries look at different places."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+    decoder = model.detr_decoder
+    nn.init.normal_(decoder.query_embed.weight, std=1.0)
+    nn.init.zeros_(decoder.box_head.layer3.weight)
+    across, down = torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij")
+    count = decoder.reference_points.num_embeddings
+    place = torch.stack([(across.flatten() + 0.5) / 6, (down.flatten() + 0.5) / 4], dim=1)
+    place = place.repeat(-(-count // len(place)), 1)[:count]
+    decoder.reference_points.weight.data = torch.cat([place, torch.full((count, 2), 0.2)], dim=1).logit()
+    model.mask_decoder.instance_projection.weight.data *= 0.1
+
+
+def train(plan: Plan) -> Path:
+    """Run the plan to its end; returns the folder of the averaged weights."""
+    trainer = Trainer(plan)
+    resumed = trainer.resume()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    log = (plan.folder / "log.jsonl").open("a", encoding="utf-8")
+    log.write(json.dumps({"resumed": resumed, "step": trainer.step, **asdict(plan)}, default=str) + "\n")
+    saved = validated = begun = time.monotonic() - trainer.seconds
+    saved = validated = time.monotonic()
+    with tqdm(total=1.0, initial=min(trainer.progress, 1.0), mininterval=5.0, disable=None) as bar, log:
+        while trainer.progress < 1.0:
+            terms = trainer.train_step()
+            now = time.monotonic()
+            trainer.seconds = now - begun
+            if trainer.step % _LOG_STEPS == 0:
+                values = {name: round(float(term), 4) for name, term in terms.items()}
+                _write(log, step=trainer.step, seconds=round(trainer.seconds, 1), **values)
+                bar.update(min(trainer.progress, 1.0) - bar.n)
+            if now - validated > plan.validate_every_s:
+                validated = now
+                _write(log, step=trainer.step, validation=_validate(trainer))
+            if now - saved > plan.save_every_s:
+                saved = now
+                trainer.save()
+        trainer.save()
+        _write(log, step=trainer.step, finished=True, validation=_validate(trainer))
+    return plan.folder / "checkpoint"
+
+
+def _validate(trainer: Trainer) -> dict[str, dict[str, float | int]]:
+    plan = trainer.plan
+    tallies = score_weights(
+        trainer.averaged, scenes=plan.validate_scenes, seed=VALIDATION_SEED, device=plan.device
+    )
+    return {kind: tally.figures() for kind, tally in tallies.items()}
+
+
+def _write(log: Any, **entry: Any) -> None:
+    log.write(json.dumps(entry) + "\n")
+    log.flush()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and embeddings do not."""
+    decayed = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+    }
+    parameters = list(model.parameters())
+    return [
+        {"params": [each for each in parameters if id(each) in decayed], "weight_decay": weight_decay},
+        {"params": [each for each in parameters if id(each) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def _parse() -> tuple[Plan, Path | None]:
+    default = Plan()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=default.folder, help="state, log and weights of the run")
+    parser.add_argument("--init-from", type=Path, help="begin with the weights of this transformers folder")
+    parser.add_argument("--minutes", type=float, default=default.minutes, help="length by the clock")
+    parser.add_argument("--steps", type=int, help="length by count instead: reproducible on one device")
+    parser.add_argument("--scenes", type=int, default=default.scenes, help="scenes a step, 4 prompts each")
+    parser.add_argument("--rate", type=float, default=default.rate, help="highest learning rate")
+    parser.add_argument("--warm-up", type=float, default=default.warm_up, help="share of the run")
+    parser.add_argument("--decay-from", type=float, default=default.decay_from, help="share of the run")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--no-compile", dest="compiled", action="store_false")
+    parser.add_argument("--validate-every-s", type=float, default=default.validate_every_s)
+    parser.add_argument("--install", type=Path, help="copy the finished weights to this folder")
+    arguments = vars(parser.parse_args())
+    install = arguments.pop("install")
+    return Plan(**arguments), install
+
+
+def main() -> None:
+    """Train, and install the weights where asked."""
+    plan, install = _parse()
+    checkpoint = train(plan)
+    if install is not None:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(checkpoint / name, install / name)
+
+
+if __name__ == "__main__":
+    main()
