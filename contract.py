@@ -58,9 +58,19 @@ class _Request(BaseModel):
         ),
     ]
     user_id: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="owner of the image and of the task")
+        str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="owner of the image and of the task")
     ]
     task_id: Annotated[UUID, Field(description="id of the row in segmentation_results")]
+
+    @property
+    def texts_by_field(self) -> dict[str, str]:
+        """The prompts, by the names of their fields."""
+        raise NotImplementedError
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        return list(self.texts_by_field.values())
 
 
 class PredictRequest(_Request):
@@ -69,9 +79,9 @@ class PredictRequest(_Request):
     text_prompt: Prompt
 
     @property
-    def texts(self) -> list[str]:
-        """The prompts, as a batch has them."""
-        return [self.text_prompt]
+    def texts_by_field(self) -> dict[str, str]:
+        """The prompt, by the name of its field."""
+        return {"text_prompt": self.text_prompt}
 
 
 class BatchRequest(_Request):
@@ -80,9 +90,9 @@ class BatchRequest(_Request):
     prompts: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
 
     @property
-    def texts(self) -> list[str]:
-        """The prompts."""
-        return self.prompts
+    def texts_by_field(self) -> dict[str, str]:
+        """The prompts, by the names of their fields."""
+        return {f"prompts.{index}": text for index, text in enumerate(self.prompts)}
 
 
 class InstanceModel(BaseModel):
@@ -261,4 +271,6 @@ def invalid_request(errors: Iterator[dict[str, object]]) -> Failure:
     first = next(errors)
     location = [str(part) for part in first["loc"]][1:]  # type: ignore[attr-defined]
     reason = str(first["msg"]).removeprefix("Value error, ")
-    return Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, f"{'.'.join(location) or 'the body'}: {reason}")
+    if not location:
+        location, reason = ["the body"], "must be a JSON object, sent with Content-Type: application/json"
+    return Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, f"{'.'.join(location)}: {reason}")

@@ -20,10 +20,10 @@ from contract import (
     TaskMismatchError,
 )
 from results import ResultsError, StoredResult, Task
-from sam3_runner import ModelNotLoaded
+from sam3_runner import ModelNotLoaded, PromptTooLong
 from sam3_runner.images import decode_image, encode_png, squash
 from sam3_runner.instances import union_mask
-from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
 from storage import mask_key
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Pipeline:
         Raises `Failure`, and nothing else.
         """
         try:
-            self._tokenizer.encode(request.texts)
+            self._check_tokens(request)
             await self._check_capacity()
         except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
             raise Failure.of(error) from error
@@ -98,6 +98,12 @@ class Pipeline:
             logger.info("finishing %d tasks before the stop", len(self._running))
             await asyncio.wait(self._running, timeout=self._settings.request_timeout_s)
         await self._rows.close()
+
+    def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
+        for name, text in request.texts_by_field.items():
+            tokens = self._tokenizer.count(text)
+            if tokens > CONTEXT_TOKENS:
+                raise PromptTooLong(f"{name}: has {tokens} tokens; the model reads {CONTEXT_TOKENS}")
 
     async def _check_capacity(self) -> None:
         """Refuse before anything is claimed, so that the row stays as it was for the next try."""
@@ -198,8 +204,8 @@ class Pipeline:
     def _finished(self, running: asyncio.Task[BatchResponse]) -> None:
         self._running.discard(running)
         # Reading the exception keeps asyncio from complaining when the caller is gone.
-        if not running.cancelled() and isinstance(failure := running.exception(), Failure):
-            logger.info("a task ended with %s", failure.code)
+        if not running.cancelled():
+            running.exception()
 
 
 def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:

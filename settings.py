@@ -32,9 +32,10 @@ class Settings(BaseSettings):
     """Every setting, with its default. The field's name in capitals is the variable's."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="forbid", frozen=True
+        env_file_encoding="utf-8", env_ignore_empty=True, extra="forbid", frozen=True
     )
 
+    env_file: Path = Field(Path(".env"), description="read beside the environment, which has the last word")
     app_env: Literal["development", "production"] = Field(
         "development", description="production refuses embedded parts that are not asked for by name"
     )
@@ -165,7 +166,7 @@ def load_settings() -> Settings:
     """Read the environment and `.env`. Raises `SettingsError`."""
     _refuse_slips()
     try:
-        return Settings()
+        return Settings(_env_file=os.environ.get("ENV_FILE", ".env"))
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from None  # the original holds values, secrets among them
 

@@ -16,6 +16,7 @@ from prometheus_client import Histogram
 
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, SAM3Error
 from sam3_runner.images import SquareImage
+from sam3_runner.instances import PredictResult  # noqa: TC001 - BentoML reads the annotations
 
 if TYPE_CHECKING:
     from sam3_runner.predictor import SAM3Predictor
@@ -52,12 +53,11 @@ class SegmentRequest:
     """One image and its prompts.
 
     Attributes:
-        image: a `SquareImage`; Any, since BentoML cannot describe an array.
         prompts: texts of at most 32 tokens.
         deadline_s: on the clock of `time.monotonic`, which all processes of a host share.
     """
 
-    image: Any
+    image: SquareImage
     prompts: list[str]
     deadline_s: float
 
@@ -67,12 +67,12 @@ class SegmentOutcome:
     """Exactly one of `results` and `error` is set.
 
     Attributes:
-        results: a list of `PredictResult`, one a prompt, in their order.
+        results: one a prompt, in their order.
         error: a `SAM3Error`.
         inference_ms: time of the pass that this request shared.
     """
 
-    results: Any = None
+    results: list[PredictResult] | None = None
     error: Any = None
     inference_ms: float = 0.0
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam3_runner.errors import UnsupportedImage
@@ -28,11 +27,11 @@ class SquareImage:
 
     Attributes:
         pixels: (side, side, 3) uint8 RGB, squashed without keeping the aspect, as the official
-            processor does.
+            processor does. Any, since BentoML cannot describe an array.
         width, height: px of the image as a viewer shows it (EXIF orientation applied).
     """
 
-    pixels: npt.NDArray[np.uint8]
+    pixels: Any
     width: int
     height: int
 
@@ -56,6 +55,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except UnsupportedImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise UnsupportedImage(f"the image has more than {max_pixels} pixels") from error
     except UnidentifiedImageError as error:
         raise UnsupportedImage("the image is not a PNG, JPEG or WEBP") from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, MemoryError and more
