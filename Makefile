@@ -1,13 +1,50 @@
-# The commands of this project. `make help` lists them.
+# The commands of this project; `make help` lists them. Only Python 3.11+ and make are needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PORT ?= 3000
+SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
 
 .PHONY: help
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: $(VENV)/run ## Serve a sample picture with the embedded demo checkpoint, end to end
+	@$(BIN)/python -m examples.demo
+
+.PHONY: serve
+serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...); the demo checkpoint unless SAM3_WEIGHTS_PATH says else
+	@SAM3_WEIGHTS_PATH="$${SAM3_WEIGHTS_PATH:-demo}" BENTOML_DO_NOT_TRACK=True \
+		exec $(BIN)/python -m bentoml serve service:SegmentationService --host 127.0.0.1 --port $(PORT)
+
+.PHONY: test
+test: $(VENV)/dev ## Run every test that this machine can run, and say which it could not
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(VENV)/dev ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+.PHONY: bench
+bench: $(VENV)/dev ## Measure the server on this machine
+	$(BIN)/python -m benchmarks.serve
+
+.PHONY: build
+build: $(VENV)/run ## Build the Bento
+	BENTOML_DO_NOT_TRACK=True $(BIN)/python -m bentoml build
+
+.PHONY: train
+train: $(VENV)/dev ## Train the demo checkpoint anew (needs a GPU)
+	$(BIN)/python -m training.train
+
+.PHONY: evaluate
+evaluate: $(VENV)/dev ## Score the demo checkpoint through the served path; writes its report
+	$(BIN)/python -m training.evaluate
 
 .PHONY: lock
 lock: $(VENV)/dev ## Compile pyproject.toml into the two lock files
@@ -18,5 +55,12 @@ lock: $(VENV)/dev ## Compile pyproject.toml into the two lock files
 	$(PIP_COMPILE) --output-file requirements-dev.lock dev.in
 	rm dev.in
 
-$(VENV)/dev:
+$(VENV)/run: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+$(VENV)/dev: $(VENV)/run requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	touch $@
