@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.sam3")
 
 VERSION = "0.1.0"
-LEASE_S = 180.0
-"""After it a claimed task may be taken over; longer than any request may take."""
-
 STOP_MARGIN_S = 15.0
 """BentoML's own timeout lies this far behind ours, which settles the row and says what happened."""
 
@@ -249,7 +246,7 @@ def open_storage(settings: Settings) -> ObjectStore:
 
 def open_results(settings: Settings) -> ResultStore:
     """The rows that the settings name."""
-    return SqliteResults(settings.data_dir / "results.sqlite", lease_s=LEASE_S)
+    return SqliteResults(settings.data_dir / "results.sqlite", lease_s=settings.lease_s)
 
 
 def _mb(size_bytes: int | None) -> int | None:

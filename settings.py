@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         return self.supabase_url is not None
 
     @property
+    def lease_s(self) -> float:
+        """After it a claimed task may be taken over: well over the time that a request may take."""
+        return 3 * self.request_timeout_s
+
+    @property
     def wants_gpu(self) -> bool:
         """Ask BentoML for a GPU: none is refused, and none was seen to be missing."""
         return self.sam3_device != "cpu" and Path("/dev/nvidiactl").exists()

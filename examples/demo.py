@@ -1,0 +1,142 @@
+"""Plays the Edge for one picture: upload, row, POST; then shows what came back.
+
+Starts the real server on the embedded demo checkpoint, asks it, draws the answer and stops it. The last
+line of the output is the server's JSON answer.
+
+    python -m examples.demo
+    python -m examples.demo --image my.jpg --prompt "red circle" --prompt "stars"
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import httpx
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from local_server import ROOT, LocalServer, ServerFailedError, local_server
+from results import SqliteResults, Task
+from storage import LocalFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+USER_ID = "demo-user"
+PROMPTS = ("triangles", "purple circle", "red shape", "blue star")
+TINTS = ((255, 99, 71), (30, 144, 255), (50, 205, 50), (255, 165, 0), (186, 85, 211))
+TINT_STRENGTH = 0.55
+REQUEST_TIMEOUT_S = 60.0
+
+
+def main() -> int:
+    """Run the demo; 0 when the server answered."""
+    arguments = _parse()
+    folder: Path = arguments.out.resolve()
+    say(f"starting the server on the embedded demo checkpoint (its log: {folder / 'server.log'})")
+    try:
+        with local_server(folder) as server:
+            say(f"ready after {server.ready_s:.1f} s at {server.url}")
+            answer, mask_path = asyncio.run(play_edge(server, arguments.image.read_bytes(), arguments.prompt))
+    except ServerFailedError as error:
+        say(str(error))
+        return 1
+    if "error" in answer:
+        say(f"the server refused: {answer['error']['message']}")
+        return 1
+    overlay_path = folder / "overlay.png"
+    draw_overlay(arguments.image, answer.get("results", [answer])).save(overlay_path)
+    say(f"mask:    {mask_path}")
+    say(f"overlay: {overlay_path}")
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 0
+
+
+async def play_edge(server: LocalServer, image: bytes, prompts: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """Upload, insert the row, POST, read the row: the answer, and the file of the task's mask."""
+    task_id, key = str(uuid.uuid4()), f"uploads/{USER_ID}/{uuid.uuid4()}"
+    LocalFolder(server.data_dir / "storage").put_upload(key, image)
+    say(f"uploaded the image as {key}")
+    # The lease matters to who claims; this one inserts and reads.
+    rows = SqliteResults(server.data_dir / "results.sqlite", lease_s=0)
+    task = Task(task_id=task_id, user_id=USER_ID, source_image_url=key, text_prompt=", ".join(prompts))
+    await rows.insert_pending(task)
+    body: dict[str, Any] = {"image_url": key, "user_id": USER_ID, "task_id": task_id}
+    if len(prompts) == 1:
+        path, body["text_prompt"] = "/api/v1/predict", prompts[0]
+    else:
+        path, body["prompts"] = "/api/v1/predict/batch", list(prompts)
+    say(f"POST {path} {', '.join(prompts)}")
+    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as client:
+        response = await client.post(server.url + path, json=body, headers=server.headers)
+    row = await rows.get(task_id)
+    await rows.close()
+    assert row is not None
+    say(f"answer {response.status_code}; the row is {row.status}, labels {row.labels}")
+    return response.json(), _path_of(row.mask_url or "file:///")
+
+
+def draw_overlay(image: Path, results: Sequence[dict[str, Any]]) -> Image.Image:
+    """The picture with every mask tinted, and every instance boxed and labelled with its score."""
+    picture = ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+    for index, result in enumerate(results):
+        tint = TINTS[index % len(TINTS)]
+        mask = Image.open(_path_of(result["mask_url"])).point(lambda level: round(level * TINT_STRENGTH))
+        picture.paste(Image.new("RGB", picture.size, tint), mask=mask)
+    pen = ImageDraw.Draw(picture)
+    size_px = max(12, min(picture.size) // 40)
+    font = ImageFont.load_default(size_px)
+    for index, result in enumerate(results):
+        for instance in result["instances"]:
+            _label(pen, instance, TINTS[index % len(TINTS)], font, size_px)
+    return picture
+
+
+def _label(
+    pen: ImageDraw.ImageDraw,
+    instance: dict[str, Any],
+    tint: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    size_px: int,
+) -> None:
+    x0, y0, x1, y1 = instance["box"]
+    pen.rectangle((x0, y0, x1, y1), outline=tint, width=max(2, size_px // 8))
+    text, at = f"{instance['label']} {instance['score']:.2f}", (max(0, x0), max(0, y0 - size_px * 1.4))
+    pen.rectangle(pen.textbbox(at, text, font=font), fill=tint)
+    pen.text(at, text, fill=(0, 0, 0), font=font)
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr; stdout is the answer's."""
+    sys.stderr.write(f"demo: {line}\n")
+
+
+def _path_of(file_url: str) -> Path:
+    return Path(url2pathname(urlparse(file_url).path))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--image", type=Path, default=ROOT / "examples" / "sample.jpg", help="PNG, JPEG or WEBP"
+    )
+    parser.add_argument("--prompt", action="append", help="a text prompt; repeat it for a batch of up to 10")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "demo", help="folder for what is written")
+    arguments = parser.parse_args()
+    arguments.prompt = arguments.prompt or list(PROMPTS)
+    if not arguments.image.is_file():
+        parser.error(f"no such image: {arguments.image}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
