@@ -1,0 +1,1 @@
+"""One script a question; what they measured is in results.csv."""
