@@ -152,7 +152,7 @@ def _iou(mask_url: str, truth: npt.NDArray[np.bool_]) -> float:
 def _resident_mb(pid: int) -> float:
     """Resident memory of the server's processes, added up: pages that they share count each time."""
     parent = psutil.Process(pid)
-    return sum(each.memory_info().rss for each in (parent, *parent.children(recursive=True))) / 1e6
+    return sum(float(each.memory_info().rss) for each in (parent, *parent.children(recursive=True))) / 1e6
 
 
 def _processor() -> str:
