@@ -35,14 +35,14 @@ from contract import (
 )
 from gate import Gate
 from pipeline import Pipeline
-from results import SqliteResults
+from results import ResultsError, SqliteResults
 from sam3_runner import ModelNotLoaded, WeightsError
 from sam3_runner.checkpoint import SCORE_THRESHOLD, find_checkpoint
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineConfig
 from sam3_runner.runner import runner_service
 from settings import Settings, SettingsError, load_settings, make_demo_key
-from storage import LocalFolder
+from storage import LocalFolder, StorageError
 
 if TYPE_CHECKING:
     from results import ResultStore
@@ -129,10 +129,11 @@ class SegmentationService:
         try:
             checked = load_settings()
             checkpoint = find_checkpoint(checked.sam3_weights_path)
-        except (SettingsError, WeightsError) as error:
+            objects, rows = open_storage(checked), open_results(checked)
+        except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
-        logger.info("storage: %s", open_storage(checked).describe())
-        logger.info("results: %s", open_results(checked).describe())
+        logger.info("storage: %s", objects.describe())
+        logger.info("results: %s", rows.describe())
         logger.info("weights: %s", checkpoint.folder)
         if not checked.api_keys:
             # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.
@@ -240,12 +241,16 @@ app.openapi = _openapi  # type: ignore[method-assign]
 
 
 def open_storage(settings: Settings) -> ObjectStore:
-    """The store that the settings name."""
+    """The store that the settings name. Raises `SettingsError`, `StorageError`."""
+    if settings.uses_r2:
+        raise SettingsError("R2_ENDPOINT: this version stores in a folder only; unset R2_*")
     return LocalFolder(settings.data_dir / "storage")
 
 
 def open_results(settings: Settings) -> ResultStore:
-    """The rows that the settings name."""
+    """The rows that the settings name. Raises `SettingsError`, `ResultsError`."""
+    if settings.uses_supabase:
+        raise SettingsError("SUPABASE_URL: this version keeps rows in SQLite only; unset SUPABASE_*")
     return SqliteResults(settings.data_dir / "results.sqlite", lease_s=settings.lease_s)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,6 +134,7 @@ class PromptTokens:
         return ids, torch.arange(_TOKENS, device=ids.device) < lengths[:, None]
 
 
+@cache
 def _meaning(device: torch.device) -> Tensor:
     """(concepts, colours, shapes) bool: does the concept mean an object of this colour and shape."""
     table = torch.zeros(CONCEPT_COUNT, len(COLOURS), len(SHAPES), dtype=torch.bool)
@@ -150,10 +152,16 @@ def _choose_absent(meant: Tensor, uniforms: Tensor) -> Tensor:
     """(B,) concepts that nothing visible answers, most of them sharing a colour or a shape with something."""
     present = meant.any(dim=2)
     near = present[:, _FIRST_COLOUR:, None] | present[:, None, _FIRST_SHAPE:_FIRST_COLOUR]
-    counts = (_FIRST_SHAPE, len(SHAPES), len(COLOURS))
-    per_kind = [torch.full((n,), share / n) for n, share in zip(counts, _KIND_SHARE, strict=True)]
-    weight = torch.cat(per_kind).to(uniforms.device).repeat(len(meant), 1)
+    weight = _concept_shares(uniforms.device).repeat(len(meant), 1)
     weight[:, :_FIRST_SHAPE] *= torch.where(near.flatten(1), _NEAR_MISS_WEIGHT, 1.0)
     # The largest of log(u) / w is a draw in proportion to w.
     lots = uniforms.clamp(min=1e-9).log() / weight
     return lots.masked_fill(present, -torch.inf).argmax(dim=1)
+
+
+@cache
+def _concept_shares(device: torch.device) -> Tensor:
+    """(concepts,) how often each is asked for, before the scene is looked at."""
+    counts = (_FIRST_SHAPE, len(SHAPES), len(COLOURS))
+    shares = [torch.full((n,), share / n) for n, share in zip(counts, _KIND_SHARE, strict=True)]
+    return torch.cat(shares).to(device)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,7 +130,7 @@ def scenes_from_uniforms(uniforms: Tensor, frame: tuple[float, float] | None) ->
     sides = _training_frames(per_scene[:, :2]) if frame is None else _same_frame(uniforms, frame)
     colour = (per_object[:, 0] * len(COLOURS)).long()
     spread = (2.0 * per_object[:, 1:4].transpose(1, 2) - 1.0) * COLOUR_SPREAD
-    base = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=uniforms.device)
+    base = _colour_levels(uniforms.device)
     scale = sides.amin(dim=1) / SHORT_SIDE_PX
     small, large = RADIUS_PX
     exists = torch.arange(MAX_OBJECTS, device=uniforms.device) <= (uniforms[:, :1] * MAX_OBJECTS).floor()
@@ -175,6 +176,11 @@ def draw_scenes(
     scale = SHORT_SIDE_PX / min(width, height)
     scenes = sample_scenes(count, generator, frame=(width * scale, height * scale))
     return scenes, render(scenes, *sample_noise(count, height, width, generator))
+
+
+@cache
+def _colour_levels(device: torch.device) -> Tensor:
+    return torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
 
 
 def _training_frames(uniforms: Tensor) -> Tensor:

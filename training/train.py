@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ from training.weights import save_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from training.batches import Batch
 
 _EMA_DECAY = 0.9995
 _LOG_STEPS = 100
@@ -74,15 +76,17 @@ class Trainer:
         hold_positions(self.model)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, plan.weight_decay),
-            lr=plan.rate,
+            lr=torch.tensor(plan.rate, device=plan.device),
             betas=(0.9, 0.98),
-            fused=plan.device == "cuda",
+            fused=True,
+            capturable=plan.device == "cuda",
         )
         self._batches = BatchMaker(
             scenes=plan.scenes, seed=plan.seed, device=plan.device, compiled=plan.compiled
         )
         wrap: Callable[..., Any] = torch.compile if plan.compiled else lambda function: function
-        self._answer, self._losses, self._match = wrap(answer), wrap(losses), match
+        self._answer, self._losses, self._match = wrap(answer), wrap(losses), wrap(match)
+        self._graph: _Graph | None = None
         self.step = 0
         self.seconds = 0.0
 
@@ -95,20 +99,30 @@ class Trainer:
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One update; returns the losses and the gradient's norm, still on the device."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.plan.rate * self._rate_share()
         batch = self._batches.make(self.step)
+        if self.plan.device == "cuda" and self._graph is None:
+            self._set_rate(0.0)
+            self._graph = _Graph(self._update, batch)
+        self._set_rate(self.plan.rate * self._rate_share())
+        terms = self._update(batch) if self._graph is None else self._graph.replay(batch)
+        self.step += 1
+        self._average()
+        return terms
+
+    def _update(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.plan.device, torch.bfloat16, enabled=self.plan.device == "cuda"):
             answers = self._answer(self.model, batch.pixels, batch.ids, batch.ids_valid)
             chosen = self._match(answers, batch)
             terms = self._losses(self.model, answers, batch, chosen)
         torch.stack(list(terms.values())).sum().backward()
-        terms["gradient"] = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self._average()
-        return {name: term.detach() for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()} | {"gradient": norm}
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"].fill_(rate)
 
     def save(self) -> None:
         """Write the whole state, for going on, and the averaged weights, for use."""
@@ -133,7 +147,10 @@ class Trainer:
         state = torch.load(path, map_location=self.plan.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
+        settings = [dict(group) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, mine in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update({name: mine[name] for name in ("lr", "fused", "capturable")})
         self.step, self.seconds = state["step"], state["seconds"]
         return True
 
@@ -152,6 +169,29 @@ class Trainer:
         torch._foreach_lerp_(  # noqa: SLF001 - one launch for all tensors
             list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - keep
         )
+
+
+class _Graph:
+    """A whole update as one CUDA graph: launching its thousands of kernels takes longer than running them."""
+
+    def __init__(self, update: Callable[[Batch], dict[str, torch.Tensor]], batch: Batch) -> None:
+        self._batch = replace(batch, **{each.name: getattr(batch, each.name).clone() for each in fields(batch)})
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles and chooses kernels, which a capture cannot
+                update(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._terms = update(self._batch)
+
+    def replay(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Update with another batch."""
+        for each in fields(batch):
+            getattr(self._batch, each.name).copy_(getattr(batch, each.name))
+        self._graph.replay()
+        return self._terms
 
 
 def start_weights(model: Any) -> None:
@@ -179,8 +219,9 @@ def train(plan: Plan) -> Path:
     plan.folder.mkdir(parents=True, exist_ok=True)
     log = (plan.folder / "log.jsonl").open("a", encoding="utf-8")
     log.write(json.dumps({"resumed": resumed, "step": trainer.step, **asdict(plan)}, default=str) + "\n")
-    saved = validated = begun = time.monotonic() - trainer.seconds
+    trainer.train_step()  # compiles; the clock starts after it
     saved = validated = time.monotonic()
+    begun = saved - trainer.seconds
     with tqdm(total=1.0, initial=min(trainer.progress, 1.0), mininterval=5.0, disable=None) as bar, log:
         while trainer.progress < 1.0:
             terms = trainer.train_step()
