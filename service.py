@@ -7,6 +7,7 @@ row settled -> answer. Errors climb untouched and become answers by one table (c
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from http import HTTPStatus
@@ -134,6 +135,7 @@ class SegmentationService:
             sys.exit(f"cannot start: {error}")
         logger.info("storage: %s", objects.describe())
         logger.info("results: %s", rows.describe())
+        asyncio.run(rows.close())
         logger.info("weights: %s", checkpoint.folder)
         if not checked.api_keys:
             # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,9 @@ def squash(image: Image.Image, side_px: int) -> SquareImage:
 def encode_png(mask: Mask) -> bytes:
     """PNG of `mask` (H, W) bool: one 8-bit grey channel, 0 or 255."""
     buffer = io.BytesIO()
-    # Level 1: masks are flat, more effort buys few bytes.
-    Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(buffer, format="PNG", compress_level=1)
+    # Masks are long runs of one level: zlib's run-length strategy is as fast as its level 1, and half the size.
+    grey = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
+    grey.save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 
 
