@@ -1,0 +1,112 @@
+"""What the tests share: one thread for torch, a clean environment, the real server, and a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from local_server import LocalServer, local_server
+from sam3_runner.checkpoint import DEMO_FOLDER, Checkpoint
+from settings import OWN_PREFIXES, Settings
+from tests.edge import Edge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+torch.set_num_threads(1)
+
+REQUIRE_ALL_TIERS = os.environ.get("REQUIRE_ALL_TIERS") == "1"
+"""CI sets it: a tier that cannot run fails there, and is skipped elsewhere."""
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower() in Settings.model_fields or name.startswith(OWN_PREFIXES):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """The real server with the demo checkpoint, embedded stores and two API workers."""
+    with local_server(tmp_path_factory.mktemp("server"), {"API_WORKERS": "2"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def edge(server: LocalServer) -> Iterator[Edge]:
+    """The caller of `server`."""
+    with Edge(server) as caller:
+        yield caller
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of the system's Chromium."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        reason = "no Chromium on PATH (apt-get install chromium)"
+        if REQUIRE_ALL_TIERS:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """An untrained `Sam3Model` of 4 million weights for 112 px images, written as a checkpoint in fp16."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - slow; few tests need it
+    from transformers.models.sam3.configuration_sam3 import Sam3Config  # noqa: PLC0415
+    from transformers.models.sam3.modeling_sam3 import Sam3Model  # noqa: PLC0415
+
+    narrow = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = Sam3Config(
+        vision_config={
+            "fpn_hidden_size": 64,
+            "backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 112,
+                "pretrain_image_size": 112,
+                "patch_size": 14,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+            },
+        },
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "projection_dim": 32,
+        },
+        geometry_encoder_config=narrow | {"num_layers": 1, "roi_size": 1},
+        detr_encoder_config=narrow,
+        detr_decoder_config=narrow | {"num_queries": 12},
+        mask_decoder_config={"hidden_size": 64, "num_attention_heads": 4},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Sam3Model(config)
+    folder = tmp_path_factory.mktemp("tiny")
+    written = json.loads(config.to_json_string(use_diff=False))
+    (folder / "config.json").write_text(json.dumps(written))
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    shutil.copy(DEMO_FOLDER / "tokenizer.json", folder)
+    return Checkpoint(folder=folder, demo=False, config=written)
+
+
+@pytest.fixture
+def broken_checkpoint(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint's folder, to be broken."""
+    return Path(shutil.copytree(tiny_checkpoint.folder, tmp_path / "checkpoint"))

@@ -1,0 +1,163 @@
+"""The Edge, played by the tests: it stores the image, inserts the pending row, calls, and watches the row."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from results import SqliteResults, Task
+from storage import LocalFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from local_server import LocalServer
+    from results import Row
+
+USER = "user-1"
+PREDICT = "/api/v1/predict"
+BATCH = "/api/v1/predict/batch"
+WAIT_S = 60.0
+T = TypeVar("T")
+
+
+class Edge:
+    """Calls one server as the Cloudflare Worker does.
+
+    Args:
+        server: the server.
+        user_id: whose images and tasks these are.
+    """
+
+    def __init__(self, server: LocalServer, user_id: str = USER) -> None:
+        self.server = server
+        self.user_id = user_id
+        self.http = httpx.Client(base_url=server.url, headers=server.headers, timeout=WAIT_S)
+        self._objects = LocalFolder(server.data_dir / "storage")
+        self._rows = SqliteResults(server.data_dir / "results.sqlite", lease_s=180.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        asyncio.run(self._rows.close())
+
+    def upload(self, data: bytes, name: str | None = None) -> str:
+        """Store an image as the user's; returns its key, which has no extension."""
+        key = f"uploads/{self.user_id}/{name or uuid4()}"
+        self._objects.put_upload(key, data)
+        return key
+
+    def body(self, image_url: str, prompt: str | list[str], task_id: str | None = None) -> dict[str, Any]:
+        """The request for `prompt`: of predict for a text, of predict/batch for a list."""
+        field = "text_prompt" if isinstance(prompt, str) else "prompts"
+        return {
+            "image_url": image_url,
+            field: prompt,
+            "user_id": self.user_id,
+            "task_id": task_id or str(uuid4()),
+        }
+
+    def insert_row(self, body: dict[str, Any]) -> None:
+        """Insert the pending row of a request."""
+        prompt = body.get("text_prompt") or ", ".join(body["prompts"])
+        task = Task(body["task_id"], self.user_id, body["image_url"], prompt)
+        asyncio.run(self._rows.insert_pending(task))
+
+    def claim(self, body: dict[str, Any]) -> None:
+        """Take a task, as another server would that shares the rows."""
+        task = Task(body["task_id"], self.user_id, body["image_url"], body["text_prompt"])
+        asyncio.run(self._rows.claim(task))
+
+    def send(self, body: dict[str, Any]) -> httpx.Response:
+        """POST a request to the route that its fields name."""
+        return self.http.post(BATCH if "prompts" in body else PREDICT, json=body)
+
+    def ask(
+        self, image: str | bytes | Image.Image, prompt: str | list[str], task_id: str | None = None
+    ) -> httpx.Response:
+        """The whole way: image (or its key), row, request."""
+        if isinstance(image, Image.Image):
+            image = png_bytes(image)
+        key = self.upload(image) if isinstance(image, bytes) else image
+        body = self.body(key, prompt, task_id)
+        self.insert_row(body)
+        return self.send(body)
+
+    def answer(self, image: str | bytes | Image.Image, prompt: str | list[str]) -> dict[str, Any]:
+        """`ask`, for a request that must succeed."""
+        response = self.ask(image, prompt)
+        assert response.status_code == httpx.codes.OK, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    def row(self, task_id: str) -> Row | None:
+        """The task's row as it stands."""
+        return asyncio.run(self._rows.get(task_id))
+
+    def settled_row(self, task_id: str) -> Row:
+        """The task's row once it is `done` or `error`."""
+        row = wait_for(lambda: self.row(task_id), lambda row: row and row.status in {"done", "error"})
+        assert row is not None
+        return row
+
+    def masks(self, task_id: str) -> list[Path]:
+        """The mask objects that were stored for a task."""
+        folder = self.server.data_dir / "storage" / "masks" / self.user_id / task_id
+        return sorted(folder.glob("*"))
+
+    def mask(self, url: str) -> npt.NDArray[np.bool_]:
+        """The mask at `url`, (height, width); checks that it is an 8-bit grey PNG of 0 and 255."""
+        path = unquote(urlsplit(url).path)
+        assert path.startswith(str(self.server.data_dir / "storage" / "masks"))
+        with Image.open(path) as image:
+            assert (image.format, image.mode) == ("PNG", "L")
+            levels = np.asarray(image)
+        assert set(np.unique(levels)) <= {0, 255}
+        return levels > 0
+
+
+def wait_for(read: Callable[[], T], is_so: Callable[[T], object]) -> T:
+    """Read until `is_so` holds; fails after a minute."""
+    until_s = time.monotonic() + WAIT_S
+    while not is_so(value := read()):
+        assert time.monotonic() < until_s, f"still {value!r} after {WAIT_S:.0f} s"
+        time.sleep(0.02)
+    return value
+
+
+def png_bytes(image: Image.Image, **options: Any) -> bytes:
+    """`image` as a PNG."""
+    return image_bytes(image, "PNG", **options)
+
+
+def image_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """`image` in the format `kind`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, code and message of an error; checks that it has the one body that errors have."""
+    body = response.json()
+    assert set(body) == {"error", "request_id"}
+    assert set(body["error"]) == {"code", "message"}
+    assert body["request_id"] == response.headers["X-Request-ID"]
+    assert "Traceback" not in response.text
+    return response.status_code, body["error"]["code"], body["error"]["message"]
