@@ -81,7 +81,7 @@ def squash(image: Image.Image, side_px: int) -> SquareImage:
 def encode_png(mask: Mask) -> bytes:
     """PNG of `mask` (H, W) bool: one 8-bit grey channel, 0 or 255."""
     buffer = io.BytesIO()
-    # Masks are long runs of one level: zlib's run-length strategy is as fast as its level 1, and half the size.
+    # Masks are long runs of one level: zlib's run-length strategy halves the size in the same time.
     grey = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
     grey.save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
