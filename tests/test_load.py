@@ -1,0 +1,191 @@
+"""Many callers at once, callers that hang up, and a server that has more than it can take."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from local_server import LocalServer, local_server
+from tests.drawn import scene
+from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.server
+
+CALLERS = 200
+SEEDS = range(200, 206)
+SIZES = ((336, 336), (500, 336), (336, 420))
+BATCH_BUCKET = re.compile(r'^sam3_batch_requests_bucket\{.*?le="([^"]+)".*?\} (\S+)$', re.MULTILINE)
+
+
+def send_together(
+    server: LocalServer, bodies: Sequence[dict[str, Any]], *, connections: int = CALLERS
+) -> list[httpx.Response]:
+    """All requests at once, each on a connection of its own."""
+
+    async def run() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            base_url=server.url, headers=server.headers, timeout=120, limits=limits
+        ) as client:
+            return await asyncio.gather(*(client.post(PREDICT, json=body) for body in bodies))
+
+    return asyncio.run(run())
+
+
+def batches(server: LocalServer) -> tuple[float, float]:
+    """Passes of the model so far: of one request, and of any number."""
+    buckets = dict(BATCH_BUCKET.findall(httpx.get(f"{server.url}/metrics").text))
+    return float(buckets["1.0"]), float(buckets["+Inf"])
+
+
+def check_same(answer: dict[str, Any], alone: dict[str, Any]) -> None:
+    """The same instances, to a pixel."""
+    assert (answer["labels"], len(answer["instances"])) == (alone["labels"], len(alone["instances"]))
+    for one, other in zip(answer["instances"], alone["instances"], strict=True):
+        assert one["box"] == pytest.approx(other["box"], abs=1.0)
+        assert one["score"] == pytest.approx(other["score"], abs=0.01)
+
+
+def test_two_hundred_at_once(edge: Edge) -> None:
+    """200 requests at once get the answers that each gets alone, and share the model's passes."""
+    asked = []
+    for index, seed in enumerate(SEEDS):
+        drawn = scene(seed, *SIZES[index % len(SIZES)])
+        key = edge.upload(png_bytes(drawn.image))
+        asked += [(key, prompt) for prompt in (drawn.names[0], drawn.absent)]
+    alone = [edge.answer(key, prompt) for key, prompt in asked]
+    assert any(answer["instances"] for answer in alone)
+    bodies = [edge.body(*asked[index % len(asked)]) for index in range(CALLERS)]
+    for body in bodies:
+        edge.insert_row(body)
+    single_before, all_before = batches(edge.server)
+    responses = send_together(edge.server, bodies)
+    single_after, all_after = batches(edge.server)
+    for index, (body, response) in enumerate(zip(bodies, responses, strict=True)):
+        assert response.status_code == httpx.codes.OK, response.text
+        answer = response.json()
+        assert answer["task_id"] == body["task_id"]
+        check_same(answer, alone[index % len(asked)])
+        row = edge.row(body["task_id"])
+        assert row is not None
+        assert (row.status, row.mask_url) == ("done", answer["mask_url"])
+    passes, singles = all_after - all_before, single_after - single_before
+    assert 0 < passes < CALLERS / 2
+    assert singles < passes / 2
+
+
+def test_one_task_sent_many_times_at_once(edge: Edge) -> None:
+    """Of twenty equal requests at once one does the work; the others are told so, or get its answer."""
+    drawn = scene(200)
+    body = edge.body(edge.upload(png_bytes(drawn.image)), drawn.names[0])
+    responses = send_together(edge.server, [body] * 20)
+    good = [response.json() for response in responses if response.status_code == httpx.codes.OK]
+    assert good
+    assert all(answer == good[0] for answer in good)
+    for response in responses:
+        if response.status_code != httpx.codes.OK:
+            assert error_of(response)[:2] == (409, "TASK_IN_PROGRESS")
+    assert len(edge.masks(body["task_id"])) == 1
+
+
+def test_work_goes_on_when_the_caller_hangs_up(edge: Edge) -> None:
+    """A request whose caller is gone at once still ends as a done row."""
+    drawn = scene(201)
+    key = edge.upload(png_bytes(drawn.image))
+    address = urlsplit(edge.server.url)
+    bodies = [edge.body(key, drawn.names[0]) for _ in range(8)]
+    for body in bodies:
+        edge.insert_row(body)
+        text = json.dumps(body)
+        head = (
+            f"POST {PREDICT} HTTP/1.1\r\nHost: test\r\nX-API-Key: {edge.server.api_key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+        )
+        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+            connection.sendall((head + text).encode())
+            # Claimed: from here on the task is the server's.
+            wait_for(lambda: edge.row(body["task_id"]), lambda row: row and row.status != "pending")  # noqa: B023
+    alone = edge.answer(key, drawn.names[0])
+    for body in bodies:
+        row = edge.settled_row(body["task_id"])
+        assert row.status == "done"
+        assert row.labels == alone["labels"]
+        assert len(edge.masks(body["task_id"])) == 1
+
+
+def test_bad_image_does_not_hurt_its_neighbours(edge: Edge) -> None:
+    """In a burst of good requests, bad ones fail alone."""
+    drawn = scene(202)
+    good = edge.upload(png_bytes(drawn.image))
+    bad = edge.upload(png_bytes(drawn.image)[:1000])
+    bodies = [edge.body(bad if index % 5 == 2 else good, drawn.names[0]) for index in range(40)]
+    responses = send_together(edge.server, bodies)
+    alone = edge.answer(good, drawn.names[0])
+    for body, response in zip(bodies, responses, strict=True):
+        if body["image_url"] == bad:
+            assert error_of(response)[:2] == (415, "UNSUPPORTED_IMAGE")
+            assert edge.settled_row(body["task_id"]).status == "error"
+        else:
+            check_same(response.json(), alone)
+
+
+def test_lone_requests_are_quick_after_a_burst(edge: Edge) -> None:
+    """After the burst above, a lone request does not wait for company that is not there."""
+    key = edge.upload(png_bytes(scene(202).image))
+    send_together(edge.server, [edge.body(key, "circle") for _ in range(64)])
+    single_before, all_before = batches(edge.server)
+    for _ in range(5):
+        edge.answer(key, "circle")
+    single_after, all_after = batches(edge.server)
+    assert (single_after - single_before, all_after - all_before) == (5, 5)
+
+
+def test_more_than_max_in_flight(tmp_path: Path) -> None:
+    """A full server says 429 and when to come back; the row stays pending, and a later try is done."""
+    with local_server(tmp_path, {"MAX_IN_FLIGHT": "1", "API_WORKERS": "1"}) as server, Edge(server) as edge:
+        drawn = scene(203)
+        key = edge.upload(png_bytes(drawn.image))
+        bodies = [edge.body(key, drawn.names[0]) for _ in range(20)]
+        for body in bodies:
+            edge.insert_row(body)
+        responses = send_together(server, bodies)
+        statuses = [response.status_code for response in responses]
+        assert set(statuses) == {200, 429}
+        for body, response in zip(bodies, responses, strict=True):
+            if response.status_code == httpx.codes.OK:
+                continue
+            assert error_of(response)[1] == "OVERLOADED"
+            assert int(response.headers["Retry-After"]) >= 1
+            row = edge.row(body["task_id"])
+            assert row is not None
+            assert (row.status, row.metadata) == ("pending", {})
+        refused = bodies[statuses.index(429)]
+        assert edge.send(refused).status_code == httpx.codes.OK
+        assert edge.settled_row(refused["task_id"]).status == "done"
+
+
+def test_deadline(tmp_path: Path) -> None:
+    """Work that outlasts REQUEST_TIMEOUT_S is a 504, and its row says so."""
+    with (
+        local_server(tmp_path, {"REQUEST_TIMEOUT_S": "0.001", "API_WORKERS": "1"}) as server,
+        Edge(server) as edge,
+    ):
+        for prompt in ("circle", ["circle", "ring"]):
+            body = edge.body(edge.upload(png_bytes(scene(203, 2000, 1500).image)), prompt)
+            edge.insert_row(body)
+            status, code, message = error_of(edge.send(body))
+            assert (status, code) == (504, "DEADLINE_EXCEEDED")
+            row = edge.settled_row(body["task_id"])
+            assert (row.status, row.metadata.get("error_message")) == ("error", message)
+            assert edge.masks(body["task_id"]) == []
