@@ -58,7 +58,9 @@ class RunnerClient:
                     self._status = await self._call("status")
             except (SAM3Error, TimeoutError):
                 self._status = EngineStatus(state="error", error="the model's process does not answer")
-            self._status_until_s = time.monotonic() + STATUS_AGE_S
+            # "loading" is not remembered: whoever saw /readyz turn good is served at once.
+            if self._status.state != "loading":
+                self._status_until_s = time.monotonic() + STATUS_AGE_S
         return self._status
 
     async def _call(self, method: str, *arguments: object) -> Any:
