@@ -128,7 +128,7 @@ class Settings(BaseSettings):
                         f"{_variables(group)} must be set when APP_ENV=production; "
                         f"EMBEDDED_PARTS={part} asks for the embedded one"
                     )
-        if self.api_secret_key is None and not self.is_demo:
+        if not self.api_keys and not self.is_demo:
             raise ValueError(
                 "API_SECRET_KEY must be set: `openssl rand -hex 32` makes one. "
                 "Only the embedded demo (SAM3_WEIGHTS_PATH=demo, no R2_*, no SUPABASE_*) starts without"
