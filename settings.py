@@ -50,7 +50,9 @@ class Settings(BaseSettings):
         "weights/sam3.pt", description="the weights, or the word demo for the embedded demo checkpoint"
     )
     sam3_device: Literal["cuda", "cpu"] | None = Field(None, description="default: cuda if there is one")
-    sam3_cpu_threads: int = Field(1, ge=1, le=256, description="of the model, where it runs on the CPU")
+    sam3_cpu_threads: int | None = Field(
+        None, ge=1, le=256, description="of the model, where it runs on the CPU; default: one a core"
+    )
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
     hf_token: SecretStr | None = Field(None, description="reads the gated weights from the Hugging Face hub")
 

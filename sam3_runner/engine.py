@@ -38,13 +38,13 @@ class EngineConfig:
     Attributes:
         weights_path: as `SAM3Predictor` takes it.
         device: `cuda`, `cpu`, or None for cuda if there is one.
-        cpu_threads: threads of one operation where the model runs on the CPU.
+        cpu_threads: threads of one operation where the model runs on the CPU; None: one a core.
         max_batch: most requests in one pass.
     """
 
     weights_path: str
     device: str | None = None
-    cpu_threads: int = 1
+    cpu_threads: int | None = None
     max_batch: int = 8
 
 
@@ -150,7 +150,8 @@ class Engine:
         from sam3_runner.predictor import SAM3Predictor  # noqa: PLC0415
 
         started_s = time.monotonic()
-        torch.set_num_threads(self._config.cpu_threads)
+        if self._config.cpu_threads is not None:
+            torch.set_num_threads(self._config.cpu_threads)
         predictor = SAM3Predictor(self._config.weights_path, self._config.device)
         predictor.load()
         assert predictor.checkpoint is not None
