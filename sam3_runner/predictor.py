@@ -103,6 +103,8 @@ class SAM3Predictor:
         """One result a prompt, in their order; the image is encoded once. Raises as `predict`."""
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
+        if not prompts:
+            return []
         square = squash(to_rgb(image), self.checkpoint.input_side_px)
         return self.segment([(square, prompts)])[0]
 
