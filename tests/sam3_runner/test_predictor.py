@@ -1,0 +1,320 @@
+"""SAM3Predictor, over an untrained model of the same class."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sam3_runner import ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
+from sam3_runner.images import squash
+from sam3_runner.instances import union_mask
+from sam3_runner.masks import to_instances
+from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
+from sam3_runner.predictor import CACHED_TEXTS
+from sam3_runner.prompts import PromptTokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.instances import PredictResult
+
+KEPT_SCORE = 0.01
+"""Low enough that the untrained model keeps all it sees."""
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_checkpoint: Checkpoint) -> SAM3Predictor:
+    loaded = SAM3Predictor(str(tiny_checkpoint.folder), "cpu", score_threshold=KEPT_SCORE)
+    loaded.load()
+    return loaded
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def check_same(one: PredictResult, other: PredictResult) -> None:
+    assert (one.prompt, one.image_width, one.image_height) == (
+        other.prompt,
+        other.image_width,
+        other.image_height,
+    )
+    assert one.presence == pytest.approx(other.presence, abs=1e-5)
+    assert len(one.instances) == len(other.instances)
+    # Equal scores may change places: the untrained model's queries are much alike.
+    for mine, theirs in zip(sorted_by_box(one), sorted_by_box(other), strict=True):
+        assert mine.score == pytest.approx(theirs.score, abs=1e-4)
+        assert mine.box == pytest.approx(theirs.box, abs=0.05)
+        assert mine.area_px == pytest.approx(theirs.area_px, rel=0.01, abs=20)
+
+
+def sorted_by_box(result: PredictResult) -> list[Any]:
+    return sorted(result.instances, key=lambda instance: [round(side, 1) for side in instance.box])
+
+
+def test_predict_is_a_batch_of_one(predictor: SAM3Predictor) -> None:
+    """`predict` gives what `predict_batch` gives for the one prompt, at the image's size."""
+    image = picture(0, 200, 90)
+    alone = predictor.predict(image, "red circle")
+    [first, second] = predictor.predict_batch(image, ["red circle", "cat"])
+    assert alone.instances
+    check_same(alone, first)
+    assert second.prompt == "cat"
+    assert (alone.image_width, alone.image_height) == (200, 90)
+    assert alone.mask_array().shape == (90, 200)
+    assert alone.confidence == alone.instances[0].score
+    assert [found.score for found in alone.instances] == sorted(
+        (found.score for found in alone.instances), reverse=True
+    )
+
+
+def test_images_together_equal_images_alone(predictor: SAM3Predictor) -> None:
+    """Images of different sizes, each with prompts of its own, share a pass and nothing else."""
+    images = [picture(1, 112, 112), picture(2, 60, 300), picture(3, 333, 47)]
+    prompts = [["cat"], ["red circle", "cat", "dog"], ["dog"]]
+    squares = [squash(image, 112) for image in images]
+    together = predictor.segment(list(zip(squares, prompts, strict=True)))
+    for image, texts, results in zip(images, prompts, together, strict=True):
+        for text, result in zip(texts, results, strict=True):
+            check_same(result, predictor.predict(image, text))
+
+
+def test_more_pairs_than_a_pass_takes(predictor: SAM3Predictor) -> None:
+    """More prompts than one pass decodes are done in several, in their order."""
+    image = picture(4, 50, 50)
+    prompts = [f"thing {number}" for number in range(19)]
+    results = predictor.predict_batch(image, prompts)
+    assert [result.prompt for result in results] == prompts
+    check_same(results[18], predictor.predict(image, "thing 18"))
+
+
+def test_duplicate_prompts(predictor: SAM3Predictor) -> None:
+    """A prompt that is given twice is answered twice, alike."""
+    [first, _, again] = predictor.predict_batch(picture(5, 64, 64), ["cat", "dog", "cat"])
+    check_same(first, again)
+
+
+def test_no_prompts_no_results(predictor: SAM3Predictor) -> None:
+    """No prompts give no results."""
+    assert predictor.predict_batch(picture(5, 64, 64), []) == []
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F"])
+def test_any_mode_is_taken(predictor: SAM3Predictor, mode: str) -> None:
+    """An image of any PIL mode is segmented."""
+    image = Image.fromarray(np.zeros((20, 30), dtype=np.uint16)) if mode == "I;16" else None
+    image = image or picture(6, 30, 20).convert("L" if mode in "IF" else "RGB").convert(mode)
+    result = predictor.predict(image, "cat")
+    assert (result.image_width, result.image_height) == (30, 20)
+
+
+def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that was seen before does not go through the text encoder again."""
+    encoded: list[int] = []
+
+    def counting(model: Any, ids: torch.Tensor, valid: torch.Tensor) -> Any:
+        encoded.append(len(ids))
+        return encode_text(model, ids, valid)
+
+    monkeypatch.setattr("sam3_runner.predictor.encode_text", counting)
+    first = predictor.predict_batch(picture(7, 40, 40), ["never seen", "neither this", "never seen"])
+    again = predictor.predict_batch(picture(7, 40, 40), ["neither this", "never seen"])
+    assert encoded == [2]
+    check_same(first[0], again[1])
+
+
+def test_cache_of_texts_is_bounded(predictor: SAM3Predictor) -> None:
+    """The cache holds a bounded number of prompts; the latest stay."""
+    for start in range(0, CACHED_TEXTS + 64, 64):
+        predictor._encode_texts([f"word {number}" for number in range(start, start + 64)])
+    assert len(predictor._texts) == CACHED_TEXTS
+    assert f"word {CACHED_TEXTS + 63}" in predictor._texts
+    assert "word 0" not in predictor._texts
+
+
+def test_prompt_of_too_many_tokens(predictor: SAM3Predictor) -> None:
+    """More than 32 tokens are refused, never cut."""
+    with pytest.raises(PromptTooLong, match="33 tokens"):
+        predictor.predict(picture(0, 20, 20), "cat " * 31)
+    assert predictor.predict(picture(0, 20, 20), "cat " * 30).prompt == "cat " * 30
+
+
+def test_load_comes_first(tiny_checkpoint: Checkpoint) -> None:
+    """A predictor that was not loaded says so."""
+    fresh = SAM3Predictor(str(tiny_checkpoint.folder), "cpu")
+    with pytest.raises(ModelNotLoaded, match="load"):
+        fresh.predict(picture(0, 20, 20), "cat")
+    with pytest.raises(ModelNotLoaded, match="load"):
+        fresh.segment([])
+
+
+def test_facts(predictor: SAM3Predictor, tiny_checkpoint: Checkpoint) -> None:
+    """It counts its parameters, names its type, and widens the file's fp16 to fp32."""
+    stored = load_file(tiny_checkpoint.weights_file)
+    assert predictor.parameters == sum(tensor.numel() for tensor in stored.values())
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert predictor.dtype == "float32"
+    assert {parameter.dtype for parameter in predictor._model.parameters()} == {torch.float32}
+    assert not predictor._model.training
+
+
+def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any, torch.Tensor]:
+    """The model's detections and mask logits of one pair, without any of the predictor's steps."""
+    assert predictor.checkpoint is not None
+    tokens = PromptTokenizer(predictor.checkpoint.folder).encode([prompt])
+    index = torch.tensor([0])
+    pixels = torch.from_numpy(squash(image, 112).pixels.copy()).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        features = encode_image(predictor._model, pixels)
+        text = encode_text(predictor._model, torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid))
+        found = decode_prompts(predictor._model, features, text, index, index)
+        grid = decode_masks(predictor._model, features, found, index, index)
+        return found, draw_masks(predictor._model, grid[0], found.queries[-1, 0])
+
+
+def test_presence_multiplies_the_score(predictor: SAM3Predictor) -> None:
+    """A score is the query's probability times the probability that the concept is there at all."""
+    image = picture(8, 112, 112)
+    found, _ = raw(predictor, image, "cat")
+    result = predictor.predict(image, "cat")
+    expected = found.logits[0].sigmoid() * found.presence_logits[0].sigmoid()
+    kept = expected[expected > KEPT_SCORE].sort(descending=True).values
+    assert [instance.score for instance in result.instances] == pytest.approx(kept.tolist(), abs=1e-5)
+    assert result.presence == pytest.approx(float(found.presence_logits[0].sigmoid()), abs=1e-5)
+
+
+def test_threshold_is_exclusive_and_ours(tiny_checkpoint: Checkpoint, predictor: SAM3Predictor) -> None:
+    """Only instances above the threshold are kept; the default is 0.5."""
+    assert SAM3Predictor("demo", "cpu").score_threshold == 0.5
+    image = picture(8, 112, 112)
+    scores = [instance.score for instance in predictor.predict(image, "cat").instances]
+    middle = scores[len(scores) // 2]
+    strict = SAM3Predictor(str(tiny_checkpoint.folder), "cpu", score_threshold=middle)
+    strict.load()
+    kept = [instance.score for instance in strict.predict(image, "cat").instances]
+    assert kept
+    assert min(kept) > middle - 1e-5
+    assert len(kept) < len(scores)
+
+
+@pytest.mark.parametrize(("width", "height"), [(112, 112), (301, 57), (13, 400), (1, 1)])
+def test_masks_are_upsampled_as_logits(predictor: SAM3Predictor, width: int, height: int) -> None:
+    """A mask is the cut at zero of the logits, upsampled bilinearly to the image's size; so is the box."""
+    image = picture(9, width, height)
+    found, logits = raw(predictor, image, "cat")
+    whole = F.interpolate(logits[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
+    result = predictor.predict(image, "cat")
+    scores = found.logits[0].sigmoid() * found.presence_logits[0].sigmoid()
+    kept = scores > KEPT_SCORE
+    union = (whole[kept] > 0).any(dim=0).numpy()
+    assert np.mean(union != result.mask_array()) < 0.01
+    scale = torch.tensor([width, height, width, height])
+    boxes = (found.boxes[0][kept] * scale).tolist()
+    assert sorted(instance.box for instance in result.instances) == [
+        pytest.approx(tuple(box), abs=1e-2) for box in sorted(boxes)
+    ]
+
+
+def test_masks_of_many_instances_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many instances there are, the masks are those of upsampling all at once."""
+    logits = torch.randn(7, 8, 8, generator=torch.Generator().manual_seed(0))
+    scores, boxes = torch.linspace(0.6, 0.9, 7), torch.rand(7, 4)
+    at_once = to_instances(scores, boxes, logits, width=50, height=30)
+    monkeypatch.setattr("sam3_runner.masks.CHUNK_PIXELS", 2 * 50 * 30)
+    assert to_instances(scores, boxes, logits, width=50, height=30) == at_once
+    monkeypatch.setattr("sam3_runner.masks.CHUNK_PIXELS", 1)
+    assert to_instances(scores, boxes, logits, width=50, height=30) == at_once
+
+
+def test_union_of_several_prompts(predictor: SAM3Predictor) -> None:
+    """The union of several results is the union of their masks."""
+    results = predictor.predict_batch(picture(10, 70, 40), ["cat", "dog"])
+    union = results[0].mask_array() | results[1].mask_array()
+    assert np.array_equal(union_mask(results), union)
+
+
+def test_missing_weights(broken_checkpoint: Path) -> None:
+    """A file that lacks a tensor is refused with its name: nothing is left random."""
+    change(broken_checkpoint, lambda state: state.pop("detr_decoder.presence_token.weight"))
+    refuses(broken_checkpoint, "detr_decoder.presence_token.weight", "Missing")
+
+
+def test_unexpected_weights(broken_checkpoint: Path) -> None:
+    """A file with a tensor too many is refused with its name."""
+    change(broken_checkpoint, lambda state: state.update(surplus=torch.zeros(1)))
+    refuses(broken_checkpoint, "surplus", "Unexpected")
+
+
+def test_misshaped_weights(broken_checkpoint: Path) -> None:
+    """A tensor of another shape is refused with its name."""
+    name = "detr_decoder.presence_token.weight"
+    change(broken_checkpoint, lambda state: state.update({name: torch.zeros(2, 7)}))
+    refuses(broken_checkpoint, name, "size mismatch")
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, 100_000])
+def test_torn_weights(broken_checkpoint: Path, size: int) -> None:
+    """A file that was cut off is refused with its path."""
+    path = broken_checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refuses(broken_checkpoint, str(path), "cannot be read")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_missing_file(broken_checkpoint: Path, name: str) -> None:
+    """A folder that lacks a file is refused with the file's name."""
+    (broken_checkpoint / name).unlink()
+    refuses(broken_checkpoint, f"holds no {name}")
+
+
+@pytest.mark.parametrize("text", ["", "{", "\xff"])
+def test_broken_config(broken_checkpoint: Path, text: str) -> None:
+    """A config.json that is no JSON is refused with its path."""
+    (broken_checkpoint / "config.json").write_bytes(text.encode("latin-1"))
+    refuses(broken_checkpoint, "config.json", "cannot be read")
+
+
+def test_other_model(broken_checkpoint: Path) -> None:
+    """The folder of another model is refused with that model's name."""
+    (broken_checkpoint / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    refuses(broken_checkpoint, "'clip'")
+
+
+def test_broken_tokenizer(broken_checkpoint: Path) -> None:
+    """A tokenizer.json that is none is refused with its path."""
+    (broken_checkpoint / "tokenizer.json").write_text("{}")
+    refuses(broken_checkpoint, "tokenizer.json", "is not a tokenizer")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    """A path where nothing lies, or a single file, is refused with what to do."""
+    refuses(tmp_path / "none", "SAM3_WEIGHTS_PATH=demo")
+    (tmp_path / "sam3.pt").touch()
+    refuses(tmp_path / "sam3.pt", "transformers folder")
+
+
+def change(folder: Path, edit: Any) -> None:
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def refuses(folder: Path, *parts: str) -> None:
+    """Loading fails with a sentence that holds `parts`, and the predictor stays unloaded."""
+    predictor = SAM3Predictor(str(folder), "cpu")
+    with pytest.raises(WeightsError) as refused:
+        predictor.load()
+    for part in parts:
+        assert part in str(refused.value)
+    with pytest.raises(ModelNotLoaded):
+        predictor.predict(Image.new("RGB", (9, 9)), "cat")
