@@ -211,9 +211,8 @@ def rgb() -> Image.Image:
     return scene(SEEDS[6]).image
 
 
-def grey16(kind: str) -> Image.Image:
-    levels = np.asarray(rgb().convert("L")).astype(np.uint16) * 257
-    return Image.fromarray(levels if kind == "I;16" else levels.astype(np.int32))
+def grey16() -> Image.Image:
+    return Image.fromarray(np.asarray(rgb().convert("L")).astype(np.uint16) * 257)
 
 
 FORMS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image] | None]] = {
@@ -229,7 +228,7 @@ FORMS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image] | None]] =
     "png palette": (lambda: png_bytes(rgb().quantize(64)), lambda: rgb().quantize(64).convert("RGB")),
     "png rgba": (lambda: png_bytes(rgb().convert("RGBA")), rgb),
     "png 1-bit": (lambda: png_bytes(rgb().convert("1")), lambda: rgb().convert("1").convert("RGB")),
-    "png 16-bit grey": (lambda: png_bytes(grey16("I;16")), lambda: rgb().convert("L").convert("RGB")),
+    "png 16-bit grey": (lambda: png_bytes(grey16()), lambda: rgb().convert("L").convert("RGB")),
 }
 
 

@@ -1,0 +1,137 @@
+"""The engine: one outcome a request, whatever happens."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong
+from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
+from sam3_runner.images import SquareImage
+from tests.edge import wait_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sam3_runner.checkpoint import Checkpoint
+
+SIDE_PX = 112
+
+
+def loaded(folder: Path) -> Engine:
+    """An engine whose loading has ended, well or not."""
+    engine = Engine(EngineConfig(str(folder), "cpu", cpu_threads=1, max_batch=4))
+    engine.start()
+    wait_for(engine.status, lambda status: status.state != "loading")
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Checkpoint) -> Engine:
+    return loaded(tiny_checkpoint.folder)
+
+
+def request(*prompts: str, level: int = 0, side_px: int = SIDE_PX, seconds: float = 60.0) -> SegmentRequest:
+    pixels = np.full((side_px, side_px, 3), level, dtype=np.uint8)
+    image = SquareImage(pixels, width=30, height=20)
+    return SegmentRequest(image, list(prompts), deadline_s=time.monotonic() + seconds)
+
+
+def passes() -> float:
+    """Passes of the model that were counted so far."""
+    return REGISTRY.get_sample_value("sam3_batch_seconds_count") or 0.0
+
+
+def test_outcomes_are_in_order(engine: Engine) -> None:
+    """Each request gets the results of its own prompts, in one shared pass."""
+    before = passes()
+    outcomes = engine.segment([request("cat"), request("dog", "ring", level=200), request("cat")])
+    assert [[result.prompt for result in outcome.results or []] for outcome in outcomes] == [
+        ["cat"],
+        ["dog", "ring"],
+        ["cat"],
+    ]
+    assert all(outcome.error is None and outcome.inference_ms > 0 for outcome in outcomes)
+    assert len({outcome.inference_ms for outcome in outcomes}) == 1
+    assert passes() == before + 1
+
+
+def test_bad_item_fails_alone(engine: Engine) -> None:
+    """An image of a wrong size fails as InferenceFailed; its neighbours get their results."""
+    good, bad, other = engine.segment([request("cat"), request("cat", side_px=70), request("dog")])
+    assert isinstance(bad.error, InferenceFailed)
+    assert bad.results is None
+    for outcome in (good, other):
+        assert outcome.error is None
+        assert outcome.results
+
+
+def test_callers_fault_is_told_apart(engine: Engine) -> None:
+    """A prompt of too many tokens fails as such, alone."""
+    long, good = engine.segment([request("cat " * 40), request("cat")])
+    assert isinstance(long.error, PromptTooLong)
+    assert good.results
+
+
+def test_every_item_bad(engine: Engine) -> None:
+    """A batch of bad items gives an error each, and the engine lives on."""
+    outcomes = engine.segment([request("cat", side_px=50), request("cat", side_px=60)])
+    assert [type(outcome.error) for outcome in outcomes] == [InferenceFailed] * 2
+    assert engine.segment([request("cat")])[0].results
+
+
+def test_expired_requests_are_not_run(engine: Engine) -> None:
+    """A request whose deadline passed while it waited costs no pass of the model."""
+    before = passes()
+    [late] = engine.segment([request("cat", seconds=-1)])
+    assert isinstance(late.error, DeadlineExceeded)
+    assert passes() == before
+    late, good = engine.segment([request("cat", seconds=-1), request("dog")])
+    assert isinstance(late.error, DeadlineExceeded)
+    assert good.results
+    assert good.results[0].prompt == "dog"
+
+
+def test_nothing_to_do(engine: Engine) -> None:
+    """No requests give no outcomes."""
+    assert engine.segment([]) == []
+
+
+def test_not_started(tiny_checkpoint: Checkpoint) -> None:
+    """Before its weights are in, an engine answers every request with ModelNotLoaded."""
+    fresh = Engine(EngineConfig(str(tiny_checkpoint.folder), "cpu"))
+    assert not fresh.ready
+    assert fresh.status() == EngineStatus(state="loading")
+    outcomes = fresh.segment([request("cat"), request("dog")])
+    assert [type(outcome.error) for outcome in outcomes] == [ModelNotLoaded] * 2
+
+
+def test_broken_weights(broken_checkpoint: Path) -> None:
+    """An engine that could not load says why, in its status and to every request, and stays unready."""
+    (broken_checkpoint / "model.safetensors").write_bytes(b"torn")
+    broken = loaded(broken_checkpoint)
+    status = broken.status()
+    assert status.state == "error"
+    assert status.error is not None
+    assert "model.safetensors" in status.error
+    assert not broken.ready
+    [outcome] = broken.segment([request("cat")])
+    assert isinstance(outcome.error, ModelNotLoaded)
+    assert str(outcome.error) == status.error
+
+
+def test_status_tells_the_models_facts(engine: Engine, tiny_checkpoint: Checkpoint) -> None:
+    """A ready engine names its checkpoint, counts its parameters, and on a CPU has no GPU's memory."""
+    assert engine.ready
+    status = engine.status()
+    assert (status.state, status.error, status.demo) == ("ok", None, False)
+    assert status.checkpoint == tiny_checkpoint.folder.name
+    assert status.weights_bytes == tiny_checkpoint.weights_file.stat().st_size
+    assert status.parameters is not None
+    assert 2 * status.parameters == pytest.approx(status.weights_bytes, rel=0.02)
+    assert (status.input_side_px, status.device, status.dtype) == (SIDE_PX, "cpu", "float32")
+    assert (status.gpu_name, status.vram_used_bytes, status.vram_total_bytes) == (None, None, None)

@@ -1,0 +1,87 @@
+"""Masks as bits of their smallest rectangle."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sam3_runner import Instance, MaskCrop, PredictResult
+from sam3_runner.instances import union_mask
+from sam3_runner.masks import _crop, to_instances
+
+EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
+
+
+def result(*crops: MaskCrop, width: int = 20, height: int = 10) -> PredictResult:
+    instances = [
+        Instance(score=0.9, box=(0.0, 0.0, 1.0, 1.0), area_px=int(crop.array().sum()), mask=crop)
+        for crop in crops
+    ]
+    return PredictResult("cat", 0.9, width, height, instances)
+
+
+@given(
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    density=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_round_trip(width: int, height: int, density: float, seed: int) -> None:
+    """A mask comes back from its crop pixel by pixel; the crop is as small as it can be."""
+    mask = np.random.default_rng(seed).random((height, width)) < density
+    crop = _crop(mask)
+    assert np.array_equal(result(crop, width=width, height=height).mask_array(), mask)
+    assert len(crop.bits) == (crop.width * crop.height + 7) // 8
+    if mask.any():
+        inside = crop.array()
+        assert inside[0].any()
+        assert inside[-1].any()
+        assert inside[:, 0].any()
+        assert inside[:, -1].any()
+    else:
+        assert crop == EMPTY
+
+
+def test_union() -> None:
+    """Overlapping instances count once in the union, also across prompts; nothing found is all zeros."""
+    left = MaskCrop(left=2, top=1, width=8, height=4, bits=b"\xff" * 4)
+    right = MaskCrop(left=6, top=3, width=8, height=4, bits=b"\xff" * 4)
+    both = result(left, right).mask_array()
+    assert both.sum() == 32 + 32 - 2 * 4
+    assert np.array_equal(union_mask([result(left), result(right), result()]), both)
+    assert result().mask_array().shape == (10, 20)
+    assert not result(EMPTY).mask_array().any()
+
+
+def test_confidence() -> None:
+    """The confidence is the best score, and 0.0 when nothing was found."""
+    assert result().confidence == 0.0
+    assert result(EMPTY, EMPTY).confidence == 0.9
+
+
+def test_values_cross_processes() -> None:
+    """Results are plain values: pickled and back they are equal, and a mask costs its bits."""
+    mask = np.ones((300, 400), dtype=np.bool_)
+    found = result(_crop(mask), width=400, height=300)
+    packed = pickle.dumps(found)
+    assert pickle.loads(packed) == found  # noqa: S301 - our own bytes
+    assert len(packed) < 300 * 400 / 8 + 1000
+
+
+def test_best_score_is_first() -> None:
+    """Instances come best score first, their boxes in pixels and their areas those of the masks."""
+    logits = torch.full((2, 4, 4), -1.0)
+    logits[0, :2] = 1.0
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.1, 0.2, 0.3, 0.4]])
+    first, second = to_instances(torch.tensor([0.6, 0.8]), boxes, logits, width=100, height=40)
+    assert [first.score, second.score] == pytest.approx([0.8, 0.6])
+    assert first.box == pytest.approx((10, 8, 30, 16))
+    assert (first.area_px, first.mask) == (0, EMPTY)
+    assert second.area_px == 100 * 20
+    assert (second.mask.left, second.mask.top, second.mask.width, second.mask.height) == (0, 0, 100, 20)

@@ -1,0 +1,104 @@
+"""Prompts to token ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sam3_runner import PromptTooLong, WeightsError
+from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer, clean_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+START, END = 49406, 49407
+TOKENIZER = PromptTokenizer(DEMO_FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        # As the official tokenizer (CLIP's) gives them.
+        ("cat", [2368]),
+        ("a photo of a cat", [320, 1125, 539, 320, 2368]),
+        ("red circle", [736, 7117]),
+        ("yellow school bus", [4481, 1228, 2840]),
+    ],
+)
+def test_ids(text: str, ids: list[int]) -> None:
+    """Texts become CLIP's ids between a start and an end token, padded with the end token."""
+    tokens = TOKENIZER.encode([text])
+    length = len(ids) + 2
+    assert tokens.ids[0].tolist() == [START, *ids, END] + [END] * (CONTEXT_TOKENS - length)
+    assert tokens.valid[0].tolist() == [True] * length + [False] * (CONTEXT_TOKENS - length)
+    assert TOKENIZER.count(text) == length
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("Red  Circle", "red circle"),
+        ("  cat\u3000\n", "cat"),
+        ("caf\u00c3\u00a9", "café"),
+        ("cats &amp;amp; dogs", "cats & dogs"),
+        ("\u201cquoted\u201d", '"quoted"'),
+        ("ﬁre", "fire"),
+        ("ＷＩＤＥ", "wide"),
+    ],
+)
+def test_cleaning(text: str, cleaned: str) -> None:
+    """Broken encodings, entities, odd spaces, ligatures and capitals make no difference."""
+    assert clean_text(text) == cleaned
+    assert TOKENIZER.encode([text]).ids.tolist() == TOKENIZER.encode([cleaned]).ids.tolist()
+
+
+def test_thirty_two_tokens() -> None:
+    """32 tokens, start and end included, are read; one more is refused with the number."""
+    assert TOKENIZER.encode(["cat " * 30]).valid.all()
+    with pytest.raises(PromptTooLong, match="33 tokens; the model reads 32"):
+        TOKENIZER.encode(["cat", "cat " * 31])
+    assert TOKENIZER.count("cat " * 31) == 33
+
+
+def test_special_tokens_in_a_prompt_are_text() -> None:
+    """A prompt that spells the end token gets no meaning into the middle of a text, or fails."""
+    tokens = TOKENIZER.encode(["<|startoftext|> cat <|endoftext|>"])
+    assert tokens.valid[0].sum() == TOKENIZER.count("<|startoftext|> cat <|endoftext|>")
+
+
+def test_many_texts_keep_their_rows() -> None:
+    """Texts encoded together are what they are alone."""
+    texts = ["cat", "a very long prompt with many words in it", "", "ring"]
+    together = TOKENIZER.encode(texts)
+    for row, text in enumerate(texts):
+        assert together.ids[row].tolist() == TOKENIZER.encode([text]).ids[0].tolist()
+
+
+@given(text=st.text(max_size=200))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_text(text: str) -> None:
+    """Any text is encoded or too long, and `count` agrees with what `encode` does."""
+    tokens = TOKENIZER.count(text)
+    if tokens <= CONTEXT_TOKENS:
+        assert TOKENIZER.encode([text]).valid.sum() == tokens
+    else:
+        with pytest.raises(PromptTooLong):
+            TOKENIZER.encode([text])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"version": "1.0"}'])
+def test_broken_tokenizer(tmp_path: Path, content: str) -> None:
+    """A tokenizer.json that is none is refused with its path."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(WeightsError, match="is not a tokenizer"):
+        PromptTokenizer(tmp_path)
+
+
+def test_missing_tokenizer(tmp_path: Path) -> None:
+    """A missing tokenizer.json is told as such."""
+    with pytest.raises(WeightsError, match="is missing"):
+        PromptTokenizer(tmp_path)

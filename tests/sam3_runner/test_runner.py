@@ -1,0 +1,56 @@
+"""The mend of BentoML's batch dispatcher: what it learns in a burst must not slow lone requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bentoml._internal.marshal import dispatcher
+
+from sam3_runner.engine import EngineConfig
+from sam3_runner.runner import MAX_BATCH_WAIT_S, BoundedOptimizer, runner_service
+
+THEIRS = next(kind for kind in BoundedOptimizer.__mro__ if kind.__module__ == dispatcher.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _their_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "Optimizer", THEIRS)
+
+
+def after_a_burst(optimizer: Any) -> float:
+    """The wait that an optimizer has learnt from many callers who queued for seconds."""
+    for batch in range(60):
+        optimizer.log_outbound(8, 4.0, 0.5 + batch % 3 / 100)
+    optimizer.trigger_refresh()
+    return float(optimizer.wait)
+
+
+def test_wait_is_bounded() -> None:
+    """After a burst BentoML's own estimate would wait seconds for company; ours at most 5 ms."""
+    assert after_a_burst(THEIRS(1.0)) == pytest.approx(4.0)
+    assert after_a_burst(BoundedOptimizer(1.0)) == MAX_BATCH_WAIT_S <= 0.005
+
+
+def test_short_waits_are_kept() -> None:
+    """A wait below the bound is left as BentoML learnt it."""
+    optimizer = BoundedOptimizer(1.0)
+    for _ in range(10):
+        optimizer.log_outbound(1, 0.001, 0.02)
+    optimizer.trigger_refresh()
+    assert optimizer.wait == pytest.approx(0.001)
+
+
+def test_dispatchers_use_it() -> None:
+    """Once the runner is made, every dispatcher that BentoML makes has the bounded estimate."""
+    runner_service(EngineConfig("demo"), timeout_s=10.0, gpu=False)
+    made: Any = dispatcher.CorkDispatcher(1000, 8, fallback=lambda: None)
+    assert isinstance(made.optimizer, BoundedOptimizer)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_one_process_a_gpu(*, gpu: bool) -> None:
+    """The runner is one process, and asks for a GPU only where there is one."""
+    service: Any = runner_service(EngineConfig("demo"), timeout_s=10.0, gpu=gpu)
+    assert service.config["workers"] == 1
+    assert ("gpu" in service.config.get("resources", {})) == gpu
