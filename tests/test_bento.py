@@ -1,0 +1,76 @@
+"""The Bento: built on a machine that knows no secret, whole, and without what it does not need."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from settings import OWN_PREFIXES, Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bento(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Bento that was just built."""
+    home = tmp_path_factory.mktemp("bentoml")
+    secretless = {
+        name: value
+        for name, value in os.environ.items()
+        if name.lower() not in Settings.model_fields and not name.startswith(OWN_PREFIXES)
+    }
+    built = subprocess.run(
+        [sys.executable, "-m", "bentoml", "build", "--output", "tag"],
+        cwd=ROOT,
+        env=secretless | {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    [folder] = (home / "bentos" / "sam3").glob("*/")
+    return folder
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bento_is_whole(bento: Path) -> None:
+    """The Bento holds every module that serves, and the demo checkpoint as it lies in the repository."""
+    held = files_below(bento / "src")
+    for module in ("service.py", "settings.py", "contract.py", "gate.py", "pipeline.py"):
+        assert module in held
+    for package in ("sam3_runner", "storage", "results"):
+        served = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+        assert served <= held
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    folder = "sam3_runner/demo_checkpoint"
+    _, different, missing = filecmp.cmpfiles(ROOT / folder, bento / "src" / folder, names, shallow=False)
+    assert (different, missing) == ([], [])
+
+
+def test_bento_holds_nothing_else(bento: Path) -> None:
+    """No tests, training, data, caches or settings of the builder's machine travel in the Bento."""
+    for name in files_below(bento / "src"):
+        parts = Path(name).parts
+        assert parts[0] not in {"tests", "training", "benchmarks", "docs", "data", "weights", ".git", ".venv"}
+        assert "__pycache__" not in parts
+        assert parts[-1] != ".env"
+    assert "local_server.py" not in files_below(bento / "src")
+
+
+def test_bento_is_for_production(bento: Path) -> None:
+    """The image that is made of it refuses embedded parts: APP_ENV is production."""
+    description = (bento / "bento.yaml").read_text()
+    assert "APP_ENV" in description
+    assert "production" in description
+    locked = (bento / "env" / "python" / "requirements.txt").read_text()
+    assert "torch==2.13.0" in locked
+    assert "bentoml==1.4.39" in locked

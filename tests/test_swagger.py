@@ -1,0 +1,128 @@
+"""The Swagger UI in a real browser."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from playwright.sync_api import Browser, Locator, Page
+
+    from local_server import LocalServer
+
+pytestmark = [pytest.mark.server, pytest.mark.browser]
+
+ROUTES = {
+    ("get", "/health"),
+    ("post", "/api/v1/predict"),
+    ("post", "/api/v1/predict/batch"),
+    ("get", "/api/v1/model/info"),
+}
+ERRORS = ("400", "401", "403", "404", "409", "413", "415", "429", "500", "502", "503", "504")
+WAIT_MS = 30_000
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def asked() -> list[str]:
+    """The URLs that the page asked for."""
+    return []
+
+
+@pytest.fixture
+def faults() -> list[str]:
+    """The errors that the page's scripts met."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Browser, server: LocalServer, asked: list[str], faults: list[str]) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 1600})
+    opened = context.new_page()
+    opened.set_default_timeout(WAIT_MS)
+    expect.set_options(timeout=WAIT_MS)
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.goto(f"{server.url}/")
+    expect(opened.locator(".opblock")).to_have_count(len(ROUTES))
+    yield opened
+    context.close()
+
+
+def operation(page: Page, method: str, path: str) -> Locator:
+    """The block of one route."""
+    exact = page.locator(f'.opblock-summary-path[data-path="{path}"]')
+    return page.locator(f".opblock-{method}").filter(has=exact)
+
+
+def test_all_routes_are_shown(page: Page, faults: list[str], tmp_path: Path) -> None:
+    """The page at / shows the four routes and nothing that a caller could not use."""
+    shown = {
+        (
+            block.locator(".opblock-summary-method").inner_text().lower(),
+            block.locator(".opblock-summary-path").get_attribute("data-path"),
+        )
+        for block in page.locator(".opblock").all()
+    }
+    assert shown == ROUTES
+    page.screenshot(path=tmp_path / "swagger.png", full_page=True)
+    assert faults == []
+
+
+def test_predict_tells_its_fields_and_errors(page: Page, tmp_path: Path) -> None:
+    """Opened, predict shows the fields of its request, of its answer, and the model of every error."""
+    block = operation(page, "post", "/api/v1/predict")
+    block.locator(".opblock-summary-control").click()
+    request = block.locator(".opblock-section-request-body")
+    for field in ("image_url", "text_prompt", "user_id", "task_id"):
+        expect(request).to_contain_text(field)
+    answers = block.locator(".responses-table.live-responses-table, .responses-wrapper").last
+    for field in ("mask_url", "labels", "inference_time_ms", "confidence", "instances"):
+        expect(answers.locator('tr.response[data-code="200"]')).to_contain_text(field)
+    for status in ERRORS:
+        answer = answers.locator(f'tr.response[data-code="{status}"]')
+        expect(answer).to_contain_text("request_id")
+        expect(answer).to_contain_text("message")
+    expect(answers.locator('tr.response[data-code="422"]')).to_have_count(0)
+    expect(page.locator(".models")).to_contain_text("ErrorResponse")
+    page.screenshot(path=tmp_path / "predict.png", full_page=True)
+
+
+def test_nothing_comes_from_outside(page: Page, asked: list[str]) -> None:
+    """The page works on a machine without internet, and tells nobody of its use."""
+    page.wait_for_load_state("networkidle")
+    assert any(url.endswith("docs.json") for url in asked)
+    assert {urlsplit(url).hostname for url in asked if not url.startswith("data:")} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("authorized", [True, False])
+def test_try_it_out(page: Page, server: LocalServer, *, authorized: bool) -> None:
+    """With the key given to Authorize a route answers from the page, and without it says what is missing."""
+    if authorized:
+        page.locator("button.authorize").first.click()
+        page.locator(".auth-container input").fill(server.api_key)
+        page.locator(".auth-container button.authorize").click()
+        page.locator(".auth-container button.btn-done").click()
+    block = operation(page, "get", "/api/v1/model/info")
+    block.locator(".opblock-summary-control").click()
+    block.get_by_role("button", name="Try it out").click()
+    block.get_by_role("button", name="Execute").click()
+    answer = block.locator(".live-responses-table .response")
+    expect(answer.locator(".response-col_status")).to_contain_text("200" if authorized else "401")
+    expect(answer).to_contain_text("SAM3" if authorized else "AUTH_REQUIRED")
