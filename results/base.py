@@ -95,10 +95,6 @@ class ResultStore(Protocol):
         """
         ...
 
-    async def renew(self, task_id: str, *, attempt_id: str) -> None:
-        """Start the lease anew, for work that outlasts it. Raises AttemptLost."""
-        ...
-
     async def close(self) -> None:
         """Finish what was begun and let go of the store; nothing else may be called after."""
         ...

@@ -21,7 +21,7 @@ class TaskNotFound(ResultsError):
 
 
 class TaskInProgress(ResultsError):
-    """Another attempt holds the row; its lease runs out in `retry_after_s` seconds unless renewed."""
+    """Another attempt holds the row; its lease runs out in `retry_after_s` seconds."""
 
     def __init__(self, task_id: str, retry_after_s: float) -> None:
         super().__init__(f"task {task_id} is being processed; try again in {retry_after_s:.0f} s")

@@ -53,18 +53,14 @@ WHERE id = :task_id AND user_id = :user_id AND (
     status IN ('pending', 'error')
     OR (status = 'processing' AND (updated_at <= :lease_start OR updated_at > :lease_end)))"""
 
-_HELD: Final = "id = :task_id AND status = 'processing' AND json_extract(metadata, '$.attempt') = :attempt_id"
-
-_SETTLE: Final = f"""
+_SETTLE: Final = """
 UPDATE segmentation_results SET status = :status, mask_image_url = :mask_url, labels = :labels,
     metadata = :metadata, updated_at = :now
-WHERE {_HELD}"""  # noqa: S608 - made of constants
+WHERE id = :task_id AND status = 'processing' AND json_extract(metadata, '$.attempt') = :attempt_id"""
 
 _IS_SETTLED: Final = """
 SELECT 1 FROM segmentation_results WHERE id = :task_id
 AND (status, mask_image_url, labels, metadata) IS (:status, :mask_url, :labels, :metadata)"""
-
-_RENEW: Final = f"UPDATE segmentation_results SET updated_at = :now WHERE {_HELD}"  # noqa: S608 - constants
 
 _SELECT: Final = """
 SELECT user_id, status, mask_image_url, labels, metadata, created_at, updated_at
@@ -74,7 +70,7 @@ FROM segmentation_results WHERE id = :task_id"""
 class SqliteResults:
     """A ResultStore in the SQLite file `path`, which is made when it is missing.
 
-    An attempt may be taken over `lease_s` seconds after its claim or last renewal. `now` is the clock.
+    An attempt may be taken over `lease_s` seconds after its claim. `now` is the clock.
     No Edge is there to insert rows, so `claim` inserts a missing one.
     Raises ResultsUnavailable when the file cannot be opened.
     """
@@ -108,10 +104,6 @@ class SqliteResults:
             raise ValueError("an attempt ends as 'pending' or 'error' here; a result needs update_result")
         metadata: dict[str, object] = {} if error_message is None else {"error_message": error_message}
         await self._settle(task_id, attempt_id, status, mask_url=None, labels=[], metadata=metadata)
-
-    async def renew(self, task_id: str, *, attempt_id: str) -> None:
-        """See ResultStore."""
-        await self._in_thread(lambda: self._renew(task_id, attempt_id))
 
     async def insert_pending(self, task: Task) -> None:
         """Make the row of a new task, as the Edge does; nothing happens when it exists."""
@@ -184,11 +176,6 @@ class SqliteResults:
                 return
             if self._db.execute(_IS_SETTLED, values).fetchone() is None:
                 raise AttemptLost(str(values["task_id"]))
-
-    def _renew(self, task_id: str, attempt_id: str) -> None:
-        values = {"task_id": task_id, "attempt_id": attempt_id, "now": _text(self._now())}
-        if self._db.execute(_RENEW, values).rowcount != 1:
-            raise AttemptLost(task_id)
 
     def _insert(self, task: Task) -> None:
         self._db.execute(_INSERT, {**asdict(task), "now": _text(self._now())})

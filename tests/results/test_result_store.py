@@ -141,18 +141,6 @@ async def test_stale_task_is_taken_over(opened: Opened, task: Task) -> None:
     assert (await row_of(opened, task)).metadata["attempt"] == second.attempt_id
 
 
-async def test_renewed_lease_starts_anew(opened: Opened, task: Task) -> None:
-    """Renewing keeps the row beyond the first lease, and for one lease only."""
-    claim = await claimed(opened.store, task)
-    opened.advance_clock(LEASE_S - 1)
-    await opened.store.renew(task.task_id, attempt_id=claim.attempt_id)
-    opened.advance_clock(LEASE_S - 1)
-    with pytest.raises(TaskInProgress):
-        await opened.second.claim(task)
-    opened.advance_clock(2)
-    await claimed(opened.second, task)
-
-
 STALE_WRITES: dict[str, Callable[[ResultStore, Claim], Awaitable[None]]] = {
     "finish": finish,
     "fail": lambda store, claim: store.update_status(
@@ -161,7 +149,6 @@ STALE_WRITES: dict[str, Callable[[ResultStore, Claim], Awaitable[None]]] = {
     "give back": lambda store, claim: store.update_status(
         claim.task_id, "pending", attempt_id=claim.attempt_id
     ),
-    "renew": lambda store, claim: store.renew(claim.task_id, attempt_id=claim.attempt_id),
 }
 
 
@@ -223,8 +210,6 @@ async def test_other_finish_after_a_finish_is_lost(opened: Opened, task: Task) -
             )
     with pytest.raises(AttemptLost):
         await opened.store.update_status(task.task_id, "error", attempt_id=claim.attempt_id)
-    with pytest.raises(AttemptLost):
-        await opened.store.renew(task.task_id, attempt_id=claim.attempt_id)
     assert await row_of(opened, task) == before
 
 
