@@ -11,14 +11,14 @@ import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch read
 
 from training.architecture import SIDE_PX
 from training.concepts import PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, ask
-from training.scenes import render, sample_noise, sample_scenes
+from training.scenes import paint, render, sample_noise, sample_scenes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from training.scenes import Pictures, Scenes
+    from training.scenes import Painter
 
 _UNKNOWN_SHARE = 0.2
 """Of the absent prompts, the share that are words without meaning here."""
@@ -58,7 +58,8 @@ class BatchMaker:
         self._scenes, self._seed, self._device = scenes, seed, device
         self._tokens = PromptTokens(device)
         self._generator = torch.Generator(device)
-        self._draw: Callable[..., tuple[Tensor, Pictures]] = torch.compile(_draw) if compiled else _draw
+        self._paint: Painter = torch.compile(paint, dynamic=False) if compiled else paint
+        self._wear_out: Callable[..., Tensor] = torch.compile(wear_out, dynamic=False) if compiled else wear_out
 
     def make(self, step: int) -> Batch:
         """The batch of one step."""
@@ -66,7 +67,8 @@ class BatchMaker:
         scenes = sample_scenes(self._scenes, generator, frame=None)
         noise = sample_noise(self._scenes, SIDE_PX, SIDE_PX, generator)
         wear = torch.rand(self._scenes, _WEAR_UNIFORMS, generator=generator, device=self._device)
-        pixels, pictures = self._draw(scenes, *noise, wear)
+        pictures = render(scenes, *noise, paint=self._paint)
+        pixels = self._wear_out(pictures.pixels, noise[1], wear).to(torch.uint8)
         lots = torch.rand(self._scenes, PROMPT_UNIFORMS, generator=generator, device=self._device)
         asked = ask(scenes, pictures, lots)
         prompts = self._scenes * PROMPTS_PER_SCENE
@@ -88,14 +90,8 @@ class BatchMaker:
         )
 
 
-def _draw(scenes: Scenes, smooth: Tensor, noise: Tensor, wear: Tensor) -> tuple[Tensor, Pictures]:
-    pictures = render(scenes, smooth, noise)
-    pixels = wear_out(pictures.pixels, noise, wear)
-    return pixels.round().clamp(0.0, 255.0).to(torch.uint8), pictures
-
-
 def wear_out(pixels: Tensor, noise: Tensor, uniforms: Tensor) -> Tensor:
-    """Blur, grain and the blocks of JPEG, each on some of the (B, 3, S, S) pictures; `uniforms` (B, 4)."""
+    """Blur, grain and the blocks of JPEG, each on some of the (B, 3, S, S) pictures; whole levels 0..255."""
     blur, grain, block, strength = uniforms.unbind(dim=1)
     # Three taps, (w, 1 - 2w, w): up to a third each way, none for two pictures in five.
     side = ((blur - 0.4).clamp(min=0.0) / 0.6 * 0.33)[:, None, None, None]
@@ -108,7 +104,7 @@ def wear_out(pixels: Tensor, noise: Tensor, uniforms: Tensor) -> Tensor:
     shifted = noise.roll((37, 91), dims=(-2, -1)) - 0.5
     pixels = pixels + shifted * ((grain - 0.5).clamp(min=0.0) * 40.0)[:, None, None, None]
     squeezed = _squeeze_blocks(pixels, 4.0 + 36.0 * strength**2)
-    return torch.where((block < 0.4)[:, None, None, None], squeezed, pixels)
+    return torch.where((block < 0.4)[:, None, None, None], squeezed, pixels).round().clamp(0.0, 255.0)
 
 
 def _squeeze_blocks(pixels: Tensor, step: Tensor) -> Tensor:

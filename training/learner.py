@@ -17,17 +17,19 @@ from sam3_runner.model import (
     refine_boxes,
     score_queries,
 )
-from training.concepts import PRESENT_PER_SCENE, PROMPTS_PER_SCENE
+from training.concepts import PROMPTS_PER_SCENE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from training.batches import Batch
 
-_AUCTION_ROUNDS = 24
+_AUCTION_ROUNDS = 16
 _AUCTION_RAISE = 0.02
-_MASKS_PER_SCENE = 6
-"""Masks drawn per scene on average; a batch with more objects asked for leaves some out at random."""
+_DRAWN_PROMPTS = 1
+"""Prompts of a scene whose masks are learnt in a step: the mask head is the dearest part, and learns fastest."""
+_MASKS_PER_SCENE = 2
+"""Masks drawn per scene on average; a batch with more objects asked for leaves some out."""
 
 _FOCUS = 2.0
 _WEIGHTS = {"score": 2.0, "presence": 1.0, "box": 5.0, "giou": 2.0, "mask": 10.0, "dice": 5.0}
@@ -42,7 +44,7 @@ class Answers:
         presence: (N, P) logits.
         boxes: (N, P, Q, 4), x0 y0 x1 y1 in 0..1.
         queries: (P, Q, D), of the last layer.
-        features: (prompts that are present, D, 4g, 4g), what masks are drawn from.
+        features: (B, D, 4g, 4g), of the first prompt of each scene, what masks are drawn from.
     """
 
     logits: Tensor
@@ -71,6 +73,14 @@ def hold_positions(model: Any) -> None:
     )
 
 
+def compile_parts(model: Any) -> None:
+    """Compile what gains by it: layers of one kind share one compilation, a whole model takes minutes."""
+    for layer in model.vision_encoder.backbone.layers:
+        layer.compile(dynamic=False)
+    decoder = model.detr_decoder
+    decoder._get_rpb_matrix = torch.compile(decoder._get_rpb_matrix, dynamic=False)  # noqa: SLF001
+
+
 def answer(model: Any, pixels: Tensor, ids: Tensor, ids_valid: Tensor) -> Answers:
     """Ask the prompts of (B, 3, S, S) pictures, four for each, through the code that serves."""
     prompt = torch.arange(len(ids), device=ids.device)
@@ -84,7 +94,7 @@ def answer(model: Any, pixels: Tensor, ids: Tensor, ids_valid: Tensor) -> Answer
         presence=found.layer_presence_logits,
         boxes=refine_boxes(model, found.queries, found.reference_boxes),
         queries=found.queries[-1],
-        features=decode_masks(model, image, found, scene, _present(prompt)),
+        features=decode_masks(model, image, found, scene, _drawn(prompt)),
     )
 
 
@@ -138,10 +148,15 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU of boxes (..., 4), x0 y0 x1 y1, broadcast against each other."""
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0.0)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0.0)
-    area_a, area_b = (a[..., 2:] - a[..., :2]).prod(dim=-1), (b[..., 2:] - b[..., :2]).prod(dim=-1)
-    common, whole = overlap.prod(dim=-1), hull.prod(dim=-1)
+    area_a, area_b = _area(a[..., 2:] - a[..., :2]), _area(b[..., 2:] - b[..., :2])
+    common, whole = _area(overlap), _area(hull)
     union = area_a + area_b - common
     return common / union.clamp(min=1e-7) - (whole - union) / whole.clamp(min=1e-7)
+
+
+def _area(sides: Tensor) -> Tensor:
+    # Not prod(): its backward counts zeros on the host, which a CUDA graph cannot hold.
+    return sides[..., 0] * sides[..., 1]
 
 
 def _served_logits(logits: Tensor, presence: Tensor) -> Tensor:
@@ -150,9 +165,9 @@ def _served_logits(logits: Tensor, presence: Tensor) -> Tensor:
     return -torch.stack([-logits, -presence, -logits - presence]).logsumexp(dim=0)
 
 
-def _present(per_prompt: Tensor) -> Tensor:
-    """The entries (3B, ...) of the prompts that name something, from (4B, ...)."""
-    return per_prompt.unflatten(0, (-1, PROMPTS_PER_SCENE))[:, :PRESENT_PER_SCENE].flatten(0, 1)
+def _drawn(per_prompt: Tensor) -> Tensor:
+    """The entries of the prompts whose masks are learnt, from (4B, ...)."""
+    return per_prompt.unflatten(0, (-1, PROMPTS_PER_SCENE))[:, :_DRAWN_PROMPTS].flatten(0, 1)
 
 
 def _score_loss(answers: Answers, batch: Batch, chosen: Tensor, number: Tensor) -> Tensor:
@@ -187,13 +202,13 @@ def _box_losses(
 
 def _mask_losses(model: Any, answers: Answers, batch: Batch, query: Tensor, learnt: Tensor) -> dict[str, Tensor]:
     """Cross-entropy and dice at half the picture's resolution, on the masks of learnt objects only."""
-    query, learnt = _present(query), _present(learnt)
+    query, learnt = _drawn(query), _drawn(learnt)
     index = query[..., None].expand(-1, -1, answers.queries.shape[-1])
-    queries = _present(answers.queries).gather(1, index)
+    queries = _drawn(answers.queries).gather(1, index)
     grids = torch.func.vmap(lambda pixels, few: draw_masks(model, pixels, few))(answers.features, queries)
     scenes, objects = len(batch.owner), learnt.shape[1]
     weight, row = learnt.flatten().float().topk(min(_MASKS_PER_SCENE * scenes, learnt.numel()), sorted=False)
-    scene = row // (objects * PRESENT_PER_SCENE)
+    scene = row // (objects * _DRAWN_PROMPTS)
     shown = (batch.owner[scene] == (row % objects + 1)[:, None, None]).float()
     goal = F.avg_pool2d(shown[:, None], 2)[:, 0]
     grid = grids.flatten(0, 1)[row]

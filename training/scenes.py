@@ -20,7 +20,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+    Painter = Callable[..., tuple[Tensor, Tensor]]
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = {
@@ -150,21 +154,50 @@ def scenes_from_uniforms(uniforms: Tensor, frame: tuple[float, float] | None) ->
     )
 
 
-def render(scenes: Scenes, smooth: Tensor, noise: Tensor) -> Pictures:
+def paint(
+    pixels: Tensor,
+    owner: Tensor,
+    number: Tensor,
+    x: Tensor,
+    y: Tensor,
+    edge_px: Tensor,
+    exists: Tensor,
+    shape: Tensor,
+    corners: Tensor,
+    inner: Tensor,
+    radius: Tensor,
+    angle: Tensor,
+    center: Tensor,
+    rgb: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Lay object `number` (0-d) of each scene over `pixels` and `owner`; its values end in (1, 1)."""
+    cos, sin = angle.cos(), angle.sin()
+    dx, dy = x - center[:, 0], y - center[:, 1]
+    x, y = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius
+    distance = _distance(x, y, shape, corners, inner)
+    distance = torch.where(exists, distance * radius, 1e6)
+    cover = (0.5 - distance / edge_px).clamp(0.0, 1.0)
+    return torch.lerp(pixels, rgb, cover[:, None]), torch.where(distance < 0.0, number, owner)
+
+
+def render(scenes: Scenes, smooth: Tensor, noise: Tensor, *, paint: Painter = paint) -> Pictures:
     """Draw `scenes` onto the raster of `noise`; see `sample_noise` for both kinds of noise."""
     height, width = noise.shape[-2:]
-    pixel_px = scenes.frame / torch.tensor([width, height], device=noise.device)
+    pixel_px = torch.stack([scenes.frame[:, 0] / width, scenes.frame[:, 1] / height], dim=1)
     x = (torch.arange(width, device=noise.device) + 0.5) * pixel_px[:, 0, None]
     y = (torch.arange(height, device=noise.device) + 0.5) * pixel_px[:, 1, None]
     x, y = x[:, None, :], y[:, :, None]
     edge_px = pixel_px.prod(dim=1).sqrt()[:, None, None]
     pixels = _draw_background(scenes, x, y, smooth, noise)
     owner = torch.zeros(len(noise), height, width, dtype=torch.uint8, device=noise.device)
+    numbers = torch.arange(1, MAX_OBJECTS + 1, dtype=torch.uint8, device=noise.device)
+    corners = _by_shape(_CORNERS, noise.device)[scenes.shape]
+    inner = _by_shape(_INNER, noise.device)[scenes.shape]
+    form = (scenes.exists, scenes.shape, corners, inner)
+    per_object = (*form, scenes.radius, scenes.angle, scenes.center, scenes.rgb)
     for index in range(MAX_OBJECTS):
-        distance = _distance(scenes, index, x, y)
-        cover = (0.5 - distance / edge_px).clamp(0.0, 1.0)
-        pixels = torch.lerp(pixels, scenes.rgb[:, index, :, None, None], cover[:, None])
-        owner = torch.where(distance < 0.0, index + 1, owner)
+        one = [values[:, index, ..., None, None] for values in per_object]
+        pixels, owner = paint(pixels, owner, numbers[index], x, y, edge_px, *one)
     return _measure(scenes, pixels, owner, pixel_px)
 
 
@@ -181,6 +214,11 @@ def draw_scenes(
 @cache
 def _colour_levels(device: torch.device) -> Tensor:
     return torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
+
+
+@cache
+def _by_shape(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 def _training_frames(uniforms: Tensor) -> Tensor:
@@ -214,28 +252,19 @@ def _draw_background(scenes: Scenes, x: Tensor, y: Tensor, smooth: Tensor, noise
     return level.clamp(0.0, 255.0)
 
 
-def _distance(scenes: Scenes, index: int, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance in frame px (B, H, W) to the edge of object `index`; huge where it does not exist."""
-    shape = scenes.shape[:, index, None, None]
-    radius = scenes.radius[:, index, None, None]
-    cos, sin = scenes.angle[:, index, None, None].cos(), scenes.angle[:, index, None, None].sin()
-    dx, dy = x - scenes.center[:, index, 0, None, None], y - scenes.center[:, index, 1, None, None]
-    x, y = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius
+def _distance(x: Tensor, y: Tensor, shape: Tensor, corners: Tensor, inner: Tensor) -> Tensor:
+    """Signed distance (B, H, W) to the edge of an upright shape of radius 1 at the origin."""
     reach = (x * x + y * y).sqrt()
     ring_middle, ring_half = (1.0 + _RING_INNER) / 2.0, (1.0 - _RING_INNER) / 2.0
-    distance = _corner_distance(x, y, reach, shape)
+    long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    distance = _corner_distance(x, y, reach, corners, inner)
     distance = torch.where(shape == _CIRCLE, reach - 1.0, distance)
     distance = torch.where(shape == _RING, (reach - ring_middle).abs() - ring_half, distance)
-    long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    cross = torch.maximum(long - 1.0, short - _CROSS_HALF_WIDTH)
-    distance = torch.where(shape == _CROSS, cross, distance)
-    return torch.where(scenes.exists[:, index, None, None], distance * radius, 1e6)
+    return torch.where(shape == _CROSS, torch.maximum(long - 1.0, short - _CROSS_HALF_WIDTH), distance)
 
 
-def _corner_distance(x: Tensor, y: Tensor, reach: Tensor, shape: Tensor) -> Tensor:
+def _corner_distance(x: Tensor, y: Tensor, reach: Tensor, corners: Tensor, inner: Tensor) -> Tensor:
     """Distance to a polygon or star of radius 1: fold the plane into half a corner's sector, measure one edge."""
-    corners = torch.tensor(_CORNERS, device=x.device)[shape]
-    inner = torch.tensor(_INNER, device=x.device)[shape]
     half = math.pi / corners
     folded = torch.remainder(torch.atan2(y, x) + half, 2.0 * half) - half
     along, aside = reach * folded.cos(), reach * folded.sin().abs()
@@ -250,7 +279,7 @@ def _measure(scenes: Scenes, pixels: Tensor, owner: Tensor, pixel_px: Tensor) ->
     x0, x1 = _extent(columns)
     y0, y1 = _extent(rows)
     area_px = shown.sum(dim=(2, 3)) * pixel_px.prod(dim=1)[:, None]
-    whole_px = torch.tensor(_AREA, device=owner.device)[scenes.shape] * scenes.radius**2
+    whole_px = _by_shape(_AREA, owner.device)[scenes.shape] * scenes.radius**2
     visible = columns.any(dim=2)
     # 150 px is meant at a short side of 336; the frame says how long the short side is.
     least_px = MIN_VISIBLE_PX * (scenes.frame.amin(dim=1, keepdim=True) / SHORT_SIDE_PX) ** 2
