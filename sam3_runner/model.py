@@ -116,7 +116,7 @@ def decode_prompts(
         text_features=prompt,
         vision_pos_encoding=image.position.expand(len(image_index), -1, -1),
         text_mask=prompt_valid,
-        spatial_shapes=torch.tensor([[side, side]], device=fused.device),
+        spatial_shapes=torch.full((1, 2), side, device=fused.device),
     )
     queries = decoded.intermediate_hidden_states
     layer_presence_logits = decoded.presence_logits.float().squeeze(-1)
