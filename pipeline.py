@@ -42,6 +42,9 @@ IMAGE_SLOTS = 4
 """Images that a worker holds as bytes or pixels at once: up to 150 MB each at 50 megapixels."""
 
 UNION = "union"
+# What is beyond them is noise of float32; shorter answers read better.
+SCORE_DIGITS = 4
+BOX_DIGITS = 2
 
 
 class Pipeline:
@@ -211,7 +214,12 @@ class Pipeline:
 
 def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:
     instances = [
-        InstanceModel(label=result.prompt, score=instance.score, box=instance.box, area=instance.area_px)
+        InstanceModel(
+            label=result.prompt,
+            score=round(instance.score, SCORE_DIGITS),
+            box=tuple(round(side, BOX_DIGITS) for side in instance.box),
+            area=instance.area_px,
+        )
         for instance in result.instances
     ]
     return PredictResponse(
@@ -219,7 +227,7 @@ def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: fl
         mask_url=mask_url,
         labels=[result.prompt] if instances else [],
         inference_time_ms=inference_ms,
-        confidence=result.confidence,
+        confidence=round(result.confidence, SCORE_DIGITS),
         instances=instances,
         image_width=result.image_width,
         image_height=result.image_height,
