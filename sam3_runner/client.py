@@ -33,6 +33,7 @@ class RunnerClient:
         self._proxy = proxy
         self._status = EngineStatus(state="loading")
         self._status_until_s = 0.0
+        self._asking: asyncio.Task[None] | None = None
 
     async def segment(
         self, image: SquareImage, prompts: list[str], deadline_s: float
@@ -53,15 +54,23 @@ class RunnerClient:
     async def status(self) -> EngineStatus:
         """The runner's state, at most a second old; `error` when its process does not answer."""
         if time.monotonic() >= self._status_until_s:
-            try:
-                async with asyncio.timeout(STATUS_TIMEOUT_S):
-                    self._status = await self._call("status")
-            except (SAM3Error, TimeoutError):
-                self._status = EngineStatus(state="error", error="the model's process does not answer")
-            # "loading" is not remembered: whoever saw /readyz turn good is served at once.
-            if self._status.state != "loading":
-                self._status_until_s = time.monotonic() + STATUS_AGE_S
+            # One question for all who wait: in a burst, one each would drown the runner.
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.shield(self._asking)
         return self._status
+
+    async def _ask(self) -> None:
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                self._status = await self._call("status")
+        except (SAM3Error, TimeoutError):
+            self._status = EngineStatus(state="error", error="the model's process does not answer")
+        finally:
+            self._asking = None
+        # "loading" is not remembered: whoever saw /readyz turn good is served at once.
+        if self._status.state != "loading":
+            self._status_until_s = time.monotonic() + STATUS_AGE_S
 
     async def _call(self, method: str, *arguments: object) -> Any:
         """Call the proxy; a keep-alive connection that closed under the call is tried again."""
