@@ -35,7 +35,9 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """The real server with the demo checkpoint, embedded stores and two API workers."""
-    with local_server(tmp_path_factory.mktemp("server"), {"API_WORKERS": "2"}) as running:
+    # A slow machine may take longer for the bursts than callers are given by default.
+    patient = {"API_WORKERS": "2", "REQUEST_TIMEOUT_S": "150"}
+    with local_server(tmp_path_factory.mktemp("server"), patient) as running:
         yield running
 
 
