@@ -59,7 +59,9 @@ class BatchMaker:
         self._tokens = PromptTokens(device)
         self._generator = torch.Generator(device)
         self._paint: Painter = torch.compile(paint, dynamic=False) if compiled else paint
-        self._wear_out: Callable[..., Tensor] = torch.compile(wear_out, dynamic=False) if compiled else wear_out
+        self._wear_out: Callable[..., Tensor] = (
+            torch.compile(wear_out, dynamic=False) if compiled else wear_out
+        )
 
     def make(self, step: int) -> Batch:
         """The batch of one step."""
@@ -112,8 +114,11 @@ def _squeeze_blocks(pixels: Tensor, step: Tensor) -> Tensor:
     index = torch.arange(_BLOCK, device=pixels.device, dtype=torch.float32)
     basis = (math.pi / _BLOCK * (index[None] + 0.5) * index[:, None]).cos() * math.sqrt(2.0 / _BLOCK)
     basis = torch.cat([basis[:1] / math.sqrt(2.0), basis[1:]])
-    blocks = pixels.unflatten(3, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK)).transpose(3, 4)
+    count, channels, height, width = pixels.shape
+    grid = (height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
+    blocks = pixels.reshape(count, channels, *grid).transpose(3, 4)
     waves = basis @ blocks @ basis.T
     quantum = step[:, None, None, None, None, None] * (0.4 + 0.2 * (index[:, None] + index[None]))
     restored = basis.T @ ((waves / quantum).round() * quantum) @ basis
-    return restored.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    squeezed: Tensor = restored.transpose(3, 4).reshape(pixels.shape)
+    return squeezed

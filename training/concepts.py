@@ -25,15 +25,17 @@ PRESENT_PER_SCENE = 3
 """The first three prompts of a scene name something in it, the last one nothing: a quarter is absent."""
 
 KINDS = ("colour shape", "shape", "any shape of a colour")
-CONCEPT_COUNT = len(COLOURS) * len(SHAPES) + len(SHAPES) + len(COLOURS)
 _FIRST_SHAPE = len(COLOURS) * len(SHAPES)
 _FIRST_COLOUR = _FIRST_SHAPE + len(SHAPES)
+CONCEPT_COUNT = _FIRST_COLOUR + len(COLOURS)
 
 PROMPT_UNIFORMS = PRESENT_PER_SCENE * (MAX_OBJECTS + 1) + CONCEPT_COUNT
+PROMPT_SEEDS = 1_000_000_000
+"""Added to a scene's seed for its prompts: one seed for both would tie what is asked to what is drawn."""
 _KIND_SHARE = (0.4, 0.3, 0.3)
 _NEAR_MISS_WEIGHT = 5.0
 _TOKENS = 8
-"""Tokens of the longest training prompt, padded; the served 32 give the same answer, since padding is masked."""
+"""Tokens of a training prompt, padded; the served 32 give the same answer, since padding is masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ def ask(scenes: Scenes, pictures: Pictures, uniforms: Tensor) -> Asked:
     """Choose prompts with the help of (B, `PROMPT_UNIFORMS`) uniform numbers."""
     meant = _meaning(uniforms.device)[:, scenes.colour, scenes.shape].transpose(0, 1)
     meant &= pictures.visible[:, None]
-    picks, absent = uniforms.split([PROMPT_UNIFORMS - CONCEPT_COUNT, CONCEPT_COUNT], dim=1)
-    picks = picks.unflatten(1, (PRESENT_PER_SCENE, MAX_OBJECTS + 1))
+    picks, absent = uniforms[:, :-CONCEPT_COUNT], uniforms[:, -CONCEPT_COUNT:]
+    picks = picks.reshape(-1, PRESENT_PER_SCENE, MAX_OBJECTS + 1)
     target = (picks[..., :-1] + pictures.counted[:, None]).argmax(dim=-1)
     colour, shape = scenes.colour.gather(1, target), scenes.shape.gather(1, target)
     both, bare_shape = _KIND_SHARE[0], _KIND_SHARE[0] + _KIND_SHARE[1]
@@ -101,10 +103,12 @@ class PromptTokens:
 
     def __init__(self, device: str, folder: Path = CHECKPOINT_FOLDER) -> None:
         tokenizer = PromptTokenizer(folder)
-        encoded = tokenizer.encode([phrase for concept in range(CONCEPT_COUNT) for phrase in phrases(concept)])
+        encoded = tokenizer.encode(
+            [phrase for concept in range(CONCEPT_COUNT) for phrase in phrases(concept)]
+        )
         ids = torch.from_numpy(encoded.ids)[:, :_TOKENS]
-        self._ids = ids.unflatten(0, (CONCEPT_COUNT, -1)).to(device)
-        self._lengths = torch.from_numpy(encoded.valid).sum(dim=1).unflatten(0, (CONCEPT_COUNT, -1)).to(device)
+        self._ids = ids.reshape(CONCEPT_COUNT, -1, _TOKENS).to(device)
+        self._lengths = torch.from_numpy(encoded.valid).sum(dim=1).reshape(CONCEPT_COUNT, -1).to(device)
         self._end = int(ids[0, -1])
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
@@ -114,7 +118,7 @@ class PromptTokens:
         return self._with_validity(self._ids[concept, phrase], self._lengths[concept, phrase])
 
     def encode_unknown(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, 8) ids and validity of one to three random tokens, half of them after a colour; needs (P, 6)."""
+        """(P, 8) ids and validity of up to two random tokens, half of them after a colour; needs (P, 6)."""
         word = (uniforms[:, 2:5] * self._end).long().clamp(max=self._end - 2)
         colour = _FIRST_COLOUR + (uniforms[:, 5] * len(COLOURS)).long()
         coloured = uniforms[:, 0] < 0.5
@@ -128,7 +132,7 @@ class PromptTokens:
 
     def read(self, ids: Tensor) -> list[str]:
         """The texts of (P, 8) ids."""
-        return self._tokenizer.decode_batch(ids.tolist())
+        return [text.replace("</w>", " ").strip() for text in self._tokenizer.decode_batch(ids.tolist())]
 
     def _with_validity(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         return ids, torch.arange(_TOKENS, device=ids.device) < lengths[:, None]

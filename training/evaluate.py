@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sam3_runner.predictor import SAM3Predictor
-from training.concepts import CHECKPOINT_FOLDER, PROMPT_UNIFORMS, ask, kind_of, name_of
+from training.concepts import CHECKPOINT_FOLDER, PROMPT_SEEDS, PROMPT_UNIFORMS, ask, kind_of, name_of
 from training.scenes import MAX_OBJECTS, draw_scenes
 from training.score import Overlaps, Tally
 
@@ -68,7 +68,7 @@ def pose(seed: int, *, width: int, height: int) -> Question | None:
     scenes, pictures = draw_scenes(1, seed, width=width, height=height)
     if not pictures.counted.any():
         return None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + PROMPT_SEEDS)
     asked = ask(scenes, pictures, torch.rand(1, PROMPT_UNIFORMS, generator=generator))
     lots = random.Random(seed)  # noqa: S311 - reproducible on purpose
     concepts = asked.concept[0].tolist()
@@ -121,7 +121,11 @@ def evaluate_size(
             fooled += sum(bool(result.instances) for result in results[len(question.prompts) :])
             asked += 1
             bar.update()
-    figures: dict[str, Any] = {"scenes": asked, "seeds": [first_seed, seed - 1], **tallies.pop("all").figures()}
+    figures: dict[str, Any] = {
+        "scenes": asked,
+        "seeds": [first_seed, seed - 1],
+        **tallies.pop("all").figures(),
+    }
     if strange:
         figures["strange_prompts"] = {"prompts": asked, "found_something": fooled}
     return figures | {"kinds": {kind: tally.figures() for kind, tally in sorted(tallies.items())}}
@@ -178,7 +182,9 @@ def _device_name(device: torch.device) -> str:
 
 def main() -> None:
     """Evaluate, write the report, tell by the exit status whether every target was met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", default="demo", help="`demo` or a transformers folder")
     parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
     parser.add_argument("--scenes", type=int, default=1000, help="square scenes")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _AUCTION_ROUNDS = 16
 _AUCTION_RAISE = 0.02
 _DRAWN_PROMPTS = 1
-"""Prompts of a scene whose masks are learnt in a step: the mask head is the dearest part, and learns fastest."""
+"""Prompts of a scene whose masks are learnt in a step: the mask head is dear, and learns fast."""
 _MASKS_PER_SCENE = 2
 """Masks drawn per scene on average; a batch with more objects asked for leaves some out."""
 
@@ -161,13 +161,12 @@ def _area(sides: Tensor) -> Tensor:
 
 def _served_logits(logits: Tensor, presence: Tensor) -> Tensor:
     """The logit of sigmoid(logit) x sigmoid(presence)."""
-    logits, presence = torch.broadcast_tensors(logits, presence)
-    return -torch.stack([-logits, -presence, -logits - presence]).logsumexp(dim=0)
+    return -torch.logaddexp(torch.logaddexp(-logits, -presence), -logits - presence)
 
 
 def _drawn(per_prompt: Tensor) -> Tensor:
     """The entries of the prompts whose masks are learnt, from (4B, ...)."""
-    return per_prompt.unflatten(0, (-1, PROMPTS_PER_SCENE))[:, :_DRAWN_PROMPTS].flatten(0, 1)
+    return per_prompt.reshape(-1, PROMPTS_PER_SCENE, *per_prompt.shape[1:])[:, :_DRAWN_PROMPTS].flatten(0, 1)
 
 
 def _score_loss(answers: Answers, batch: Batch, chosen: Tensor, number: Tensor) -> Tensor:
@@ -200,7 +199,9 @@ def _box_losses(
     return {"box": (far * learnt).sum() / scale, "giou": (apart * learnt).sum() / scale}
 
 
-def _mask_losses(model: Any, answers: Answers, batch: Batch, query: Tensor, learnt: Tensor) -> dict[str, Tensor]:
+def _mask_losses(
+    model: Any, answers: Answers, batch: Batch, query: Tensor, learnt: Tensor
+) -> dict[str, Tensor]:
     """Cross-entropy and dice at half the picture's resolution, on the masks of learnt objects only."""
     query, learnt = _drawn(query), _drawn(learnt)
     index = query[..., None].expand(-1, -1, answers.queries.shape[-1])

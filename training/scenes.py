@@ -129,7 +129,7 @@ def sample_noise(count: int, height: int, width: int, generator: torch.Generator
 
 def scenes_from_uniforms(uniforms: Tensor, frame: tuple[float, float] | None) -> Scenes:
     """Turn uniform numbers (B, `_SCENE_UNIFORMS`) into scenes."""
-    per_object = uniforms[:, 1 : 1 + 9 * MAX_OBJECTS].unflatten(1, (9, MAX_OBJECTS))
+    per_object = uniforms[:, 1 : 1 + 9 * MAX_OBJECTS].reshape(-1, 9, MAX_OBJECTS)
     per_scene = uniforms[:, 1 + 9 * MAX_OBJECTS :]
     sides = _training_frames(per_scene[:, :2]) if frame is None else _same_frame(uniforms, frame)
     colour = (per_object[:, 0] * len(COLOURS)).long()
@@ -154,7 +154,7 @@ def scenes_from_uniforms(uniforms: Tensor, frame: tuple[float, float] | None) ->
     )
 
 
-def paint(
+def paint(  # noqa: PLR0917 - tensors alone: it is compiled once for all objects
     pixels: Tensor,
     owner: Tensor,
     number: Tensor,
@@ -234,14 +234,16 @@ def _same_frame(uniforms: Tensor, frame: tuple[float, float]) -> Tensor:
 
 def _background_levels(uniforms: Tensor) -> Tensor:
     """(B, 2, 3) levels of muted colours: half way between a colour and its grey."""
-    levels = 40.0 + 175.0 * uniforms[:, :6].unflatten(1, (2, 3))
+    levels = 40.0 + 175.0 * uniforms[:, :6].reshape(-1, 2, 3)
     return torch.lerp(levels, levels.mean(dim=2, keepdim=True), 0.4 + 0.6 * uniforms[:, 6:7, None])
 
 
 def _draw_background(scenes: Scenes, x: Tensor, y: Tensor, smooth: Tensor, noise: Tensor) -> Tensor:
     height, width = noise.shape[-2:]
     cos, sin = scenes.direction.cos()[:, None, None], scenes.direction.sin()[:, None, None]
-    across = (x / scenes.frame[:, 0, None, None] - 0.5) * cos + (y / scenes.frame[:, 1, None, None] - 0.5) * sin
+    across = (x / scenes.frame[:, 0, None, None] - 0.5) * cos + (
+        y / scenes.frame[:, 1, None, None] - 0.5
+    ) * sin
     ends = scenes.background[..., None, None]
     level = torch.lerp(ends[:, 0], ends[:, 1], (across / math.sqrt(2.0) + 0.5)[:, None])
     blobs = F.interpolate(smooth, (height, width), mode="bilinear", align_corners=False) - 0.5
@@ -264,7 +266,7 @@ def _distance(x: Tensor, y: Tensor, shape: Tensor, corners: Tensor, inner: Tenso
 
 
 def _corner_distance(x: Tensor, y: Tensor, reach: Tensor, corners: Tensor, inner: Tensor) -> Tensor:
-    """Distance to a polygon or star of radius 1: fold the plane into half a corner's sector, measure one edge."""
+    """Distance to a polygon or star of radius 1: fold the plane into half a corner, measure one edge."""
     half = math.pi / corners
     folded = torch.remainder(torch.atan2(y, x) + half, 2.0 * half) - half
     along, aside = reach * folded.cos(), reach * folded.sin().abs()

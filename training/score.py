@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch read
 from scipy.optimize import linear_sum_assignment
 
 from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
-from training.concepts import PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, ask, kind_of
+from training.concepts import PROMPT_SEEDS, PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, ask, kind_of
 from training.scenes import MAX_OBJECTS, draw_scenes
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def score_weights(model: Any, *, scenes: int, seed: int, device: str) -> dict[st
     tokens = PromptTokens(device)
     tallies = {"all": Tally()}
     for start in range(0, scenes, 32):
-        generator = torch.Generator(device).manual_seed(seed + start)
+        generator = torch.Generator(device).manual_seed(seed + start + PROMPT_SEEDS)
         drawn, pictures = draw_scenes(32, seed + start, width=336, height=336, device=device)
         asked = ask(drawn, pictures, torch.rand(32, PROMPT_UNIFORMS, generator=generator, device=device))
         words = torch.rand(32 * PROMPTS_PER_SCENE, 7, generator=generator, device=device)
@@ -126,5 +126,7 @@ def predict_masks(model: Any, pixels: Tensor, ids: Tensor, valid: Tensor) -> tup
     pair, query = (score > KEEP_SCORE).nonzero(as_tuple=True)
     features = decode_masks(model, image, found, scene, prompt)
     grids = torch.func.vmap(lambda cells, few: draw_masks(model, cells, few))(features, found.queries[-1])
-    logits = F.interpolate(grids[pair, query][:, None], pixels.shape[-2:], mode="bilinear", align_corners=False)
+    logits = F.interpolate(
+        grids[pair, query][:, None], pixels.shape[-2:], mode="bilinear", align_corners=False
+    )
     return logits[:, 0] > 0.0, pair

@@ -67,12 +67,11 @@ class Trainer:
         self.plan = plan
         torch.manual_seed(plan.seed)
         torch.set_float32_matmul_precision("high")
-        self.model: Any = Sam3Model(demo_config())
-        start_weights(self.model)
+        self.model = start_model()
         if plan.init_from is not None:
             self.model.load_state_dict(load_file(plan.init_from / "model.safetensors"))
         self.model.to(plan.device)
-        self.averaged: Any = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
         hold_positions(self.model)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, plan.weight_decay),
@@ -116,7 +115,7 @@ class Trainer:
             answers = answer(self.model, batch.pixels, batch.ids, batch.ids_valid)
             chosen = match(answers, batch)
             terms = losses(self.model, answers, batch, chosen)
-        torch.stack(list(terms.values())).sum().backward()
+        torch.autograd.backward(torch.stack(list(terms.values())).sum())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         return {name: term.detach() for name, term in terms.items()} | {"gradient": norm}
@@ -167,17 +166,17 @@ class Trainer:
     @torch.no_grad()
     def _average(self) -> None:
         keep = min(_EMA_DECAY, self.step / (self.step + 10.0))
-        torch._foreach_lerp_(  # noqa: SLF001 - one launch for all tensors
-            list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - keep
-        )
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - keep)
 
 
 class _Graph:
     """A whole update as one CUDA graph: launching its thousands of kernels takes longer than running them."""
 
     def __init__(self, update: Callable[[Batch], dict[str, torch.Tensor]], batch: Batch) -> None:
-        self._batch = replace(batch, **{each.name: getattr(batch, each.name).clone() for each in fields(batch)})
-        stream = torch.cuda.Stream()
+        self._batch = replace(
+            batch, **{each.name: getattr(batch, each.name).clone() for each in fields(batch)}
+        )
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles and chooses kernels, which a capture cannot
@@ -195,8 +194,10 @@ class _Graph:
         return self._terms
 
 
-def start_weights(model: Any) -> None:
-    """Begin so that signals keep their size, and so that the queries look at different places."""
+def start_model() -> Any:
+    """A model whose signals keep their size, and whose queries look at different places."""
+    config: Any = demo_config()
+    model: Any = Sam3Model(config)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -211,6 +212,7 @@ def start_weights(model: Any) -> None:
     place = place.repeat(-(-count // len(place)), 1)[:count]
     decoder.reference_points.weight.data = torch.cat([place, torch.full((count, 2), 0.2)], dim=1).logit()
     model.mask_decoder.instance_projection.weight.data *= 0.1
+    return model
 
 
 def train(plan: Plan) -> Path:
@@ -241,7 +243,13 @@ def train(plan: Plan) -> Path:
                 saved = now
                 trainer.save()
         trainer.save()
-        _write(log, step=trainer.step, finished=True, preparation_s=round(trainer.preparation_s, 1), validation=_validate(trainer))
+        _write(
+            log,
+            step=trainer.step,
+            finished=True,
+            preparation_s=round(trainer.preparation_s, 1),
+            validation=_validate(trainer),
+        )
     return plan.folder / "checkpoint"
 
 
@@ -261,7 +269,9 @@ def _write(log: Any, **entry: Any) -> None:
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, norms and embeddings do not."""
     decayed = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
     }
     parameters = list(model.parameters())
     return [
@@ -272,8 +282,12 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 def _parse() -> tuple[Plan, Path | None]:
     default = Plan()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=default.folder, help="state, log and weights of the run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=default.folder, help="state, log and weights of the run"
+    )
     parser.add_argument("--init-from", type=Path, help="begin with the weights of this transformers folder")
     parser.add_argument("--minutes", type=float, default=default.minutes, help="length by the clock")
     parser.add_argument("--steps", type=int, help="length by count instead: reproducible on one device")

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from transformers import Sam3Model
+
+from sam3_runner.model import decode_prompts, encode_image, encode_text, score_queries
+from training import train as train_module
+from training.architecture import demo_config
+from training.batches import BatchMaker
+from training.learner import answer, assign, generalised_iou, hold_positions
+from training.train import Plan, Trainer, train
+from training.weights import load_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Any = demo_config()
+    backbone = config.vision_config.backbone_config
+    backbone.hidden_size, backbone.intermediate_size, backbone.num_attention_heads = 48, 48, 2
+    backbone.num_hidden_layers, backbone.global_attn_indexes = 2, [1]
+    config.vision_config.fpn_hidden_size = 32
+    for part in ("detr_encoder", "detr_decoder", "geometry_encoder", "mask_decoder"):
+        getattr(config, f"{part}_config").hidden_size = 32
+    monkeypatch.setattr(train_module, "demo_config", lambda: config)
+
+
+def _plan(folder: Path, **changes: Any) -> Plan:
+    settings: dict[str, Any] = {"steps": 24, "scenes": 1, "device": "cpu", "compiled": False, "rate": 2e-3}
+    return Plan(folder=folder, validate_scenes=0, **(settings | changes))
+
+
+def test_training_learns_through_the_forward_that_serves() -> None:
+    torch.manual_seed(0)
+    config: Any = demo_config()
+    model = Sam3Model(config)
+    batch = BatchMaker(scenes=2, seed=1, device="cpu", compiled=False).make(0)
+    prompt = torch.arange(8)
+    padding = 32 - batch.ids.shape[1]
+    ids = torch.nn.functional.pad(batch.ids, (0, padding), value=49407)
+    with torch.no_grad():
+        image = encode_image(model, batch.pixels)
+        text = encode_text(model, ids, torch.nn.functional.pad(batch.ids_valid, (0, padding)))
+        served = decode_prompts(model, image, text, prompt // 4, prompt)
+        layers = score_queries(model, served.queries, served.prompt, served.prompt_valid)
+        hold_positions(model)
+        learnt = answer(model, batch.pixels, batch.ids, batch.ids_valid)
+    score = served.logits.sigmoid() * served.presence_logits.sigmoid()[:, None]
+
+    assert torch.allclose(learnt.logits[-1].sigmoid(), score, atol=1e-5)
+    assert torch.allclose(layers[-1], served.logits, atol=1e-5)
+    assert torch.allclose(learnt.boxes[-1], served.boxes, atol=1e-5)
+    assert torch.allclose(learnt.queries, served.queries[-1], atol=1e-4)
+
+
+def test_the_auction_finds_the_cheapest_matching() -> None:
+    generator = torch.Generator().manual_seed(5)
+    cost = 4.0 * torch.rand(64, 7, 24, generator=generator)
+    wanted = torch.rand(64, 7, generator=generator) < 0.5
+    chosen = assign(cost, wanted)
+
+    assert torch.equal(chosen >= 0, wanted)
+    for row in range(64):
+        rows = wanted[row].nonzero().flatten()
+        queries = chosen[row][rows]
+        best = cost[row][rows].numpy()
+        optimum = best[linear_sum_assignment(best)].sum()
+        assert len(set(queries.tolist())) == len(rows)
+        assert float(cost[row][rows, queries].sum()) <= optimum + 7 * 0.02 + 1e-4
+
+
+def test_generalised_iou() -> None:
+    box = torch.tensor([0.0, 0.0, 0.5, 0.5])
+
+    assert float(generalised_iou(box, box)) == pytest.approx(1.0)
+    assert float(generalised_iou(box, box + 0.5)) == pytest.approx(-0.5)
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_tiny_model_overfits_one_scene(tmp_path: Path) -> None:
+    trainer = Trainer(_plan(tmp_path, steps=24))
+    batch = BatchMaker(scenes=1, seed=9, device="cpu", compiled=False).make(0)
+    trainer._batches = SimpleNamespace(make=lambda _step: batch)  # type: ignore[assignment]
+    totals = []
+    for _ in range(24):
+        terms = trainer.train_step()
+        totals.append(sum(float(term) for name, term in terms.items() if name != "gradient"))
+
+    assert totals[-1] < 0.6 * totals[0]
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = Trainer(_plan(tmp_path))
+    whole.train_step()
+    whole.train_step()
+    whole.save()
+    expected = whole.train_step()
+    resumed = Trainer(_plan(tmp_path))
+
+    assert resumed.resume()
+    assert resumed.step == 2
+    assert {name: float(term) for name, term in resumed.train_step().items()} == pytest.approx(
+        {name: float(term) for name, term in expected.items()}
+    )
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_run_writes_weights_that_load(tmp_path: Path) -> None:
+    folder = train(_plan(tmp_path / "first", steps=3))
+    model = load_weights(folder)
+    again = Trainer(_plan(tmp_path / "second", init_from=folder))
+
+    assert (folder / "config.json").exists()
+    assert not model.training
+    assert torch.equal(
+        again.model.detr_decoder.query_embed.weight.detach(), model.detr_decoder.query_embed.weight.detach()
+    )
