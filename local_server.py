@@ -116,6 +116,8 @@ def clean_environment(data_dir: Path, api_key: str) -> dict[str, str]:
         "DATA_DIR": str(data_dir),
         "API_SECRET_KEY": api_key,
         "BENTOML_DO_NOT_TRACK": "True",
+        # BentoML empties its metrics folder at every start, under the feet of another server that runs.
+        "BENTOML_HOME": str(data_dir.absolute() / "bentoml"),
     }
 
 
