@@ -14,7 +14,7 @@ import torch
 from local_server import LocalServer, local_server
 from sam3_runner.checkpoint import DEMO_FOLDER, Checkpoint
 from settings import OWN_PREFIXES, Settings
-from tests.edge import Edge
+from tests.edge import SERVER_TIMEOUT_S, Edge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """The real server with the demo checkpoint, embedded stores and two API workers."""
     # A slow machine may take longer for the bursts than callers are given by default.
-    patient = {"API_WORKERS": "2", "REQUEST_TIMEOUT_S": "150"}
+    patient = {"API_WORKERS": "2", "REQUEST_TIMEOUT_S": str(SERVER_TIMEOUT_S)}
     with local_server(tmp_path_factory.mktemp("server"), patient) as running:
         yield running
 

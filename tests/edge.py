@@ -30,6 +30,9 @@ USER = "user-1"
 PREDICT = "/api/v1/predict"
 BATCH = "/api/v1/predict/batch"
 WAIT_S = 60.0
+SERVER_TIMEOUT_S = 150
+"""REQUEST_TIMEOUT_S of the server that the tests share."""
+
 T = TypeVar("T")
 
 

@@ -140,17 +140,6 @@ def test_bad_image_does_not_hurt_its_neighbours(edge: Edge) -> None:
             check_same(response.json(), alone)
 
 
-def test_lone_requests_are_quick_after_a_burst(edge: Edge) -> None:
-    """After the burst above, a lone request does not wait for company that is not there."""
-    key = edge.upload(png_bytes(scene(202).image))
-    send_together(edge.server, [edge.body(key, "circle") for _ in range(64)])
-    single_before, all_before = batches(edge.server)
-    for _ in range(5):
-        edge.answer(key, "circle")
-    single_after, all_after = batches(edge.server)
-    assert (single_after - single_before, all_after - all_before) == (5, 5)
-
-
 def test_more_than_max_in_flight(tmp_path: Path) -> None:
     """A full server says 429 and when to come back; the row stays pending, and a later try is done."""
     with local_server(tmp_path, {"MAX_IN_FLIGHT": "1", "API_WORKERS": "1"}) as server, Edge(server) as edge:
