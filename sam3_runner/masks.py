@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 
 from sam3_runner.instances import Instance, MaskCrop
 
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
     from sam3_runner.instances import Mask
 
-CHUNK_PIXELS = 64_000_000
-"""Mask pixels upsampled at a time: 256 MB of fp32, however many instances and however large the image."""
+EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
 
 
 def to_instances(
@@ -35,30 +33,64 @@ def to_instances(
     order = scores.argsort(descending=True)
     scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
     pixel_boxes = (boxes * scale)[order].tolist()
-    crops: list[MaskCrop] = []
-    for chunk in torch.split(mask_logits[order], max(1, CHUNK_PIXELS // (width * height))):
-        crops += [_crop(mask) for mask in _upsample(chunk, width=width, height=height)]
+    crops = _crops(mask_logits[order], width=width, height=height)
     return [
-        Instance(score=score, box=(box[0], box[1], box[2], box[3]), area_px=_area(crop), mask=crop)
-        for score, box, crop in zip(scores[order].tolist(), pixel_boxes, crops, strict=True)
+        Instance(score=score, box=(box[0], box[1], box[2], box[3]), area_px=area_px, mask=crop)
+        for score, box, (crop, area_px) in zip(scores[order].tolist(), pixel_boxes, crops, strict=True)
     ]
 
 
-def _upsample(mask_logits: Tensor, *, width: int, height: int) -> list[Mask]:
-    size = (height, width)
-    upsampled = F.interpolate(mask_logits[:, None], size=size, mode="bilinear", align_corners=False)
-    return list((upsampled[:, 0] > 0).cpu().numpy())
+def _crops(mask_logits: Tensor, *, width: int, height: int) -> list[tuple[MaskCrop, int]]:
+    """Each mask and its area in px.
+
+    Only the part of the image that can be positive is upsampled: time and memory follow the objects'
+    size and not the image's, which may have 50 megapixels.
+    """
+    positive = mask_logits > 0
+    # One transfer tells where every mask may be positive.
+    rows, columns = positive.any(dim=2).cpu().numpy(), positive.any(dim=1).cpu().numpy()
+    crops = []
+    for logits, in_rows, in_columns in zip(mask_logits, rows, columns, strict=True):
+        if not in_rows.any():
+            crops.append((EMPTY, 0))
+            continue
+        top, bottom = _reach(in_rows, height)
+        left, right = _reach(in_columns, width)
+        tall = _upsample_rows(logits, top, bottom, height)
+        inside = _upsample_rows(tall.T, left, right, width).T > 0
+        crops.append(_crop(inside.cpu().numpy(), top=top, left=left))
+    return crops
 
 
-def _crop(mask: Mask) -> MaskCrop:
+def _reach(positive: Mask, size_px: int) -> tuple[int, int]:
+    """First and last + 1 px of an axis that touch a positive cell: within one cell of its centre."""
+    cells = np.flatnonzero(positive)
+    px_per_cell = size_px / len(positive)
+    first, last = (cells[0] - 0.5) * px_per_cell, (cells[-1] + 1.5) * px_per_cell
+    return max(0, int(first)), min(size_px, int(last) + 1)
+
+
+def _upsample_rows(logits: Tensor, first: int, last: int, size_px: int) -> Tensor:
+    """Rows `first` to `last` of the (h, w) `logits` upsampled to `size_px` rows: (last - first, w)."""
+    cells = len(logits)
+    px = torch.arange(first, last, dtype=torch.float32, device=logits.device)
+    place = ((px + 0.5) * (cells / size_px) - 0.5).clamp(min=0.0)
+    above = place.long()
+    below = (above + 1).clamp(max=cells - 1)
+    return torch.lerp(logits[above], logits[below], (place - above)[:, None])
+
+
+def _crop(mask: Mask, *, top: int, left: int) -> tuple[MaskCrop, int]:
+    """The smallest rectangle that holds `mask`, which lies at (top, left) of the image."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
-        return MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
-    top, left = int(rows[0]), int(columns[0])
-    inside = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    height, width = inside.shape
-    return MaskCrop(left=left, top=top, width=width, height=height, bits=np.packbits(inside).tobytes())
-
-
-def _area(crop: MaskCrop) -> int:
-    return int(crop.array().sum())
+        return EMPTY, 0
+    inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    crop = MaskCrop(
+        left=left + int(columns[0]),
+        top=top + int(rows[0]),
+        width=inside.shape[1],
+        height=inside.shape[0],
+        bits=np.packbits(inside).tobytes(),
+    )
+    return crop, int(inside.sum())

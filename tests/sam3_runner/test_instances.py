@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,8 @@ def result(*crops: MaskCrop, width: int = 20, height: int = 10) -> PredictResult
 def test_round_trip(width: int, height: int, density: float, seed: int) -> None:
     """A mask comes back from its crop pixel by pixel; the crop is as small as it can be."""
     mask = np.random.default_rng(seed).random((height, width)) < density
-    crop = _crop(mask)
+    crop, area_px = _crop(mask, top=0, left=0)
+    assert area_px == mask.sum()
     assert np.array_equal(result(crop, width=width, height=height).mask_array(), mask)
     assert len(crop.bits) == (crop.width * crop.height + 7) // 8
     if mask.any():
@@ -68,7 +70,7 @@ def test_confidence() -> None:
 def test_values_cross_processes() -> None:
     """Results are plain values: pickled and back they are equal, and a mask costs its bits."""
     mask = np.ones((300, 400), dtype=np.bool_)
-    found = result(_crop(mask), width=400, height=300)
+    found = result(_crop(mask, top=0, left=0)[0], width=400, height=300)
     packed = pickle.dumps(found)
     assert pickle.loads(packed) == found  # noqa: S301 - our own bytes
     assert len(packed) < 300 * 400 / 8 + 1000
@@ -85,3 +87,24 @@ def test_best_score_is_first() -> None:
     assert (first.area_px, first.mask) == (0, EMPTY)
     assert second.area_px == 100 * 20
     assert (second.mask.left, second.mask.top, second.mask.width, second.mask.height) == (0, 0, 100, 20)
+
+
+@given(
+    width=st.integers(1, 700),
+    height=st.integers(1, 700),
+    cells=st.integers(2, 80),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=100, deadline=None)
+def test_only_the_positive_part_is_upsampled(width: int, height: int, cells: int, seed: int) -> None:
+    """Masks are those of upsampling the whole grid, whatever the sizes and wherever the object lies."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(3, 1, max(2, cells // 6), max(2, cells // 6), generator=generator) - 0.5
+    logits = F.interpolate(coarse, (cells, cells), mode="bicubic")[:, 0]
+    whole = F.interpolate(logits[:, None], (height, width), mode="bilinear")[:, 0] > 0
+    found = to_instances(torch.tensor([0.9, 0.8, 0.7]), torch.rand(3, 4), logits, width=width, height=height)
+    for instance, truth in zip(found, whole.numpy(), strict=True):
+        mask = result(instance.mask, width=width, height=height).mask_array()
+        # Rounding may move a pixel whose logit is zero.
+        assert (mask != truth).sum() <= 1
+        assert instance.area_px == mask.sum()

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from sam3_runner import ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
 from sam3_runner.images import squash
 from sam3_runner.instances import union_mask
-from sam3_runner.masks import to_instances
 from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
 from sam3_runner.predictor import CACHED_TEXTS
 from sam3_runner.prompts import PromptTokenizer
@@ -223,17 +222,6 @@ def test_masks_are_upsampled_as_logits(predictor: SAM3Predictor, width: int, hei
     assert sorted(instance.box for instance in result.instances) == [
         pytest.approx(tuple(box), abs=1e-2) for box in sorted(boxes)
     ]
-
-
-def test_masks_of_many_instances_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many instances there are, the masks are those of upsampling all at once."""
-    logits = torch.randn(7, 8, 8, generator=torch.Generator().manual_seed(0))
-    scores, boxes = torch.linspace(0.6, 0.9, 7), torch.rand(7, 4)
-    at_once = to_instances(scores, boxes, logits, width=50, height=30)
-    monkeypatch.setattr("sam3_runner.masks.CHUNK_PIXELS", 2 * 50 * 30)
-    assert to_instances(scores, boxes, logits, width=50, height=30) == at_once
-    monkeypatch.setattr("sam3_runner.masks.CHUNK_PIXELS", 1)
-    assert to_instances(scores, boxes, logits, width=50, height=30) == at_once
 
 
 def test_union_of_several_prompts(predictor: SAM3Predictor) -> None:
