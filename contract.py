@@ -58,7 +58,12 @@ class _Request(BaseModel):
         ),
     ]
     user_id: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="owner of the image and of the task")
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9_-]{1,64}$",
+            description="owner of the image and of the task",
+            examples=["user-1"],
+        ),
     ]
     task_id: Annotated[UUID, Field(description="id of the row in segmentation_results")]
 
@@ -100,7 +105,9 @@ class InstanceModel(BaseModel):
 
     label: str = Field(description="the prompt that found it")
     score: float = Field(description="0.5 to 1")
-    box: tuple[float, float, float, float] = Field(description="x0, y0, x1, y1 in px of the image")
+    box: tuple[float, float, float, float] = Field(
+        description="x0, y0, x1, y1 in px of the image", examples=[[102.4, 88.1, 230.9, 216.0]]
+    )
     area: int = Field(description="px of its mask")
 
 
@@ -269,7 +276,8 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
 def invalid_request(errors: Iterator[dict[str, object]]) -> Failure:
     """The failure of a request that does not fit its model: names the first field, never its value."""
     first = next(errors)
-    location = [str(part) for part in first["loc"]][1:]  # type: ignore[attr-defined]
+    # A number right after "body" is where the JSON broke off, not a field.
+    location = [str(part) for part in first["loc"]][1:] if first["type"] != "json_invalid" else ["the body"]  # type: ignore[attr-defined]
     reason = str(first["msg"]).removeprefix("Value error, ")
     if not location:
         location, reason = ["the body"], "must be a JSON object, sent with Content-Type: application/json"

@@ -5,6 +5,7 @@ Plain ASGI, and never raises: an exception that leaves a middleware of BentoML h
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.sam3")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+BODY_TIMEOUT_S = 10.0
+"""64 KiB that take longer are an attack, or a line on which nothing works."""
+
 QUIET_PATHS = {"/health", "/livez", "/readyz", "/metrics"}
 """Polled all day; not worth a log line."""
 
@@ -83,10 +87,24 @@ class Gate:
             raise Failure("AUTH_INVALID", HTTPStatus.UNAUTHORIZED, "the key in X-API-Key is not valid")
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """The body, read up to the limit, as a new `receive`."""
+        """The body, read up to the limits of size and time, as a new `receive`."""
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await self._collect(receive)
+        except TimeoutError as error:
+            late = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+            raise Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, late) from error
+        whole = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> Message:
+            return next(whole, None) or await receive()
+
+        return replay
+
+    async def _collect(self, receive: Receive) -> bytes:
         body = bytearray()
         while True:
             message = await receive()
@@ -97,12 +115,7 @@ class Gate:
                 raise self._too_large()
             if not message.get("more_body", False):
                 break
-        whole = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
-
-        async def replay() -> Message:
-            return next(whole, None) or await receive()
-
-        return replay
+        return bytes(body)
 
     def _too_large(self) -> Failure:
         return Failure(

@@ -21,6 +21,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from contract import (
     BatchRequest,
@@ -42,6 +43,7 @@ from sam3_runner.checkpoint import SCORE_THRESHOLD, find_checkpoint
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineConfig
 from sam3_runner.runner import runner_service
+from sam3_runner.shutdown import keep_sockets_until_the_end
 from settings import Settings, SettingsError, load_settings, make_demo_key
 from storage import LocalFolder, StorageError
 
@@ -133,6 +135,7 @@ class SegmentationService:
             objects, rows = open_storage(checked), open_results(checked)
         except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
+        keep_sockets_until_the_end()
         logger.info("storage: %s", objects.describe())
         logger.info("results: %s", rows.describe())
         asyncio.run(rows.close())
@@ -193,6 +196,14 @@ class SegmentationService:
                 max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
             ),
         )
+
+
+@app.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+async def unknown_route(request: Request) -> None:
+    """Our own error body for what is no route; what is outside `/api` gets BentoML's."""
+    matches = [route.matches(request.scope)[0] for route in app.routes]
+    status = HTTPStatus.METHOD_NOT_ALLOWED if Match.PARTIAL in matches else HTTPStatus.NOT_FOUND
+    raise HTTPException(status)
 
 
 @app.get("/", include_in_schema=False)

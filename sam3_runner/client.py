@@ -20,6 +20,8 @@ TRIES = 3
 PAUSE_S = 0.03
 STATUS_AGE_S = 1.0
 STATUS_TIMEOUT_S = 3.0
+TRUST_S = 30.0
+"""A loaded runner that is too busy to answer is believed to be well for so long."""
 
 
 class RunnerClient:
@@ -30,9 +32,11 @@ class RunnerClient:
     """
 
     def __init__(self, proxy: Any) -> None:
+        _use_fresh_connections(proxy)
         self._proxy = proxy
         self._status = EngineStatus(state="loading")
         self._status_until_s = 0.0
+        self._trusted_until_s = 0.0
         self._asking: asyncio.Task[None] | None = None
 
     async def segment(
@@ -64,8 +68,11 @@ class RunnerClient:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
                 self._status = await self._call("status")
-        except (SAM3Error, TimeoutError):
-            self._status = EngineStatus(state="error", error="the model's process does not answer")
+            self._trusted_until_s = time.monotonic() + TRUST_S
+        except (SAM3Error, TimeoutError) as error:
+            busy = isinstance(error, TimeoutError | DeadlineExceeded) and self._status.state == "ok"
+            if not busy or time.monotonic() > self._trusted_until_s:
+                self._status = EngineStatus(state="error", error="the model's process does not answer")
         finally:
             self._asking = None
         # "loading" is not remembered: whoever saw /readyz turn good is served at once.
@@ -73,7 +80,7 @@ class RunnerClient:
             self._status_until_s = time.monotonic() + STATUS_AGE_S
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        """Call the proxy; a keep-alive connection that closed under the call is tried again."""
+        """Call the proxy; the moment in which the runner is started anew is waited out."""
         for rest in reversed(range(TRIES)):
             try:
                 return await getattr(self._proxy.to_async, method)(*arguments)
@@ -86,3 +93,21 @@ class RunnerClient:
             except (aiohttp.ClientError, BentoMLException) as error:
                 raise InferenceFailed("the model's process failed") from error
         raise AssertionError("unreachable")
+
+
+def _use_fresh_connections(proxy: Any) -> None:
+    """Make BentoML's client open a connection a call (private names of the pinned bentoml 1.4.39).
+
+    Its pool keeps idle connections for 15 s, the runner's server closes them after 5: calls that meet a
+    closing one fail, several in a row when the worker was busy. On a unix socket a new one is cheap.
+    """
+    sessions = proxy.to_async._session_manager  # noqa: SLF001
+    make_pooling = sessions._make_client  # noqa: SLF001
+
+    def make_fresh() -> aiohttp.ClientSession:
+        session: aiohttp.ClientSession = make_pooling()
+        assert session.connector is not None
+        session.connector._force_close = True  # noqa: SLF001
+        return session
+
+    sessions._make_client = make_fresh  # noqa: SLF001

@@ -8,6 +8,7 @@ import bentoml
 from bentoml._internal.marshal import dispatcher
 
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentOutcome, SegmentRequest
+from sam3_runner.shutdown import outlive_siblings
 
 MAX_BATCH_WAIT_S = 0.005
 """Longest time that an idle runner waits for company: batches form while it is busy, not by waiting."""
@@ -40,6 +41,7 @@ def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool) -> Any:
     )
     class Sam3Runner:
         def __init__(self) -> None:
+            outlive_siblings(timeout_s)
             self._engine = Engine(config)
             self._engine.start()
 
