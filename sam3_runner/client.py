@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from bentoml.exceptions import BentoMLException
 
-from sam3_runner.engine import EngineStatus, SegmentRequest
+from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, SAM3Error
 
 if TYPE_CHECKING:
@@ -50,9 +51,11 @@ class RunnerClient:
             DeadlineExceeded: `deadline_s` (of `time.monotonic`) passed before the work began.
         """
         request = SegmentRequest(image=image, prompts=prompts, deadline_s=deadline_s)
-        [outcome] = await self._call("segment", [request])
+        [packed] = await self._call("segment", [pickle.dumps(request)])
+        outcome: SegmentOutcome = pickle.loads(packed)  # noqa: S301 - from our own process
         if outcome.error is not None:
             raise outcome.error
+        assert outcome.results is not None
         return outcome.results, outcome.inference_ms
 
     async def status(self) -> EngineStatus:

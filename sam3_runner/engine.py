@@ -16,9 +16,9 @@ from prometheus_client import Histogram
 
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, SAM3Error
 from sam3_runner.images import SquareImage
-from sam3_runner.instances import PredictResult  # noqa: TC001 - BentoML reads the annotations
 
 if TYPE_CHECKING:
+    from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
 
 logger = logging.getLogger("bentoml.sam3")
@@ -73,7 +73,7 @@ class SegmentOutcome:
     """
 
     results: list[PredictResult] | None = None
-    error: Any = None
+    error: SAM3Error | None = None
     inference_ms: float = 0.0
 
 

@@ -9,9 +9,10 @@ import io
 import warnings
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sam3_runner.errors import UnsupportedImage
@@ -28,11 +29,11 @@ class SquareImage:
 
     Attributes:
         pixels: (side, side, 3) uint8 RGB, squashed without keeping the aspect, as the official
-            processor does. Any, since BentoML cannot describe an array.
+            processor does.
         width, height: px of the image as a viewer shows it (EXIF orientation applied).
     """
 
-    pixels: Any
+    pixels: npt.NDArray[np.uint8]
     width: int
     height: int
 
