@@ -234,6 +234,19 @@ def test_wrong_method(edge: Edge, method: str, path: str) -> None:
     assert error_of(edge.http.request(method, path))[:2] == (405, "METHOD_NOT_ALLOWED")
 
 
+def test_broken_json_is_told(edge: Edge) -> None:
+    """JSON that breaks off is said to be broken, with no number in a field's place."""
+    headers = {"Content-Type": "application/json"}
+    _, _, message = error_of(edge.http.post(PREDICT, content=b'{"text_prompt": "a', headers=headers))
+    assert message == "the body: JSON decode error"
+
+
+def test_unknown_route(edge: Edge) -> None:
+    """A path below /api that is no route is a 404 in the one error body, and needs the key as well."""
+    assert error_of(edge.http.get("/api/v1/anything"))[:2] == (404, "NOT_FOUND")
+    assert error_of(httpx.get(f"{edge.server.url}/api/v1/anything"))[:2] == (401, "AUTH_REQUIRED")
+
+
 def test_body_over_the_limit(edge: Edge, good_key: str) -> None:
     """A body of one byte more than 64 KiB is a 413; white space up to the limit is fine."""
     text = json.dumps(edge.body(good_key, "circle"))
@@ -272,6 +285,21 @@ def test_body_over_the_limit_is_not_awaited(edge: Edge, *, told: bool) -> None:
             assert piece, answer
             answer += piece
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_body_that_does_not_come(edge: Edge, good_key: str) -> None:
+    """A body that stops coming is a 400 after some seconds, and the row stays pending."""
+    body = edge.body(good_key, "circle")
+    edge.insert_row(body)
+    with raw_connection(edge) as connection:
+        connection.sendall(head(edge, "Content-Length: 100") + b'{"text_prompt": ')
+        answer = b""
+        while b"did not arrive" not in answer:  # the socket's timeout bounds it
+            piece = connection.recv(65536)
+            assert piece, answer
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    check_untouched(edge, body["task_id"])
 
 
 def test_half_a_body_is_nothing(edge: Edge, good_key: str) -> None:
