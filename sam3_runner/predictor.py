@@ -25,6 +25,7 @@ from sam3_runner.model import (
     encode_image,
     encode_text,
 )
+from sam3_runner.optimize import optimize
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.weights import load_model
 
@@ -77,7 +78,9 @@ class SAM3Predictor:
         """Read the weights and move them to the device. Raises `WeightsError`."""
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
         self._tokenizer = PromptTokenizer(checkpoint.folder)
-        self._model = load_model(checkpoint, self.device)
+        model = load_model(checkpoint, self.device)
+        optimize(model)
+        self._model = model
         self.checkpoint = checkpoint
 
     @property
