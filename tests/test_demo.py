@@ -1,0 +1,54 @@
+"""The demo, as `make demo` runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from local_server import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAMPLE = ROOT / "examples" / "sample.jpg"
+
+
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "examples.demo", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_demo(tmp_path: Path) -> None:
+    """It ends with 0, its last line is the JSON answer, and mask and overlay lie where it says."""
+    ended = run_demo("--out", str(tmp_path), "--prompt", "purple circle", "--prompt", "blue star")
+    assert ended.returncode == 0, ended.stderr
+    circle, star = json.loads(ended.stdout.splitlines()[-1])["results"]
+    assert (circle["labels"], star["labels"]) == (["purple circle"], [])
+    told = dict(re.findall(r"^demo: (mask|overlay): +(.*)$", ended.stderr, re.MULTILINE))
+    mask = np.asarray(Image.open(told["mask"])) > 0
+    overlay = np.asarray(Image.open(told["overlay"])).astype(int)
+    picture = np.asarray(Image.open(SAMPLE)).astype(int)
+    assert mask.sum() == circle["instances"][0]["area"]
+    changed = np.abs(overlay - picture).max(axis=2) > 30
+    assert changed[mask].mean() > 0.9, "the found circle is tinted"
+    assert changed[: mask.shape[0] // 4].mean() < 0.01, "the rest is as it was"
+
+
+def test_demo_without_its_picture(tmp_path: Path) -> None:
+    """A picture that is not there is told in a sentence, before any server starts."""
+    ended = run_demo("--out", str(tmp_path), "--image", str(tmp_path / "none.jpg"))
+    assert ended.returncode == 2
+    assert "no such image" in ended.stderr
+    assert not list(tmp_path.iterdir())
