@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 import results
 import sam3_runner
 import storage
+from sam3_runner.prompts import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,7 +155,7 @@ class Limits(BaseModel):
     max_image_pixels: int
     max_prompts: int = MAX_PROMPTS
     max_prompt_characters: int = 200
-    max_prompt_tokens: int = 32
+    max_prompt_tokens: int = CONTEXT_TOKENS
     image_formats: list[str] = ["image/png", "image/jpeg", "image/webp"]
 
 

@@ -133,7 +133,7 @@ class Pipeline:
             raise Failure.of(error) from error
 
     async def _settle(self, claim: Claim, task: Task, prompts: list[str]) -> BatchResponse:
-        """Do the work and end the claimed row as `done` or `error`. The only place that does."""
+        """Do the work and end the claimed row. The only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 response, mask_url = await self._work(task, prompts)
@@ -141,7 +141,7 @@ class Pipeline:
             failure = Failure.of(error)
             if failure.code == "INTERNAL_ERROR":
                 logger.exception("task %s failed", task.task_id)
-            await self._end_with_error(claim, failure)
+            await self._end_without_result(claim, failure)
             raise
         await self._rows.update_result(
             task.task_id,
@@ -152,8 +152,12 @@ class Pipeline:
         )
         return response
 
-    async def _end_with_error(self, claim: Claim, failure: Failure) -> None:
+    async def _end_without_result(self, claim: Claim, failure: Failure) -> None:
+        """End the row as `error`, or give it back when the runner was only being started anew."""
         try:
+            if failure.code == "MODEL_NOT_LOADED":
+                await self._rows.update_status(claim.task_id, "pending", attempt_id=claim.attempt_id)
+                return
             await self._rows.update_status(
                 claim.task_id, "error", attempt_id=claim.attempt_id, error_message=failure.message
             )

@@ -129,7 +129,6 @@ class Engine:
             return [SegmentOutcome(error=error) for _ in requests]
         now_s = time.monotonic()
         alive = [request for request in requests if request.deadline_s > now_s]
-        BATCH_REQUESTS.observe(len(alive))
         done = iter(_run(predictor, alive) if alive else [])
         late = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
         return [next(done) if request.deadline_s > now_s else late for request in requests]
@@ -198,6 +197,7 @@ def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[Segme
         logger.exception("inference failed")
         return [SegmentOutcome(error=InferenceFailed("the model failed on this image"))]
     elapsed_s = time.monotonic() - started_s
+    BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
     return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
 

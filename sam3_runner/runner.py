@@ -14,7 +14,7 @@ from sam3_runner.shutdown import outlive_siblings
 MAX_BATCH_WAIT_S = 0.005
 """Longest time that an idle runner waits for company: batches form while it is busy, not by waiting."""
 
-NEVER_S = 1_000_000_000
+NEVER = 1_000_000_000
 
 
 def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool) -> Any:
@@ -36,7 +36,7 @@ def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool) -> Any:
         # and where other processes want the same cores a pass takes ten times as long.
         envs=[{"name": "GOMP_SPINCOUNT", "value": "2000"}],
         # By default the connection to this service is renewed every 100 calls, killing those in flight.
-        runner_connection={"max_requests": NEVER_S, "max_age": float(NEVER_S)},
+        runner_connection={"max_requests": NEVER, "max_age": float(NEVER)},
         # Its own address is a private socket; the API worker logs every request once.
         logging={"access": {"enabled": False}},
     )

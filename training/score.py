@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 from scipy.optimize import linear_sum_assignment
 
+from sam3_runner.checkpoint import SCORE_THRESHOLD
 from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
 from training.concepts import PROMPT_SEEDS, PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, ask, kind_of
 from training.scenes import MAX_OBJECTS, draw_scenes
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HIT_IOU = 0.5
-KEEP_SCORE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def predict_masks(model: Any, pixels: Tensor, ids: Tensor, valid: Tensor) -> tup
     image, text = encode_image(model, pixels), encode_text(model, ids, valid)
     found = decode_prompts(model, image, text, scene, prompt)
     score = found.logits.sigmoid() * found.presence_logits.sigmoid()[:, None]
-    pair, query = (score > KEEP_SCORE).nonzero(as_tuple=True)
+    pair, query = (score > SCORE_THRESHOLD).nonzero(as_tuple=True)
     features = decode_masks(model, image, found, scene, prompt)
     grids = torch.func.vmap(lambda cells, few: draw_masks(model, cells, few))(features, found.queries[-1])
     logits = F.interpolate(
