@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from contract import (
     BatchResponse,
@@ -122,10 +123,10 @@ class Pipeline:
             task_id=str(request.task_id),
             user_id=request.user_id,
             source_image_url=request.image_url,
-            text_prompt=", ".join(request.texts),
+            prompts=tuple(request.texts),
         )
         try:
-            claim = await self._rows.claim(task)
+            claim = await self._rows.claim(task, str(uuid4()))
             if isinstance(claim, StoredResult):
                 return _replay(claim, request.texts)
             return await self._settle(claim, task, request.texts)

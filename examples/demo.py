@@ -66,7 +66,7 @@ async def play_edge(server: LocalServer, image: bytes, prompts: Sequence[str]) -
     say(f"uploaded the image as {key}")
     # The lease matters to who claims; this one inserts and reads.
     rows = SqliteResults(server.data_dir / "results.sqlite", lease_s=0)
-    task = Task(task_id=task_id, user_id=USER_ID, source_image_url=key, text_prompt=", ".join(prompts))
+    task = Task(task_id=task_id, user_id=USER_ID, source_image_url=key, prompts=tuple(prompts))
     await rows.insert_pending(task)
     body: dict[str, Any] = {"image_url": key, "user_id": USER_ID, "task_id": task_id}
     if len(prompts) == 1:

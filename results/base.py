@@ -4,7 +4,7 @@ r"""The life of a task row, and what the service asks of the place where the row
            ^                        |    \--update_status--> error
            '------update_status-----'
 
-A claim makes an attempt id. Every later write names it and changes the row only while the row is
+A claim names an attempt id. Every later write names it too and changes the row only while the row is
 `processing` under that attempt, so an attempt that was taken over cannot spoil its successor's row.
 """
 
@@ -25,11 +25,16 @@ class Task:
     task_id: str
     user_id: str
     source_image_url: str
-    text_prompt: str  # of a batch: its prompts, joined
+    prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if str(UUID(self.task_id)) != self.task_id:
             raise ValueError("task_id is not a canonical lower-case UUID")
+
+    @property
+    def text_prompt(self) -> str:
+        """The prompts as the row's one column holds them."""
+        return ", ".join(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,13 @@ class ResultStore(Protocol):
     One store serves all requests of a process at once; several processes may share the rows.
     """
 
-    async def claim(self, task: Task) -> Claim | StoredResult:
+    async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         """Take a pending or failed task, or one whose lease ran out; a done one gives its result.
 
-        Raises TaskInProgress while another attempt's lease lasts, and TaskNotFound for another user's
-        row or, where the Edge makes the rows, for a missing one. A repeat after a lost answer is a new
-        attempt, and so meets the first one's lease.
+        `attempt_id` is new, or that of an attempt whose claim may have failed or whose process is gone:
+        claiming again under the same id renews the lease. Raises TaskInProgress while another attempt's
+        lease lasts, and TaskNotFound for another user's row or, where the Edge makes the rows, for a
+        missing one.
         """
         ...
 
@@ -82,7 +88,8 @@ class ResultStore(Protocol):
     ) -> None:
         """Settle the task as done. The metadata key "attempt" is the store's own.
 
-        Raises AttemptLost, and MetadataInvalid when it cannot be JSON. Repeating it is no error.
+        Raises AttemptLost, TaskNotFound when the row is gone, and MetadataInvalid when it cannot be JSON.
+        Repeating it is no error.
         """
         ...
 
@@ -91,7 +98,8 @@ class ResultStore(Protocol):
     ) -> None:
         """End the attempt as "error", with a text for the user, or give the task back as "pending".
 
-        Raises AttemptLost, and ValueError for any other status. Repeating it is no error.
+        Raises AttemptLost, TaskNotFound when the row is gone, and ValueError for any other status.
+        Repeating it is no error.
         """
         ...
 

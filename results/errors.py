@@ -29,7 +29,7 @@ class TaskInProgress(ResultsError):
 
 
 class AttemptLost(ResultsError):
-    """The row was taken over, settled otherwise, or deleted since this attempt claimed it."""
+    """The row was taken over or settled otherwise since this attempt claimed it."""
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"task {task_id} is no longer held by this attempt")

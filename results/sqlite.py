@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, TypeVar
-from uuid import uuid4
 
 from results.base import Claim, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
@@ -44,14 +42,16 @@ CREATE TABLE IF NOT EXISTS segmentation_results (
 
 _INSERT: Final = """
 INSERT INTO segmentation_results (id, user_id, source_image_url, text_prompt, created_at, updated_at)
-VALUES (:task_id, :user_id, :source_image_url, :text_prompt, :now, :now) ON CONFLICT DO NOTHING"""
+VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 
 # A lease that ends further ahead than one lease was written before the clock was set back.
 _CLAIM: Final = """
 UPDATE segmentation_results SET status = 'processing', metadata = :metadata, updated_at = :now
 WHERE id = :task_id AND user_id = :user_id AND (
     status IN ('pending', 'error')
-    OR (status = 'processing' AND (updated_at <= :lease_start OR updated_at > :lease_end)))"""
+    OR (status = 'processing' AND (
+        updated_at <= :lease_start OR updated_at > :lease_end
+        OR json_extract(metadata, '$.attempt') = :attempt_id)))"""
 
 _SETTLE: Final = """
 UPDATE segmentation_results SET status = :status, mask_image_url = :mask_url, labels = :labels,
@@ -86,9 +86,9 @@ class SqliteResults:
         # SQLite has one writer at a time anyway; one thread keeps waiting for it off the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
 
-    async def claim(self, task: Task) -> Claim | StoredResult:
+    async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         """See ResultStore; a missing row is made."""
-        return await self._in_thread(lambda: self._claim(task))
+        return await self._in_thread(lambda: self._claim(task, attempt_id))
 
     async def update_result(
         self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
@@ -127,11 +127,17 @@ class SqliteResults:
         with _sqlite_errors():
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _claim(self, task: Task) -> Claim | StoredResult:
-        attempt_id = str(uuid4())
+    def _claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         now = self._now()
-        lease = {"lease_start": _text(now - self._lease), "lease_end": _text(now + self._lease)}
-        values = {**asdict(task), **lease, "metadata": _json({"attempt": attempt_id}), "now": _text(now)}
+        values = {
+            "task_id": task.task_id,
+            "user_id": task.user_id,
+            "attempt_id": attempt_id,
+            "metadata": _json({"attempt": attempt_id}),
+            "lease_start": _text(now - self._lease),
+            "lease_end": _text(now + self._lease),
+            "now": _text(now),
+        }
         with _transaction(self._db):
             self._insert(task)
             if self._db.execute(_CLAIM, values).rowcount == 1:
@@ -175,10 +181,12 @@ class SqliteResults:
             if self._db.execute(_SETTLE, values).rowcount == 1:
                 return
             if self._db.execute(_IS_SETTLED, values).fetchone() is None:
-                raise AttemptLost(str(values["task_id"]))
+                task_id = str(values["task_id"])
+                raise TaskNotFound(task_id) if self._select(task_id) is None else AttemptLost(task_id)
 
     def _insert(self, task: Task) -> None:
-        self._db.execute(_INSERT, {**asdict(task), "now": _text(self._now())})
+        values = (task.task_id, task.user_id, task.source_image_url, task.text_prompt)
+        self._db.execute(_INSERT, (*values, *[_text(self._now())] * 2))
 
     def _select(self, task_id: str) -> tuple[str, Row] | None:
         """The owner's user_id and the row."""

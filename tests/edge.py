@@ -78,14 +78,15 @@ class Edge:
 
     def insert_row(self, body: dict[str, Any]) -> None:
         """Insert the pending row of a request."""
-        prompt = body.get("text_prompt") or ", ".join(body["prompts"])
-        task = Task(body["task_id"], self.user_id, body["image_url"], prompt)
-        asyncio.run(self._rows.insert_pending(task))
+        asyncio.run(self._rows.insert_pending(self._task(body)))
 
     def claim(self, body: dict[str, Any]) -> None:
         """Take a task, as another server would that shares the rows."""
-        task = Task(body["task_id"], self.user_id, body["image_url"], body["text_prompt"])
-        asyncio.run(self._rows.claim(task))
+        asyncio.run(self._rows.claim(self._task(body), str(uuid4())))
+
+    def _task(self, body: dict[str, Any]) -> Task:
+        prompts = body.get("prompts") or [body["text_prompt"]]
+        return Task(body["task_id"], self.user_id, body["image_url"], tuple(prompts))
 
     def send(self, body: dict[str, Any]) -> httpx.Response:
         """POST a request to the route that its fields name."""

@@ -69,13 +69,17 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 @pytest.fixture
 async def task(opened: Opened) -> Task:
     """A task that the Edge has just inserted."""
-    task = Task(str(uuid4()), str(uuid4()), "uploads/user-1/cat", "cat")
+    task = Task(str(uuid4()), str(uuid4()), "uploads/user-1/cat", ("cat",))
     await opened.insert_pending(task)
     return task
 
 
+async def new_claim(store: ResultStore, task: Task) -> Claim | StoredResult:
+    return await store.claim(task, str(uuid4()))
+
+
 async def claimed(store: ResultStore, task: Task) -> Claim:
-    claim = await store.claim(task)
+    claim = await new_claim(store, task)
     assert isinstance(claim, Claim)
     return claim
 
@@ -119,7 +123,7 @@ async def test_claim_of_a_done_task_gives_its_result(opened: Opened, task: Task)
     before = await row_of(opened, task)
     for seconds in (0, LEASE_S + 1, 1e7):
         opened.advance_clock(seconds)
-        assert await opened.second.claim(task) == StoredResult(task.task_id, MASK_URL, ["cat"], METADATA)
+        assert await new_claim(opened.second, task) == StoredResult(task.task_id, MASK_URL, ["cat"], METADATA)
     assert await row_of(opened, task) == before
 
 
@@ -128,8 +132,19 @@ async def test_claim_of_a_fresh_task_waits(opened: Opened, task: Task) -> None:
     await claimed(opened.store, task)
     opened.advance_clock(LEASE_S - 30)
     with pytest.raises(TaskInProgress) as raised:
-        await opened.second.claim(task)
+        await new_claim(opened.second, task)
     assert raised.value.retry_after_s == pytest.approx(30, abs=1)
+
+
+async def test_claim_may_be_repeated(opened: Opened, task: Task) -> None:
+    """An attempt that claims again, as after a lost answer, keeps the row and gets a whole lease."""
+    claim = await claimed(opened.store, task)
+    opened.advance_clock(LEASE_S - 30)
+    assert await opened.second.claim(task, claim.attempt_id) == claim
+    opened.advance_clock(LEASE_S - 30)
+    with pytest.raises(TaskInProgress):
+        await new_claim(opened.second, task)
+    await finish(opened.store, claim)
 
 
 async def test_stale_task_is_taken_over(opened: Opened, task: Task) -> None:
@@ -173,12 +188,12 @@ async def test_stale_attempt_is_fenced(
 
 
 @pytest.mark.parametrize("write", STALE_WRITES.values(), ids=STALE_WRITES.keys())
-async def test_missing_row_is_lost(
+async def test_deleted_row_is_not_found(
     opened: Opened, write: Callable[[ResultStore, Claim], Awaitable[None]]
 ) -> None:
-    """A row that was deleted under an attempt is AttemptLost, and is not made again."""
+    """A row that was deleted under an attempt is TaskNotFound, and is not made again."""
     claim = Claim(str(uuid4()), str(uuid4()))
-    with pytest.raises(AttemptLost):
+    with pytest.raises(TaskNotFound):
         await write(opened.store, claim)
     assert await opened.get(claim.task_id) is None
 
@@ -250,13 +265,13 @@ async def test_another_users_task_is_not_found(opened: Opened, task: Task) -> No
     """Another user's task is TaskNotFound in every status, so that it is not even known to exist."""
     stranger = replace(task, user_id=str(uuid4()))
     with pytest.raises(TaskNotFound):
-        await opened.store.claim(stranger)
+        await new_claim(opened.store, stranger)
     claim = await claimed(opened.store, task)
     with pytest.raises(TaskNotFound):
-        await opened.store.claim(stranger)
+        await new_claim(opened.store, stranger)
     await finish(opened.store, claim)
     with pytest.raises(TaskNotFound):
-        await opened.store.claim(stranger)
+        await new_claim(opened.store, stranger)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), object(), {1, 2}, b"x"])
@@ -277,7 +292,7 @@ async def test_text_comes_back_as_it_was(opened: Opened, task: Task) -> None:
     await opened.store.update_result(
         task.task_id, MASK_URL, [text], {text: text}, attempt_id=claim.attempt_id
     )
-    assert await opened.store.claim(task) == StoredResult(task.task_id, MASK_URL, [text], {text: text})
+    assert await new_claim(opened.store, task) == StoredResult(task.task_id, MASK_URL, [text], {text: text})
 
 
 async def test_attempt_key_is_the_stores_own(opened: Opened, task: Task) -> None:
@@ -307,7 +322,7 @@ async def test_times_tell_the_last_change(opened: Opened, task: Task) -> None:
 async def test_one_of_many_concurrent_claims_wins(opened: Opened, task: Task) -> None:
     """Of 20 claims at once, through two stores, one gets the task and 19 are told to wait."""
     stores = [opened.store, opened.second] * 10
-    answers = await asyncio.gather(*(store.claim(task) for store in stores), return_exceptions=True)
+    answers = await asyncio.gather(*(new_claim(store, task) for store in stores), return_exceptions=True)
     assert sum(isinstance(answer, Claim) for answer in answers) == 1
     assert sum(isinstance(answer, TaskInProgress) for answer in answers) == 19
 
@@ -321,4 +336,4 @@ async def test_description_is_one_line(opened: Opened) -> None:
 def test_task_id_is_a_canonical_uuid(task_id: str) -> None:
     """A task_id that PostgreSQL would refuse, or spell otherwise, makes no Task."""
     with pytest.raises(ValueError, match="UUID"):
-        Task(task_id, "user-1", "uploads/user-1/cat", "cat")
+        Task(task_id, "user-1", "uploads/user-1/cat", ("cat",))

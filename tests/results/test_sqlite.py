@@ -21,21 +21,22 @@ def anyio_backend() -> str:
 
 
 def new_task() -> Task:
-    return Task(str(uuid4()), "user-1", "uploads/user-1/cat", "cat")
+    return Task(str(uuid4()), "user-1", "uploads/user-1/cat", ("cat",))
 
 
 # Five claims at once in each process; a line of standard input is the starting shot.
 CLAIMER = """
 import asyncio, sys
 from pathlib import Path
+from uuid import uuid4
 from results import Claim, SqliteResults, Task, TaskInProgress
 
 async def main():
     print("ready", flush=True)
     sys.stdin.readline()
     store = SqliteResults(Path(sys.argv[1]), 60)
-    task = Task(sys.argv[2], "user-1", "uploads/user-1/cat", "cat")
-    answers = await asyncio.gather(*(store.claim(task) for _ in range(5)), return_exceptions=True)
+    task = Task(sys.argv[2], "user-1", "uploads/user-1/cat", ("cat",))
+    answers = await asyncio.gather(*(store.claim(task, str(uuid4())) for _ in range(5)), return_exceptions=True)
     await store.close()
     print(*(type(answer).__name__ for answer in answers))
 
@@ -103,7 +104,7 @@ async def test_missing_row_is_made_by_its_claim(tmp_path: Path) -> None:
     """Without an Edge the claim makes the row itself, with all that the task says."""
     store = SqliteResults(tmp_path / "new" / "results.db", 60)
     task = new_task()
-    assert isinstance(await store.claim(task), Claim)
+    assert isinstance(await store.claim(task, str(uuid4())), Claim)
     await store.close()
     db = sqlite3.connect(tmp_path / "new" / "results.db")
     row = db.execute("SELECT id, user_id, source_image_url, text_prompt FROM segmentation_results").fetchall()
@@ -115,11 +116,11 @@ async def test_rows_outlive_the_process(tmp_path: Path) -> None:
     """What one store has written the next one reads."""
     task = new_task()
     first = SqliteResults(tmp_path / "results.db", 60)
-    await first.claim(task)
+    await first.claim(task, str(uuid4()))
     await first.close()
     second = SqliteResults(tmp_path / "results.db", 60)
     with pytest.raises(TaskInProgress):
-        await second.claim(task)
+        await second.claim(task, str(uuid4()))
     await second.close()
 
 
@@ -130,7 +131,7 @@ from results import SqliteResults, Task
 
 async def main():
     store = SqliteResults(Path(sys.argv[1]), 60)
-    claim = await store.claim(Task(sys.argv[2], "user-1", "uploads/user-1/cat", "cat"))
+    claim = await store.claim(Task(sys.argv[2], "user-1", "uploads/user-1/cat", ("cat",)), "first attempt")
     await store.update_result(claim.task_id, "mask", ["cat"], {}, attempt_id=claim.attempt_id)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -148,7 +149,7 @@ def test_finished_task_survives_a_kill(tmp_path: Path) -> None:
     async def result_after() -> Claim | StoredResult:
         store = SqliteResults(tmp_path / "results.db", 60)
         try:
-            return await store.claim(task)
+            return await store.claim(task, str(uuid4()))
         finally:
             await store.close()
 
@@ -160,9 +161,9 @@ async def test_clock_set_back_does_not_lock_a_task(tmp_path: Path) -> None:
     clock = [datetime(2026, 1, 2, tzinfo=UTC)]
     store = SqliteResults(tmp_path / "results.db", 60, now=lambda: clock[0])
     task = new_task()
-    await store.claim(task)
+    await store.claim(task, str(uuid4()))
     clock[0] -= timedelta(days=1)
-    assert isinstance(await store.claim(task), Claim)
+    assert isinstance(await store.claim(task, str(uuid4())), Claim)
     await store.close()
 
 
@@ -171,7 +172,7 @@ async def test_locked_file_does_not_stop_the_event_loop(tmp_path: Path) -> None:
     store = SqliteResults(tmp_path / "results.db", 60)
     other = sqlite3.connect(tmp_path / "results.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    claim = asyncio.create_task(store.claim(new_task()))
+    claim = asyncio.create_task(store.claim(new_task(), str(uuid4())))
     await asyncio.sleep(0.2)
     assert not claim.done()
     other.execute("COMMIT")
@@ -202,7 +203,7 @@ async def test_lost_table_is_unavailable(tmp_path: Path) -> None:
     db.execute("DROP TABLE segmentation_results")
     db.close()
     with pytest.raises(ResultsUnavailable):
-        await store.claim(new_task())
+        await store.claim(new_task(), str(uuid4()))
     await store.close()
 
 
