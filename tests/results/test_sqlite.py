@@ -36,7 +36,8 @@ async def main():
     sys.stdin.readline()
     store = SqliteResults(Path(sys.argv[1]), 60)
     task = Task(sys.argv[2], "user-1", "uploads/user-1/cat", ("cat",))
-    answers = await asyncio.gather(*(store.claim(task, str(uuid4())) for _ in range(5)), return_exceptions=True)
+    claims = (store.claim(task, str(uuid4())) for _ in range(5))
+    answers = await asyncio.gather(*claims, return_exceptions=True)
     await store.close()
     print(*(type(answer).__name__ for answer in answers))
 
