@@ -1,28 +1,19 @@
 """Task rows in one SQLite file: the embedded default, shared by the processes of one machine."""
 
-import asyncio
 import json
-import sqlite3
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from results.base import Claim, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
     AttemptLost,
     MetadataInvalid,
-    ResultsUnavailable,
     TaskInProgress,
     TaskNotFound,
 )
-
-_T = TypeVar("_T")
-
-_BUSY_TIMEOUT_S: Final = 5.0
+from results.sqlite_file import SqliteFile
 
 # The columns of the Supabase table; times as UTC text of one width, which sorts as time does.
 _SCHEMA: Final = """
@@ -81,14 +72,11 @@ class SqliteResults:
         self._path = path
         self._lease = timedelta(seconds=lease_s)
         self._now = now
-        with _sqlite_errors():
-            self._db = _opened(path)
-        # SQLite has one writer at a time anyway; one thread keeps waiting for it off the event loop.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
+        self._file = SqliteFile(path, _SCHEMA)
 
     async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         """See ResultStore; a missing row is made."""
-        return await self._in_thread(lambda: self._claim(task, attempt_id))
+        return await self._file.run(lambda: self._claim(task, attempt_id))
 
     async def update_result(
         self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
@@ -107,25 +95,20 @@ class SqliteResults:
 
     async def insert_pending(self, task: Task) -> None:
         """Make the row of a new task, as the Edge does; nothing happens when it exists."""
-        await self._in_thread(lambda: self._insert(task))
+        await self._file.run(lambda: self._insert(task))
 
     async def get(self, task_id: str) -> Row | None:
         """The row as it stands, whosever it is; None when there is none."""
-        found = await self._in_thread(lambda: self._select(task_id))
+        found = await self._file.run(lambda: self._select(task_id))
         return None if found is None else found[1]
 
     async def close(self) -> None:
         """See ResultStore; closing twice is harmless."""
-        await asyncio.to_thread(self._thread.shutdown)
-        self._db.close()
+        await self._file.close()
 
     def describe(self) -> str:
         """See ResultStore."""
         return f"SQLite file {self._path} (embedded results)"
-
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        with _sqlite_errors():
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         now = self._now()
@@ -138,9 +121,9 @@ class SqliteResults:
             "lease_end": _text(now + self._lease),
             "now": _text(now),
         }
-        with _transaction(self._db):
+        with self._file.transaction():
             self._insert(task)
-            if self._db.execute(_CLAIM, values).rowcount == 1:
+            if self._file.db.execute(_CLAIM, values).rowcount == 1:
                 return Claim(task.task_id, attempt_id)
             return self._why_not_claimed(task, now)
 
@@ -174,23 +157,23 @@ class SqliteResults:
             "metadata": _json({**metadata, "attempt": attempt_id}),
             "now": _text(self._now()),
         }
-        await self._in_thread(lambda: self._write_settled(values))
+        await self._file.run(lambda: self._write_settled(values))
 
     def _write_settled(self, values: dict[str, str | None]) -> None:
-        with _transaction(self._db):
-            if self._db.execute(_SETTLE, values).rowcount == 1:
+        with self._file.transaction():
+            if self._file.db.execute(_SETTLE, values).rowcount == 1:
                 return
-            if self._db.execute(_IS_SETTLED, values).fetchone() is None:
+            if self._file.db.execute(_IS_SETTLED, values).fetchone() is None:
                 task_id = str(values["task_id"])
                 raise TaskNotFound(task_id) if self._select(task_id) is None else AttemptLost(task_id)
 
     def _insert(self, task: Task) -> None:
         values = (task.task_id, task.user_id, task.source_image_url, task.text_prompt)
-        self._db.execute(_INSERT, (*values, *[_text(self._now())] * 2))
+        self._file.db.execute(_INSERT, (*values, *[_text(self._now())] * 2))
 
     def _select(self, task_id: str) -> tuple[str, Row] | None:
         """The owner's user_id and the row."""
-        found = self._db.execute(_SELECT, {"task_id": task_id}).fetchone()
+        found = self._file.db.execute(_SELECT, {"task_id": task_id}).fetchone()
         if found is None:
             return None
         user_id, status, mask_url, labels, metadata, created_at, updated_at = found
@@ -204,45 +187,6 @@ class SqliteResults:
         )
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Autocommit: transactions begin where we say. The store's one thread is not the one that opens.
-    db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    try:
-        _set_wal(db)
-        # No fsync per commit: kill -9 loses nothing, but power loss may take the last transitions back.
-        # The file stays whole, and such a task is claimed again once its lease has run out.
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute(_SCHEMA)
-    except BaseException:  # whatever stops the start, the file is let go
-        db.close()
-        raise
-    return db
-
-
-def _set_wal(db: sqlite3.Connection) -> None:
-    """Readers and the writer don't wait for each other; the file remembers it."""
-    deadline = time.monotonic() + _BUSY_TIMEOUT_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            # When processes start together SQLite refuses all but one at once, without its busy timeout.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
-@contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    # IMMEDIATE: a reader that turns writer in the middle could fail at once, whatever the busy timeout.
-    db.execute("BEGIN IMMEDIATE")
-    with db:
-        yield
-
-
 def _json(value: object) -> str:
     try:
         # Sorted, so that a repeat of the same write is the same text.
@@ -253,12 +197,3 @@ def _json(value: object) -> str:
 
 def _text(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="microseconds")
-
-
-@contextmanager
-def _sqlite_errors() -> Iterator[None]:
-    """The only place where a failure of SQLite or of its folder becomes one of ours."""
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise ResultsUnavailable(f"the results file failed: {type(error).__name__}") from error
