@@ -11,6 +11,7 @@ from storage.errors import (
 )
 from storage.keys import mask_key
 from storage.local import LocalFolder
+from storage.r2 import R2Bucket
 
 __all__ = [
     "ImageUrlForbidden",
@@ -19,6 +20,7 @@ __all__ = [
     "ObjectNotFound",
     "ObjectStore",
     "ObjectTooLarge",
+    "R2Bucket",
     "StorageError",
     "StorageUnavailable",
     "mask_key",

@@ -29,6 +29,18 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def check(self) -> list[str]:
+        """Prove at the start that the store can be used; what an operator should know, a sentence each.
+
+        A store that is only away for the moment is such a sentence. Raises StorageUnavailable, which
+        says what to mend, when it refuses us: wrong secrets, no such place, rights that are missing.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Finish what was begun and let go of the store; nothing else may be called after."""
+        ...
+
     def describe(self) -> str:
         """One line for the start-up log, without secrets."""
         ...

@@ -58,6 +58,13 @@ class LocalFolder:
         """Keep an image at `key`, as the Edge does. Blocks; raises what `upload_mask` raises."""
         self._write(key, data)
 
+    async def check(self) -> list[str]:
+        """See ObjectStore; the folder was made when the store was."""
+        return []
+
+    async def close(self) -> None:
+        """See ObjectStore; nothing is held."""
+
     def describe(self) -> str:
         """See ObjectStore."""
         return f"folder {self._root} (embedded storage)"
