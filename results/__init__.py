@@ -9,12 +9,14 @@ from results.errors import (
     TaskInProgress,
     TaskNotFound,
 )
+from results.outbox import Outbox
 from results.sqlite import SqliteResults
 
 __all__ = [
     "AttemptLost",
     "Claim",
     "MetadataInvalid",
+    "Outbox",
     "ResultStore",
     "ResultsError",
     "ResultsUnavailable",

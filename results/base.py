@@ -103,6 +103,13 @@ class ResultStore(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Prove once, at the start, that the rows can be used.
+
+        Raises ResultsMisconfigured when they cannot be, and ResultsUnavailable when they are only away.
+        """
+        ...
+
     async def close(self) -> None:
         """Finish what was begun and let go of the store; nothing else may be called after."""
         ...
