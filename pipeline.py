@@ -1,16 +1,17 @@
 """The one path of a task: claim the row, fetch the image, segment it, store the masks, settle the row.
 
 The row is the result and the HTTP answer a courtesy: once begun, the work goes on whether or not the
-caller still listens, and a claimed row ends as `done` or `error`.
+caller still listens, and a claimed row ends as `done` or `error`; what a killed server or an absent
+database left behind is finished in the background.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from contract import (
     BatchResponse,
@@ -28,8 +29,10 @@ from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
 from storage import mask_key
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from contract import BatchRequest, PredictRequest
-    from results import Claim, ResultStore
+    from results import Claim, Outbox
     from sam3_runner import PredictResult
     from sam3_runner.checkpoint import Checkpoint
     from sam3_runner.client import RunnerClient
@@ -38,6 +41,11 @@ if TYPE_CHECKING:
     from storage import ObjectStore
 
 logger = logging.getLogger("bentoml.sam3")
+
+POLL_S = 0.5
+"""How often a worker looks for what was left behind."""
+DRAIN_S = 8.0
+"""At a stop, the time to tell the database what it has not been told: most hosts kill after ten."""
 
 IMAGE_SLOTS = 4
 """Images that a worker holds as bytes or pixels at once: up to 150 MB each at 50 megapixels."""
@@ -55,7 +63,7 @@ class Pipeline:
         settings: limits and times.
         checkpoint: tells the model's input size and tokenizer.
         objects: images in, masks out.
-        rows: the tasks' rows.
+        rows: the tasks' rows, behind the file that loses none.
         runner: the model.
         model_version: written to the row.
     """
@@ -66,7 +74,7 @@ class Pipeline:
         checkpoint: Checkpoint,
         *,
         objects: ObjectStore,
-        rows: ResultStore,
+        rows: Outbox,
         runner: RunnerClient,
         model_version: str,
     ) -> None:
@@ -79,6 +87,8 @@ class Pipeline:
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._running: set[asyncio.Task[BatchResponse]] = set()
+        self._stopping = asyncio.Event()
+        self._background: asyncio.Task[None] | None = None
 
     async def run(self, request: PredictRequest | BatchRequest) -> BatchResponse:
         """Do the task, or give its stored result when it is done already.
@@ -90,18 +100,30 @@ class Pipeline:
             await self._check_capacity()
         except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
             raise Failure.of(error) from error
-        running = asyncio.create_task(self._run(request))
-        self._running.add(running)
-        running.add_done_callback(self._finished)
+        task = Task(
+            task_id=str(request.task_id),
+            user_id=request.user_id,
+            source_image_url=request.image_url,
+            prompts=tuple(request.texts),
+        )
         # Shielded: a caller that hangs up ends its request, not the task.
-        return await asyncio.shield(running)
+        return await asyncio.shield(self._start(task, self._rows.claim(task)))
+
+    def start(self) -> None:
+        """Begin to finish what was left behind; needs the event loop that serves."""
+        self._background = asyncio.create_task(self._finish_left_behind())
 
     async def close(self) -> None:
         """Let the running tasks end, then close the stores."""
+        self._stopping.set()
+        if self._background is not None:
+            # What it was telling the rows, it tells them again: at the drain, or after the next start.
+            self._background.cancel()
         if self._running:
             logger.info("finishing %d tasks before the stop", len(self._running))
             await asyncio.wait(self._running, timeout=self._settings.request_timeout_s)
-        await self._rows.close()
+        await self._rows.close(drain_s=DRAIN_S)
+        await self._objects.close()
 
     def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
         for name, text in request.texts_by_field.items():
@@ -118,18 +140,48 @@ class Pipeline:
         if len(self._running) >= self._settings.max_in_flight:
             raise OverloadedError(f"{len(self._running)} requests are in flight; try again later")
 
-    async def _run(self, request: PredictRequest | BatchRequest) -> BatchResponse:
-        task = Task(
-            task_id=str(request.task_id),
-            user_id=request.user_id,
-            source_image_url=request.image_url,
-            prompts=tuple(request.texts),
-        )
+    def _start(
+        self, task: Task, claiming: Coroutine[None, None, Claim | StoredResult]
+    ) -> asyncio.Task[BatchResponse]:
+        running = asyncio.create_task(self._run(task, claiming))
+        self._running.add(running)
+        running.add_done_callback(self._finished)
+        return running
+
+    async def _finish_left_behind(self) -> None:
+        """Tell the rows what they have not been told, and do again what a killed process had begun."""
+        while not self._stopping.is_set():
+            try:
+                await self._rows.deliver_due()
+                if await self._do_again():
+                    continue
+            except Exception:
+                # Whatever it was, the next look may do better; without this loop tasks would be lost.
+                logger.exception("what was left behind could not be finished")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), POLL_S)
+
+    async def _do_again(self) -> bool:
+        """One task at a time: one that kills the server takes none of the others with it for long."""
+        if (await self._runner.status()).state != "ok":
+            return False
+        attempt = await self._rows.take_unfinished()
+        if attempt is None:
+            return False
+        logger.info("task %s is begun again", attempt.task.task_id)
         try:
-            claim = await self._rows.claim(task, str(uuid4()))
+            await asyncio.shield(self._start(attempt.task, self._rows.claim_again(attempt)))
+        except Failure as failure:
+            logger.warning("task %s, begun again, met %s", attempt.task.task_id, failure.code)
+        return True
+
+    async def _run(self, task: Task, claiming: Coroutine[None, None, Claim | StoredResult]) -> BatchResponse:
+        prompts = list(task.prompts)
+        try:
+            claim = await claiming
             if isinstance(claim, StoredResult):
-                return _replay(claim, request.texts)
-            return await self._settle(claim, task, request.texts)
+                return _replay(claim, prompts)
+            return await self._settle(claim, task, prompts)
         except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
             raise Failure.of(error) from error
 
@@ -138,6 +190,7 @@ class Pipeline:
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 response, mask_url = await self._work(task, prompts)
+            metadata = self._metadata(response, prompts)
         except Exception as error:  # whatever it is, the row must end
             failure = Failure.of(error)
             if failure.code == "INTERNAL_ERROR":
@@ -145,11 +198,7 @@ class Pipeline:
             await self._end_without_result(claim, failure)
             raise
         await self._rows.update_result(
-            task.task_id,
-            mask_url,
-            _labels(response),
-            self._metadata(response, prompts),
-            attempt_id=claim.attempt_id,
+            task.task_id, mask_url, _labels(response), metadata, attempt_id=claim.attempt_id
         )
         return response
 

@@ -37,7 +37,7 @@ from contract import (
 )
 from gate import Gate
 from pipeline import Pipeline
-from results import ResultsError, SqliteResults
+from results import Outbox, ResultsError, SqliteResults
 from sam3_runner import ModelNotLoaded, WeightsError
 from sam3_runner.checkpoint import SCORE_THRESHOLD, find_checkpoint
 from sam3_runner.client import RunnerClient
@@ -120,7 +120,7 @@ class SegmentationService:
             settings,
             find_checkpoint(settings.sam3_weights_path),
             objects=open_storage(settings),
-            rows=open_results(settings),
+            rows=open_outbox(settings, open_results(settings)),
             runner=self._runner,
             model_version=VERSION,
         )
@@ -132,17 +132,19 @@ class SegmentationService:
         try:
             checked = load_settings()
             checkpoint = find_checkpoint(checked.sam3_weights_path)
-            objects, rows = open_storage(checked), open_results(checked)
+            asyncio.run(check_stores(checked))
         except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
         keep_sockets_until_the_end()
-        logger.info("storage: %s", objects.describe())
-        logger.info("results: %s", rows.describe())
-        asyncio.run(rows.close())
         logger.info("weights: %s", checkpoint.folder)
         if not checked.api_keys:
             # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.
             sys.stderr.write(f"embedded demo: X-API-Key for this run is {make_demo_key()}\n")
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        """Finish what an earlier server left behind."""
+        self._pipeline.start()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
@@ -253,18 +255,69 @@ def _openapi() -> dict[str, Any]:
 app.openapi = _openapi  # type: ignore[method-assign]
 
 
+async def check_stores(settings: Settings) -> None:
+    """Prove that the stores can be used, or are only away; release what a dead server left behind.
+
+    Raises `SettingsError`, `StorageError`, `ResultsError`.
+    """
+    objects, rows = open_storage(settings), open_results(settings)
+    logger.info("storage: %s", objects.describe())
+    logger.info("results: %s", rows.describe())
+    outbox = open_outbox(settings, rows)
+    untold, unfinished = await outbox.release()
+    if untold or unfinished:
+        logger.info("outbox: %d outcomes to tell, %d tasks to begin again", untold, unfinished)
+    try:
+        for warning in [*await objects.check(), *await rows.check()]:
+            logger.warning("%s", warning)
+    finally:
+        await outbox.close(drain_s=0)
+        await objects.close()
+
+
 def open_storage(settings: Settings) -> ObjectStore:
     """The store that the settings name. Raises `SettingsError`, `StorageError`."""
-    if settings.uses_r2:
-        raise SettingsError("R2_ENDPOINT: this version stores in a folder only; unset R2_*")
-    return LocalFolder(settings.data_dir / "storage")
+    if settings.r2_endpoint is None:
+        folder = settings.data_dir / "storage"
+        return LocalFolder(folder, user_prefix_required=settings.user_prefix_required)
+    from storage.r2 import R2Bucket  # noqa: PLC0415 - 22 MB a process, for who uses R2
+
+    assert settings.r2_access_key_id is not None
+    assert settings.r2_secret_access_key is not None
+    try:
+        return R2Bucket(
+            endpoint=settings.r2_endpoint,
+            bucket=settings.r2_bucket,
+            access_key_id=settings.r2_access_key_id.get_secret_value(),
+            secret_access_key=settings.r2_secret_access_key.get_secret_value(),
+            public_base_url=settings.r2_public_base_url,
+            image_url_bases=settings.r2_image_url_bases,
+            user_prefix_required=settings.user_prefix_required,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def open_results(settings: Settings) -> ResultStore:
     """The rows that the settings name. Raises `SettingsError`, `ResultsError`."""
-    if settings.uses_supabase:
-        raise SettingsError("SUPABASE_URL: this version keeps rows in SQLite only; unset SUPABASE_*")
-    return SqliteResults(settings.data_dir / "results.sqlite", lease_s=settings.lease_s)
+    if settings.supabase_url is None:
+        return SqliteResults(settings.data_dir / "results.sqlite", lease_s=settings.lease_s)
+    from results.supabase import SupabaseResults  # noqa: PLC0415 - 43 MB a process, for who uses Supabase
+
+    assert settings.supabase_service_key is not None
+    publishable_key = settings.supabase_publishable_key
+    return SupabaseResults(
+        settings.supabase_url,
+        settings.supabase_service_key.get_secret_value(),
+        lease_s=settings.lease_s,
+        mask_column=settings.supabase_mask_column,
+        publishable_key=publishable_key.get_secret_value() if publishable_key else None,
+    )
+
+
+def open_outbox(settings: Settings, rows: ResultStore) -> Outbox:
+    """The file before the rows. Raises `ResultsError`."""
+    return Outbox(settings.data_dir / "outbox.sqlite", rows, lease_s=settings.lease_s)
 
 
 def _mb(size_bytes: int | None) -> int | None:

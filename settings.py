@@ -61,15 +61,28 @@ class Settings(BaseSettings):
     r2_secret_access_key: SecretStr | None = Field(None, description="of the same token")
     r2_bucket: str = Field("s3-images", description="holds uploads/ and masks/")
     r2_public_base_url: str | None = Field(None, description="where browsers read the bucket: mask URLs")
+    r2_image_url_bases: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="more URLs that image_url may start with, comma-separated; they name no bucket"
+    )
+    user_prefix_required: bool = Field(
+        True,  # noqa: FBT003 - pydantic's own order
+        description="image_url must lie below uploads/{user_id}/ of the request",
+    )
 
     supabase_url: str | None = Field(None, description="https://PROJECT.supabase.co")
     supabase_service_key: SecretStr | None = Field(None, description="sb_secret_... or service_role")
+    supabase_publishable_key: SecretStr | None = Field(
+        None, description="only beside a SUPABASE_SERVICE_KEY that is the JWT of a role of your own"
+    )
     supabase_mask_column: str | None = Field(None, description="default: found in the table at start")
 
     embedded_parts: Annotated[tuple[Literal["storage", "results"], ...], NoDecode] = Field(
         (), description="storage, results: embedded parts that production may use, comma-separated"
     )
-    data_dir: Path = Field(Path("data"), description="of the embedded storage folder and results file")
+    data_dir: Path = Field(
+        Path("data"),
+        description="of the outbox, which should outlive a restart, and of the embedded storage and results",
+    )
 
     api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
     max_in_flight: int = Field(
@@ -80,7 +93,7 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(50_000_000, ge=1, description="50 megapixels")
     max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
 
-    @field_validator("allowed_origins", "embedded_parts", mode="before")
+    @field_validator("allowed_origins", "embedded_parts", "r2_image_url_bases", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return _split_list(value) if isinstance(value, str) else value
@@ -96,9 +109,12 @@ class Settings(BaseSettings):
     @field_validator("r2_endpoint", "r2_public_base_url", "supabase_url")
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError("must start with https:// (http:// only for a local server)")
-        return value.rstrip("/") if value else value
+        return _checked_url(value) if value else value
+
+    @field_validator("r2_image_url_bases")
+    @classmethod
+    def _are_urls(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_checked_url(value) for value in values)
 
     @field_validator("api_secret_key")
     @classmethod
@@ -149,8 +165,11 @@ class Settings(BaseSettings):
 
     @property
     def lease_s(self) -> float:
-        """After it a claimed task may be taken over: well over the time that a request may take."""
-        return 3 * self.request_timeout_s
+        """After it a claimed task may be taken over: well over the time that a request may take.
+
+        The minute is for claiming and telling the row while the database is slow.
+        """
+        return self.request_timeout_s + 60
 
     @property
     def wants_gpu(self) -> bool:
@@ -200,6 +219,12 @@ def _sentence(error: ValidationError) -> str:
         return f"{str(first['loc'][0]).upper()} in .env is not a setting; .env.example lists what there is"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{str(first['loc'][0]).upper()}: {reason}" if first["loc"] else reason
+
+
+def _checked_url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("must start with https:// (http:// only for a local server)")
+    return value.rstrip("/")
 
 
 def _split_list(value: str) -> tuple[str, ...]:

@@ -103,10 +103,11 @@ class ResultStore(Protocol):
         """
         ...
 
-    async def check(self) -> None:
-        """Prove once, at the start, that the rows can be used.
+    async def check(self) -> list[str]:
+        """Prove at the start that the rows can be used; what an operator should know, a sentence each.
 
-        Raises ResultsMisconfigured when they cannot be, and ResultsUnavailable when they are only away.
+        Rows that are only away for the moment are such a sentence. Raises ResultsMisconfigured, which says
+        what to mend, when they cannot be used as they are.
         """
         ...
 

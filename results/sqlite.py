@@ -102,8 +102,9 @@ class SqliteResults:
         found = await self._file.run(lambda: self._select(task_id))
         return None if found is None else found[1]
 
-    async def check(self) -> None:
+    async def check(self) -> list[str]:
         """See ResultStore; opening the file has proved it."""
+        return []
 
     async def close(self) -> None:
         """See ResultStore; closing twice is harmless."""

@@ -57,6 +57,8 @@ def as_text(default: Any) -> str:
     """A default as `.env.example` writes it."""
     if default is None or default == ():
         return ""
+    if isinstance(default, bool):
+        return str(default).lower()
     if isinstance(default, float) and default.is_integer():
         return str(int(default))
     return str(default)
