@@ -6,6 +6,7 @@ ResultsError
     AttemptLost         the row is no longer this attempt's: drop the work, settle nothing
     MetadataInvalid     500: metadata or labels are not JSON (NaN, infinity, a tensor): our own bug
     ResultsUnavailable  502: the store itself failed; trying again may help
+    ResultsMisconfigured  stops the start: trying again cannot help before someone mends something
 """
 
 
@@ -41,3 +42,10 @@ class MetadataInvalid(ResultsError):
 
 class ResultsUnavailable(ResultsError):
     """The store could not be read or written."""
+
+
+class ResultsMisconfigured(ResultsError):
+    """The settings or the table cannot work as they are; the message is a sentence for the operator.
+
+    Only start-up meets it: a store that is running logs it and raises ResultsUnavailable.
+    """
