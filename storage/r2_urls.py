@@ -14,7 +14,6 @@ from storage.errors import ImageUrlForbidden
 from storage.keys import percent_decoded
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_END_OF_AUTHORITY = re.compile(r"[/?#]|\Z")
 _DEFAULT_PORTS: Final = {"https": ":443", "http": ":80"}
 # Of a presigned URL: the signature's own, and the operation's name that the JavaScript SDK adds.
 _SIGNATURE_NAME = re.compile(r"x-amz-[a-z0-9-]+|x-id", re.IGNORECASE)
@@ -74,14 +73,14 @@ class R2Urls:
         Raises ImageUrlForbidden for what is not this bucket, and ValueError for a malformed URL.
         """
         scheme, _, rest = image_url.partition("://")
-        split = _END_OF_AUTHORITY.search(rest)
-        cut = len(rest) if split is None else split.start()
-        authority, target = rest[:cut], rest[cut:]
+        # A '?' or '#' before the slash stays in the authority, which then is none of ours.
+        authority, slash, target = rest.partition("/")
         if "@" in authority:
             raise ValueError("holds user information")
         if "#" in target:
             raise ValueError("has a fragment")
         path, question_mark, query = target.partition("?")
+        path = slash + path
         base = self._base_of(_origin(scheme.lower(), authority), path)
         if question_mark and not (base.may_be_signed and _is_signature(query)):
             raise ValueError("has a query that is no signature")

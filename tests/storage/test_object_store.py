@@ -1,13 +1,18 @@
 """What every ObjectStore does; what only one of them does is in its own module."""
 
+from __future__ import annotations
+
+import asyncio
 import hashlib
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
 from urllib.request import url2pathname
+from uuid import uuid4
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,9 +24,15 @@ from storage import (
     ObjectNotFound,
     ObjectStore,
     ObjectTooLarge,
+    R2Bucket,
     StorageError,
     mask_key,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.services.objects import S3Service
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +53,8 @@ class Opened:
     read_url: Callable[[str], bytes]
 
 
-def open_local(folder: Path) -> Opened:
+def open_local(request: pytest.FixtureRequest) -> Opened:
+    folder: Path = request.getfixturevalue("tmp_path_factory").mktemp("local")
     store = LocalFolder(folder / "objects")
     return Opened(
         store=store,
@@ -53,30 +65,72 @@ def open_local(folder: Path) -> Opened:
     )
 
 
+def open_r2_emulator(request: pytest.FixtureRequest) -> Opened:
+    service: S3Service = request.getfixturevalue("r2_emulator")
+    return open_r2(service, read_url=lambda url: httpx.get(url).content)
+
+
+def open_seaweedfs(request: pytest.FixtureRequest) -> Opened:
+    service: S3Service = request.getfixturevalue("seaweedfs")
+    in_api = f"{service.endpoint}/{service.bucket}/"
+    return open_r2(service, read_url=lambda url: service.get(unquote(url.removeprefix(in_api))))
+
+
+def open_r2(service: S3Service, read_url: Callable[[str], bytes]) -> Opened:
+    def bucket(*, user_prefix_required: bool) -> R2Bucket:
+        return R2Bucket(
+            endpoint=service.endpoint,
+            bucket=service.bucket,
+            access_key_id=service.access_key_id,
+            secret_access_key=service.secret_access_key,
+            public_base_url=service.public_base_url,
+            user_prefix_required=user_prefix_required,
+        )
+
+    return Opened(
+        store=bucket(user_prefix_required=True),
+        unprefixed=bucket(user_prefix_required=False),
+        url_base=f"{service.public_base_url or f'{service.endpoint}/{service.bucket}'}/",
+        put_upload=service.put,
+        read_url=read_url,
+    )
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=[open_local], ids=["local"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
-    open_store: Callable[[Path], Opened] = request.param
-    return open_store(tmp_path)
+@pytest.fixture
+def user() -> str:
+    """A user without uploads: the servers' objects outlive a test."""
+    return f"user-{uuid4()}"
 
 
-async def test_image_is_found_by_its_key(opened: Opened) -> None:
+@pytest.fixture(
+    scope="module", params=[open_local, open_r2_emulator, open_seaweedfs], ids=["local", "r2", "seaweedfs"]
+)
+def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
+    open_store: Callable[[pytest.FixtureRequest], Opened] = request.param
+    opened = open_store(request)
+    yield opened
+    for store in (opened.store, opened.unprefixed):
+        asyncio.run(store.close())
+
+
+async def test_image_is_found_by_its_key(opened: Opened, user: str) -> None:
     """An uploaded image comes back byte for byte under its bare key."""
-    opened.put_upload(f"uploads/{USER}/cat", IMAGE)
-    assert await opened.store.download_image(f"uploads/{USER}/cat", USER, CAP) == IMAGE
+    opened.put_upload(f"uploads/{user}/cat", IMAGE)
+    assert await opened.store.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
 
 
 @pytest.mark.parametrize("name", ["cat", "a b", "a+b", "a%41", "caf\u00e9", "100%", "a?b#c", "\u732b"])
-async def test_image_is_found_by_its_url(opened: Opened, name: str) -> None:
+async def test_image_is_found_by_its_url(opened: Opened, user: str, name: str) -> None:
     """A URL is percent-decoded exactly once, and '+' stays '+'."""
-    key = f"uploads/{USER}/{name}"
+    key = f"uploads/{user}/{name}"
     opened.put_upload(key, IMAGE)
-    assert opened.store.key_of(opened.url_base + quote(key), USER) == key
-    assert await opened.store.download_image(opened.url_base + quote(key, safe=""), USER, CAP) == IMAGE
+    assert opened.store.key_of(opened.url_base + quote(key), user) == key
+    assert await opened.store.download_image(opened.url_base + quote(key, safe=""), user, CAP) == IMAGE
 
 
 def test_plus_in_a_url_stays(opened: Opened) -> None:
@@ -184,12 +238,12 @@ def test_user_id_cannot_move_the_prefix(opened: Opened, user_id: str) -> None:
         opened.store.key_of("uploads/user-1/x/cat", user_id)
 
 
-async def test_prefix_rule_can_be_off(opened: Opened) -> None:
+async def test_prefix_rule_can_be_off(opened: Opened, user: str) -> None:
     """Without the prefix rule any key of the store is readable, and other stores stay forbidden."""
-    opened.put_upload("elsewhere/cat", IMAGE)
-    assert await opened.unprefixed.download_image("elsewhere/cat", USER, CAP) == IMAGE
+    opened.put_upload(f"elsewhere/{user}", IMAGE)
+    assert await opened.unprefixed.download_image(f"elsewhere/{user}", user, CAP) == IMAGE
     with pytest.raises(ImageUrlForbidden):
-        opened.unprefixed.key_of("https://example.com/elsewhere/cat", USER)
+        opened.unprefixed.key_of("https://example.com/elsewhere/cat", user)
 
 
 SPELLINGS = ["/", "//", ".", "..", "\\", "%2e", "%2f", "%5c", "%25", "%00", "\0", "?", "#", ":", "C:", "~"]
@@ -217,52 +271,52 @@ def test_no_image_url_leaves_the_users_uploads(opened: Opened, pieces: list[str]
     assert len(key.encode()) <= 1024
 
 
-async def test_missing_image_is_not_found(opened: Opened) -> None:
+async def test_missing_image_is_not_found(opened: Opened, user: str) -> None:
     """A key without an object is ObjectNotFound."""
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{USER}/cat", USER, CAP)
+        await opened.store.download_image(f"uploads/{user}/cat", user, CAP)
 
 
-async def test_key_below_an_object_is_not_found(opened: Opened) -> None:
+async def test_key_below_an_object_is_not_found(opened: Opened, user: str) -> None:
     """A key that has an object's key for a folder is ObjectNotFound."""
-    opened.put_upload(f"uploads/{USER}/cat", IMAGE)
+    opened.put_upload(f"uploads/{user}/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{USER}/cat/tail", USER, CAP)
+        await opened.store.download_image(f"uploads/{user}/cat/tail", user, CAP)
 
 
-async def test_folder_of_objects_is_not_found(opened: Opened) -> None:
+async def test_folder_of_objects_is_not_found(opened: Opened, user: str) -> None:
     """A key that is only the folder of others is ObjectNotFound."""
-    opened.put_upload(f"uploads/{USER}/album/cat", IMAGE)
+    opened.put_upload(f"uploads/{user}/album/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{USER}/album", USER, CAP)
+        await opened.store.download_image(f"uploads/{user}/album", user, CAP)
 
 
-async def test_longest_key_is_not_found(opened: Opened) -> None:
+async def test_longest_key_is_not_found(opened: Opened, user: str) -> None:
     """A key of 1024 bytes is a good key, and has no object."""
-    opened.put_upload(f"uploads/{USER}/cat", IMAGE)
+    opened.put_upload(f"uploads/{user}/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{USER}/".ljust(1024, "x"), USER, CAP)
+        await opened.store.download_image(f"uploads/{user}/".ljust(1024, "x"), user, CAP)
 
 
-async def test_image_may_have_exactly_the_cap(opened: Opened) -> None:
+async def test_image_may_have_exactly_the_cap(opened: Opened, user: str) -> None:
     """`max_bytes` bytes are allowed, one more is ObjectTooLarge."""
-    opened.put_upload(f"uploads/{USER}/full", b"x" * CAP)
-    opened.put_upload(f"uploads/{USER}/over", b"x" * (CAP + 1))
-    assert len(await opened.store.download_image(f"uploads/{USER}/full", USER, CAP)) == CAP
+    opened.put_upload(f"uploads/{user}/full", b"x" * CAP)
+    opened.put_upload(f"uploads/{user}/over", b"x" * (CAP + 1))
+    assert len(await opened.store.download_image(f"uploads/{user}/full", user, CAP)) == CAP
     with pytest.raises(ObjectTooLarge) as raised:
-        await opened.store.download_image(f"uploads/{USER}/over", USER, CAP)
+        await opened.store.download_image(f"uploads/{user}/over", user, CAP)
     assert raised.value.max_bytes == CAP
 
 
-async def test_mask_is_readable_at_its_url(opened: Opened) -> None:
+async def test_mask_is_readable_at_its_url(opened: Opened, user: str) -> None:
     """The URL of an uploaded mask leads to its bytes."""
-    url = await opened.store.upload_mask(IMAGE, mask_key(USER, TASK_ID, 0, IMAGE))
+    url = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, 0, IMAGE))
     assert opened.read_url(url) == IMAGE
 
 
-async def test_mask_may_be_uploaded_again(opened: Opened) -> None:
+async def test_mask_may_be_uploaded_again(opened: Opened, user: str) -> None:
     """The same mask at the same key gives the same URL, as a retry needs."""
-    key = mask_key(USER, TASK_ID, "union", IMAGE)
+    key = mask_key(user, TASK_ID, "union", IMAGE)
     first = await opened.store.upload_mask(IMAGE, key)
     assert await opened.store.upload_mask(IMAGE, key) == first
     assert opened.read_url(first) == IMAGE
