@@ -7,16 +7,16 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
-import httpx
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from tests.services import node
-from tests.services.processes import ServerProcess, free_ports
+from tests.services.processes import ServerProcess, free_ports, http_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +37,7 @@ class S3Service:
     Attributes:
         endpoint: without a slash at its end; it may have a path.
         public_base_url: where a plain GET of a key needs no signature; None where there is no such place.
+        client: plain boto3 with these credentials.
         process: what serves.
     """
 
@@ -45,6 +46,7 @@ class S3Service:
     access_key_id: str
     secret_access_key: str
     public_base_url: str | None
+    client: S3Client
     process: ServerProcess
 
     def stop(self) -> None:
@@ -67,13 +69,11 @@ class S3Service:
 
     def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         """Store an object as the Edge would."""
-        with _client(self.endpoint, self.access_key_id, self.secret_access_key) as client:
-            client.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
 
     def get(self, key: str) -> bytes:
         """The object at `key`. Raises botocore's ClientError when there is none."""
-        with _client(self.endpoint, self.access_key_id, self.secret_access_key) as client:
-            return client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
 
 def missing_seaweedfs() -> str | None:
@@ -107,14 +107,11 @@ def seaweedfs(folder: Path) -> Iterator[S3Service]:
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
 
-    def ready() -> bool:
-        return _stores(endpoint)
-
-    process = ServerProcess(command, folder / "seaweedfs.log", ready)
-    service = S3Service(endpoint, BUCKET, ACCESS_KEY_ID, SECRET_ACCESS_KEY, None, process)
     try:
-        with _running(service):
-            yield service
+        with s3_client(endpoint, "owner", _ADMIN_SECRET) as owner:
+            process = ServerProcess(command, folder / "seaweedfs.log", lambda: _stores(owner))
+            with _running(endpoint, None, process) as service:
+                yield service
     finally:
         # It leaves them when it is killed.
         for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108 - its own choice
@@ -133,26 +130,49 @@ def r2_emulator(folder: Path) -> Iterator[S3Service]:
     root = f"http://127.0.0.1:{port}/cdn-cgi/local/r2"
 
     def ready() -> bool:
-        try:
-            return httpx.get(f"{root}/s3/{BUCKET}", timeout=5.0).is_client_error
-        except httpx.TransportError:
-            return False
+        return http_status(f"{root}/s3/{BUCKET}") == HTTPStatus.BAD_REQUEST  # it misses a signature
 
     environment = {"SECRET_ACCESS_KEY": SECRET_ACCESS_KEY}
     process = ServerProcess(command, folder / "r2.log", ready, environment=environment)
-    public = f"{root}/public/{BUCKET}"
-    service = S3Service(f"{root}/s3", BUCKET, ACCESS_KEY_ID, SECRET_ACCESS_KEY, public, process)
-    with _running(service):
+    with _running(f"{root}/s3", f"{root}/public/{BUCKET}", process) as service:
         yield service
 
 
 @contextmanager
-def _running(service: S3Service) -> Iterator[None]:
+def s3_client(endpoint: str, access_key_id: str, secret_access_key: str) -> Iterator[S3Client]:
+    """Plain boto3 that tries once."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="auto",
+        aws_access_key_id=access_key_id,
+        aws_secret_access_key=secret_access_key,
+        config=Config(
+            s3={"addressing_style": "path"},
+            connect_timeout=5,
+            read_timeout=20,
+            retries={"total_max_attempts": 1},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
     try:
-        service.start()
-        yield
+        yield client
     finally:
-        service.stop()
+        client.close()
+
+
+@contextmanager
+def _running(endpoint: str, public_base_url: str | None, process: ServerProcess) -> Iterator[S3Service]:
+    with s3_client(endpoint, ACCESS_KEY_ID, SECRET_ACCESS_KEY) as client:
+        service = S3Service(
+            endpoint, BUCKET, ACCESS_KEY_ID, SECRET_ACCESS_KEY, public_base_url, client, process
+        )
+        try:
+            service.start()
+            yield service
+        finally:
+            service.stop()
 
 
 def _weed() -> str | None:
@@ -176,37 +196,13 @@ def _seaweedfs_identities() -> dict[str, object]:
     }
 
 
-def _stores(endpoint: str) -> bool:
+def _stores(owner: S3Client) -> bool:
     """Whether SeaweedFS takes objects: it listens a while before it has a volume for them."""
-    with _client(endpoint, "owner", _ADMIN_SECRET) as client:
-        try:
-            if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
-                client.create_bucket(Bucket=BUCKET)
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"x")
-            client.delete_object(Bucket=BUCKET, Key="ready")
-        except (BotoCoreError, ClientError):
-            return False
-    return True
-
-
-@contextmanager
-def _client(endpoint: str, access_key_id: str, secret_access_key: str) -> Iterator[S3Client]:
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="auto",
-        aws_access_key_id=access_key_id,
-        aws_secret_access_key=secret_access_key,
-        config=Config(
-            s3={"addressing_style": "path"},
-            connect_timeout=5,
-            read_timeout=20,
-            retries={"total_max_attempts": 1},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
     try:
-        yield client
-    finally:
-        client.close()
+        if BUCKET not in [bucket["Name"] for bucket in owner.list_buckets()["Buckets"]]:
+            owner.create_bucket(Bucket=BUCKET)
+        owner.put_object(Bucket=BUCKET, Key="ready", Body=b"x")
+        owner.delete_object(Bucket=BUCKET, Key="ready")
+    except (BotoCoreError, ClientError):
+        return False
+    return True

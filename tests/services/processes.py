@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import time
+from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +117,16 @@ def listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(2.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def http_status(url: str) -> int | None:
+    """The status of a GET of http://127.0.0.1; None where nobody answers."""
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=5.0)
+    with contextlib.closing(connection), contextlib.suppress(OSError, HTTPException):
+        connection.request("GET", parts.path)
+        return connection.getresponse().status
+    return None
 
 
 def free_ports(count: int) -> list[int]:
