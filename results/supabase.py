@@ -72,16 +72,16 @@ class SupabaseResults:
             now=now,
         )
 
-    async def check(self) -> None:
-        """Find the mask's column, and try a read and an update that match no row.
-
-        Raises ResultsMisconfigured, with a sentence for the start, when someone must mend the settings or
-        the table, and ResultsUnavailable when the database is only away.
-        """
+    async def check(self) -> list[str]:
+        """See ResultStore. Finds the mask's column, and tries a read and an update that match no row."""
         self._rest.refuse_expired_key()
-        column = await self._mask_column()
-        nothing: dict[str, object] = {"status": "pending", column: None, "labels": [], "metadata": {}}
-        await self._changed(self._update(nothing).eq("status", "done").eq("status", "pending"))
+        try:
+            column = await self._mask_column()
+            nothing: dict[str, object] = {"status": "pending", column: None, "labels": [], "metadata": {}}
+            await self._changed(self._update(nothing).eq("status", "done").eq("status", "pending"))
+        except ResultsUnavailable as error:
+            return [f"{error}; trying again when a task comes"]
+        return []
 
     async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         """See ResultStore; a missing row is TaskNotFound."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
@@ -23,6 +24,8 @@ from results import (
     TaskInProgress,
     TaskNotFound,
 )
+from results.supabase import SupabaseResults
+from tests.services.database import Database
 
 pytestmark = pytest.mark.anyio
 
@@ -52,14 +55,65 @@ def open_sqlite(folder: Path) -> Opened:
     return Opened(store, second, store.insert_pending, store.get, advance_clock)
 
 
+class SupabaseRows:
+    """The rows of one test as the Edge and the owner of the database have them.
+
+    The database's clock cannot be set; instead the rows grow older, and `get` adds the difference.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._task_ids: list[str] = []
+        self._ahead = timedelta(0)
+
+    async def insert_pending(self, task: Task) -> None:
+        self._database.execute("insert into auth.users (id) values (%s)", task.user_id)
+        self._database.execute("insert into users_profile (id) values (%s)", task.user_id)
+        self._database.execute(
+            "insert into segmentation_results (id, user_id, source_image_url, text_prompt)"
+            " values (%s, %s, %s, %s)",
+            *(task.task_id, task.user_id, task.source_image_url, task.text_prompt),
+        )
+        self._task_ids.append(task.task_id)
+
+    async def get(self, task_id: str) -> Row | None:
+        found = self._database.execute(
+            "select status, mask_image_url, labels, metadata, created_at, updated_at"
+            " from segmentation_results where id = %s",
+            task_id,
+        )
+        if not found:
+            return None
+        status, mask_url, labels, metadata, created_at, updated_at = found[0]
+        return Row(status, mask_url, labels, metadata, created_at + self._ahead, updated_at + self._ahead)
+
+    def advance_clock(self, seconds: float) -> None:
+        self._ahead += timedelta(seconds=seconds)
+        ids, pause = ", ".join(f"'{task_id}'" for task_id in self._task_ids), f"interval '{seconds} seconds'"
+        # Without the trigger that sets updated_at.
+        self._database.execute(
+            f"""set session_replication_role = replica;
+            update segmentation_results
+            set created_at = created_at - {pause}, updated_at = updated_at - {pause} where id in ({ids})"""  # noqa: S608
+        )
+
+
+def open_supabase(database: Database, _folder: Path) -> Opened:
+    store, second = (SupabaseResults(database.url, database.secret_key, lease_s=LEASE_S) for _ in range(2))
+    rows = SupabaseRows(database)
+    return Opened(store, second, rows.insert_pending, rows.get, rows.advance_clock)
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=[open_sqlite], ids=["sqlite"])
+@pytest.fixture(params=["sqlite", "supabase"])
 async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opened]:
-    open_store: Callable[[Path], Opened] = request.param
+    open_store = open_sqlite
+    if request.param == "supabase":
+        open_store = partial(open_supabase, request.getfixturevalue("database"))
     opened = open_store(tmp_path)
     yield opened
     await opened.store.close()

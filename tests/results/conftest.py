@@ -1,0 +1,44 @@
+"""The databases that the tests of the Supabase store use, each behind a proxy."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.results.supabase_project import Project
+from tests.services import database as databases
+from tests.services.faults import fault_proxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.services.database import Database
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def project(database: Database) -> AsyncIterator[Project]:
+    with fault_proxy(database.url) as proxy:
+        async with AsyncExitStack() as stores:
+            yield Project(database, proxy, stores)
+
+
+@pytest.fixture(scope="module")
+def spare_database(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """A database whose table and roles a test may change; `database` says whether one can run."""
+    del database
+    with databases.database(tmp_path_factory.mktemp("spare")) as spare:
+        yield spare
+
+
+@pytest.fixture
+async def spare(spare_database: Database) -> AsyncIterator[Project]:
+    with fault_proxy(spare_database.url) as proxy:
+        async with AsyncExitStack() as stores:
+            yield Project(spare_database, proxy, stores)

@@ -1,0 +1,226 @@
+"""The Supabase store over a bad network: every fault has its answer, and none is told in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from results import AttemptLost, Claim, ResultsMisconfigured, ResultsUnavailable
+from results.supabase import SupabaseResults
+from tests.results.supabase_project import MASK_URL, claimed, finish
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.results.supabase_project import Project
+    from tests.services.faults import FaultProxy
+
+pytestmark = pytest.mark.anyio
+
+NO_CONNECTION = b'{"code":"PGRST001","message":"Database client error. Retrying the connection."}'
+PASSING: dict[str, Callable[[FaultProxy], None]] = {
+    "500": lambda proxy: proxy.fail_next(2, status=500),
+    "502 page": lambda proxy: proxy.fail_next(status=502, body=b"<html>Bad gateway</html>"),
+    "503 of PostgREST": lambda proxy: proxy.fail_next(2, status=503, body=NO_CONNECTION),
+    "520": lambda proxy: proxy.fail_next(status=520),
+    "429": lambda proxy: proxy.fail_next(2, status=429, headers={"Retry-After": "1"}),
+    "cut": lambda proxy: proxy.cut_next(2),
+    "lost answer": lambda proxy: proxy.lose_answer_next(),
+    "lost answers": lambda proxy: proxy.lose_answer_next(2),
+    "hang": lambda proxy: proxy.hang_next(),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+async def test_fault_that_passes_is_not_noticed(
+    project: Project, fault: Callable[[FaultProxy], None]
+) -> None:
+    """A claim, a finish and a replay succeed over faults that pass, also when only the answer was lost."""
+    store, task = project.open(timeout_s=0.5), project.new_task()
+    await store.check()
+    fault(project.proxy)
+    claim = await claimed(store, task)
+    fault(project.proxy)
+    await finish(store, claim)
+    fault(project.proxy)
+    stored = await store.claim(task, str(uuid4()))
+    assert not isinstance(stored, Claim)
+    assert stored.mask_url == MASK_URL
+    fault(project.proxy)
+    with pytest.raises(AttemptLost):
+        await store.update_status(task.task_id, "error", attempt_id=claim.attempt_id)
+
+
+async def test_answer_cut_in_its_body_is_asked_for_again(project: Project) -> None:
+    """Half a row is no row."""
+    store, task = project.open(), project.new_task()
+    await finish(store, await claimed(store, task))
+    project.proxy.cut_next(after_bytes=20, when=lambda seen: seen.method == "GET")
+    assert not isinstance(await store.claim(task, str(uuid4())), Claim)
+
+
+async def test_three_failures_are_enough(project: Project) -> None:
+    """A database that is away is asked three times, and may be asked again later."""
+    store, task = project.open(), project.new_task()
+    await store.check()
+    before = len(project.proxy.requests)
+    project.proxy.fail_next(3, status=503)
+    with pytest.raises(ResultsUnavailable, match="HTTP 503"):
+        await store.claim(task, str(uuid4()))
+    assert len(project.proxy.requests) == before + 3
+    await claimed(store, task)
+
+
+async def test_hang_ends_in_bounded_time(project: Project) -> None:
+    """A database that says nothing costs three timeouts, and no connection of the pool."""
+    store, task = project.open(timeout_s=0.4, connections=2), project.new_task()
+    await store.check()
+    project.proxy.hang_next(1000)
+    start_s = time.monotonic()
+    failures = await asyncio.gather(
+        *(store.claim(task, str(uuid4())) for _ in range(10)), return_exceptions=True
+    )
+    assert time.monotonic() - start_s < 3 * 0.4 + 1
+    assert {type(failure) for failure in failures} == {ResultsUnavailable}
+    project.proxy.heal()
+    await asyncio.gather(*(claimed(store, project.new_task()) for _ in range(4)))
+
+
+async def test_start_goes_on_while_the_database_is_away(project: Project) -> None:
+    """An outage at the start is a sentence for the log; the column is found when a task comes."""
+    store, task = project.open(), project.new_task()
+    project.proxy.fail_next(3, status=503)
+    [sentence] = await store.check()
+    assert "HTTP 503" in sentence
+    await finish(store, await claimed(store, task))
+    assert project.row(task)[0] == "done"
+
+
+async def test_outage_and_return_of_the_database(spare: Project) -> None:
+    """With PostgreSQL gone a finish is ResultsUnavailable; once it is back the same call settles the row."""
+    store, task = spare.open(timeout_s=1.0), spare.new_task()
+    claim = await claimed(store, task)
+    spare.database.stop()
+    try:
+        with pytest.raises(ResultsUnavailable):
+            await finish(store, claim)
+    finally:
+        spare.database.start()
+    await finish(store, claim)
+    assert spare.row(task)[0] == "done"
+
+
+async def test_lost_claim_is_not_lost_to_another(project: Project) -> None:
+    """When the answer to a claim is lost for good, the same attempt still gets its row later."""
+    store, task, attempt_id = project.open(), project.new_task(), str(uuid4())
+    await store.check()
+    project.proxy.lose_answer_next(3)
+    with pytest.raises(ResultsUnavailable):
+        await store.claim(task, attempt_id)
+    assert project.row(task)[0] == "processing"
+    assert await store.claim(task, attempt_id) == Claim(task.task_id, attempt_id)
+
+
+@pytest.mark.parametrize("status", [200, 302, 404])
+async def test_foreign_server_is_told_from_supabase(project: Project, status: int) -> None:
+    """An answer that is not PostgREST's is no missing task: it stops the start, and is a 502 at run time."""
+    store, task = project.open(), project.new_task()
+
+    def welcome() -> None:
+        headers = {"Location": "https://elsewhere.example/"}
+        project.proxy.fail_next(status=status, body=b"<html>Welcome</html>", headers=headers)
+
+    welcome()
+    with pytest.raises(ResultsMisconfigured, match="SUPABASE_URL"):
+        await store.check()
+    await store.check()
+    welcome()
+    with pytest.raises(ResultsUnavailable):
+        await store.claim(task, str(uuid4()))
+
+
+async def test_log_and_errors_hold_no_secret(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    """Not a key, a prompt, a user, an address or a row is told, whatever fails and however much is logged."""
+    caplog.set_level(logging.DEBUG)
+    store, task = project.open(timeout_s=0.4), project.new_task()
+    quoting = b'{"code":"23514","message":"violates","details":"Failing row contains (a secret prompt)"}'
+    faults: list[Callable[[], None]] = [
+        lambda: None,
+        lambda: project.proxy.fail_next(3, status=500, body=quoting),
+        lambda: project.proxy.fail_next(1, status=400, body=quoting),
+        lambda: project.proxy.fail_next(1, status=401, body=quoting),
+        lambda: project.proxy.cut_next(3),
+        lambda: project.proxy.hang_next(3),
+    ]
+    told = []
+    for fault in faults:
+        fault()
+        try:
+            await finish(store, await claimed(store, task))
+        except ResultsUnavailable as error:
+            told.append(str(error))
+            logging.getLogger("test").exception("with its traceback")
+        project.proxy.heal()
+        task = project.new_task()
+    assert len(told) == len(faults) - 1
+    told += [str(vars(record)) for record in caplog.records]
+    address = project.proxy.url.removeprefix("http://")
+    for secret in (project.database.secret_key, "a secret prompt", task.user_id, address, "Failing row"):
+        assert not any(secret in line for line in told)
+    assert "code 23514" in caplog.text
+
+
+def certificate(folder: Path) -> Path:
+    """A self-signed certificate for 127.0.0.1, and its key, in one file."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(signed.public_bytes(serialization.Encoding.PEM) + private)
+    return path
+
+
+async def test_http_2_is_never_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server offers HTTP/2, on which supabase-py loses updates, HTTP/1.1 is taken."""
+    path = certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(path)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    chosen = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        chosen.append(writer.get_extra_info("ssl_object").selected_alpn_protocol())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        store = SupabaseResults(url, "sb_secret_0123456789", lease_s=120)
+        with pytest.raises(ResultsMisconfigured, match="HTTP 404"):
+            await store.check()
+        await store.close()
+    assert chosen == ["http/1.1"]
