@@ -13,6 +13,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from contract import (
     BatchResponse,
     Failure,
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.sam3")
 
 POLL_S = 0.5
-"""How often a worker looks for what was left behind."""
+"""How often a worker looks for what was left behind on this machine."""
+STALE_POLL_S = 60.0
+"""How often it looks for what another machine left behind that may never come back."""
 DRAIN_S = 8.0
 """At a stop, the time to tell the database what it has not been told: most hosts kill after ten."""
 
@@ -150,11 +154,15 @@ class Pipeline:
 
     async def _finish_left_behind(self) -> None:
         """Tell the rows what they have not been told, and do again what a killed process had begun."""
+        look_for_stale_s = time.monotonic() + STALE_POLL_S
         while not self._stopping.is_set():
             try:
                 await self._rows.deliver_due()
                 if await self._do_again():
                     continue
+                if time.monotonic() > look_for_stale_s:
+                    look_for_stale_s = time.monotonic() + STALE_POLL_S
+                    await self._rows.end_stale()
             except Exception:
                 # Whatever it was, the next look may do better; without this loop tasks would be lost.
                 logger.exception("what was left behind could not be finished")
@@ -294,13 +302,16 @@ def _labels(response: BatchResponse) -> list[str]:
 
 
 def _replay(stored: StoredResult, prompts: list[str]) -> BatchResponse:
-    """The answer of a task that is done. Raises `TaskMismatchError` when it was done for other prompts."""
+    """The answer of a task that is done. Raises `TaskMismatchError` when its row holds another one's."""
     if stored.metadata.get("prompts") != prompts:
         raise TaskMismatchError("this task is done already, for other prompts")
-    return BatchResponse.model_validate(
-        {
-            "task_id": stored.task_id,
-            "results": stored.metadata["results"],
-            "total_inference_time_ms": stored.metadata["inference_time_ms"],
-        }
-    )
+    answer = {
+        "task_id": stored.task_id,
+        "results": stored.metadata.get("results"),
+        "total_inference_time_ms": stored.metadata.get("inference_time_ms"),
+    }
+    try:
+        return BatchResponse.model_validate(answer)
+    except ValidationError:
+        # Users may write to their own rows.
+        raise TaskMismatchError("this task is done already, but its row no longer holds the result") from None

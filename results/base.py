@@ -103,6 +103,13 @@ class ResultStore(Protocol):
         """
         ...
 
+    async def end_stale(self, older_than_s: float) -> int:
+        """End as "error" the tasks whose claim is older than `older_than_s`; returns how many.
+
+        A result that still comes from such an attempt is taken all the same.
+        """
+        ...
+
     async def check(self) -> list[str]:
         """Prove at the start that the rows can be used; what an operator should know, a sentence each.
 

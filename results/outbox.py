@@ -34,6 +34,8 @@ MAX_STARTS: Final = 5
 """A task that is there whenever the server dies is given up after so many starts."""
 FIRST_TRY_S: Final = 60.0
 """The process that did the work tells the row itself, in less; after it any process may."""
+STALE_LEASES: Final = 2
+"""A row that is `processing` for so many leases has a server that is gone, or is cut off from it."""
 ROUND: Final = 20
 """Outcomes told in one go, before the caller looks at its other work."""
 MAX_MISSES: Final = 2
@@ -124,6 +126,12 @@ class Outbox:
             outcome = Outcome("error", error_message=message)
             await self._attempts.set_outcome(attempt.attempt_id, outcome, hold_s=0)
         return None
+
+    async def end_stale(self) -> None:
+        """End the tasks of servers that are gone: nobody else would, and their users wait."""
+        ended = await self._rows.end_stale(STALE_LEASES * self._lease_s)
+        if ended:
+            logger.warning("%d tasks were left in the middle by a server that is gone; ended as error", ended)
 
     async def close(self, *, drain_s: float) -> None:
         """Tell the rows what they take within `drain_s`; the rest stays on disk. Closes the rows too."""

@@ -102,6 +102,10 @@ class SqliteResults:
         found = await self._file.run(lambda: self._select(task_id))
         return None if found is None else found[1]
 
+    async def end_stale(self, older_than_s: float) -> int:  # noqa: ARG002 - the Protocol's
+        """See ResultStore; no other machine has these rows, and this one's outbox knows what it began."""
+        return 0
+
     async def check(self) -> list[str]:
         """See ResultStore; opening the file has proved it."""
         return []
