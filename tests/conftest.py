@@ -17,6 +17,7 @@ from settings import OWN_PREFIXES, Settings
 from tests.edge import SERVER_TIMEOUT_S, Edge
 from tests.services import database as databases
 from tests.services import objects
+from tests.tiers import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
     from tests.services.objects import S3Service
 
 torch.set_num_threads(1)
-
-REQUIRE_ALL_TIERS = os.environ.get("REQUIRE_ALL_TIERS") == "1"
-"""CI sets it: a tier that cannot run fails there, and is skipped elsewhere."""
-
-
-def need(missing: str | None) -> None:
-    """Skip the test when something that it needs is missing, and fail it where every tier is required.
-
-    Args:
-        missing: what, and how to get it; None when all is there.
-    """
-    if missing is not None:
-        (pytest.fail if REQUIRE_ALL_TIERS else pytest.skip)(missing)
 
 
 @pytest.fixture(autouse=True)
