@@ -1,4 +1,4 @@
-"""Parts of the tests that need something beside Python: they are skipped where it is missing, but not in CI."""
+"""Tests that need something beside Python: skipped where it is missing, but not in CI."""
 
 from __future__ import annotations
 
