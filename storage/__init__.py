@@ -1,4 +1,7 @@
-"""Where images come from and masks go: an ObjectStore, its key rules and its errors."""
+"""Where images come from and masks go: an ObjectStore, its key rules and its errors.
+
+storage.r2 is imported by who uses it: boto3 takes 0.2 s and 22 MB a process.
+"""
 
 from storage.base import ObjectStore
 from storage.errors import (
@@ -7,11 +10,11 @@ from storage.errors import (
     ObjectNotFound,
     ObjectTooLarge,
     StorageError,
+    StorageMisconfigured,
     StorageUnavailable,
 )
 from storage.keys import mask_key
 from storage.local import LocalFolder
-from storage.r2 import R2Bucket
 
 __all__ = [
     "ImageUrlForbidden",
@@ -20,8 +23,8 @@ __all__ = [
     "ObjectNotFound",
     "ObjectStore",
     "ObjectTooLarge",
-    "R2Bucket",
     "StorageError",
+    "StorageMisconfigured",
     "StorageUnavailable",
     "mask_key",
 ]

@@ -32,7 +32,7 @@ class ObjectStore(Protocol):
     async def check(self) -> list[str]:
         """Prove at the start that the store can be used; what an operator should know, a sentence each.
 
-        A store that is only away for the moment is such a sentence. Raises StorageUnavailable, which
+        A store that is only away for the moment is such a sentence. Raises StorageMisconfigured, which
         says what to mend, when it refuses us: wrong secrets, no such place, rights that are missing.
         """
         ...

@@ -6,6 +6,7 @@ StorageError
     ObjectNotFound      404: nothing is stored there
     ObjectTooLarge      413: more than the caller's max_bytes
     StorageUnavailable  502: the store itself failed; trying again may help
+    StorageMisconfigured  stops the start: trying again cannot help before someone mends something
 """
 
 
@@ -35,3 +36,10 @@ class ObjectTooLarge(StorageError):
 
 class StorageUnavailable(StorageError):
     """The store could not be read or written."""
+
+
+class StorageMisconfigured(StorageError):
+    """The store refuses us as we are set up; the message is a sentence for the operator.
+
+    Only start-up meets it: a store that is running logs it and raises StorageUnavailable.
+    """

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from uuid import uuid4
 
@@ -19,18 +20,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-from storage.errors import ObjectTooLarge, StorageUnavailable
+from storage.errors import ObjectTooLarge, StorageMisconfigured
 from storage.keys import checked_key, image_key
-from storage.r2_tries import (
-    CONNECT_TIMEOUT_S,
-    DEADLINE_S,
-    GET,
-    LAST_READ_S,
-    PUT,
-    READ_TIMEOUT_S,
-    R2Error,
-    tried,
-)
+from storage.r2_tries import GET, PUT, Deadline, R2Error, connect_timeout_s, read_timeout_s, tried
 from storage.r2_urls import R2Urls
 
 if TYPE_CHECKING:
@@ -54,7 +46,8 @@ def _vendor_errors() -> Iterator[None]:
         answer = error.response
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         raise R2Error(status, answer["Error"].get("Code", "")) from None
-    except (BotoCoreError, ResponseParserError, HTTPError, OSError) as error:
+    except (BotoCoreError, ResponseParserError, HTTPError, OSError, ValueError) as error:
+        # ValueError: boto3 takes the headers' numbers for numbers.
         raise R2Error(0, type(error).__name__) from None
 
 
@@ -63,7 +56,8 @@ class R2Bucket:
 
     `endpoint` is the S3 API's URL. Masks are read at `public_base_url`; without one their URLs are the
     S3 API's. An image_url may be a bare key, a URL below `public_base_url`, below one of
-    `image_url_bases`, or in the S3 API, presigned or not. At most `connections` are open at once.
+    `image_url_bases`, or in the S3 API, presigned or not. At most `connections` are open at once, and
+    no call takes longer than `deadline_s`, tries and waiting for a connection included.
     Nothing is sent yet. Raises ValueError with a sentence that names the variable to mend.
     """
 
@@ -78,6 +72,7 @@ class R2Bucket:
         image_url_bases: tuple[str, ...] = (),
         user_prefix_required: bool = True,
         connections: int = 16,
+        deadline_s: float = 25.0,
     ) -> None:
         self._urls = R2Urls(
             endpoint=endpoint,
@@ -87,7 +82,8 @@ class R2Bucket:
         )
         self._bucket = bucket
         self._user_prefix_required = user_prefix_required
-        self._client = _client(endpoint, access_key_id, secret_access_key, connections)
+        self._deadline_s = deadline_s
+        self._client = _client(endpoint, access_key_id, secret_access_key, connections, deadline_s)
         # As many threads as connections: a thread that runs never waits for a connection.
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="r2")
 
@@ -104,13 +100,13 @@ class R2Bucket:
         """See ObjectStore."""
         key = self.key_of(image_url, user_id)
         return await self._told(
-            "get", lambda begun_s: tried(lambda: self._get(key, max_bytes, begun_s), GET, begun_s)
+            "get", lambda deadline: tried(lambda: self._get(key, max_bytes, deadline), GET, deadline)
         )
 
     async def upload_mask(self, mask: bytes, key: str) -> str:
         """See ObjectStore. Public caches keep a 404, so nobody learns the URL before the bytes are there."""
         key = checked_key(key)
-        await self._told("put", lambda begun_s: tried(lambda: self._put(key, mask), PUT, begun_s))
+        await self._told("put", lambda deadline: tried(lambda: self._put(key, mask), PUT, deadline))
         return self._urls.mask_url(key)
 
     async def check(self) -> list[str]:
@@ -133,7 +129,7 @@ class R2Bucket:
         """See ObjectStore."""
         return f"R2 bucket {self._bucket} at {self._urls.api_origin}"
 
-    async def _told(self, operation: str, work: Callable[[float], _T]) -> _T:
+    async def _told(self, operation: str, work: Callable[[Deadline], _T]) -> _T:
         """The only place where R2's failures are logged and become ours; a cause would hold the URL."""
         try:
             return await self._in_thread(work)
@@ -141,26 +137,29 @@ class R2Bucket:
             logger.log(error.log_level, "r2 %s failed: %s tries=%d", operation, error, error.tries)
             raise error.as_ours() from None
 
-    async def _in_thread(self, work: Callable[[float], _T]) -> _T:
-        """`work`, given the time at which it was asked for. Raises R2Error at the deadline."""
-        begun_s = time.monotonic()
+    async def _in_thread(self, work: Callable[[Deadline], _T]) -> _T:
+        """`work`, when a thread is free. Raises R2Error at the deadline, whatever the thread does."""
+        deadline = Deadline(time.monotonic(), self._deadline_s)
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work, begun_s)
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, deadline)
         except TimeoutError:
             raise R2Error(0, "DeadlineExceeded") from None
 
     @_vendor_errors()
-    def _get(self, key: str, max_bytes: int, begun_s: float) -> bytes:
+    def _get(self, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         answer = self._client.get_object(Bucket=self._bucket, Key=key)
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
         # Where the server chunks the body there is no length, and the last chunk proves the end.
         length: int | None = answer.get("ContentLength")
         with _raw_body(answer["Body"]) as body:
+            if status != HTTPStatus.OK:
+                raise R2Error(status, "NotWhole")
             if length is not None and length > max_bytes:
                 raise ObjectTooLarge(max_bytes)
             if length is None and not getattr(body, "chunked", False):
                 raise R2Error(0, "MissingContentLength")
-            data = _read(body, max_bytes, begun_s + LAST_READ_S)
+            data = _read(body, max_bytes, deadline)
         if length is not None and len(data) != length:
             raise R2Error(0, "TruncatedBody")
         return data
@@ -182,7 +181,7 @@ class R2Bucket:
 
 @contextmanager
 def _expecting(codes: set[str], action: str) -> Iterator[None]:
-    """Raises StorageUnavailable, which names what to mend, for a refusal that is none of `codes`."""
+    """Raises StorageMisconfigured, which names what to mend, for a refusal that is none of `codes`."""
     try:
         with _vendor_errors():
             yield
@@ -191,10 +190,12 @@ def _expecting(codes: set[str], action: str) -> Iterator[None]:
             return
         if error.may_pass:
             raise
-        raise StorageUnavailable(error.mend(action)) from None
+        raise StorageMisconfigured(error.mend(action)) from None
 
 
-def _client(endpoint: str, access_key_id: str, secret_access_key: str, connections: int) -> "S3Client":
+def _client(
+    endpoint: str, access_key_id: str, secret_access_key: str, connections: int, deadline_s: float
+) -> "S3Client":
     # A session of its own: boto3's default one is shared, and not safe to share.
     client: S3Client = boto3.session.Session().client(
         "s3",
@@ -206,8 +207,8 @@ def _client(endpoint: str, access_key_id: str, secret_access_key: str, connectio
             signature_version="s3v4",
             s3={"addressing_style": "path"},
             max_pool_connections=connections,
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
+            connect_timeout=connect_timeout_s(deadline_s),
+            read_timeout=read_timeout_s(deadline_s),
             retries={"mode": "standard", "total_max_attempts": 1},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -215,6 +216,7 @@ def _client(endpoint: str, access_key_id: str, secret_access_key: str, connectio
         ),
     )
     client.meta.events.register("before-send.s3", _drop_expect)
+    client.meta.events.register("before-call.s3", _stay_in_region)
     return client
 
 
@@ -223,18 +225,23 @@ def _drop_expect(request: Any, **_: object) -> None:
     request.headers.pop("Expect", None)
 
 
+def _stay_in_region(params: dict[str, Any], **_: object) -> None:
+    # At a redirect boto3 would ask HeadBucket for the region, whose redirect asks again, without an end.
+    params["context"]["s3_redirect"]["redirected"] = True
+
+
 def _raw_body(body: object) -> AbstractContextManager["BaseHTTPResponse"]:
     """As botocore's stream is: it gives urllib3's when it is entered; botocore's types do not say so."""
     return cast("AbstractContextManager[BaseHTTPResponse]", body)
 
 
-def _read(body: "BaseHTTPResponse", max_bytes: int, until_s: float) -> bytes:
+def _read(body: "BaseHTTPResponse", max_bytes: int, deadline: Deadline) -> bytes:
     """The body, whose pieces are taken as they come: `read` would wait for a whole piece."""
     data = bytearray()
     while piece := body.read1(_CHUNK_BYTES):
         data += piece
         if len(data) > max_bytes:
             raise ObjectTooLarge(max_bytes)
-        if time.monotonic() > until_s:
+        if time.monotonic() > deadline.allows_read_at_s:
             raise R2Error(0, "SlowBody")
     return bytes(data)

@@ -13,14 +13,6 @@ from storage.errors import ObjectNotFound, StorageError, StorageUnavailable
 
 _T = TypeVar("_T")
 
-# Every call has answered by then: a caller gives its whole request 60 s.
-DEADLINE_S: Final = 25.0
-CONNECT_TIMEOUT_S: Final = 3.0
-READ_TIMEOUT_S: Final = 7.0
-# No try begins, and no body is read on, when it could end after the deadline.
-_LAST_TRY_S: Final = DEADLINE_S - CONNECT_TIMEOUT_S - READ_TIMEOUT_S
-LAST_READ_S: Final = DEADLINE_S - READ_TIMEOUT_S
-
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # 0: there was no answer.
 _PASSING: Final = frozenset({0, 408, 429})
@@ -87,12 +79,44 @@ GET: Final = Patience(tries=4, first_wait_s=0.1, longest_wait_s=1.0, jitter_s=0.
 PUT: Final = Patience(tries=4, first_wait_s=1.1, longest_wait_s=4.0, jitter_s=0.5)
 
 
-def tried(once: Callable[[], _T], patience: Patience, begun_s: float) -> _T:
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a call that was made at `begun_s` (of time.monotonic) must have ended, `limit_s` later.
+
+    Of 25 s: 3 to connect, 7 to wait for a piece of an answer; no try begins after 15, and no body is
+    read on after 18, since what is begun then may take until the end.
+    """
+
+    begun_s: float
+    limit_s: float
+
+    @property
+    def allows_try_at_s(self) -> float:
+        """The last moment for a try to begin."""
+        return self.begun_s + self.limit_s - connect_timeout_s(self.limit_s) - read_timeout_s(self.limit_s)
+
+    @property
+    def allows_read_at_s(self) -> float:
+        """The last moment to wait for more of a body."""
+        return self.begun_s + self.limit_s - read_timeout_s(self.limit_s)
+
+
+def connect_timeout_s(limit_s: float) -> float:
+    """How long a connection may take to open, in a call of `limit_s`."""
+    return 0.12 * limit_s
+
+
+def read_timeout_s(limit_s: float) -> float:
+    """How long the server may be silent, in a call of `limit_s`."""
+    return 0.28 * limit_s
+
+
+def tried(once: Callable[[], _T], patience: Patience, deadline: Deadline) -> _T:
     """The only retry: boto3's own is off. Raises the last try's R2Error."""
 
     def is_worth_it(error: Exception) -> bool:
         next_s = time.monotonic() + patience.longest_wait_s
-        return isinstance(error, R2Error) and error.may_pass and next_s < begun_s + _LAST_TRY_S
+        return isinstance(error, R2Error) and error.may_pass and next_s < deadline.allows_try_at_s
 
     for attempt in stamina.retry_context(
         on=is_worth_it,
@@ -103,6 +127,8 @@ def tried(once: Callable[[], _T], patience: Patience, begun_s: float) -> _T:
         wait_jitter=patience.jitter_s,
     ):
         with attempt:
+            if time.monotonic() > deadline.allows_try_at_s:
+                raise R2Error(0, "NoConnectionFree")
             try:
                 return once()
             except R2Error as error:

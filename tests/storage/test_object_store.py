@@ -24,10 +24,10 @@ from storage import (
     ObjectNotFound,
     ObjectStore,
     ObjectTooLarge,
-    R2Bucket,
     StorageError,
     mask_key,
 )
+from storage.r2 import R2Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

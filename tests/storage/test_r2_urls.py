@@ -10,8 +10,9 @@ import pytest
 from hypothesis import assume, example, given, reject, settings
 from hypothesis import strategies as st
 
-from storage import ImageUrlForbidden, ImageUrlInvalid, R2Bucket
+from storage import ImageUrlForbidden, ImageUrlInvalid
 from storage.keys import checked_key
+from storage.r2 import R2Bucket
 from storage.r2_urls import R2Urls
 
 if TYPE_CHECKING:

@@ -1,0 +1,559 @@
+"""What only R2 does: its headers, its faults, its connections. Everything goes over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+import traceback
+from contextlib import asynccontextmanager
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from botocore.awsrequest import AWSResponse
+from urllib3 import HTTPHeaderDict, HTTPResponse
+
+from storage import (
+    ObjectNotFound,
+    ObjectTooLarge,
+    StorageError,
+    StorageMisconfigured,
+    StorageUnavailable,
+    mask_key,
+)
+from storage.r2 import R2Bucket
+from tests.services.faults import FaultProxy, Seen, fault_proxy
+from tests.services.processes import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from tests.services.objects import S3Service
+
+pytestmark = pytest.mark.anyio
+
+TASK_ID = "0c8e6a2e-4f6b-4d0e-9d0c-3f6f1b1f2a11"
+IMAGE = bytes(range(256)) * 8
+MASK = b"\x89PNG mask"
+CAP = 1 << 20
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def proxy(seaweedfs: S3Service) -> Iterator[FaultProxy]:
+    with fault_proxy(seaweedfs.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def user(seaweedfs: S3Service) -> str:
+    """A user with one upload, `cat`."""
+    name = f"user-{uuid4()}"
+    seaweedfs.put(f"uploads/{name}/cat", IMAGE)
+    return name
+
+
+@asynccontextmanager
+async def opened(service: S3Service, endpoint: str, **changes: Any) -> AsyncIterator[R2Bucket]:
+    """The service's bucket, through what stands at `endpoint`."""
+    values = {
+        "bucket": service.bucket,
+        "access_key_id": service.access_key_id,
+        "secret_access_key": service.secret_access_key,
+    }
+    bucket = R2Bucket(endpoint=endpoint, **(values | changes))
+    try:
+        yield bucket
+    finally:
+        await bucket.close()
+
+
+def xml(code: str) -> bytes:
+    """An error's body, as R2 writes it."""
+    return f"<Error><Code>{code}</Code><Message>what R2 says</Message></Error>".encode()
+
+
+def is_put(seen: Seen) -> bool:
+    return seen.method == "PUT"
+
+
+def log_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "bentoml.sam3"]
+
+
+# What goes over the wire. boto3 behaves better on plain http than on https, so http proves nothing here.
+
+
+async def sent_over_https(work: Callable[[R2Bucket], Any]) -> Any:
+    """The request that `work` would send to R2, signed and whole."""
+    bucket = R2Bucket(
+        endpoint="https://acc0.r2.cloudflarestorage.com",
+        bucket="s3-images",
+        access_key_id="key",
+        secret_access_key="secret",
+    )
+    sent = []
+
+    def answer(request: Any, **_: object) -> Any:
+        sent.append(request)
+        headers: Any = HTTPHeaderDict()
+        body = HTTPResponse(BytesIO(xml("NoSuchKey")), preload_content=False)
+        return AWSResponse(request.url, 404, headers, body)
+
+    bucket._client.meta.events.register("before-send.s3", answer)
+    with pytest.raises(ObjectNotFound):
+        await work(bucket)
+    await bucket.close()
+    [request] = sent
+    return request
+
+
+async def test_put_as_it_goes_over_https() -> None:
+    """A PUT carries its body plain, under its SHA-256: no checksum trailer, no chunks, no Expect, no ACL."""
+    request = await sent_over_https(lambda bucket: bucket.upload_mask(MASK, "masks/u/t/0.png"))
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    headers = {name: value.decode() if isinstance(value, bytes) else value for name, value in headers.items()}
+    assert request.url == "https://acc0.r2.cloudflarestorage.com/s3-images/masks/u/t/0.png"
+    assert request.body.getvalue() == MASK
+    assert headers["x-amz-content-sha256"] == hashlib.sha256(MASK).hexdigest()
+    assert headers["content-length"] == str(len(MASK))
+    assert "/auto/s3/aws4_request" in headers["authorization"]
+    assert headers["content-type"] == "image/png"
+    assert headers["cache-control"] == "public, max-age=31536000, immutable"
+    refused = {
+        "expect",
+        "transfer-encoding",
+        "content-encoding",
+        "x-amz-trailer",
+        "x-amz-acl",
+        "x-amz-tagging",
+    }
+    assert not refused & set(headers)
+    assert not [name for name in headers if "checksum" in name]
+
+
+async def test_get_as_it_goes_over_https() -> None:
+    """A GET asks for no checksum, for no part, and for nothing before it."""
+    request = await sent_over_https(lambda bucket: bucket.download_image("uploads/u/cat", "u", CAP))
+    names = {name.lower() for name in request.headers}
+    assert request.method == "GET"
+    assert request.url == "https://acc0.r2.cloudflarestorage.com/s3-images/uploads/u/cat"
+    assert not [name for name in names if "checksum" in name or name == "range"]
+
+
+async def test_mask_is_stored_as_a_png_for_good(r2_emulator: S3Service) -> None:
+    """What the browser gets of a mask is a PNG that it may keep for ever."""
+    base = r2_emulator.public_base_url
+    async with opened(r2_emulator, r2_emulator.endpoint, public_base_url=base) as bucket:
+        url = await bucket.upload_mask(MASK, mask_key("user-1", TASK_ID, 0, MASK))
+    async with httpx.AsyncClient() as browser:
+        answer = await browser.get(url)
+    assert answer.content == MASK
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+
+
+# Faults. Every one has an answer of its own, and a line in the log.
+
+REFUSALS = {
+    "401": (401, "Unauthorized"),
+    "403": (403, "AccessDenied"),
+    "wrong secret": (403, "SignatureDoesNotMatch"),
+    "no bucket": (404, "NoSuchBucket"),
+    "malformed key id": (400, "InvalidArgument"),
+    "redirect": (307, "TemporaryRedirect"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
+async def test_refusal_is_not_tried_again(
+    refusal: tuple[int, str],
+    seaweedfs: S3Service,
+    proxy: FaultProxy,
+    user: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """When R2 refuses us, one request is made, an operator is called, and the caller is told 502."""
+    status, code = refusal
+    caplog.set_level(logging.INFO)
+    proxy.fail_next(9, status=status, body=xml(code), headers={"Location": "http://169.254.169.254/"})
+    async with opened(seaweedfs, proxy.url) as bucket:
+        with pytest.raises(StorageUnavailable, match="refuses this server's requests"):
+            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+        with pytest.raises(StorageUnavailable, match="refuses this server's requests"):
+            await bucket.upload_mask(MASK, f"masks/{user}.png")
+    assert len(proxy.requests) == 2
+    assert log_lines(caplog) == [
+        (logging.ERROR, f"r2 get failed: status={status} code={code} tries=1"),
+        (logging.ERROR, f"r2 put failed: status={status} code={code} tries=1"),
+    ]
+
+
+async def test_missing_image_is_told_apart(
+    seaweedfs: S3Service, proxy: FaultProxy, user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing image is the caller's affair: 404, one request, a line that calls nobody."""
+    caplog.set_level(logging.INFO)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        with pytest.raises(ObjectNotFound):
+            await bucket.download_image(f"uploads/{user}/dog", user, CAP)
+    assert len(proxy.requests) == 1
+    assert log_lines(caplog) == [(logging.INFO, "r2 get failed: status=404 code=NoSuchKey tries=1")]
+
+
+PASSING: dict[str, Callable[[FaultProxy, int], None]] = {
+    "429": lambda proxy, n: proxy.fail_next(n, status=429, body=xml("TooManyRequests")),
+    "500": lambda proxy, n: proxy.fail_next(n, status=500, body=xml("InternalError")),
+    "503 without a body": lambda proxy, n: proxy.fail_next(n, status=503),
+    "502 of a gateway": lambda proxy, n: proxy.fail_next(n, status=502, body=b"<html>bad gateway</html>"),
+    "cut connection": lambda proxy, n: proxy.cut_next(n),
+    "lost answer": lambda proxy, n: proxy.lose_answer_next(n),
+}
+PASSING_OF_A_GET: dict[str, Callable[[FaultProxy, int], None]] = {
+    **PASSING,
+    "truncated body": lambda proxy, n: proxy.cut_next(n, after_bytes=700),
+    "no byte of the body": lambda proxy, n: proxy.cut_next(n, after_bytes=0),
+    "fewer bytes than promised": lambda proxy, n: proxy.wrong_length_next(n, extra_bytes=1),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING_OF_A_GET.values(), ids=PASSING_OF_A_GET.keys())
+async def test_image_comes_after_a_fault_that_passes(
+    fault: Callable[[FaultProxy, int], None],
+    seaweedfs: S3Service,
+    proxy: FaultProxy,
+    user: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One bad answer costs a second request, and the image is whole."""
+    fault(proxy, 1)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        assert await bucket.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
+    assert len(proxy.requests) == 2
+    assert log_lines(caplog) == []
+
+
+@pytest.mark.parametrize("fault", PASSING_OF_A_GET.values(), ids=PASSING_OF_A_GET.keys())
+async def test_image_that_never_comes_whole_is_unavailable(
+    fault: Callable[[FaultProxy, int], None],
+    seaweedfs: S3Service,
+    proxy: FaultProxy,
+    user: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A fault that stays is told after four tries, in one line; a piece of an image is never given out."""
+    fault(proxy, 99)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        with pytest.raises(StorageUnavailable, match="try again later"):
+            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+    assert len(proxy.requests) == 4
+    [(level, line)] = log_lines(caplog)
+    assert level == logging.WARNING
+    assert line.startswith("r2 get failed: status=")
+    assert line.endswith(" tries=4")
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+async def test_mask_is_stored_after_a_fault_that_passes(
+    fault: Callable[[FaultProxy, int], None], seaweedfs: S3Service, proxy: FaultProxy, user: str
+) -> None:
+    """A PUT is made again a second later: R2 takes one write a second and key, and counts failed ones."""
+    begun_s: list[float] = []
+
+    def note(_: Seen) -> bool:
+        begun_s.append(time.monotonic())
+        return False
+
+    proxy.hang_next(when=note)  # never hangs: it only notes
+    fault(proxy, 1)
+    key = mask_key(user, TASK_ID, 0, MASK)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        await bucket.upload_mask(MASK, key)
+    assert seaweedfs.get(key) == MASK
+    first_s, second_s = begun_s
+    assert 1.0 < second_s - first_s < 3.0
+
+
+async def test_mask_url_is_not_given_out_early(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
+    """The URL is not known until the bytes are stored: a public cache would keep the 404."""
+    key = mask_key(user, TASK_ID, 0, MASK)
+    proxy.hang_next(1, when=is_put)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        upload = asyncio.create_task(bucket.upload_mask(MASK, key))
+        await asyncio.to_thread(proxy.wait_for_requests, 1)
+        assert not upload.done()
+        proxy.heal()
+        assert (await upload).endswith(key)
+    assert seaweedfs.get(key) == MASK
+
+
+# Time. A call ends at its deadline, and so does the thread that did its work.
+
+SLOW: dict[str, Callable[[FaultProxy], None]] = {
+    "hang": lambda proxy: proxy.hang_next(99),
+    "trickle": lambda proxy: proxy.slow_next(99, bytes_per_s=8),
+}
+
+
+@pytest.mark.parametrize("fault", SLOW.values(), ids=SLOW.keys())
+async def test_slow_answers_end_at_the_deadline(
+    fault: Callable[[FaultProxy], None],
+    seaweedfs: S3Service,
+    proxy: FaultProxy,
+    user: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """R2 that hangs or sends a few bytes a second costs the deadline and keeps no connection."""
+    async with opened(seaweedfs, proxy.url, connections=1, deadline_s=4.0) as bucket:
+        fault(proxy)
+        begun_s = time.monotonic()
+        with pytest.raises(StorageUnavailable, match="try again later"):
+            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+        assert time.monotonic() - begun_s < 4.0
+        proxy.heal()
+        begun_s = time.monotonic()
+        assert await bucket.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
+        assert time.monotonic() - begun_s < 1.0
+    assert len(log_lines(caplog)) == 1
+
+
+async def test_waiting_for_a_connection_counts(
+    seaweedfs: S3Service, proxy: FaultProxy, user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls that wait behind a hanging one end at their own deadline, and add no request after it."""
+    async with opened(seaweedfs, proxy.url, connections=1, deadline_s=2.0) as bucket:
+        proxy.hang_next(99)
+        begun_s = time.monotonic()
+        calls = [bucket.download_image(f"uploads/{user}/cat", user, CAP) for _ in range(6)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert time.monotonic() - begun_s < 2.5
+    assert [type(outcome) for outcome in outcomes] == [StorageUnavailable] * 6
+    assert len(proxy.requests) <= 3
+    assert len(log_lines(caplog)) == 6
+
+
+async def test_refused_connection_is_unavailable(seaweedfs: S3Service, user: str) -> None:
+    """Where nothing listens the answer is 502, not an error of the network's own."""
+    async with opened(seaweedfs, "http://127.0.0.1:9", deadline_s=5.0) as bucket:
+        with pytest.raises(StorageUnavailable):
+            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+
+
+# Answers that no real server gives.
+
+
+@asynccontextmanager
+async def raw_server(*pieces: bytes, pause_s: float = 0.0, times: int = 1) -> AsyncIterator[str]:
+    """A server that answers every request with these bytes, repeated, and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            for index, piece in enumerate((pieces[0], *pieces[1:] * times)):
+                await asyncio.sleep(pause_s if index else 0)
+                writer.write(piece)
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass  # the client has gone
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+async def get_from(service: S3Service, url: str, max_bytes: int = CAP) -> bytes:
+    async with opened(service, url, deadline_s=3.0) as bucket:
+        return await bucket.download_image("uploads/u/cat", "u", max_bytes)
+
+
+async def test_chunked_image_is_read(seaweedfs: S3Service) -> None:
+    """A body without a length is whole when its last chunk has come."""
+    async with raw_server(CHUNKED + b"3\r\ncat\r\n0\r\n\r\n") as url:
+        assert await get_from(seaweedfs, url) == b"cat"
+
+
+async def test_endless_chunks_meet_the_cap(seaweedfs: S3Service) -> None:
+    """A body without a length or an end is read up to the cap, and no further."""
+    chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
+    async with raw_server(CHUNKED, chunk, times=10_000) as url:
+        with pytest.raises(ObjectTooLarge):
+            await get_from(seaweedfs, url)
+
+
+UNWHOLE = {
+    "cut between chunks": CHUNKED + b"3\r\ncat\r\n",
+    "cut in a chunk": CHUNKED + b"9\r\ncat",
+    "neither length nor chunks": OK + b"\r\ncat",
+    "a part": b"HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\n\r\ncat",
+    "nothing to say": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "not HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "length that is no number": OK + b"Content-Length: many\r\n\r\ncat",
+}
+
+
+@pytest.mark.parametrize("answer", UNWHOLE.values(), ids=UNWHOLE.keys())
+async def test_image_that_may_lack_its_end_is_refused(answer: bytes, seaweedfs: S3Service) -> None:
+    """What cannot be proved to be the whole object is not taken for an image."""
+    async with raw_server(answer) as url:
+        with pytest.raises(StorageUnavailable):
+            await get_from(seaweedfs, url)
+
+
+async def test_large_image_is_refused_by_its_length(seaweedfs: S3Service) -> None:
+    """An image over the cap is refused by what the answer says, before its bytes come."""
+    async with raw_server(OK + b"Content-Length: 1001\r\n\r\n", b"x", pause_s=0.1, times=1001) as url:
+        with pytest.raises(ObjectTooLarge):
+            await get_from(seaweedfs, url, max_bytes=1000)
+
+
+async def test_trickling_headers_do_not_hold_the_caller(seaweedfs: S3Service) -> None:
+    """Headers that never end cost the caller the deadline."""
+    begun_s = time.monotonic()
+    async with (
+        raw_server(OK, b"X: y\r\n", pause_s=0.1, times=35) as url,
+        opened(seaweedfs, url, deadline_s=2.0) as bucket,
+    ):
+        with pytest.raises(StorageUnavailable):
+            await bucket.download_image("uploads/u/cat", "u", CAP)
+        assert time.monotonic() - begun_s < 2.5
+
+
+# Connections.
+
+
+async def test_burst_stays_in_the_pool(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
+    """50 tasks at once open no more than 16 connections, and use them again."""
+    proxy.slow_next(50, bytes_per_s=20_000)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        for _ in range(2):
+            images = [bucket.download_image(f"uploads/{user}/cat", user, CAP) for _ in range(50)]
+            masks = [bucket.upload_mask(MASK, mask_key(user, TASK_ID, index, MASK)) for index in range(50)]
+            answers = await asyncio.gather(*images, *masks)
+            assert answers[:50] == [IMAGE] * 50
+        assert proxy.max_connections_open == 16
+        assert proxy.connections_made == 16
+
+
+async def test_close_lets_work_end(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
+    """Closing waits for an upload that was begun, then leaves no connection open."""
+    key = mask_key(user, TASK_ID, 0, MASK)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        upload = asyncio.create_task(bucket.upload_mask(MASK, key))
+        await asyncio.to_thread(proxy.wait_for_requests, 1)
+    await upload
+    assert seaweedfs.get(key) == MASK
+    await asyncio.to_thread(wait_until, lambda: proxy.connections_open == 0)
+
+
+# The check at the start.
+
+
+@pytest.fixture(params=["r2_emulator", "seaweedfs"])
+def service(request: pytest.FixtureRequest) -> S3Service:
+    found: S3Service = request.getfixturevalue(request.param)
+    return found
+
+
+async def test_check_of_a_good_store(service: S3Service) -> None:
+    """A store that works is told so, and the check leaves nothing in it."""
+    with fault_proxy(service.endpoint) as proxy:
+        async with opened(service, proxy.url, public_base_url="https://img.example.com") as bucket:
+            assert await bucket.check() == []
+        assert [(seen.method, seen.status) for seen in proxy.requests] == [("GET", 404), ("PUT", 412)]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"secret_access_key": "wrong"}, "R2_SECRET_ACCESS_KEY"),
+        ({"access_key_id": "AKIDUNKNOWN"}, "R2_ACCESS_KEY_ID"),
+        ({"bucket": "another"}, "R2_BUCKET"),
+    ],
+)
+async def test_check_names_what_is_wrong(service: S3Service, change: dict[str, str], named: str) -> None:
+    """A store that refuses us stops the start with the variable to mend."""
+    async with opened(service, service.endpoint, **change) as bucket:
+        with pytest.raises(StorageMisconfigured, match=named):
+            await bucket.check()
+
+
+async def test_check_finds_an_endpoint_that_is_no_store(r2_emulator: S3Service) -> None:
+    """An endpoint that is some other web server stops the start."""
+    elsewhere = r2_emulator.endpoint.removesuffix("/s3")
+    async with opened(r2_emulator, elsewhere) as bucket:
+        with pytest.raises(StorageMisconfigured, match="R2_ENDPOINT"):
+            await bucket.check()
+
+
+async def test_check_finds_a_token_that_only_reads(seaweedfs: S3Service, proxy: FaultProxy) -> None:
+    """A token without the right to write is found before the first mask is lost."""
+    proxy.fail_next(1, status=403, body=xml("AccessDenied"), when=is_put)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        with pytest.raises(StorageMisconfigured, match="may not write in R2_BUCKET"):
+            await bucket.check()
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+async def test_check_of_a_store_that_is_away(
+    fault: Callable[[FaultProxy, int], None], seaweedfs: S3Service, proxy: FaultProxy
+) -> None:
+    """A store that is only away does not stop the start; it and closed mask URLs are warnings."""
+    fault(proxy, 99)
+    async with opened(seaweedfs, proxy.url) as bucket:
+        closed, away = await bucket.check()
+    assert closed.startswith("R2_PUBLIC_BASE_URL is not set")
+    assert away.startswith("R2 could not be checked: status=")
+
+
+# Secrets.
+
+
+async def test_nothing_tells_secrets(
+    seaweedfs: S3Service, proxy: FaultProxy, user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither an error, nor its traceback, nor any log record holds a key, a URL, a host or a secret."""
+    caplog.set_level(logging.INFO)
+    secrets = [
+        seaweedfs.secret_access_key,
+        seaweedfs.access_key_id,
+        user,
+        "127.0.0.1",
+        "http:",
+        "what R2 says",
+    ]
+    told = ""
+    faults: list[Callable[[], None]] = [
+        lambda: proxy.fail_next(1, status=403, body=xml(f"{user}\nlevel=INFO")),
+        lambda: proxy.fail_next(9, status=500, body=xml("InternalError")),
+        lambda: proxy.cut_next(9),
+        lambda: proxy.cut_next(9, after_bytes=1),
+        lambda: proxy.hang_next(9),
+    ]
+    async with opened(seaweedfs, proxy.url, deadline_s=4.0) as bucket:
+        for fault in faults:
+            fault()
+            with pytest.raises(StorageError) as raised:
+                await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+            told += "".join(traceback.format_exception(raised.value))
+            proxy.heal()
+        proxy.cut_next(9)
+        told += " ".join(await bucket.check())
+    told += "".join(str(vars(record)) for record in caplog.records if record.name != "asyncio")
+    assert "tries=" in told
+    assert [secret for secret in secrets if secret in told] == []
