@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -149,7 +149,8 @@ class Pipeline:
     ) -> asyncio.Task[BatchResponse]:
         running = asyncio.create_task(self._run(task, claiming))
         self._running.add(running)
-        running.add_done_callback(self._finished)
+        running.add_done_callback(self._running.discard)
+        running.add_done_callback(_heard)
         return running
 
     async def _finish_left_behind(self) -> None:
@@ -184,21 +185,25 @@ class Pipeline:
         return True
 
     async def _run(self, task: Task, claiming: Coroutine[None, None, Claim | StoredResult]) -> BatchResponse:
-        prompts = list(task.prompts)
+        # Begun with the claim, not after it: neither the row nor the image needs to wait for the other.
+        fetching = asyncio.create_task(self._fetch(task))
+        fetching.add_done_callback(_heard)
         try:
             claim = await claiming
             if isinstance(claim, StoredResult):
-                return _replay(claim, prompts)
-            return await self._settle(claim, task, prompts)
+                return _replay(claim, list(task.prompts))
+            return await self._settle(claim, task, fetching)
         except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
             raise Failure.of(error) from error
+        finally:
+            fetching.cancel()
 
-    async def _settle(self, claim: Claim, task: Task, prompts: list[str]) -> BatchResponse:
+    async def _settle(self, claim: Claim, task: Task, fetching: asyncio.Task[SquareImage]) -> BatchResponse:
         """Do the work and end the claimed row. The only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                response, mask_url = await self._work(task, prompts)
-            metadata = self._metadata(response, prompts)
+                response, mask_url = await self._work(task, fetching)
+            metadata = self._metadata(response, task.prompts)
         except Exception as error:  # whatever it is, the row must end
             failure = Failure.of(error)
             if failure.code == "INTERNAL_ERROR":
@@ -227,22 +232,22 @@ class Pipeline:
                 error,
             )
 
-    async def _work(self, task: Task, prompts: list[str]) -> tuple[BatchResponse, str]:
+    async def _work(self, task: Task, fetching: asyncio.Task[SquareImage]) -> tuple[BatchResponse, str]:
         """The response, and the URL of the mask that stands for the whole task."""
         deadline_s = time.monotonic() + self._settings.request_timeout_s
-        image = await self._fetch(task)
-        found, inference_ms = await self._runner.segment(image, prompts, deadline_s)
-        urls = await asyncio.gather(
-            *(self._store_mask(task, str(index), [result]) for index, result in enumerate(found))
-        )
-        task_url = urls[0] if len(found) == 1 else await self._store_mask(task, UNION, found)
+        found, inference_ms = await self._runner.segment(await fetching, list(task.prompts), deadline_s)
+        masks = [(str(index), [result]) for index, result in enumerate(found)]
+        if len(found) > 1:
+            masks.append((UNION, found))
+        urls = await asyncio.gather(*(self._store_mask(task, name, results) for name, results in masks))
         answers = [
             _answer(task.task_id, url, result, round(inference_ms / len(found), 1))
-            for url, result in zip(urls, found, strict=True)
+            for url, result in zip(urls[: len(found)], found, strict=True)
         ]
         total_ms = round(inference_ms, 1)
         response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
-        return response, task_url
+        # The last is the union of all, or the only one.
+        return response, urls[-1]
 
     async def _fetch(self, task: Task) -> SquareImage:
         async with self._image_slots:
@@ -258,20 +263,20 @@ class Pipeline:
         png = await asyncio.to_thread(lambda: encode_png(union_mask(found)))
         return await self._objects.upload_mask(png, mask_key(task.user_id, task.task_id, name, png))
 
-    def _metadata(self, response: BatchResponse, prompts: list[str]) -> dict[str, object]:
+    def _metadata(self, response: BatchResponse, prompts: tuple[str, ...]) -> dict[str, object]:
         return {
             "model_version": self._model_version,
             "inference_time_ms": response.total_inference_time_ms,
             "confidence": max(result.confidence for result in response.results),
-            "prompts": prompts,
+            "prompts": list(prompts),
             "results": [result.model_dump(mode="json") for result in response.results],
         }
 
-    def _finished(self, running: asyncio.Task[BatchResponse]) -> None:
-        self._running.discard(running)
-        # Reading the exception keeps asyncio from complaining when the caller is gone.
-        if not running.cancelled():
-            running.exception()
+
+def _heard(ended: asyncio.Task[Any]) -> None:
+    """Read the exception, or asyncio complains when nobody waits for it any more."""
+    if not ended.cancelled():
+        ended.exception()
 
 
 def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:
