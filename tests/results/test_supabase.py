@@ -236,13 +236,17 @@ async def test_lease_counts_by_the_databases_clock(project: Project, minutes: in
 
 
 async def rename_column(spare: Project, old: str, new: str) -> None:
-    """Returns when PostgREST has seen it."""
     spare.database.execute(f'alter table segmentation_results rename column "{old}" to "{new}"')
+    await wait_for_column(spare, new)
+
+
+async def wait_for_column(spare: Project, column: str, *, there: bool = True) -> None:
+    """Return when PostgREST, which keeps a copy of the schema, can update the column, or cannot."""
     headers = {"apikey": spare.database.secret_key}
     url = f"{spare.database.url}/rest/v1/segmentation_results?id=eq.{uuid4()}"
     async with httpx.AsyncClient() as http:
         for _ in range(1000):
-            if (await http.patch(url, headers=headers, json={new: []})).is_success:
+            if (await http.patch(url, headers=headers, json={column: []})).is_success is there:
                 return
             await asyncio.sleep(0.01)
     pytest.fail("PostgREST did not load the schema anew")
@@ -305,10 +309,12 @@ async def test_missing_table_is_named(spare: Project) -> None:
     execute = spare.database.execute
     execute("alter table segmentation_results rename to elsewhere")
     try:
+        await wait_for_column(spare, "labels", there=False)
         with pytest.raises(ResultsMisconfigured, match="supabase/migrations"):
             await spare.open().check()
     finally:
         execute("alter table elsewhere rename to segmentation_results")
+        await wait_for_column(spare, "labels")
 
 
 @pytest.mark.parametrize("column", ["status", "metadata", "a,b", "metadata->>x", 'a"b', "x" * 64])

@@ -33,6 +33,7 @@ PASSING: dict[str, Callable[[FaultProxy], None]] = {
     "500": lambda proxy: proxy.fail_next(2, status=500),
     "502 page": lambda proxy: proxy.fail_next(status=502, body=b"<html>Bad gateway</html>"),
     "503 of PostgREST": lambda proxy: proxy.fail_next(2, status=503, body=NO_CONNECTION),
+    "404 of a schema being loaded": lambda proxy: proxy.fail_next(status=404, body=b"{}"),
     "520": lambda proxy: proxy.fail_next(status=520),
     "429": lambda proxy: proxy.fail_next(2, status=429, headers={"Retry-After": "1"}),
     "cut": lambda proxy: proxy.cut_next(2),
