@@ -164,7 +164,7 @@ def test_hanging_request_ends_with_its_client(proxy: FaultProxy, client: httpx.C
     proxy.hang_next()
     with pytest.raises(httpx.ReadTimeout):
         client.get("/", timeout=0.05)
-    wait_until(lambda: proxy.connections_open == 0)
+    wait_until(lambda: proxy.connections_open == 0, timeout_s=10.0)
     assert client.get("/").status_code == 200
 
 
