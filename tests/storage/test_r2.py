@@ -298,14 +298,14 @@ async def test_mask_url_is_not_given_out_early(seaweedfs: S3Service, proxy: Faul
 # Time. A call ends at its deadline, and so does the thread that did its work.
 
 SLOW: dict[str, Callable[[FaultProxy], None]] = {
-    "hang": lambda proxy: proxy.hang_next(99),
-    "trickle": lambda proxy: proxy.slow_next(99, bytes_per_s=8),
+    "ReadTimeoutError": lambda proxy: proxy.hang_next(99),
+    "SlowBody": lambda proxy: proxy.slow_next(99, bytes_per_s=8),
 }
 
 
-@pytest.mark.parametrize("fault", SLOW.values(), ids=SLOW.keys())
+@pytest.mark.parametrize("code", SLOW)
 async def test_slow_answers_end_at_the_deadline(
-    fault: Callable[[FaultProxy], None],
+    code: str,
     seaweedfs: S3Service,
     proxy: FaultProxy,
     user: str,
@@ -313,7 +313,7 @@ async def test_slow_answers_end_at_the_deadline(
 ) -> None:
     """R2 that hangs or sends a few bytes a second costs the deadline and keeps no connection."""
     async with opened(seaweedfs, proxy.url, connections=1, deadline_s=4.0) as bucket:
-        fault(proxy)
+        SLOW[code](proxy)
         begun_s = time.monotonic()
         with pytest.raises(StorageUnavailable, match="try again later"):
             await bucket.download_image(f"uploads/{user}/cat", user, CAP)
@@ -322,7 +322,8 @@ async def test_slow_answers_end_at_the_deadline(
         begun_s = time.monotonic()
         assert await bucket.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
         assert time.monotonic() - begun_s < 1.0
-    assert len(log_lines(caplog)) == 1
+    [(_, line)] = log_lines(caplog)
+    assert f"status=0 code={code} " in line
 
 
 async def test_waiting_for_a_connection_counts(
@@ -451,13 +452,22 @@ async def test_burst_stays_in_the_pool(seaweedfs: S3Service, proxy: FaultProxy, 
 
 
 async def test_close_lets_work_end(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
-    """Closing waits for an upload that was begun, then leaves no connection open."""
+    """Closing waits for an upload that was begun, its second try too."""
     key = mask_key(user, TASK_ID, 0, MASK)
+    proxy.hang_next(1, when=is_put)
     async with opened(seaweedfs, proxy.url) as bucket:
         upload = asyncio.create_task(bucket.upload_mask(MASK, key))
         await asyncio.to_thread(proxy.wait_for_requests, 1)
-    await upload
+        proxy.heal()
     assert seaweedfs.get(key) == MASK
+    await upload
+
+
+async def test_close_leaves_no_connection(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
+    """A bucket that is closed holds no socket."""
+    async with opened(seaweedfs, proxy.url) as bucket:
+        await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+        assert proxy.connections_open == 1
     await asyncio.to_thread(wait_until, lambda: proxy.connections_open == 0)
 
 
