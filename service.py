@@ -14,6 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import bentoml
+import stamina
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -56,6 +57,10 @@ logger = logging.getLogger("bentoml.sam3")
 VERSION = "0.1.0"
 STOP_MARGIN_S = 15.0
 """BentoML's own timeout lies this far behind ours, which settles the row and says what happened."""
+
+
+# Retries are counted at /metrics; the stores log what fails in the end.
+stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.PrometheusOnRetryHook])
 
 
 def _settings_or_defaults() -> Settings:

@@ -56,8 +56,12 @@ class Settings(BaseSettings):
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
     hf_token: SecretStr | None = Field(None, description="reads the gated weights from the Hugging Face hub")
 
-    r2_endpoint: str | None = Field(None, description="https://ACCOUNT.r2.cloudflarestorage.com")
-    r2_access_key_id: SecretStr | None = Field(None, description="of a token limited to the bucket")
+    r2_endpoint: str | None = Field(
+        None, description="https://ACCOUNT.r2.cloudflarestorage.com, without the bucket"
+    )
+    r2_access_key_id: SecretStr | None = Field(
+        None, description="of a token with Object Read & Write on the bucket"
+    )
     r2_secret_access_key: SecretStr | None = Field(None, description="of the same token")
     r2_bucket: str = Field("s3-images", description="holds uploads/ and masks/")
     r2_public_base_url: str | None = Field(None, description="where browsers read the bucket: mask URLs")
