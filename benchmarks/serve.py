@@ -83,7 +83,7 @@ def main() -> int:
     ten_ms = [ms for run in runs for ms in run["ten_ms"]]
     report = {
         "measured": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} x {_processor()}",
+        "machine": f"{os.cpu_count()} x {processor()}",
         "python": platform.python_version(),
         "torch": version("torch"),
         "runs": arguments.runs,
@@ -155,7 +155,8 @@ def _resident_mb(pid: int) -> float:
     return sum(float(each.memory_info().rss) for each in (parent, *parent.children(recursive=True))) / 1e6
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
