@@ -233,7 +233,7 @@ async def _answer(request: Request) -> APIResponse:
     try:
         return await request.execute()
     except httpx.HTTPError as error:
-        # The error itself holds the URL.
+        # The kind says enough; texts of the network may name addresses.
         raise _Away(f"the results database was not reached ({type(error).__name__})") from None
 
 
