@@ -1,0 +1,118 @@
+/** The Worker: uploads images, makes tasks, brings them to the SAM3 backend, reads rows and masks back. */
+import { Hono } from "hono";
+import { HTTPException } from "hono/http-exception";
+import { callSoon, deliver, enqueue, giveUp } from "./delivery";
+import type { Env, Task } from "./env";
+import { refuseIfFailed, signedIn, type SignedIn, TABLE, UUID } from "./supabase";
+
+const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
+const MAX_IMAGE_BYTES = 10 * 1024 * 1024;
+const MAX_PROMPTS = 10;
+/** As the backend has it: 1 to 200 characters, no control characters. */
+const PROMPT = /^(?=.*\S)\P{C}{1,200}$/u;
+const KEY = /^\P{C}{1,1024}$/u;
+const DEAD_LETTERS = "sam3-tasks-dead";
+
+const app = new Hono<SignedIn>();
+app.use(signedIn);
+
+/** Stores the body as an image of the user's. Under another name than its own: the user chooses neither key nor owner. */
+app.post("/images", async (c) => {
+  const contentType = c.req.header("Content-Type") ?? "";
+  if (!IMAGE_TYPES.has(contentType)) refuse(415, "send a PNG, a JPEG or a WEBP");
+  const size = Number(c.req.header("Content-Length"));
+  if (!(size > 0)) refuse(411, "send the image's Content-Length");
+  if (size > MAX_IMAGE_BYTES) refuse(413, "send at most 10 MB");
+  const image_key = `uploads/${c.var.userId}/${crypto.randomUUID()}`;
+  await c.env.IMAGES.put(image_key, c.req.raw.body, { httpMetadata: { contentType } });
+  return c.json({ image_key }, 201);
+});
+
+/** Makes a task: {image_key, text_prompt | prompts, via?: "waitUntil" | "queue"}. Its row will tell the result. */
+app.post("/tasks", async (c) => {
+  const { image_key, prompts, via } = parseTask(await c.req.json().catch(() => null));
+  const task: Task = { task_id: crypto.randomUUID(), user_id: c.var.userId, image_key, prompts };
+  // The row first: the backend claims it, and makes none.
+  const { error } = await c.var.rows.from(TABLE).insert({
+    id: task.task_id,
+    user_id: task.user_id,
+    source_image_url: image_key,
+    text_prompt: prompts.join(", "),
+  });
+  refuseIfFailed(error);
+  // The backend refuses a key that is not below uploads/{user_id}/, and says so in the row.
+  if (via === "queue") await enqueue(c.env, task);
+  else c.executionCtx.waitUntil(callSoon(c.env, task));
+  return c.json({ task_id: task.task_id }, 202);
+});
+
+app.get("/tasks/:id", async (c) => {
+  const { id, status, labels, metadata } = await rowOf(c.var, c.req.param("id"));
+  return c.json({ task_id: id, status, labels, metadata });
+});
+
+/** The mask, from the bucket: it need not be public. */
+app.get("/tasks/:id/mask", async (c) => {
+  const row = await rowOf(c.var, c.req.param("id"));
+  // Users may write their own rows: what stands there opens no other user's folder.
+  const prefix = `${c.env.R2_PUBLIC_BASE_URL}/masks/${c.var.userId}/${row.id}/`;
+  const url: string = row.mask_image_url ?? "";
+  if (!url.startsWith(prefix)) refuse(404, "this task has no mask");
+  const mask = await c.env.IMAGES.get(url.slice(c.env.R2_PUBLIC_BASE_URL.length + 1));
+  if (!mask) refuse(404, "this task's mask is gone");
+  return c.body(mask.body, 200, {
+    "Content-Type": "image/png",
+    "Content-Length": String(mask.size),
+    "Cache-Control": "private, max-age=31536000, immutable",
+    ETag: mask.httpEtag,
+  });
+});
+
+app.onError((error, c) => {
+  if (error instanceof HTTPException) return c.json({ error: error.message }, error.status);
+  console.error(error);
+  return c.json({ error: "something went wrong on our side" }, 500);
+});
+
+function refuse(status: 400 | 404 | 411 | 413 | 415, message: string): never {
+  throw new HTTPException(status, { message });
+}
+
+/** The user's row; another user's looks as if there were none. */
+async function rowOf({ rows }: SignedIn["Variables"], id: string) {
+  if (!UUID.test(id)) refuse(404, "no such task");
+  const columns = "id, status, labels, metadata, mask_image_url";
+  const { data, error } = await rows.from(TABLE).select(columns).eq("id", id).maybeSingle();
+  refuseIfFailed(error);
+  return data ?? refuse(404, "no such task");
+}
+
+function parseTask(body: unknown): { image_key: string; prompts: string[]; via: string } {
+  const { image_key, text_prompt, prompts = [text_prompt], via = "waitUntil" } = Object(body);
+  if (!isText(image_key, KEY)) refuse(400, "image_key: the one that POST /images answered");
+  const fits = Array.isArray(prompts) && prompts.length >= 1 && prompts.length <= MAX_PROMPTS;
+  if (!fits || !prompts.every((prompt) => isText(prompt, PROMPT))) {
+    refuse(400, `text_prompt, or 1 to ${MAX_PROMPTS} prompts: 1 to 200 characters each`);
+  }
+  if (via !== "waitUntil" && via !== "queue") refuse(400, 'via: "waitUntil" or "queue"');
+  return { image_key, prompts, via };
+}
+
+function isText(value: unknown, shape: RegExp): value is string {
+  return typeof value === "string" && shape.test(value);
+}
+
+export default {
+  fetch: app.fetch,
+  async queue(batch, env) {
+    const handle = batch.queue === DEAD_LETTERS ? giveUp : deliver;
+    await Promise.all(
+      batch.messages.map((message) =>
+        handle(env, message).catch((error) => {
+          console.error("delivered again", message.body.task_id, error);
+          message.retry();
+        }),
+      ),
+    );
+  },
+} satisfies ExportedHandler<Env, Task>;

@@ -1,0 +1,236 @@
+"""The example Edge as its users meet it, with a real bucket, queue, database and backend behind it."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import httpx
+import numpy as np
+import pytest
+
+from local_server import local_server
+from tests.drawn import iou
+from tests.edge import wait_for
+from tests.edge_worker import (
+    EDGE,
+    MAX_RETRIES,
+    PICTURE,
+    User,
+    Worker,
+    missing,
+    program,
+    shipped_config,
+    workerd,
+)
+from tests.services.faults import fault_proxy
+from tests.services.processes import free_ports
+from tests.tiers import need
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy.typing as npt
+
+    from tests.services.database import Database
+    from tests.services.faults import Seen
+
+pytestmark = pytest.mark.server
+
+API_KEY = "key-of-the-edge-0123456789"
+PROMPT = PICTURE.names[0]
+
+
+@pytest.fixture(scope="module")
+def worker(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """`wrangler dev`, its bucket also the backend's, with a proxy between the two."""
+    need(missing())
+    folder = tmp_path_factory.mktemp("edge")
+    edge_port, backend_port = free_ports(2)
+    url = f"http://127.0.0.1:{edge_port}"
+    config = shipped_config()
+    credentials = config["r2_buckets"][0]["local_dev"]["experimental_s3_credentials"]
+    bucket = {
+        "R2_ENDPOINT": f"{url}/cdn-cgi/local/r2/s3",
+        "R2_BUCKET": config["r2_buckets"][0]["bucket_name"],
+        "R2_PUBLIC_BASE_URL": f"{url}/cdn-cgi/local/r2/public/{config['r2_buckets'][0]['bucket_name']}",
+        "R2_ACCESS_KEY_ID": credentials["accessKeyId"],
+        "R2_SECRET_ACCESS_KEY": credentials["secretAccessKey"],
+    }
+    own = {"API_SECRET_KEY": API_KEY, "API_WORKERS": "1"}
+    with ExitStack() as running:
+        backend = running.enter_context(fault_proxy(f"http://127.0.0.1:{backend_port}"))
+        variables = {
+            "SUPABASE_URL": database.url,
+            "SUPABASE_PUBLISHABLE_KEY": database.publishable_key,
+            "SUPABASE_SECRET_KEY": database.secret_key,
+            "BACKEND_URL": backend.url,
+            "BACKEND_API_KEY": API_KEY,
+            "R2_PUBLIC_BASE_URL": bucket["R2_PUBLIC_BASE_URL"],
+        }
+        running.enter_context(workerd(folder, edge_port, config, variables))
+        environment = bucket | database.settings() | own
+        running.enter_context(local_server(folder / "backend", environment, port=backend_port))
+        yield Worker(url, database, backend, bucket)
+
+
+@pytest.fixture
+def sign_in(worker: Worker) -> Iterator[Callable[..., User]]:
+    """Makes users of `worker`."""
+    with ExitStack() as signed_in:
+
+        def make(token: str | None = None) -> User:
+            user = User(worker, token)
+            signed_in.enter_context(user.http)
+            return user
+
+        yield make
+
+
+@pytest.fixture(autouse=True)
+def _whole_again(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "worker" in request.fixturenames:
+        request.getfixturevalue("worker").backend.heal()
+
+
+def truth(*prompts: str) -> npt.NDArray[np.bool_]:
+    """Where the picture shows what the prompts name."""
+    seen: npt.NDArray[np.bool_] = np.zeros((PICTURE.image.height, PICTURE.image.width), dtype=np.bool_)
+    for prompt in prompts:
+        for thing in PICTURE.named(prompt):
+            seen |= thing.mask
+    return seen
+
+
+def about(image_key: str) -> Callable[[Seen], bool]:
+    """Picks the calls for one image."""
+    return lambda seen: image_key.encode() in seen.body
+
+
+def test_the_worker_fits_its_types() -> None:
+    """TypeScript, strict, finds nothing to complain of."""
+    need(missing())
+    command = [program(), str(EDGE / "node_modules" / "typescript" / "bin" / "tsc")]
+    checked = subprocess.run(command, cwd=EDGE, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("via", "prompts"),
+    [("waitUntil", PICTURE.names[:1]), ("queue", PICTURE.names[:2])],
+    ids=["waitUntil", "queue"],
+)
+def test_a_user_gets_the_mask(sign_in: Callable[..., User], via: str, prompts: list[str]) -> None:
+    """From upload to mask, by both ways, for one prompt and for several."""
+    user = sign_in()
+    task_id = user.begin(via, *prompts)
+    task = user.ended(task_id)
+    assert (task["status"], task["labels"]) == ("done", prompts)
+    assert iou(user.mask(task_id), truth(*prompts)) >= 0.9
+
+
+def test_another_user_gets_nothing(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """Neither row nor mask nor image of another user's, whatever an own row is made to say."""
+    user, other = sign_in(), sign_in()
+    image_key = user.upload_key()
+    task_id = user.begin("waitUntil", PROMPT, image_key=image_key)
+    assert user.ended(task_id)["status"] == "done"
+
+    for path in (f"/tasks/{task_id}", f"/tasks/{task_id}/mask"):
+        assert other.http.get(path).status_code == httpx.codes.NOT_FOUND
+
+    theft = other.begin("waitUntil", PROMPT, image_key=image_key)
+    stolen = other.ended(theft)
+    assert stolen["status"] == "error"
+    assert stolen["metadata"]["error_message"] == "image_url is not below the user's uploads"
+
+    # Row level security lets users write what they like into their own rows.
+    [(mask_url,)] = worker.database.execute(
+        "select mask_image_url from segmentation_results where id = %s", task_id
+    )
+    key = {"apikey": worker.database.publishable_key, "Authorization": f"Bearer {other.token}"}
+    rows = f"{worker.database.url}/rest/v1/segmentation_results?id=eq.{theft}"
+    httpx.patch(rows, headers=key, json={"mask_image_url": mask_url, "status": "done"}).raise_for_status()
+    assert other.http.get(f"/tasks/{theft}/mask").status_code == httpx.codes.NOT_FOUND
+
+
+def test_only_tokens_that_the_database_accepts_sign_in(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """A forged, an expired and an anonymous token store nothing."""
+    victim = worker.database.add_user()
+    head, claims, _ = worker.database.user_jwt(victim).split(".")
+    expired = worker.database.role_jwt("authenticated", sub=victim, exp=1)
+    for token in (f"{head}.{claims}.{'A' * 43}", expired, worker.database.anon_key, "no-token"):
+        assert sign_in(token).upload().status_code == httpx.codes.UNAUTHORIZED
+    assert worker.keys(f"uploads/{victim}/") == []
+
+
+@pytest.mark.parametrize("via", ["waitUntil", "queue"])
+def test_a_task_outlasts_a_backend_that_is_away(
+    worker: Worker, sign_in: Callable[..., User], via: str
+) -> None:
+    """No connection, then a loading server: tried again, and done."""
+    user = sign_in()
+    image_key = user.upload_key()
+    worker.backend.cut_next(2, when=about(image_key))
+    worker.backend.fail_next(
+        when=about(image_key),
+        status=503,
+        headers={"Retry-After": "1", "Content-Type": "application/json"},
+        body=b'{"error": {"code": "MODEL_NOT_LOADED", "message": "the model is loading"}, "request_id": "1"}',
+    )
+    task_id = user.begin(via, PROMPT, image_key=image_key)
+    assert user.ended(task_id)["status"] == "done"
+    assert [seen.status for seen in worker.calls(task_id)] == [None, None, 503, 200]
+
+
+def test_a_message_that_comes_twice_has_one_result(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """The answer is lost, the message delivered again: the row stays as it was, with one mask."""
+    user = sign_in()
+    image_key = user.upload_key()
+    worker.backend.lose_answer_next(when=about(image_key))
+    task_id = user.begin("queue", PROMPT, image_key=image_key)
+    first = user.ended(task_id)
+
+    calls = wait_for(lambda: worker.calls(task_id), lambda calls: len(calls) == 2 and calls[1].done)
+    assert [seen.status for seen in calls] == [None, 200]
+    assert user.http.get(f"/tasks/{task_id}").json() == first
+    assert len(worker.keys(f"masks/{user.id}/{task_id}/")) == 1
+
+
+def test_what_cannot_be_done_ends_in_the_row(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """A task that is refused unclaimed, and one whose every try failed, say so to their user."""
+    user = sign_in()
+    image_key = user.upload_key()
+    refused = user.begin("queue", " ".join("abcdefgh" * 9), image_key=image_key)
+    task = user.ended(refused)
+    assert task["status"] == "error"
+    assert "tokens" in task["metadata"]["error_message"]
+
+    worker.backend.fail_next(MAX_RETRIES + 1, status=502, when=about(image_key))
+    hopeless = user.begin("queue", PROMPT, image_key=image_key)
+    task = user.ended(hopeless)
+    assert task["status"] == "error"
+    assert task["metadata"]["error_message"] == "the service could not be reached; try again later"
+    assert len(worker.calls(hopeless)) == MAX_RETRIES + 1
+    # Time enough has gone by for tries that there must not be.
+    assert len(worker.calls(refused)) == 1
+
+
+def test_what_breaks_the_rules_is_refused_at_once(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """Before a row is made or an object stored."""
+    user = sign_in()
+    assert user.upload(content_type="image/svg+xml").status_code == httpx.codes.UNSUPPORTED_MEDIA_TYPE
+    too_large = user.upload(bytes(10 * 1024 * 1024 + 1))
+    assert too_large.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE
+    assert worker.keys(f"uploads/{user.id}/") == []
+    for body in (
+        {},
+        {"image_key": "k"},
+        {"image_key": "k", "prompts": []},
+        {"image_key": "k", "text_prompt": " "},
+    ):
+        assert user.http.post("/tasks", json=body).status_code == httpx.codes.BAD_REQUEST
+    assert user.http.get(f"/tasks/{uuid4()}").status_code == httpx.codes.NOT_FOUND
