@@ -31,7 +31,7 @@ export async function enqueue(env: Env, task: Task, delaySeconds = 0): Promise<v
 /** One message of the queue: acknowledged when the row tells the result, else delivered again. */
 export async function deliver(env: Env, message: Message<Task>): Promise<void> {
   const later = await attempt(env, message.body, QUEUE_TIMEOUT_MS);
-  if (later || !later) return message.ack();
+  if (!later) return message.ack();
   // Without a delay of the backend's, the queue's own retry_delay.
   message.retry(later.delaySeconds === undefined ? {} : { delaySeconds: later.delaySeconds });
 }
