@@ -71,7 +71,7 @@ $(VENV)/dev: $(VENV)/run requirements-dev.lock
 %/node_modules/installed: %/package-lock.json
 	@if ! command -v npm >/dev/null; then \
 		echo "No npm here: tests that need $*/node_modules will be skipped"; \
-	elif echo "Installing $*/node_modules for the tests (about 15 s, 430 MB)" && \
+	elif echo "Installing $*/node_modules for the tests (about 15 s, some 300 MB)" && \
 		npm ci --prefix $* --ignore-scripts --no-audit --no-fund --loglevel=error; then \
 		touch $@; \
 	elif [ "$$REQUIRE_ALL_TIERS" = 1 ]; then \

@@ -27,12 +27,12 @@ from PIL import Image
 
 import local_server
 from local_server import clean_environment, server_command
-from tests.conftest import need
 from tests.drawn import iou, scene
 from tests.edge import PREDICT, png_bytes
 from tests.services import database as databases
 from tests.services import objects
 from tests.services.processes import free_ports, wait_until
+from tests.tiers import need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -159,9 +159,13 @@ async def test_outcome_is_told_when_the_rows_are_back(machine: Machine, status: 
     machine.now_s += 2
     await outbox.deliver_due()
     row = await machine.row(claim.task_id)
-    told = {"done": {**METADATA}, "error": {"error_message": "corrupt"}, "pending": {}}[status]
+    told: dict[str, dict[str, object]] = {
+        "done": METADATA,
+        "error": {"error_message": "corrupt"},
+        "pending": {},
+    }
     assert (row.status, row.mask_url) == (status, "mask" if status == "done" else None)
-    assert row.metadata == {**told, "attempt": claim.attempt_id}
+    assert row.metadata == {**told[status], "attempt": claim.attempt_id}
     assert machine.on_disk() == 0
 
 
