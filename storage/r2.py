@@ -33,6 +33,7 @@ logger = logging.getLogger("bentoml.sam3")
 
 _T = TypeVar("_T")
 
+_REFUSED_STATUS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 _CHUNK_BYTES: Final = 1 << 16
 _CACHE_CONTROL: Final = "public, max-age=31536000, immutable"
 _NO_ETAG: Final = '"00000000000000000000000000000000"'
@@ -188,7 +189,8 @@ def _expecting(codes: set[str], action: str) -> Iterator[None]:
     except R2Error as error:
         if error.code in codes:
             return
-        if error.may_pass:
+        # After a read that went well, a write can only lack the right; what else it may meet is no proof.
+        if error.may_pass or (action == "write" and error.status not in _REFUSED_STATUS):
             raise
         raise StorageMisconfigured(error.mend(action)) from None
 
