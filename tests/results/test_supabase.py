@@ -377,6 +377,12 @@ async def test_end_stale_ends_what_nobody_ended(project: Project) -> None:
     stale, fresh, foreign = (project.new_task() for _ in range(3))
     claim = await claimed(store, stale)
     await claimed(store, fresh)
+    # Rows that never were ours, older and more than are looked at in one go.
+    project.database.execute(
+        "insert into segmentation_results (user_id, source_image_url, text_prompt, status, updated_at)"
+        " select %s, '', '', 'processing', now() - interval '2000 seconds' from generate_series(1, 60)",
+        foreign.user_id,
+    )
     project.database.execute(
         "update segmentation_results set status = 'processing' where id = %s", foreign.task_id
     )

@@ -156,7 +156,7 @@ def test_slow_body_takes_its_time(proxy: FaultProxy, client: httpx.Client) -> No
     proxy.slow_next(bytes_per_s=4000)
     started_s = time.monotonic()
     assert client.get("/").content == BODY
-    assert 0.24 <= time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s >= 0.24
 
 
 def test_hanging_request_ends_with_its_client(proxy: FaultProxy, client: httpx.Client) -> None:
