@@ -47,7 +47,7 @@ async def test_fault_that_passes_is_not_noticed(
     project: Project, fault: Callable[[FaultProxy], None]
 ) -> None:
     """A claim, a finish and a replay succeed over faults that pass, also when only the answer was lost."""
-    store, task = project.open(timeout_s=0.5), project.new_task()
+    store, task = project.open(timeout_s=2.0), project.new_task()
     await store.check()
     fault(project.proxy)
     claim = await claimed(store, task)
@@ -84,7 +84,7 @@ async def test_three_failures_are_enough(project: Project) -> None:
 
 async def test_hang_ends_in_bounded_time(project: Project) -> None:
     """A database that says nothing costs three timeouts, and no connection of the pool."""
-    store, task = project.open(timeout_s=0.4, connections=2), project.new_task()
+    store, task = project.open(timeout_s=1.5, connections=2), project.new_task()
     await store.check()
     project.proxy.hang_next(1000)
     failures = await asyncio.gather(
@@ -151,7 +151,7 @@ async def test_foreign_server_is_told_from_supabase(project: Project, status: in
 async def test_log_and_errors_hold_no_secret(project: Project, caplog: pytest.LogCaptureFixture) -> None:
     """Not a key, a prompt, a user, an address or a row is told, whatever fails and however much is logged."""
     caplog.set_level(logging.DEBUG)
-    store, task = project.open(timeout_s=0.4), project.new_task()
+    store, task = project.open(timeout_s=2.0), project.new_task()
     quoting = b'{"code":"23514","message":"violates","details":"Failing row contains (a secret prompt)"}'
     faults: list[Callable[[], None]] = [
         lambda: None,

@@ -279,7 +279,7 @@ async def test_mask_is_stored_after_a_fault_that_passes(
         await bucket.upload_mask(MASK, key)
     assert seaweedfs.get(key) == MASK
     first_s, second_s = begun_s
-    assert 1.0 < second_s - first_s < 3.0
+    assert second_s - first_s > 1.0
 
 
 async def test_mask_url_is_not_given_out_early(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
