@@ -82,6 +82,7 @@ class SupabaseRest:
         self._deadline_s = _TRIES * timeout_s
         self._now = now
         self._ahead = timedelta(0)
+        self._slots = asyncio.Semaphore(connections)
         # At INFO it logs each URL, and ours hold the ids of users and tasks.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         self._http = httpx.AsyncClient(
@@ -113,10 +114,24 @@ class SupabaseRest:
                     on=_Away, attempts=_TRIES, timeout=None, wait_initial=0.1, wait_max=1, wait_jitter=0.2
                 ):
                     with attempt:
-                        return await _answer(request)
+                        return await self._ask(request)
         except TimeoutError:
             raise ResultsUnavailable("the results database did not answer in time") from None
         raise AssertionError("unreachable: the last attempt answers or raises")
+
+    async def _ask(self, request: Request) -> APIResponse:
+        # httpcore loses a connection for ever when a request is cancelled, or times out, that has just been
+        # given one: so ours wait for a slot instead, and what was begun ends by its own timeouts.
+        await self._slots.acquire()
+        asking = asyncio.ensure_future(_answer(request))
+        asking.add_done_callback(self._free_slot)
+        return await asyncio.shield(asking)
+
+    def _free_slot(self, asked: asyncio.Future[APIResponse]) -> None:
+        self._slots.release()
+        # Read here, or asyncio complains where nobody waits for it any more.
+        if not asked.cancelled():
+            asked.exception()
 
     def refuse_expired_key(self) -> None:
         """Raises ResultsMisconfigured when the key is a JWT whose time is over."""
