@@ -260,8 +260,9 @@ def _refusal(response: httpx.Response) -> ResultsUnavailable | ResultsMisconfigu
     status = response.status_code
     code, message = _code_and_message(response)
     # Among the 5xx are PGRST000 to PGRST003: PostgREST has no connection to the database. While it loads a
-    # changed schema PostgREST 12 may not know the table, and answers an update with 404 and {}.
-    if status in (408, 429) or status >= 500 or response.content == b"{}":
+    # changed schema PostgREST 12 may not know the table, and answers an update with 404 and {}; when it has
+    # just lost the database, with 400 and an empty code.
+    if status in (408, 429) or status >= 500 or response.content == b"{}" or not code:
         return _Away(f"the results database failed (HTTP {status})")
     if code in ("PGRST204", "42703"):
         return ColumnMissing(message)
@@ -284,4 +285,4 @@ def _code_and_message(response: httpx.Response) -> tuple[str, str]:
         body = response.json()
         if isinstance(body, dict):
             return str(body.get("code")), str(body.get("message"))
-    return "", ""
+    return "none", ""

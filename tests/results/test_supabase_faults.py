@@ -39,6 +39,10 @@ PASSING: dict[str, Callable[[FaultProxy], None]] = {
     "lost answer": lambda proxy: proxy.lose_answer_next(),
     "lost answers": lambda proxy: proxy.lose_answer_next(2),
     "hang": lambda proxy: proxy.hang_next(),
+    # What PostgREST answers first when its database has just died.
+    "400 without a code": lambda proxy: proxy.fail_next(
+        status=400, headers={"Content-Type": "application/json"}, body=b'{"code": "", "message": ""}'
+    ),
 }
 
 
