@@ -183,7 +183,9 @@ def test_a_task_outlasts_a_backend_that_is_away(
     )
     task_id = user.begin(via, PROMPT, image_key=image_key)
     assert user.ended(task_id)["status"] == "done"
-    assert [seen.status for seen in worker.calls(task_id)] == [None, None, 503, 200]
+    # The row is done a moment before the answer.
+    calls = wait_for(lambda: worker.calls(task_id), lambda calls: len(calls) == 4 and calls[3].done)
+    assert [seen.status for seen in calls] == [None, None, 503, 200]
 
 
 def test_a_message_that_comes_twice_has_one_result(worker: Worker, sign_in: Callable[..., User]) -> None:
