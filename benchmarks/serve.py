@@ -81,7 +81,7 @@ def main() -> int:
     runs = [_run(scenes, arguments.rounds) for _ in range(arguments.runs)]
     one_ms = [ms for run in runs for ms in run["one_ms"]]
     ten_ms = [ms for run in runs for ms in run["ten_ms"]]
-    report = {
+    report: dict[str, object] = {
         "measured": datetime.now(UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} x {processor()}",
         "python": platform.python_version(),
@@ -99,7 +99,7 @@ def main() -> int:
     for name, value in report.items():
         sys.stdout.write(f"{name:20} {value}\n")
     if arguments.record:
-        _record(report)
+        record(RESULTS, [report])
     sys.stdout.write(json.dumps(report) + "\n")
     return 0
 
@@ -163,13 +163,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _record(report: dict[str, object]) -> None:
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(report))
+def record(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append `rows`, which have the same names, to the CSV file at `path`."""
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
         if fresh:
             writer.writeheader()
-        writer.writerow(report)
+        writer.writerows(rows)
 
 
 def _parse() -> argparse.Namespace:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import io
 import json
 import os
@@ -34,7 +33,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.serve import FIRST_SEED, Scene, processor
+from benchmarks.serve import FIRST_SEED, Scene, processor, record
 from results import Claim, Outbox, SqliteResults, Task
 from results.supabase import SupabaseResults
 from sam3_runner.images import encode_png
@@ -128,7 +127,7 @@ def main() -> int:
     for row in rows:
         sys.stdout.write("\n".join(f"{key:22} {value}" for key, value in row.items()) + "\n\n")
     if arguments.record:
-        _record(rows)
+        record(STORES_CSV, rows)
     sys.stdout.write(json.dumps(rows) + "\n")
     return 0
 
@@ -230,15 +229,6 @@ def _row(name: str, runs: list[tuple[Tier, float]]) -> dict[str, object]:
         "ms_a_task_50_at_once": round(statistics.median(ms for _, ms in runs), 1),
         "mask_iou": round(min(iou for tier, _ in runs for iou in tier.ious), 4),
     }
-
-
-def _record(rows: list[dict[str, object]]) -> None:
-    fresh = not STORES_CSV.exists()
-    with STORES_CSV.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _parse() -> argparse.Namespace:

@@ -16,9 +16,9 @@ from typing import Final, Protocol
 import httpx
 import stamina
 from postgrest import APIResponse, AsyncRequestBuilder
+from supabase import AsyncClient, AsyncClientOptions, AsyncSupabaseException
 
 from results.errors import ResultsMisconfigured, ResultsUnavailable
-from supabase import AsyncClient, AsyncClientOptions, AsyncSupabaseException
 
 TABLE: Final = "segmentation_results"
 
