@@ -8,7 +8,6 @@ database left behind is finished in the background.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -91,7 +90,6 @@ class Pipeline:
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._running: set[asyncio.Task[BatchResponse]] = set()
-        self._stopping = asyncio.Event()
         self._background: asyncio.Task[None] | None = None
 
     async def run(self, request: PredictRequest | BatchRequest) -> BatchResponse:
@@ -119,14 +117,14 @@ class Pipeline:
 
     async def close(self) -> None:
         """Let the running tasks end, then close the stores."""
-        self._stopping.set()
         if self._background is not None:
             # What it was telling the rows, it tells them again: at the drain, or after the next start.
             self._background.cancel()
         if self._running:
             logger.info("finishing %d tasks before the stop", len(self._running))
             await asyncio.wait(self._running, timeout=self._settings.request_timeout_s)
-        await self._rows.close(drain_s=DRAIN_S)
+        await self._rows.drain(DRAIN_S)
+        await self._rows.close()
         await self._objects.close()
 
     def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
@@ -156,7 +154,7 @@ class Pipeline:
     async def _finish_left_behind(self) -> None:
         """Tell the rows what they have not been told, and do again what a killed process had begun."""
         look_for_stale_s = time.monotonic() + STALE_POLL_S
-        while not self._stopping.is_set():
+        while True:
             try:
                 await self._rows.deliver_due()
                 if await self._do_again():
@@ -167,8 +165,7 @@ class Pipeline:
             except Exception:
                 # Whatever it was, the next look may do better; without this loop tasks would be lost.
                 logger.exception("what was left behind could not be finished")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), POLL_S)
+            await asyncio.sleep(POLL_S)
 
     async def _do_again(self) -> bool:
         """One task at a time: one that kills the server takes none of the others with it for long."""

@@ -276,7 +276,7 @@ async def check_stores(settings: Settings) -> None:
         for warning in [*await objects.check(), *await rows.check()]:
             logger.warning("%s", warning)
     finally:
-        await outbox.close(drain_s=0)
+        await outbox.close()
         await objects.close()
 
 

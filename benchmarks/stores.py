@@ -162,7 +162,7 @@ async def _measure(
         return measured
     finally:
         for tier in tiers:
-            await tier.outbox.close(drain_s=0)
+            await tier.outbox.close()
             await tier.objects.close()
 
 

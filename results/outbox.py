@@ -133,16 +133,19 @@ class Outbox:
         if ended:
             logger.warning("%d tasks were left in the middle by a server that is gone; ended as error", ended)
 
-    async def close(self, *, drain_s: float) -> None:
-        """Tell the rows what they take within `drain_s`; the rest stays on disk. Closes the rows too."""
+    async def drain(self, timeout_s: float) -> None:
+        """Tell the rows all that they take within `timeout_s`, due or not; the rest stays on disk."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_s):
+            async with asyncio.timeout(timeout_s):
                 left, before = await self._attempts.make_due("untold"), 0
                 while left and left != before:
                     await self.deliver_due()
                     left, before = await self._attempts.count("untold"), left
         if left := await self._attempts.count("untold"):
             logger.warning("%d outcomes stay on disk until the next start", left)
+
+    async def close(self) -> None:
+        """Let go of the file, and of the rows too."""
         await self._attempts.close()
         await self._rows.close()
 

@@ -65,7 +65,8 @@ class Machine:
 
     async def stop(self, outbox: Outbox) -> None:
         self.opened.remove(outbox)
-        await outbox.close(drain_s=8)
+        await outbox.drain(8)
+        await outbox.close()
 
     def take_rows_away(self) -> None:
         self._execute("ALTER TABLE segmentation_results RENAME TO away")
@@ -104,7 +105,7 @@ async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
     machine = Machine(tmp_path)
     yield machine
     for outbox in machine.opened:
-        await outbox.close(drain_s=0)
+        await outbox.close()
 
 
 def new_task() -> Task:
