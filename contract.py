@@ -167,6 +167,10 @@ class ModelInfo(BaseModel):
     model_name: Literal["SAM3"] = "SAM3"
     model_version: str = Field(description="of this server")
     checkpoint: str = Field(description="`demo`, or the name of the weights")
+    checkpoint_layout: Literal["official", "transformers"] = Field(
+        description="of its file: official (`sam3.pt`) or transformers (`model.safetensors`)"
+    )
+    weights_sha256: str = Field(description="of the file that was loaded")
     demo: bool = Field(description="the embedded demo checkpoint: it knows coloured shapes only")
     parameters: int = Field(description="counted")
     weights_size_gb: float

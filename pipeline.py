@@ -82,7 +82,7 @@ class Pipeline:
         model_version: str,
     ) -> None:
         self._settings = settings
-        self._tokenizer = PromptTokenizer(checkpoint.folder)
+        self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
         self._input_side_px = checkpoint.input_side_px
         self._objects = objects
         self._rows = rows

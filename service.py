@@ -141,7 +141,7 @@ class SegmentationService:
         except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
         keep_sockets_until_the_end()
-        logger.info("weights: %s", checkpoint.folder)
+        logger.info("weights: %s", checkpoint.weights_file)
         if not checked.api_keys:
             # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.
             sys.stderr.write(f"embedded demo: X-API-Key for this run is {make_demo_key()}\n")
@@ -192,6 +192,8 @@ class SegmentationService:
         return ModelInfo(
             model_version=VERSION,
             checkpoint=status.checkpoint,
+            checkpoint_layout=status.layout,
+            weights_sha256=status.weights_sha256,
             demo=status.demo,
             parameters=status.parameters,
             weights_size_gb=round((status.weights_bytes or 0) / 1e9, 4),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sam3_runner.errors import (
     DeadlineExceeded,
+    DeviceUnavailable,
     InferenceFailed,
     ModelNotLoaded,
     PromptTooLong,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeadlineExceeded",
+    "DeviceUnavailable",
     "InferenceFailed",
     "Instance",
     "MaskCrop",

@@ -10,70 +10,111 @@ from typing import Any
 from sam3_runner.errors import WeightsError
 
 DEMO_FOLDER = Path(__file__).parent / "demo_checkpoint"
+CLIP_TOKENIZER_FILE = DEMO_FOLDER / "tokenizer.json"
+"""CLIP's whole vocabulary, which SAM 3 reads too; `sam3.pt` brings none."""
+
 DEFAULT_WEIGHTS_PATH = "weights/sam3.pt"
 SCORE_THRESHOLD = 0.5
 """Instances above it are kept: `confidence_threshold` of the official Sam3Processor."""
 
+SAM3_SIDE_PX = 1008
+SAM3_VISION_EPS = 1e-5
+"""Of the vision encoder's LayerNorms in the official code; transformers' configuration says 1e-6."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A transformers folder: config.json, model.safetensors, tokenizer.json.
+    """One checkpoint on disk.
 
     Attributes:
+        weights_file: in any layout that `weights.py` reads.
+        tokenizer_file: a `tokenizer.json`.
+        config: of `Sam3Config`, as config.json has it; what is missing is SAM 3's own.
+        name: what logs and `/api/v1/model/info` call it.
         demo: it is the embedded demo checkpoint, which knows coloured shapes and nothing else.
-        config: the parsed config.json.
     """
 
-    folder: Path
-    demo: bool
+    weights_file: Path
+    tokenizer_file: Path
     config: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """What logs and `/api/v1/model/info` call it."""
-        return "demo" if self.demo else self.folder.name
-
-    @property
-    def weights_file(self) -> Path:
-        """The safetensors file."""
-        return self.folder / "model.safetensors"
+    name: str
+    demo: bool = False
 
     @property
     def input_side_px(self) -> int:
         """Side of the square that the model takes."""
-        side: int = self.config["vision_config"]["backbone_config"]["image_size"]
-        return side
+        side: int = self.config.get("vision_config", {}).get("backbone_config", {}).get("image_size")
+        return side or SAM3_SIDE_PX
 
 
-def find_checkpoint(weights_path: str) -> Checkpoint:
-    """Find the checkpoint that `weights_path` names: `demo`, or a transformers folder.
+def find_checkpoint(weights_path: str, *, to_be_downloaded: bool = False) -> Checkpoint:
+    """Find the checkpoint that `weights_path` names.
+
+    It is `demo`, a file (`sam3.pt`, `model.safetensors`, a fine-tuned one), or a transformers folder
+    (config.json, model.safetensors, tokenizer.json). Beside a file, config.json and tokenizer.json are
+    read if they are there; else it is taken for a SAM 3 of the official size.
+
+    Args:
+        weights_path: as in the setting SAM3_WEIGHTS_PATH.
+        to_be_downloaded: what is not there yet is described as what it will be: Meta's own SAM 3.
 
     Raises:
         WeightsError: there is none, or files are missing.
     """
-    demo = weights_path == "demo"
-    folder = DEMO_FOLDER if demo else Path(weights_path)
-    if not folder.exists():
-        raise WeightsError(
-            f"no weights at {folder}: put a transformers folder of SAM 3 there, or choose the embedded "
-            "demo checkpoint with SAM3_WEIGHTS_PATH=demo"
-        )
-    if not folder.is_dir():
-        raise WeightsError(
-            f"{folder} is a single file: this version reads transformers folders "
-            "(config.json, model.safetensors, tokenizer.json)"
-        )
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise WeightsError(f"{folder} holds no {name}")
-    return Checkpoint(folder=folder, demo=demo, config=_read_config(folder / "config.json"))
+    if weights_path == "demo":
+        return _folder(DEMO_FOLDER, name="demo", demo=True)
+    path = Path(weights_path)
+    if path.is_dir():
+        if not to_be_downloaded or (path / "model.safetensors").is_file():
+            return _folder(path, name=path.resolve().name)
+    elif path.exists():
+        return _file(path)
+    if to_be_downloaded:
+        weights_file = path if path.suffix else path / "model.safetensors"
+        return Checkpoint(weights_file, CLIP_TOKENIZER_FILE, _official_config(), path.name)
+    raise WeightsError(
+        f"no weights at {path}: put sam3.pt or a transformers folder of SAM 3 there, or set HF_TOKEN to "
+        "download them, or choose the embedded demo checkpoint with SAM3_WEIGHTS_PATH=demo"
+    )
+
+
+def _folder(folder: Path, *, name: str, demo: bool = False) -> Checkpoint:
+    files = [folder / each for each in ("config.json", "model.safetensors", "tokenizer.json")]
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(f"{folder} holds no {file.name}")
+    return Checkpoint(files[1], files[2], _read_config(files[0]), name, demo)
+
+
+def _file(path: Path) -> Checkpoint:
+    config_file, tokenizer_file = path.parent / "config.json", path.parent / "tokenizer.json"
+    return Checkpoint(
+        weights_file=path,
+        tokenizer_file=tokenizer_file if tokenizer_file.is_file() else CLIP_TOKENIZER_FILE,
+        config=_read_config(config_file) if config_file.is_file() else _official_config(),
+        name=path.name,
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """The part of a config.json that `Sam3Config` takes."""
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    if config.get("model_type") != "sam3":
-        raise WeightsError(f"{path} describes a {config.get('model_type')!r} model, not 'sam3'")
-    return config
+    match config.get("model_type"):
+        case "sam3":
+            return config
+        case "sam3_video":  # Meta's own file: the detector beside the video tracker
+            return _official_config(config.get("detector_config"))
+        case other:
+            raise WeightsError(f"{path} describes a {other!r} model, not 'sam3'")
+
+
+def _official_config(config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`config` with the official model's LayerNorm; without one, SAM 3 at its own size."""
+    config = dict(config or {}) | {"model_type": "sam3"}
+    vision = dict(config.get("vision_config") or {})
+    backbone = {"model_type": "sam3_vit_model"} | dict(vision.get("backbone_config") or {})
+    vision["backbone_config"] = backbone | {"layer_norm_eps": SAM3_VISION_EPS}
+    return config | {"vision_config": vision}

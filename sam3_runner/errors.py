@@ -2,6 +2,7 @@
 
 SAM3Error
     WeightsError            the checkpoint is missing, unreadable or not a SAM 3
+    DeviceUnavailable       the device is not there, or its memory is full
     ModelNotLoaded          asked before the weights were in, or after they failed to load
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or more pixels than allowed
     PromptTooLong           more tokens than the text encoder reads
@@ -16,6 +17,10 @@ class SAM3Error(Exception):
 
 class WeightsError(SAM3Error):
     """The checkpoint is missing, unreadable or not a SAM 3; the message says what to do."""
+
+
+class DeviceUnavailable(SAM3Error):
+    """The device that was asked for is not there, or its memory is full."""
 
 
 class ModelNotLoaded(SAM3Error):

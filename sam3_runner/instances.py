@@ -47,12 +47,14 @@ class Instance:
         box: x0, y0, x1, y1 in px of the image, not rounded; the decoder's box, not the mask's.
         area_px: pixels of the mask.
         mask: the mask, at the image's size.
+        query: which of the decoder's queries found it, from 0: tells instances of two runs apart.
     """
 
     score: float
     box: tuple[float, float, float, float]
     area_px: int
     mask: MaskCrop
+    query: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
 
 
 def to_instances(
-    scores: Tensor, boxes: Tensor, mask_logits: Tensor, *, width: int, height: int
+    queries: Tensor, scores: Tensor, boxes: Tensor, mask_logits: Tensor, *, width: int, height: int
 ) -> list[Instance]:
     """Instances, best score first.
 
     Args:
+        queries: (K,) int64, the decoder's queries that were kept.
         scores: (K,) fp32.
         boxes: (K, 4) fp32, x0 y0 x1 y1 in 0..1.
         mask_logits: (K, h, w) fp32 on the model's mask grid. They are upsampled as logits (bilinear,
@@ -35,8 +36,10 @@ def to_instances(
     pixel_boxes = (boxes * scale)[order].tolist()
     crops = _crops(mask_logits[order], width=width, height=height)
     return [
-        Instance(score=score, box=(box[0], box[1], box[2], box[3]), area_px=area_px, mask=crop)
-        for score, box, (crop, area_px) in zip(scores[order].tolist(), pixel_boxes, crops, strict=True)
+        Instance(score, (box[0], box[1], box[2], box[3]), area_px, crop, query)
+        for query, score, box, (crop, area_px) in zip(
+            queries[order].tolist(), scores[order].tolist(), pixel_boxes, crops, strict=True
+        )
     ]
 
 

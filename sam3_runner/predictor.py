@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, SCORE_THRESHOLD, Checkpoint, find_checkpoint
-from sam3_runner.errors import ModelNotLoaded
+from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
 from sam3_runner.images import SquareImage, squash, to_rgb
 from sam3_runner.instances import Instance, PredictResult
 from sam3_runner.masks import to_instances
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from sam3_runner.layouts import Layout
+
 logger = logging.getLogger(__name__)
 
 PAIRS_PER_PASS = 16
@@ -53,10 +55,13 @@ class SAM3Predictor:
     `load` first. Not safe for use from several threads at once.
 
     Args:
-        weights_path: a transformers folder, or `demo` for the embedded demo checkpoint. None: the
-            project's default place if something lies there, else the demo checkpoint, with a warning.
+        weights_path: `sam3.pt`, a `.safetensors` file, a transformers folder, or `demo` for the embedded
+            demo checkpoint. None: the project's default place if something lies there, else the demo
+            checkpoint, with a warning.
         device: `cuda`, `cpu`, or None for cuda if there is one.
         score_threshold: instances with a higher score are kept.
+        dtype: of the large matrix products; None for bfloat16 on a GPU, float32 on a CPU. Scores, boxes
+            and positions are float32 in either.
     """
 
     def __init__(
@@ -65,21 +70,32 @@ class SAM3Predictor:
         device: str | None = None,
         *,
         score_threshold: float = SCORE_THRESHOLD,
+        dtype: Literal["bfloat16", "float32"] | None = None,
     ) -> None:
         self._weights_path = weights_path
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.score_threshold = score_threshold
         self.checkpoint: Checkpoint | None = None
+        self.layout: Layout | None = None
         self._model: Any = None
         self._tokenizer: PromptTokenizer | None = None
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     def load(self) -> None:
-        """Read the weights and move them to the device. Raises `WeightsError`."""
+        """Read the weights and move them to the device. Raises `WeightsError`, `DeviceUnavailable`."""
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise DeviceUnavailable(
+                "there is no CUDA GPU that torch can use: start with SAM3_DEVICE=cpu, or check nvidia-smi "
+                "and that the container was given the GPU"
+            )
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
-        self._tokenizer = PromptTokenizer(checkpoint.folder)
-        model = load_model(checkpoint, self.device)
-        optimize(model)
+        self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
+        try:
+            model, self.layout = load_model(checkpoint, self.device)
+            optimize(model)
+        except torch.OutOfMemoryError as error:
+            raise DeviceUnavailable(f"the memory of {self.device} is too full for the model") from error
         self._model = model
         self.checkpoint = checkpoint
 
@@ -87,11 +103,6 @@ class SAM3Predictor:
     def parameters(self) -> int:
         """Weights of the loaded model, counted."""
         return sum(parameter.numel() for parameter in self._model.parameters())
-
-    @property
-    def dtype(self) -> str:
-        """Of the large matrix products; scores, boxes and positions are fp32 everywhere."""
-        return "bfloat16" if self.device.type == "cuda" else "float32"
 
     def predict(self, image: Image.Image, text_prompt: str) -> PredictResult:
         """Every instance of `text_prompt` in `image` (any PIL mode), masks at the image's size.
@@ -117,9 +128,10 @@ class SAM3Predictor:
 
         Images are encoded in one pass, each distinct text once, and all pairs are decoded together.
         """
-        if self._model is None:
+        if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        self._check_sides([square for square, _ in requests])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             images = encode_image(self._model, self._pixels([square for square, _ in requests]))
             pairs = [(row, prompt) for row, (_, prompts) in enumerate(requests) for prompt in prompts]
             texts = list(dict.fromkeys(prompt for _, prompt in pairs))
@@ -179,11 +191,12 @@ class SAM3Predictor:
             chunk = positive[start : start + MASK_PAIRS_PER_PASS]
             pixels = decode_masks(self._model, images, detections, image_index, self._index(chunk))
             for row, pair in enumerate(chunk):
-                queries = detections.queries[-1, pair][kept[pair]]
+                queries = kept[pair].nonzero().flatten()
                 found[pair] = to_instances(
-                    scores[pair][kept[pair]],
-                    detections.boxes[pair][kept[pair]],
-                    draw_masks(self._model, pixels[row], queries),
+                    queries,
+                    scores[pair][queries],
+                    detections.boxes[pair][queries],
+                    draw_masks(self._model, pixels[row], detections.queries[-1, pair][queries]),
                     width=squares[pair].width,
                     height=squares[pair].height,
                 )
@@ -207,6 +220,14 @@ class SAM3Predictor:
             tokens=torch.stack([tokens for tokens, _ in rows]),
             valid=torch.stack([valid for _, valid in rows]),
         )
+
+    def _check_sides(self, squares: list[SquareImage]) -> None:
+        """The model takes any size, and gives nonsense for all but its own."""
+        assert self.checkpoint is not None
+        side_px = self.checkpoint.input_side_px
+        for square in squares:
+            if square.pixels.shape != (side_px, side_px, 3):
+                raise InferenceFailed(f"the image is {square.pixels.shape}; the model takes {side_px} px")
 
     def _pixels(self, squares: list[SquareImage]) -> Tensor:
         """(B, 3, S, S) uint8 on the device, in one transfer."""

@@ -30,10 +30,9 @@ class TokenIds:
 
 
 class PromptTokenizer:
-    """CLIP's byte-pair encoding, read from the `tokenizer.json` of a checkpoint's folder."""
+    """CLIP's byte-pair encoding, read from a `tokenizer.json`. Raises `WeightsError`."""
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
+    def __init__(self, path: Path) -> None:
         try:
             self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

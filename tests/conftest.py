@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from local_server import LocalServer, local_server
-from sam3_runner.checkpoint import DEMO_FOLDER, Checkpoint
+from sam3_runner.checkpoint import DEMO_FOLDER, find_checkpoint
 from settings import OWN_PREFIXES, Settings
 from tests.edge import SERVER_TIMEOUT_S, Edge
 from tests.services import database as databases
@@ -22,6 +22,7 @@ from tests.tiers import need
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sam3_runner.checkpoint import Checkpoint
     from tests.services.database import Database
     from tests.services.objects import S3Service
 
@@ -128,10 +129,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     shutil.copy(DEMO_FOLDER / "tokenizer.json", folder)
-    return Checkpoint(folder=folder, demo=False, config=written)
+    return find_checkpoint(str(folder))
 
 
 @pytest.fixture
 def broken_checkpoint(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint's folder, to be broken."""
-    return Path(shutil.copytree(tiny_checkpoint.folder, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(tiny_checkpoint.weights_file.parent, tmp_path / "checkpoint"))

@@ -102,7 +102,7 @@ class PromptTokens:
     """Token ids of every phrase of every concept, and of words that mean nothing here."""
 
     def __init__(self, device: str, folder: Path = CHECKPOINT_FOLDER) -> None:
-        tokenizer = PromptTokenizer(folder)
+        tokenizer = PromptTokenizer(folder / "tokenizer.json")
         encoded = tokenizer.encode(
             [phrase for concept in range(CONCEPT_COUNT) for phrase in phrases(concept)]
         )

@@ -32,7 +32,7 @@ def loaded(folder: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Checkpoint) -> Engine:
-    return loaded(tiny_checkpoint.folder)
+    return loaded(tiny_checkpoint.weights_file.parent)
 
 
 def request(*prompts: str, level: int = 0, side_px: int = SIDE_PX, seconds: float = 60.0) -> SegmentRequest:
@@ -103,7 +103,7 @@ def test_nothing_to_do(engine: Engine) -> None:
 
 def test_not_started(tiny_checkpoint: Checkpoint) -> None:
     """Before its weights are in, an engine answers every request with ModelNotLoaded."""
-    fresh = Engine(EngineConfig(str(tiny_checkpoint.folder), "cpu"))
+    fresh = Engine(EngineConfig(str(tiny_checkpoint.weights_file.parent), "cpu"))
     assert not fresh.ready
     assert fresh.status() == EngineStatus(state="loading")
     outcomes = fresh.segment([request("cat"), request("dog")])
@@ -129,7 +129,7 @@ def test_status_tells_the_models_facts(engine: Engine, tiny_checkpoint: Checkpoi
     assert engine.ready
     status = engine.status()
     assert (status.state, status.error, status.demo) == ("ok", None, False)
-    assert status.checkpoint == tiny_checkpoint.folder.name
+    assert status.checkpoint == tiny_checkpoint.name
     assert status.weights_bytes == tiny_checkpoint.weights_file.stat().st_size
     assert status.parameters is not None
     assert 2 * status.parameters == pytest.approx(status.weights_bytes, rel=0.02)

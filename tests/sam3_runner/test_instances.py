@@ -20,7 +20,7 @@ EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
 
 def result(*crops: MaskCrop, width: int = 20, height: int = 10) -> PredictResult:
     instances = [
-        Instance(score=0.9, box=(0.0, 0.0, 1.0, 1.0), area_px=int(crop.array().sum()), mask=crop)
+        Instance(score=0.9, box=(0.0, 0.0, 1.0, 1.0), area_px=int(crop.array().sum()), mask=crop, query=0)
         for crop in crops
     ]
     return PredictResult("cat", 0.9, width, height, instances)
@@ -81,7 +81,10 @@ def test_best_score_is_first() -> None:
     logits = torch.full((2, 4, 4), -1.0)
     logits[0, :2] = 1.0
     boxes = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.1, 0.2, 0.3, 0.4]])
-    first, second = to_instances(torch.tensor([0.6, 0.8]), boxes, logits, width=100, height=40)
+    first, second = to_instances(
+        torch.tensor([3, 7]), torch.tensor([0.6, 0.8]), boxes, logits, width=100, height=40
+    )
+    assert (first.query, second.query) == (7, 3)
     assert [first.score, second.score] == pytest.approx([0.8, 0.6])
     assert first.box == pytest.approx((10, 8, 30, 16))
     assert (first.area_px, first.mask) == (0, EMPTY)
@@ -102,7 +105,8 @@ def test_only_the_positive_part_is_upsampled(width: int, height: int, cells: int
     coarse = torch.randn(3, 1, max(2, cells // 6), max(2, cells // 6), generator=generator) - 0.5
     logits = F.interpolate(coarse, (cells, cells), mode="bicubic")[:, 0]
     whole = F.interpolate(logits[:, None], (height, width), mode="bilinear")[:, 0] > 0
-    found = to_instances(torch.tensor([0.9, 0.8, 0.7]), torch.rand(3, 4), logits, width=width, height=height)
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    found = to_instances(torch.arange(3), scores, torch.rand(3, 4), logits, width=width, height=height)
     for instance, truth in zip(found, whole.numpy(), strict=True):
         mask = result(instance.mask, width=width, height=height).mask_array()
         # Rounding may move a pixel whose logit is zero.

@@ -23,7 +23,7 @@ ATOL = 2e-5
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Checkpoint) -> Any:
-    return load_model(tiny_checkpoint, torch.device("cpu"))
+    return load_model(tiny_checkpoint, torch.device("cpu"))[0]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ ATOL = 2e-5
 
 def test_optimized_model_gives_the_same(tiny_checkpoint: Checkpoint) -> None:
     """The image features of the optimized model are those of the plain one, and it has as many weights."""
-    plain = load_model(tiny_checkpoint, torch.device("cpu"))
+    plain, _ = load_model(tiny_checkpoint, torch.device("cpu"))
     fast = copy.deepcopy(plain)
     optimize(fast)
     layers = fast.vision_encoder.backbone.layers

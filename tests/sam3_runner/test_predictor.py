@@ -31,7 +31,7 @@ KEPT_SCORE = 0.01
 
 @pytest.fixture(scope="module")
 def predictor(tiny_checkpoint: Checkpoint) -> SAM3Predictor:
-    loaded = SAM3Predictor(str(tiny_checkpoint.folder), "cpu", score_threshold=KEPT_SCORE)
+    loaded = SAM3Predictor(str(tiny_checkpoint.weights_file.parent), "cpu", score_threshold=KEPT_SCORE)
     loaded.load()
     return loaded
 
@@ -150,7 +150,7 @@ def test_prompt_of_too_many_tokens(predictor: SAM3Predictor) -> None:
 
 def test_load_comes_first(tiny_checkpoint: Checkpoint) -> None:
     """A predictor that was not loaded says so."""
-    fresh = SAM3Predictor(str(tiny_checkpoint.folder), "cpu")
+    fresh = SAM3Predictor(str(tiny_checkpoint.weights_file.parent), "cpu")
     with pytest.raises(ModelNotLoaded, match="load"):
         fresh.predict(picture(0, 20, 20), "cat")
     with pytest.raises(ModelNotLoaded, match="load"):
@@ -170,7 +170,7 @@ def test_facts(predictor: SAM3Predictor, tiny_checkpoint: Checkpoint) -> None:
 def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any, torch.Tensor]:
     """The model's detections and mask logits of one pair, without any of the predictor's steps."""
     assert predictor.checkpoint is not None
-    tokens = PromptTokenizer(predictor.checkpoint.folder).encode([prompt])
+    tokens = PromptTokenizer(predictor.checkpoint.tokenizer_file).encode([prompt])
     index = torch.tensor([0])
     pixels = torch.from_numpy(squash(image, 112).pixels.copy()).permute(2, 0, 1)[None]
     with torch.inference_mode():
@@ -198,7 +198,7 @@ def test_threshold_is_exclusive_and_ours(tiny_checkpoint: Checkpoint, predictor:
     image = picture(8, 112, 112)
     scores = [instance.score for instance in predictor.predict(image, "cat").instances]
     middle = scores[len(scores) // 2]
-    strict = SAM3Predictor(str(tiny_checkpoint.folder), "cpu", score_threshold=middle)
+    strict = SAM3Predictor(str(tiny_checkpoint.weights_file.parent), "cpu", score_threshold=middle)
     strict.load()
     kept = [instance.score for instance in strict.predict(image, "cat").instances]
     assert kept
@@ -234,20 +234,20 @@ def test_union_of_several_prompts(predictor: SAM3Predictor) -> None:
 def test_missing_weights(broken_checkpoint: Path) -> None:
     """A file that lacks a tensor is refused with its name: nothing is left random."""
     change(broken_checkpoint, lambda state: state.pop("detr_decoder.presence_token.weight"))
-    refuses(broken_checkpoint, "detr_decoder.presence_token.weight", "Missing")
+    refuses(broken_checkpoint, "detr_decoder.presence_token.weight", "1 missing")
 
 
 def test_unexpected_weights(broken_checkpoint: Path) -> None:
     """A file with a tensor too many is refused with its name."""
     change(broken_checkpoint, lambda state: state.update(surplus=torch.zeros(1)))
-    refuses(broken_checkpoint, "surplus", "Unexpected")
+    refuses(broken_checkpoint, "surplus", "1 unexpected")
 
 
 def test_misshaped_weights(broken_checkpoint: Path) -> None:
     """A tensor of another shape is refused with its name."""
     name = "detr_decoder.presence_token.weight"
     change(broken_checkpoint, lambda state: state.update({name: torch.zeros(2, 7)}))
-    refuses(broken_checkpoint, name, "size mismatch")
+    refuses(broken_checkpoint, name, "another shape")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 100_000])

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam3_runner import PromptTooLong, WeightsError
-from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer, clean_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 START, END = 49406, 49407
-TOKENIZER = PromptTokenizer(DEMO_FOLDER)
+TOKENIZER = PromptTokenizer(CLIP_TOKENIZER_FILE)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,13 @@ def test_any_text(text: str) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"version": "1.0"}'])
 def test_broken_tokenizer(tmp_path: Path, content: str) -> None:
     """A tokenizer.json that is none is refused with its path."""
-    (tmp_path / "tokenizer.json").write_text(content)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
     with pytest.raises(WeightsError, match="is not a tokenizer"):
-        PromptTokenizer(tmp_path)
+        PromptTokenizer(path)
 
 
 def test_missing_tokenizer(tmp_path: Path) -> None:
     """A missing tokenizer.json is told as such."""
     with pytest.raises(WeightsError, match="is missing"):
-        PromptTokenizer(tmp_path)
+        PromptTokenizer(tmp_path / "tokenizer.json")
