@@ -1,0 +1,274 @@
+r"""Does our model answer as the reference does, on the same weights and images?
+
+Compares kept queries one by one: mask IoU, score and box error, and which were kept by one side alone.
+
+    python -m benchmarks.parity --reference transformers                     # demo checkpoint, any machine
+    python -m benchmarks.parity --reference official --weights random        # full size; needs a GPU and sam3
+    python -m benchmarks.parity --reference official --weights weights/sam3.pt \
+        --images a.jpg b.jpg --prompts "person" "red car"                     # for who has the weights
+
+--record appends the rows to benchmarks/parity.csv. The exit status is 1 when a target is missed: fp32
+against fp32 mask IoU >= 0.999 on every kept mask, score error <= 1e-3 and the same kept set; bf16 against
+fp32 mean IoU >= 0.99 and score error <= 1e-2. Random weights have no meaning at the threshold 0.5, so there
+it lies, for each image, in the widest gap among the middle half of the reference's scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import platform
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from benchmarks.references import Official, Ours, Transformers, exact_float32
+from benchmarks.serve import EVERY_PROMPT, FIRST_SEED, Scene, processor, record
+from sam3_runner import SAM3Error, WeightsError
+from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE, SCORE_THRESHOLD, find_checkpoint
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from benchmarks.references import Kept, Model
+
+RESULTS = Path(__file__).parent / "parity.csv"
+RANDOM_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One picture and what to look for in it."""
+
+    image: Image.Image
+    prompts: list[str]
+
+
+@dataclass(slots=True)
+class Parity:
+    """Sums over (image, prompt) pairs of one comparison."""
+
+    pairs: int = 0
+    only_ours: int = 0
+    only_reference: int = 0
+    mask_ious: list[float] = field(default_factory=list)
+    score_errors: list[float] = field(default_factory=list)
+    box_errors_px: list[float] = field(default_factory=list)
+
+    def add(self, reference: dict[int, Kept], ours: dict[int, Kept]) -> None:
+        """Compare what was kept of one pair; a query is the same one in both."""
+        self.pairs += 1
+        self.only_reference += len(reference.keys() - ours.keys())
+        self.only_ours += len(ours.keys() - reference.keys())
+        for query in reference.keys() & ours.keys():
+            left, right = reference[query], ours[query]
+            self.mask_ious.append(_iou(left.mask, right.mask))
+            self.score_errors.append(abs(left.score - right.score))
+            self.box_errors_px.append(max(abs(a - b) for a, b in zip(left.box, right.box, strict=True)))
+
+    def figures(self) -> dict[str, object]:
+        """What the table says."""
+        return {
+            "pairs": self.pairs,
+            "kept_by_both": len(self.mask_ious),
+            "only_reference": self.only_reference,
+            "only_ours": self.only_ours,
+            "mask_iou_mean": round(float(np.mean(self.mask_ious)), 6) if self.mask_ious else "",
+            "mask_iou_min": round(min(self.mask_ious), 6) if self.mask_ious else "",
+            "score_error_max": float(f"{max(self.score_errors, default=0.0):.3g}"),
+            "box_error_max_px": float(f"{max(self.box_errors_px, default=0.0):.3g}"),
+        }
+
+    def missed(self, *, exact: bool) -> list[str]:
+        """The targets that were missed; `exact` is for fp32 against fp32."""
+        if not self.mask_ious:
+            return ["nothing was kept: choose other images, prompts or another --threshold"]
+        best_score_error, worst = (1e-3, min) if exact else (1e-2, np.mean)
+        least_iou = 0.999 if exact else 0.99
+        missed = []
+        if worst(self.mask_ious) < least_iou:
+            missed.append(f"mask IoU {worst(self.mask_ious):.4f} < {least_iou}")
+        if max(self.score_errors) > best_score_error:
+            missed.append(f"score error {max(self.score_errors):.2g} > {best_score_error}")
+        if exact and self.only_reference + self.only_ours:
+            missed.append(f"{self.only_reference + self.only_ours} queries kept by one side only")
+        return missed
+
+
+def widest_gap(scores: npt.NDArray[np.float32]) -> float:
+    """A threshold that splits `scores` where no rounding can move one across: near the middle."""
+    ordered = np.sort(scores.ravel())
+    middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
+    gap = int(np.diff(middle).argmax())
+    return float(middle[gap] + middle[gap + 1]) / 2
+
+
+def compare(
+    reference: Model, ours: Model, questions: list[Question], threshold: float | None
+) -> tuple[Parity, list[float]]:
+    """All pairs, and the threshold of each image (`threshold` None: in the widest gap)."""
+    parity, thresholds = Parity(), []
+    title = f"{reference.name} {reference.dtype} / {ours.name} {ours.dtype}"
+    for question in tqdm(questions, desc=title, disable=None):
+        limit = _gap_of(reference, question) if threshold is None else threshold
+        answers = (model.segment(question.image, question.prompts, limit) for model in (reference, ours))
+        for (_, left), (_, right) in zip(*answers, strict=True):
+            parity.add(left, right)
+        thresholds.append(round(limit, 6))
+    return parity, thresholds
+
+
+def _gap_of(reference: Model, question: Question) -> float:
+    # At 1 nothing is kept, so nothing is drawn: only the scores are wanted.
+    scores = [found for found, _ in reference.segment(question.image, question.prompts, 1.0)]
+    return widest_gap(np.stack([each for each in scores if each is not None]))
+
+
+def _iou(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
+def main() -> int:
+    """Compare, print, record if asked."""
+    arguments = _parse()
+    try:
+        questions = _questions(arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = _compare_all(arguments, questions, Path(folder))
+    except (SAM3Error, OSError) as error:
+        sys.exit(f"cannot compare: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"cannot compare: {error.name} is not installed (docs/weights.md says what to install)")
+    _print(rows)
+    if arguments.record:
+        record(RESULTS, rows)
+    return int(any(row["missed"] for row in rows))
+
+
+def _compare_all(
+    arguments: argparse.Namespace, questions: list[Question], folder: Path
+) -> list[dict[str, object]]:
+    exact_float32()
+    weights = arguments.weights
+    if weights == "random":
+        weights = str(_random_weights(arguments.reference, arguments.device, folder))
+    threshold = arguments.threshold
+    if threshold is None and arguments.weights != "random":
+        threshold = SCORE_THRESHOLD
+    facts = {
+        "measured": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "weights": arguments.weights if arguments.weights in {"random", "demo"} else Path(weights).name,
+    }
+    rows = []
+    for reference in _references(arguments, weights):
+        for dtype in arguments.dtypes:
+            ours = Ours(weights, arguments.device, dtype)
+            parity, thresholds = compare(reference, ours, questions, threshold)
+            missed = parity.missed(exact=reference.dtype == dtype == "float32")
+            rows.append(
+                facts
+                | {
+                    "reference": f"{reference.name} {reference.dtype}",
+                    "ours": dtype,
+                    "resize": "its own" if getattr(reference, "own_resize", False) else "ours",
+                    "images": len(questions),
+                    "threshold": f"{min(thresholds)}..{max(thresholds)}",
+                }
+                | parity.figures()
+                | {"missed": "; ".join(missed)}
+            )
+    return rows
+
+
+def _references(arguments: argparse.Namespace, weights: str) -> list[Model]:
+    """In fp32; Meta's also with its own resize, and in the bf16 that Meta runs."""
+    if arguments.reference == "transformers":
+        folder = find_checkpoint(weights).weights_file.parent
+        return [Transformers(folder, arguments.device, "float32")]
+    path = Path(weights)
+    if weights == "demo" or path.suffix != ".pt":
+        raise WeightsError("Meta's code reads sam3.pt: name one with --weights, or take --weights random")
+    exact = Official(path, arguments.device)
+    resizing, mixed = (exact.variant(own_resize=True), exact.variant(dtype="bfloat16"))
+    return [exact, resizing, mixed]
+
+
+def _random_weights(reference: str, device: str, folder: Path) -> Path:
+    """Random weights at full size, in a file as the reference's own checkpoints are."""
+    if reference == "official":
+        state = Official(None, device, seed=RANDOM_SEED).model.state_dict()
+        path = folder / "sam3.pt"
+        torch.save({"model": {f"detector.{name}": tensor for name, tensor in state.items()}}, path)
+        return path
+    from transformers.models.sam3.configuration_sam3 import Sam3Config  # noqa: PLC0415 - slow to import
+    from transformers.models.sam3.modeling_sam3 import Sam3Model  # noqa: PLC0415
+
+    torch.manual_seed(RANDOM_SEED)
+    model: Any = Sam3Model(Sam3Config())
+    model.config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_bytes(CLIP_TOKENIZER_FILE.read_bytes())
+    return folder
+
+
+def _questions(arguments: argparse.Namespace) -> list[Question]:
+    if arguments.images:
+        return [
+            Question(Image.open(path).convert("RGB"), arguments.prompts or EVERY_PROMPT[:4])
+            for path in arguments.images
+        ]
+    scenes = [Scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + arguments.scenes)]
+    return [
+        Question(
+            Image.open(io.BytesIO(scene.jpeg)).convert("RGB"), arguments.prompts or scene.ten_prompts[:4]
+        )
+        for scene in scenes
+    ]
+
+
+def _print(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        sys.stdout.write(
+            f"ours {row['ours']} / {row['reference']}, resize {row['resize']}: "
+            f"{row['kept_by_both']} kept by both, {row['only_reference']} + {row['only_ours']} by one; "
+            f"mask IoU mean {row['mask_iou_mean']} min {row['mask_iou_min']}, "
+            f"score error {row['score_error_max']}, box error {row['box_error_max_px']} px: "
+            f"{'MISSED ' + str(row['missed']) if row['missed'] else 'met'}\n"
+        )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference", choices=("official", "transformers"), required=True)
+    parser.add_argument("--weights", default="demo", help="demo, random, or what SAM3_WEIGHTS_PATH takes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--images", nargs="+", type=Path, help="files; default: drawn scenes")
+    parser.add_argument("--scenes", type=int, default=4, help="drawn scenes of 1280 x 720")
+    parser.add_argument("--prompts", nargs="+", help="default: what the drawn scenes show")
+    parser.add_argument("--threshold", type=float, help="default: 0.5; random weights: see above")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

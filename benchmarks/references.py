@@ -1,0 +1,269 @@
+"""The models that parity.py compares ours with: Meta's own code, and transformers.
+
+Neither is imported before it is asked for. Meta's code is the PyPI package sam3, under the SAM License;
+none of it lies here. It needs a CUDA GPU to be built, and the vocabulary that its wheel leaves out: CLIP's,
+which our tokenizer.json holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+
+from sam3_runner import SAM3Predictor
+from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
+from sam3_runner.images import squash
+from sam3_runner.prompts import PromptTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+    from PIL import Image
+    from torch import Tensor
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One query that was kept: its score, box x0 y0 x1 y1 in px, and mask (H, W) bool of the image."""
+
+    score: float
+    box: tuple[float, ...]
+    mask: npt.NDArray[np.bool_]
+
+
+class Model(Protocol):
+    """Answers prompts on an image, in one precision."""
+
+    name: str
+    dtype: Dtype
+
+    def segment(
+        self, image: Image.Image, prompts: list[str], threshold: float
+    ) -> Iterator[tuple[npt.NDArray[np.float32] | None, dict[int, Kept]]]:
+        """For each prompt the scores of all Q queries (None: it does not tell), and those above `threshold`.
+
+        `image` is RGB.
+        """
+        ...
+
+
+class Ours:
+    """The path that serves, as a Python user calls it."""
+
+    name = "ours"
+
+    def __init__(self, weights: str, device: str, dtype: Dtype) -> None:
+        self.dtype = dtype
+        self.predictor = SAM3Predictor(weights, device, dtype=dtype)
+        self.predictor.load()
+
+    def segment(
+        self, image: Image.Image, prompts: list[str], threshold: float
+    ) -> Iterator[tuple[None, dict[int, Kept]]]:
+        """As `Model` says."""
+        self.predictor.score_threshold = threshold
+        for result in self.predictor.predict_batch(image, prompts):
+            kept = {}
+            for instance in result.instances:
+                mask = np.zeros((result.image_height, result.image_width), dtype=bool)
+                mask[instance.mask.window] = instance.mask.array()
+                kept[instance.query] = Kept(instance.score, instance.box, mask)
+            yield None, kept
+
+
+class Official:
+    """Meta's Sam3Processor over Meta's model.
+
+    Args:
+        weights_file: a `sam3.pt`; None: random weights of `seed`.
+        device: `cuda`.
+        seed: of the random weights.
+
+    Attributes:
+        dtype: float32; bfloat16 is autocast over fp32 weights, as Meta's notebooks run it.
+        own_resize: Meta resizes the image; else it is given the square that ours sees, which leaves the
+            models alone to differ.
+    """
+
+    name = "official"
+    dtype: Dtype = "float32"
+    own_resize = False
+
+    def __init__(self, weights_file: Path | None, device: str, *, seed: int = 0) -> None:
+        from sam3.model.sam3_image_processor import Sam3Processor  # noqa: PLC0415 - an optional package
+        from sam3.model_builder import build_sam3_image_model  # noqa: PLC0415
+
+        self._device = device
+        torch.manual_seed(seed)
+        self.model: Any = build_sam3_image_model(
+            bpe_path=str(_vocabulary_file()),
+            device=device,
+            checkpoint_path=None if weights_file is None else str(weights_file),
+            load_from_HF=False,
+        )
+        # Importing it turns TF32 on for the whole process.
+        exact_float32()
+        self._processor = Sam3Processor(self.model, device=device)
+
+    def variant(self, *, dtype: Dtype = "float32", own_resize: bool = False) -> Official:
+        """The same model, run otherwise."""
+        other = copy.copy(self)
+        other.dtype, other.own_resize = dtype, own_resize
+        return other
+
+    def segment(
+        self, image: Image.Image, prompts: list[str], threshold: float
+    ) -> Iterator[tuple[npt.NDArray[np.float32], dict[int, Kept]]]:
+        """As `Model` says."""
+        self._processor.confidence_threshold = threshold
+        side_px = self._processor.resolution
+        seen = image if self.own_resize else image.resize((side_px, side_px), _bilinear())
+        with _autocast(self._device, self.dtype):
+            state = self._processor.set_image(seen)
+            state["original_width"], state["original_height"] = image.size
+            for prompt in prompts:
+                with _Outputs(self.model) as outputs:
+                    state = self._processor.set_text_prompt(prompt, state)
+                yield _kept_by_official(outputs.last, state, threshold)
+
+
+class Transformers:
+    """`Sam3Model` as transformers loads and runs it, with what Meta's code does before and after it.
+
+    It runs its geometry encoder only when there are boxes, so it is given one, which then is left out: the
+    official model's "no box". It gets our square and tokens, and its mask logits are upsampled before the
+    threshold.
+
+    Args:
+        folder: config.json, model.safetensors, tokenizer.json.
+        device: `cuda` or `cpu`.
+        dtype: bfloat16 is autocast over fp32 weights.
+    """
+
+    name = "transformers"
+
+    def __init__(self, folder: Path, device: str, dtype: Dtype) -> None:
+        from transformers.models.sam3.modeling_sam3 import Sam3Model  # noqa: PLC0415 - slow to import
+
+        self.dtype = dtype
+        self._device = device
+        self._tokenizer = PromptTokenizer(folder / "tokenizer.json")
+        model: Any = Sam3Model.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(device).eval()
+        self.model.geometry_encoder._encode_boxes = _encode_no_boxes  # noqa: SLF001 - nothing public leads there
+
+    @torch.inference_mode()
+    def segment(
+        self, image: Image.Image, prompts: list[str], threshold: float
+    ) -> Iterator[tuple[npt.NDArray[np.float32], dict[int, Kept]]]:
+        """As `Model` says."""
+        side_px: int = self.model.config.vision_config.backbone_config.image_size
+        pixels = torch.from_numpy(squash(image, side_px).pixels.copy()).to(self._device)
+        tokens = self._tokenizer.encode(prompts)
+        for ids, valid in zip(tokens.ids, tokens.valid, strict=True):
+            with _autocast(self._device, self.dtype):
+                outputs: Any = self.model(
+                    pixel_values=pixels.permute(2, 0, 1)[None] / 127.5 - 1.0,
+                    input_ids=torch.from_numpy(ids)[None].to(self._device),
+                    attention_mask=torch.from_numpy(valid)[None].long().to(self._device),
+                    input_boxes=torch.zeros(1, 1, 4, device=self._device),
+                )
+            scores = outputs.pred_logits[0].float().sigmoid() * outputs.presence_logits[0].float().sigmoid()
+            queries = (scores > threshold).nonzero().flatten()
+            masks = F.interpolate(
+                outputs.pred_masks[0, queries].float()[:, None], (image.height, image.width), mode="bilinear"
+            )
+            boxes = outputs.pred_boxes[0, queries].float() * scores.new_tensor([*image.size, *image.size])
+            yield scores.cpu().numpy(), _kept(queries, scores[queries], boxes, masks[:, 0] > 0)
+
+
+def exact_float32() -> None:
+    """Matrix products and convolutions of fp32 in fp32, not TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class _Outputs(AbstractContextManager["_Outputs"]):
+    """Notes what the official model's forward returns: its processor tells the kept queries only."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.last: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        forward = self._model.forward_grounding
+
+        def noting(*args: Any, **options: Any) -> dict[str, Tensor]:
+            self.last = forward(*args, **options)
+            return self.last
+
+        self._model.forward_grounding = noting
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._model.forward_grounding
+
+
+def _encode_no_boxes(
+    boxes: Tensor, valid: Tensor, _labels: Tensor, features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """No tokens (1, 0, D) in place of those of the box that was given."""
+    return features.new_zeros(len(boxes), 0, features.shape[1]), valid[:, :0]
+
+
+def _kept_by_official(
+    outputs: dict[str, Tensor], state: dict[str, Any], threshold: float
+) -> tuple[npt.NDArray[np.float32], dict[int, Kept]]:
+    """What Meta's processor kept, in the order of the queries, and which queries these were."""
+    presence = outputs["presence_logit_dec"].sigmoid().unsqueeze(1)
+    scores = (outputs["pred_logits"].sigmoid() * presence)[0, :, 0]
+    queries = (scores > threshold).nonzero().flatten()
+    if len(queries) != len(state["scores"]):
+        raise RuntimeError("the official processor kept other queries than its scores say")
+    kept = _kept(queries, state["scores"], state["boxes"], state["masks"][:, 0])
+    return scores.float().cpu().numpy(), kept
+
+
+def _kept(queries: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> dict[int, Kept]:
+    return {
+        query: Kept(score, tuple(box), mask)
+        for query, score, box, mask in zip(
+            queries.tolist(),
+            scores.float().tolist(),
+            boxes.float().tolist(),
+            masks.cpu().numpy(),
+            strict=True,
+        )
+    }
+
+
+def _autocast(device: str, dtype: Dtype) -> AbstractContextManager[object]:
+    return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def _bilinear() -> Any:
+    from PIL import Image  # noqa: PLC0415
+
+    return Image.Resampling.BILINEAR
+
+
+def _vocabulary_file() -> Path:
+    """CLIP's merges as the official tokenizer reads them: a line of header, then one merge a line."""
+    merges = json.loads(CLIP_TOKENIZER_FILE.read_text(encoding="utf-8"))["model"]["merges"]
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    path = Path("data/parity/bpe_simple_vocab_16e6.txt.gz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join(["#version", *lines, ""]).encode()))
+    return path

@@ -1,0 +1,113 @@
+"""The parity command: our forward against transformers' own on the demo checkpoint, and what it tells."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.parity import Parity, Question, compare, widest_gap
+from benchmarks.references import Kept, Ours, Transformers
+from local_server import ROOT
+from sam3_runner.checkpoint import DEMO_FOLDER
+from tests.drawn import scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def parity(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.parity", "--device", "cpu", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_demo_checkpoint_equals_transformers() -> None:
+    """On drawn scenes every kept query, mask, box and score is that of transformers; bf16 is near."""
+    ended = parity("--reference", "transformers", "--scenes", "3")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    exact, mixed = ended.stdout.splitlines()
+    assert exact.startswith("ours float32 / transformers float32")
+    assert mixed.startswith("ours bfloat16 / transformers float32")
+    kept = int(exact.split(": ")[1].split()[0])
+    assert kept > 3
+    assert "0 + 0 by one" in exact
+
+
+def test_a_difference_is_told(tmp_path: Path) -> None:
+    """Weights that differ in two tensors miss the targets, and it says which."""
+    shutil.copytree(DEMO_FOLDER, tmp_path / "other")
+    state = load_file(DEMO_FOLDER / "model.safetensors")
+    state["mask_decoder.instance_projection.bias"] += 2.0
+    state["detr_decoder.presence_head.layer3.bias"] -= 2.0
+    save_file(state, tmp_path / "other" / "model.safetensors")
+    picture = scene(9_000_000, 1280, 720)
+    sums, _ = compare(
+        Transformers(DEMO_FOLDER, "cpu", "float32"),
+        Ours(str(tmp_path / "other"), "cpu", "float32"),
+        [Question(picture.image, picture.names)],
+        threshold=0.5,
+    )
+    missed = " ".join(sums.missed(exact=True))
+    assert "mask IoU" in missed
+    assert "score error" in missed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--reference", "official"], "--weights random"),
+        (["--reference", "transformers", "--weights", "nowhere/sam3.pt"], "no weights at nowhere/sam3.pt"),
+        (["--reference", "transformers", "--images", "nowhere.jpg"], "nowhere.jpg"),
+    ],
+)
+def test_what_cannot_be_compared(arguments: list[str], sentence: str) -> None:
+    """Weights that the reference cannot read, or files that are not there, are told in a sentence."""
+    ended = parity(*arguments)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("cannot compare: ")
+    assert sentence in ended.stderr
+
+
+def kept(score: float, *, left: int = 0) -> Kept:
+    mask = np.zeros((10, 10), dtype=bool)
+    mask[:, left : left + 5] = True
+    return Kept(score, (left, 0.0, left + 5.0, 10.0), mask)
+
+
+def test_figures_of_a_comparison() -> None:
+    """Queries are matched by their number; what one side alone kept is counted and nothing else."""
+    sums = Parity()
+    sums.add({1: kept(0.9), 2: kept(0.8), 3: kept(0.6)}, {1: kept(0.9), 2: kept(0.75, left=1), 4: kept(0.6)})
+    figures = sums.figures()
+    assert (figures["kept_by_both"], figures["only_reference"], figures["only_ours"]) == (2, 1, 1)
+    assert figures["mask_iou_min"] == pytest.approx(40 / 60, abs=1e-5)
+    assert figures["score_error_max"] == pytest.approx(0.05)
+    assert figures["box_error_max_px"] == pytest.approx(1.0)
+    assert len(sums.missed(exact=True)) == 3
+    assert len(sums.missed(exact=False)) == 2
+
+
+def test_nothing_kept_is_no_parity() -> None:
+    """A comparison in which nothing was kept has shown nothing."""
+    sums = Parity()
+    sums.add({}, {})
+    assert sums.missed(exact=True)
+
+
+def test_threshold_of_random_weights() -> None:
+    """It lies in the widest gap of the middle half, so that neither all nor nothing is kept."""
+    scores = torch.tensor([0.1, 0.2, 0.21, 0.22, 0.4, 0.41, 0.42, 0.9]).numpy()
+    assert widest_gap(scores) == pytest.approx(0.31)
