@@ -7,10 +7,11 @@ start with one sentence that names the variable and the mend.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -18,8 +19,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_Read = TypeVar("_Read", bound="WeightsSettings")
+
 R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
 SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
+SAM3_COMMIT = "3c879f39826c281e95690f02c7821c4de09afae7"
+"""Of facebook/sam3 on the hub: its sam3.pt has 3,450,062,241 bytes and the sha256 9999e234...c3cf8c9e."""
+
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
 """Variables that start so and are not ours are taken for slips of the pen."""
 
@@ -28,12 +34,41 @@ class SettingsError(Exception):
     """A variable is missing or wrong; the message is the sentence to print."""
 
 
-class Settings(BaseSettings):
-    """Every setting, with its default. The field's name in capitals is the variable's."""
+class WeightsSettings(BaseSettings):
+    """Where the weights lie, and where they come from when they do not: all that a download needs."""
 
     model_config = SettingsConfigDict(
-        env_file_encoding="utf-8", env_ignore_empty=True, extra="forbid", frozen=True
+        env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
     )
+
+    sam3_weights_path: str = Field(
+        "weights/sam3.pt", description="the weights, or the word demo for the embedded demo checkpoint"
+    )
+    hf_token: SecretStr | None = Field(
+        None, description="downloads the gated weights from the Hugging Face hub, where they are missing"
+    )
+    sam3_hf_repo: str = Field("facebook/sam3", description="owner/name of a repository on the hub")
+    sam3_hf_revision: str = Field(
+        SAM3_COMMIT, description="a commit, tag or branch of it; a commit alone never changes"
+    )
+
+    @field_validator("hf_token")
+    @classmethod
+    def _strip(cls, value: SecretStr | None) -> SecretStr | None:
+        return SecretStr(value.get_secret_value().strip()) if value else None  # a file's last line break
+
+    @field_validator("sam3_hf_repo")
+    @classmethod
+    def _is_repo(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
+            raise ValueError("must be owner/name, such as facebook/sam3")
+        return value
+
+
+class Settings(WeightsSettings):
+    """Every setting, with its default. The field's name in capitals is the variable's."""
+
+    model_config = SettingsConfigDict(extra="forbid")
 
     env_file: Path = Field(Path(".env"), description="read beside the environment, which has the last word")
     app_env: Literal["development", "production"] = Field(
@@ -46,15 +81,11 @@ class Settings(BaseSettings):
         (), description="CORS: origins of the Edge, comma-separated; none by default"
     )
 
-    sam3_weights_path: str = Field(
-        "weights/sam3.pt", description="the weights, or the word demo for the embedded demo checkpoint"
-    )
     sam3_device: Literal["cuda", "cpu"] | None = Field(None, description="default: cuda if there is one")
     sam3_cpu_threads: int | None = Field(
         None, ge=1, le=256, description="of the model, where it runs on the CPU; default: one a core"
     )
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
-    hf_token: SecretStr | None = Field(None, description="reads the gated weights from the Hugging Face hub")
 
     r2_endpoint: str | None = Field(
         None, description="https://ACCOUNT.r2.cloudflarestorage.com, without the bucket"
@@ -194,9 +225,18 @@ class Settings(BaseSettings):
 
 def load_settings() -> Settings:
     """Read the environment and `.env`. Raises `SettingsError`."""
+    return _load(Settings)
+
+
+def load_weights_settings() -> WeightsSettings:
+    """The same, where nothing is served and so neither keys nor stores are needed."""
+    return _load(WeightsSettings)
+
+
+def _load(kind: type[_Read]) -> _Read:
     _refuse_slips()
     try:
-        return Settings(_env_file=os.environ.get("ENV_FILE", ".env"))
+        return kind(_env_file=os.environ.get("ENV_FILE", ".env"))
     except ValidationError as error:
         raise SettingsError(_sentence(error)) from None  # the original holds values, secrets among them
 

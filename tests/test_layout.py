@@ -23,12 +23,14 @@ ALLOWED = {
     "pipeline": {"contract", "settings", *PACKAGES},
     "service": {"contract", "gate", "pipeline", "settings", *PACKAGES},
     "local_server": {"settings"},
+    "download_weights": {"settings", "sam3_runner"},
 }
 """Our modules that each part may import."""
 
 VENDORS = {
     "torch": {"sam3_runner"},
     "transformers": {"sam3_runner"},
+    "huggingface_hub": {"sam3_runner"},
     "boto3": {"storage"},
     "botocore": {"storage"},
     "sqlite3": {"results"},

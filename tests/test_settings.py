@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from settings import Settings, SettingsError, load_settings, make_demo_key
+from settings import Settings, SettingsError, load_settings, load_weights_settings, make_demo_key
 
 EXAMPLE = Path(__file__).parent.parent / ".env.example"
 EXAMPLE_LINE = re.compile(r"^# ([A-Z0-9_]+)=(\S*)", re.MULTILINE)
@@ -101,6 +101,8 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SAM3_MAX_BATCH", "1", "greater"),
         ("SAM3_CPU_THREADS", "-1", "greater"),
         ("SAM3_DEVICE", "tpu", "cuda"),
+        ("SAM3_HF_REPO", "sam3", "owner/name"),
+        ("SAM3_HF_REPO", "https://huggingface.co/facebook/sam3", "owner/name"),
         ("APP_ENV", "prod", "production"),
         ("REQUEST_TIMEOUT_S", "0", "greater"),
         ("REQUEST_TIMEOUT_S", "601", "less"),
@@ -211,6 +213,33 @@ def test_demo_starts_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys_may_be_several(monkeypatch: pytest.MonkeyPatch) -> None:
     """While keys rotate, each of a comma-separated list opens the API."""
     assert load(monkeypatch, API_SECRET_KEY=f" {KEY} ,{SECRET},").api_keys == (KEY, SECRET)
+
+
+def test_download_needs_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where nothing is served, the weights' settings are read from the same places without the others."""
+    (tmp_path / ".env").write_text("SAM3_HF_REVISION=main\nAPI_WORKERS=3\n")
+    monkeypatch.setenv("SAM3_WEIGHTS_PATH", "w/sam3")
+    read = load_weights_settings()
+    assert (read.sam3_weights_path, read.sam3_hf_repo, read.sam3_hf_revision) == (
+        "w/sam3",
+        "facebook/sam3",
+        "main",
+    )
+    monkeypatch.setenv("SAM3_HF_REVISON", "main")
+    with pytest.raises(SettingsError, match="did you mean SAM3_HF_REVISION"):
+        load_weights_settings()
+
+
+def test_revision_is_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the weights are those of one commit, which never change under a server."""
+    assert re.fullmatch("[0-9a-f]{40}", load(monkeypatch).sam3_hf_revision)
+
+
+def test_token_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line break with which a file of a secret ends is no part of the token."""
+    token = load(monkeypatch, HF_TOKEN=f"{SECRET}\n").hf_token
+    assert token is not None
+    assert token.get_secret_value() == SECRET
 
 
 def test_lists_are_split(monkeypatch: pytest.MonkeyPatch) -> None:

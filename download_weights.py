@@ -1,0 +1,30 @@
+"""Downloads the weights ahead of the server's start: `python -m download_weights`, or `make weights`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from sam3_runner.download import HubSource, download
+from sam3_runner.errors import WeightsError
+from settings import SettingsError, load_weights_settings
+
+
+def main() -> None:
+    """Fetch what SAM3_WEIGHTS_PATH lacks; a failure is one sentence, and 1 the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request
+    try:
+        read = load_weights_settings()
+        if read.sam3_weights_path == "demo":
+            sys.exit("SAM3_WEIGHTS_PATH=demo is embedded: there is nothing to download")
+        token = read.hf_token.get_secret_value() if read.hf_token else None
+        download(Path(read.sam3_weights_path), HubSource(read.sam3_hf_repo, read.sam3_hf_revision, token))
+    except (SettingsError, WeightsError) as error:
+        sys.exit(str(error))
+    print(f"{read.sam3_weights_path} is complete")  # noqa: T201 - it is a command
+
+
+if __name__ == "__main__":
+    main()
