@@ -10,7 +10,7 @@ Compares kept queries one by one: mask IoU, score and box error, and which were 
 --record appends the rows to benchmarks/parity.csv. The exit status is 1 when a target is missed: fp32
 against fp32 mask IoU >= 0.999 on every kept mask, score error <= 1e-3 and the same kept set; bf16 against
 fp32 mean IoU >= 0.99 and score error <= 1e-2. Random weights have no meaning at the threshold 0.5, so there
-it lies, for each image, in the widest gap among the middle half of the reference's scores.
+it lies, for each pair, in the widest gap among the middle half of the reference's scores.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from benchmarks.pictures import EVERY_PROMPT, FIRST_SEED, Scene
 from benchmarks.references import Official, Ours, Transformers, exact_float32
-from benchmarks.serve import EVERY_PROMPT, FIRST_SEED, Scene, processor, record
+from benchmarks.table import processor, record
 from sam3_runner import SAM3Error, WeightsError
 from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE, SCORE_THRESHOLD, find_checkpoint
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import Tensor
 
     from benchmarks.references import Kept, Model
 
@@ -105,33 +107,27 @@ class Parity:
         return missed
 
 
-def widest_gap(scores: npt.NDArray[np.float32]) -> float:
+def widest_gap(scores: list[float]) -> float:
     """A threshold that splits `scores` where no rounding can move one across: near the middle."""
-    ordered = np.sort(scores.ravel())
-    middle = ordered[len(ordered) // 4 : -(len(ordered) // 4)]
+    middle = sorted(scores)[len(scores) // 4 : -(len(scores) // 4)]
     gap = int(np.diff(middle).argmax())
-    return float(middle[gap] + middle[gap + 1]) / 2
+    return (middle[gap] + middle[gap + 1]) / 2
 
 
 def compare(
     reference: Model, ours: Model, questions: list[Question], threshold: float | None
 ) -> tuple[Parity, list[float]]:
-    """All pairs, and the threshold of each image (`threshold` None: in the widest gap)."""
+    """All pairs, and the threshold of each; `threshold` None: in the widest gap of the scores."""
     parity, thresholds = Parity(), []
     title = f"{reference.name} {reference.dtype} / {ours.name} {ours.dtype}"
-    for question in tqdm(questions, desc=title, disable=None):
-        limit = _gap_of(reference, question) if threshold is None else threshold
-        answers = (model.segment(question.image, question.prompts, limit) for model in (reference, ours))
-        for (_, left), (_, right) in zip(*answers, strict=True):
-            parity.add(left, right)
+    pairs = [(question.image, prompt) for question in questions for prompt in question.prompts]
+    for image, prompt in tqdm(pairs, desc=title, disable=None):
+        # At 1 nothing is kept, so nothing is drawn: only the scores are wanted.
+        limit = widest_gap(reference.segment(image, prompt, 1.0).scores) if threshold is None else threshold
+        answers = [model.segment(image, prompt, limit).kept for model in (reference, ours)]
+        parity.add(*answers)
         thresholds.append(round(limit, 6))
     return parity, thresholds
-
-
-def _gap_of(reference: Model, question: Question) -> float:
-    # At 1 nothing is kept, so nothing is drawn: only the scores are wanted.
-    scores = [found for found, _ in reference.segment(question.image, question.prompts, 1.0)]
-    return widest_gap(np.stack([each for each in scores if each is not None]))
 
 
 def _iou(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
@@ -210,20 +206,43 @@ def _references(arguments: argparse.Namespace, weights: str) -> list[Model]:
 
 def _random_weights(reference: str, device: str, folder: Path) -> Path:
     """Random weights at full size, in a file as the reference's own checkpoints are."""
-    if reference == "official":
-        state = Official(None, device, seed=RANDOM_SEED).model.state_dict()
-        path = folder / "sam3.pt"
-        torch.save({"model": {f"detector.{name}": tensor for name, tensor in state.items()}}, path)
-        return path
+    if reference == "transformers":
+        return random_transformers_folder(folder)
+    state = randomise(Official(None, device).model.state_dict())
+    path = folder / "sam3.pt"
+    torch.save({"model": {f"detector.{name}": tensor for name, tensor in state.items()}}, path)
+    return path
+
+
+def random_transformers_folder(folder: Path) -> Path:
+    """A `Sam3Model` of the official size with random weights, written to `folder`."""
     from transformers.models.sam3.configuration_sam3 import Sam3Config  # noqa: PLC0415 - slow to import
     from transformers.models.sam3.modeling_sam3 import Sam3Model  # noqa: PLC0415
 
-    torch.manual_seed(RANDOM_SEED)
-    model: Any = Sam3Model(Sam3Config())
+    with torch.device("meta"):
+        model: Any = Sam3Model(Sam3Config())
     model.config.save_pretrained(folder)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(randomise(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokenizer.json").write_bytes(CLIP_TOKENIZER_FILE.read_bytes())
     return folder
+
+
+def randomise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor drawn anew on the CPU, at scales that carry a signal through all layers.
+
+    The official model leaves some of its own as `torch.empty` found them.
+    """
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    drawn = {}
+    for name, tensor in state.items():
+        if tensor.is_complex():  # a table that is computed
+            continue
+        normal = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1:
+            drawn[name] = normal / (tensor.numel() / len(tensor)) ** 0.5
+        else:
+            drawn[name] = normal * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+    return drawn
 
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:

@@ -11,7 +11,7 @@ import copy
 import gzip
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
@@ -25,8 +25,6 @@ from sam3_runner.images import squash
 from sam3_runner.prompts import PromptTokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing as npt
     from PIL import Image
     from torch import Tensor
@@ -43,19 +41,27 @@ class Kept:
     mask: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says of one prompt in one image.
+
+    Attributes:
+        kept: by the number of the query.
+        scores: (Q,), of all queries; empty from ours, which tells of the kept ones only.
+    """
+
+    kept: dict[int, Kept]
+    scores: list[float] = field(default_factory=list)
+
+
 class Model(Protocol):
     """Answers prompts on an image, in one precision."""
 
     name: str
     dtype: Dtype
 
-    def segment(
-        self, image: Image.Image, prompts: list[str], threshold: float
-    ) -> Iterator[tuple[npt.NDArray[np.float32] | None, dict[int, Kept]]]:
-        """For each prompt the scores of all Q queries (None: it does not tell), and those above `threshold`.
-
-        `image` is RGB.
-        """
+    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
+        """Look for `prompt` in the RGB `image`; queries with a score above `threshold` are kept."""
         ...
 
 
@@ -69,27 +75,24 @@ class Ours:
         self.predictor = SAM3Predictor(weights, device, dtype=dtype)
         self.predictor.load()
 
-    def segment(
-        self, image: Image.Image, prompts: list[str], threshold: float
-    ) -> Iterator[tuple[None, dict[int, Kept]]]:
+    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
         """As `Model` says."""
         self.predictor.score_threshold = threshold
-        for result in self.predictor.predict_batch(image, prompts):
-            kept = {}
-            for instance in result.instances:
-                mask = np.zeros((result.image_height, result.image_width), dtype=bool)
-                mask[instance.mask.window] = instance.mask.array()
-                kept[instance.query] = Kept(instance.score, instance.box, mask)
-            yield None, kept
+        result = self.predictor.predict(image, prompt)
+        kept = {}
+        for instance in result.instances:
+            mask = np.zeros((result.image_height, result.image_width), dtype=bool)
+            mask[instance.mask.window] = instance.mask.array()
+            kept[instance.query] = Kept(instance.score, instance.box, mask)
+        return Answer(kept)
 
 
 class Official:
     """Meta's Sam3Processor over Meta's model.
 
     Args:
-        weights_file: a `sam3.pt`; None: random weights of `seed`.
+        weights_file: a `sam3.pt`; None: whatever the model is built with.
         device: `cuda`.
-        seed: of the random weights.
 
     Attributes:
         dtype: float32; bfloat16 is autocast over fp32 weights, as Meta's notebooks run it.
@@ -101,12 +104,11 @@ class Official:
     dtype: Dtype = "float32"
     own_resize = False
 
-    def __init__(self, weights_file: Path | None, device: str, *, seed: int = 0) -> None:
+    def __init__(self, weights_file: Path | None, device: str) -> None:
         from sam3.model.sam3_image_processor import Sam3Processor  # noqa: PLC0415 - an optional package
         from sam3.model_builder import build_sam3_image_model  # noqa: PLC0415
 
         self._device = device
-        torch.manual_seed(seed)
         self.model: Any = build_sam3_image_model(
             bpe_path=str(_vocabulary_file()),
             device=device,
@@ -123,9 +125,7 @@ class Official:
         other.dtype, other.own_resize = dtype, own_resize
         return other
 
-    def segment(
-        self, image: Image.Image, prompts: list[str], threshold: float
-    ) -> Iterator[tuple[npt.NDArray[np.float32], dict[int, Kept]]]:
+    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
         """As `Model` says."""
         self._processor.confidence_threshold = threshold
         side_px = self._processor.resolution
@@ -133,10 +133,9 @@ class Official:
         with _autocast(self._device, self.dtype):
             state = self._processor.set_image(seen)
             state["original_width"], state["original_height"] = image.size
-            for prompt in prompts:
-                with _Outputs(self.model) as outputs:
-                    state = self._processor.set_text_prompt(prompt, state)
-                yield _kept_by_official(outputs.last, state, threshold)
+            with _Outputs(self.model) as outputs:
+                state = self._processor.set_text_prompt(prompt, state)
+        return _answer_of_official(outputs.last, state, threshold)
 
 
 class Transformers:
@@ -165,28 +164,25 @@ class Transformers:
         self.model.geometry_encoder._encode_boxes = _encode_no_boxes  # noqa: SLF001 - nothing public leads there
 
     @torch.inference_mode()
-    def segment(
-        self, image: Image.Image, prompts: list[str], threshold: float
-    ) -> Iterator[tuple[npt.NDArray[np.float32], dict[int, Kept]]]:
+    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
         """As `Model` says."""
         side_px: int = self.model.config.vision_config.backbone_config.image_size
         pixels = torch.from_numpy(squash(image, side_px).pixels.copy()).to(self._device)
-        tokens = self._tokenizer.encode(prompts)
-        for ids, valid in zip(tokens.ids, tokens.valid, strict=True):
-            with _autocast(self._device, self.dtype):
-                outputs: Any = self.model(
-                    pixel_values=pixels.permute(2, 0, 1)[None] / 127.5 - 1.0,
-                    input_ids=torch.from_numpy(ids)[None].to(self._device),
-                    attention_mask=torch.from_numpy(valid)[None].long().to(self._device),
-                    input_boxes=torch.zeros(1, 1, 4, device=self._device),
-                )
-            scores = outputs.pred_logits[0].float().sigmoid() * outputs.presence_logits[0].float().sigmoid()
-            queries = (scores > threshold).nonzero().flatten()
-            masks = F.interpolate(
-                outputs.pred_masks[0, queries].float()[:, None], (image.height, image.width), mode="bilinear"
+        tokens = self._tokenizer.encode([prompt])
+        with _autocast(self._device, self.dtype):
+            outputs: Any = self.model(
+                pixel_values=pixels.permute(2, 0, 1)[None] / 127.5 - 1.0,
+                input_ids=torch.from_numpy(tokens.ids).to(self._device),
+                attention_mask=torch.from_numpy(tokens.valid).long().to(self._device),
+                input_boxes=torch.zeros(1, 1, 4, device=self._device),
             )
-            boxes = outputs.pred_boxes[0, queries].float() * scores.new_tensor([*image.size, *image.size])
-            yield scores.cpu().numpy(), _kept(queries, scores[queries], boxes, masks[:, 0] > 0)
+        scores = outputs.pred_logits[0].float().sigmoid() * outputs.presence_logits[0].float().sigmoid()
+        queries = (scores > threshold).nonzero().flatten()
+        masks = F.interpolate(
+            outputs.pred_masks[0, queries].float()[:, None], (image.height, image.width), mode="bilinear"
+        )
+        boxes = outputs.pred_boxes[0, queries].float() * scores.new_tensor([*image.size, *image.size])
+        return Answer(_kept(queries, scores[queries], boxes, masks[:, 0] > 0), scores.tolist())
 
 
 def exact_float32() -> None:
@@ -223,9 +219,7 @@ def _encode_no_boxes(
     return features.new_zeros(len(boxes), 0, features.shape[1]), valid[:, :0]
 
 
-def _kept_by_official(
-    outputs: dict[str, Tensor], state: dict[str, Any], threshold: float
-) -> tuple[npt.NDArray[np.float32], dict[int, Kept]]:
+def _answer_of_official(outputs: dict[str, Tensor], state: dict[str, Any], threshold: float) -> Answer:
     """What Meta's processor kept, in the order of the queries, and which queries these were."""
     presence = outputs["presence_logit_dec"].sigmoid().unsqueeze(1)
     scores = (outputs["pred_logits"].sigmoid() * presence)[0, :, 0]
@@ -233,7 +227,7 @@ def _kept_by_official(
     if len(queries) != len(state["scores"]):
         raise RuntimeError("the official processor kept other queries than its scores say")
     kept = _kept(queries, state["scores"], state["boxes"], state["masks"][:, 0])
-    return scores.float().cpu().numpy(), kept
+    return Answer(kept, scores.float().tolist())
 
 
 def _kept(queries: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> dict[int, Kept]:

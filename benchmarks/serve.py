@@ -12,8 +12,6 @@ resident memory of all processes after the load, and the mask IoU with the drawn
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import platform
@@ -35,43 +33,16 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.pictures import FIRST_SEED, Scene
+from benchmarks.table import processor, record
 from local_server import LocalServer, local_server
 from storage import LocalFolder
-from training.scenes import COLOURS, SHAPES, draw_scenes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-WIDTH_PX, HEIGHT_PX = 1280, 720
-FIRST_SEED = 9_000_000
 USER_ID = "bench"
 RESULTS = Path(__file__).parent / "results.csv"
-EVERY_PROMPT = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-
-
-class Scene:
-    """One drawn picture: `jpeg`, and for each prompt the union of what it means, (H, W) bool."""
-
-    def __init__(self, seed: int) -> None:
-        scenes, pictures = draw_scenes(1, seed, width=WIDTH_PX, height=HEIGHT_PX)
-        buffer = io.BytesIO()
-        pixels = pictures.pixels[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
-        self.jpeg = buffer.getvalue()
-        self.masks: dict[str, npt.NDArray[np.bool_]] = {}
-        owner = pictures.owner[0].numpy()
-        for index in pictures.counted[0].nonzero().flatten().tolist():
-            colour, shape = int(scenes.colour[0, index]), int(scenes.shape[0, index])
-            prompt = f"{list(COLOURS)[colour]} {SHAPES[shape]}"
-            self.masks[prompt] = self.masks.get(prompt, np.zeros_like(owner, dtype=bool)) | (
-                owner == index + 1
-            )
-
-    @property
-    def ten_prompts(self) -> list[str]:
-        """What the scene shows, then things that it does not."""
-        absent = [prompt for prompt in EVERY_PROMPT if prompt not in self.masks]
-        return [*self.masks, *absent][:10]
 
 
 def main() -> int:
@@ -153,24 +124,6 @@ def _resident_mb(pid: int) -> float:
     """Resident memory of the server's processes, added up: pages that they share count each time."""
     parent = psutil.Process(pid)
     return sum(float(each.memory_info().rss) for each in (parent, *parent.children(recursive=True))) / 1e6
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def record(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append `rows`, which have the same names, to the CSV file at `path`."""
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _parse() -> argparse.Namespace:

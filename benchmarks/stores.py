@@ -33,7 +33,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.serve import FIRST_SEED, Scene, processor, record
+from benchmarks.pictures import FIRST_SEED, Scene
+from benchmarks.table import processor, record
 from results import Claim, Outbox, SqliteResults, Task
 from results.supabase import SupabaseResults
 from sam3_runner.images import encode_png

@@ -190,10 +190,13 @@ class Engine:
         return predictor
 
     def _warm_up(self, predictor: SAM3Predictor) -> None:
-        """Run the smallest and the largest batch once, so that the first caller does not pay for it."""
+        """Run the smallest and the largest batch once, so that the first caller does not pay for it.
+
+        On a CPU the smallest alone: there a batch of the full-size model takes minutes.
+        """
         side_px = self._model_facts["input_side_px"]
         blank = SquareImage(np.zeros((side_px, side_px, 3), dtype=np.uint8), width=side_px, height=side_px)
-        for images in (1, self._config.max_batch):
+        for images in (1, self._config.max_batch) if predictor.device.type == "cuda" else (1,):
             predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
 
 

@@ -1,0 +1,43 @@
+"""What the benchmarks show the model: drawn scenes as JPEGs, with their truth."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from training.scenes import COLOURS, SHAPES, draw_scenes
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+WIDTH_PX, HEIGHT_PX = 1280, 720
+FIRST_SEED = 9_000_000
+EVERY_PROMPT = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+class Scene:
+    """One drawn picture: `jpeg`, and for each prompt the union of what it means, (H, W) bool."""
+
+    def __init__(self, seed: int) -> None:
+        scenes, pictures = draw_scenes(1, seed, width=WIDTH_PX, height=HEIGHT_PX)
+        buffer = io.BytesIO()
+        pixels = pictures.pixels[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
+        self.jpeg = buffer.getvalue()
+        self.masks: dict[str, npt.NDArray[np.bool_]] = {}
+        owner = pictures.owner[0].numpy()
+        for index in pictures.counted[0].nonzero().flatten().tolist():
+            colour, shape = int(scenes.colour[0, index]), int(scenes.shape[0, index])
+            prompt = f"{list(COLOURS)[colour]} {SHAPES[shape]}"
+            self.masks[prompt] = self.masks.get(prompt, np.zeros_like(owner, dtype=bool)) | (
+                owner == index + 1
+            )
+
+    @property
+    def ten_prompts(self) -> list[str]:
+        """What the scene shows, then things that it does not."""
+        absent = [prompt for prompt in EVERY_PROMPT if prompt not in self.masks]
+        return [*self.masks, *absent][:10]

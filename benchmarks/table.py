@@ -1,0 +1,25 @@
+"""What the benchmarks write down."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def record(path: Path, rows: list[dict[str, object]]) -> None:
+    """Append `rows`, which have the same names, to the CSV file at `path`."""
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
