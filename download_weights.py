@@ -14,7 +14,6 @@ from settings import SettingsError, load_weights_settings
 def main() -> None:
     """Fetch what SAM3_WEIGHTS_PATH lacks; a failure is one sentence, and 1 the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request
     try:
         read = load_weights_settings()
         if read.sam3_weights_path == "demo":
