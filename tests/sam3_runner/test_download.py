@@ -300,7 +300,8 @@ def test_dead_network_is_named(tmp_path: Path) -> None:
     """A hub that cannot be reached is named, with the way by hand."""
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     said = refusal(start(url, tmp_path / "sam3.pt"))
-    assert f"the hub at {url} or its store does not answer ([Errno 111] Connection refused)" in said
+    assert f"the hub at {url} or its store does not answer (" in said
+    assert "Connection refused" in said
     assert f"copy the files to {tmp_path / 'sam3.pt'} by hand" in said
 
 
