@@ -8,6 +8,9 @@ transformers holds the weights and the layers; the order of the steps is ours wh
 differs from the official model (docs/architecture.md, "Fidelity"): the geometry token that the
 official model adds to a text-only prompt, and masks only for the queries that were kept.
 
+Under bf16 autocast the text encoder, the decoder with its heads, and the product that draws the masks
+stay in fp32: together they are a few per cent of the work, and half of the error that bf16 would bring.
+
 Knows tensors, and nothing of files, images' own sizes or thresholds.
 """
 
@@ -95,10 +98,11 @@ def encode_image(model: Any, pixels: Tensor) -> ImageFeatures:
 
 
 def encode_text(model: Any, input_ids: Tensor, valid: Tensor) -> TextFeatures:
-    """Encode T texts: `input_ids` (T, L) int64, `valid` (T, L) bool, False where padded."""
-    features: Any = model.get_text_features(
-        input_ids=input_ids, attention_mask=valid.long(), return_dict=True
-    )
+    """Encode T texts in fp32: `input_ids` (T, L) int64, `valid` (T, L) bool, False where padded."""
+    with _float32(input_ids.device):
+        features: Any = model.get_text_features(
+            input_ids=input_ids, attention_mask=valid.long(), return_dict=True
+        )
     return TextFeatures(tokens=features.pooler_output, valid=valid)
 
 
@@ -107,19 +111,20 @@ def decode_prompts(
 ) -> Detections:
     """Look for text `text_index[p]` in image `image_index[p]`, for P pairs at once (both (P,) int64)."""
     geometry_token = image.geometry_token[image_index]
-    prompt = torch.cat([text.tokens[text_index], geometry_token], dim=1)
+    prompt = torch.cat([text.tokens[text_index], geometry_token.float()], dim=1)
     prompt_valid = F.pad(text.valid[text_index], (0, 1), value=True)
     fused = _fuse(model.detr_encoder.layers, image, image_index, prompt, prompt_valid)
     side = image.levels[-1].shape[-1]
-    decoded = model.detr_decoder(
-        vision_features=fused,
-        text_features=prompt,
-        vision_pos_encoding=image.position.expand(len(image_index), -1, -1),
-        text_mask=prompt_valid,
-        spatial_shapes=torch.full((1, 2), side, device=fused.device),
-    )
+    with _float32(fused.device):
+        decoded = model.detr_decoder(
+            vision_features=fused.float(),
+            text_features=prompt,
+            vision_pos_encoding=image.position.expand(len(image_index), -1, -1),
+            text_mask=prompt_valid,
+            spatial_shapes=torch.full((1, 2), side, device=fused.device),
+        )
     queries = decoded.intermediate_hidden_states
-    layer_presence_logits = decoded.presence_logits.float().squeeze(-1)
+    layer_presence_logits = decoded.presence_logits.squeeze(-1)
     return Detections(
         logits=score_queries(model, queries[-1:], prompt, prompt_valid)[0],
         presence_logits=layer_presence_logits[-1],
@@ -134,17 +139,19 @@ def decode_prompts(
 
 
 def score_queries(model: Any, queries: Tensor, prompt: Tensor, prompt_valid: Tensor) -> Tensor:
-    """Logits (layers, P, Q) in fp32 of `queries` (layers, P, Q, D)."""
-    logits: Tensor = model.dot_product_scoring(
-        decoder_hidden_states=queries, text_features=prompt, text_mask=prompt_valid
-    )
-    return logits.squeeze(-1).float()
+    """Logits (layers, P, Q) of `queries` (layers, P, Q, D)."""
+    with _float32(queries.device):
+        logits: Tensor = model.dot_product_scoring(
+            decoder_hidden_states=queries, text_features=prompt, text_mask=prompt_valid
+        )
+    return logits.squeeze(-1)
 
 
 def refine_boxes(model: Any, queries: Tensor, reference_boxes: Tensor) -> Tensor:
-    """Boxes x0 y0 x1 y1 in 0..1, (..., Q, 4) in fp32, from `queries` (..., Q, D) and where they started."""
-    offset = model.detr_decoder.box_head(queries).float()
-    center_x, center_y, width, height = (_logit(reference_boxes.float()) + offset).sigmoid().unbind(-1)
+    """Boxes x0 y0 x1 y1 in 0..1, (..., Q, 4), from `queries` (..., Q, D) and where they started."""
+    with _float32(queries.device):
+        offset = model.detr_decoder.box_head(queries)
+    center_x, center_y, width, height = (_logit(reference_boxes) + offset).sigmoid().unbind(-1)
     half_width, half_height = width / 2, height / 2
     corners = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
     return torch.stack(corners, dim=-1)
@@ -171,11 +178,12 @@ def decode_masks(
 def draw_masks(model: Any, pixels: Tensor, queries: Tensor) -> Tensor:
     """Mask logits (K, 4g, 4g) in fp32 of K queries (K, D) over the pixel features (D, 4g, 4g) of one pair."""
     head = model.mask_decoder
-    embedding = head.mask_embedder(queries)
-    # The 1x1 instance projection, moved from the many pixels to the K queries: e.(Wx + b) = (eW).x + e.b
-    weight, bias = head.instance_projection.weight.flatten(1), head.instance_projection.bias
-    logits = torch.einsum("kd,dhw->khw", embedding @ weight, pixels) + (embedding @ bias)[:, None, None]
-    masks: Tensor = logits.float()
+    with _float32(pixels.device):
+        embedding = head.mask_embedder(queries)
+        # The 1x1 instance projection, moved from the many pixels to the K queries: e.(Wx + b) = (eW).x + e.b
+        weight, bias = head.instance_projection.weight.flatten(1), head.instance_projection.bias
+        logits = torch.einsum("kd,dhw->khw", embedding @ weight, pixels.float())
+        masks: Tensor = logits + (embedding @ bias)[:, None, None]
     return masks
 
 
@@ -219,6 +227,11 @@ def _encode_no_geometry(encoder: Any, coarse: Tensor, position: Tensor) -> Tenso
         token = layer(prompt_feats=token, vision_feats=coarse, vision_pos_encoding=position, prompt_mask=None)
     normed: Tensor = encoder.output_layer_norm(token)
     return normed
+
+
+def _float32(device: torch.device) -> torch.autocast:
+    """What runs inside is left out of autocast; its inputs are given in fp32."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _attention_mask(valid: Tensor) -> Tensor:
