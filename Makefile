@@ -24,6 +24,10 @@ serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...); the demo checkpoint un
 	@SAM3_WEIGHTS_PATH="$${SAM3_WEIGHTS_PATH:-demo}" BENTOML_DO_NOT_TRACK=True \
 		exec $(BIN)/python -m bentoml serve service:SegmentationService --host 127.0.0.1 --port $(PORT)
 
+.PHONY: weights
+weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs HF_TOKEN)
+	@$(BIN)/python -m download_weights
+
 .PHONY: test
 test: $(VENV)/dev $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
 	$(BIN)/python -m pytest

@@ -142,6 +142,7 @@ class Health(BaseModel):
 
     status: Literal["ok", "loading", "error"]
     model_loaded: bool
+    detail: str | None = Field(None, description="what is going on, or wrong, unless the status is ok")
     gpu_available: bool
     gpu_name: str | None = None
     vram_used_mb: int | None = None

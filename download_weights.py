@@ -6,7 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
-from sam3_runner.download import HubSource, download
+from sam3_runner.checkpoint import HubSource
+from sam3_runner.download import download
 from sam3_runner.errors import WeightsError
 from settings import SettingsError, load_weights_settings
 

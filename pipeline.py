@@ -137,7 +137,7 @@ class Pipeline:
         """Refuse before anything is claimed, so that the row stays as it was for the next try."""
         status = await self._runner.status()
         if status.state != "ok":
-            raise ModelNotLoaded(status.error or "the model is loading")
+            raise ModelNotLoaded(status.detail or "the model is loading")
         # Last: nothing may wait between this check and the start of the work, or a burst slips through.
         if len(self._running) >= self._settings.max_in_flight:
             raise OverloadedError(f"{len(self._running)} requests are in flight; try again later")

@@ -40,7 +40,7 @@ from gate import Gate
 from pipeline import Pipeline
 from results import Outbox, ResultsError, SqliteResults
 from sam3_runner import ModelNotLoaded, WeightsError
-from sam3_runner.checkpoint import SCORE_THRESHOLD, find_checkpoint
+from sam3_runner.checkpoint import SCORE_THRESHOLD, Checkpoint, HubSource, find_checkpoint, is_missing
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineConfig
 from sam3_runner.runner import runner_service
@@ -69,6 +69,17 @@ def _settings_or_defaults() -> Settings:
         return load_settings()
     except SettingsError:
         return Settings.model_construct()
+
+
+def hub_source(settings: Settings) -> HubSource | None:
+    """Where missing weights come from; None: no token, so nowhere."""
+    token = settings.hf_token.get_secret_value() if settings.hf_token else ""
+    return HubSource(settings.sam3_hf_repo, settings.sam3_hf_revision, token) if token else None
+
+
+def expected_checkpoint(settings: Settings) -> Checkpoint:
+    """What the runner has loaded or will load. Raises `WeightsError`."""
+    return find_checkpoint(settings.sam3_weights_path, to_be_downloaded=hub_source(settings) is not None)
 
 
 settings = _settings_or_defaults()
@@ -101,6 +112,7 @@ Sam3Runner = runner_service(
         device=settings.sam3_device,
         cpu_threads=settings.sam3_cpu_threads,
         max_batch=settings.sam3_max_batch,
+        hub=hub_source(settings),
     ),
     timeout_s=settings.request_timeout_s + STOP_MARGIN_S,
     gpu=settings.wants_gpu,
@@ -123,7 +135,7 @@ class SegmentationService:
         self._runner = RunnerClient(self.runner)
         self._pipeline = Pipeline(
             settings,
-            find_checkpoint(settings.sam3_weights_path),
+            expected_checkpoint(settings),
             objects=open_storage(settings),
             rows=open_outbox(settings, open_results(settings)),
             runner=self._runner,
@@ -136,12 +148,17 @@ class SegmentationService:
         """Check everything once, before any process starts; say what will be used."""
         try:
             checked = load_settings()
-            checkpoint = find_checkpoint(checked.sam3_weights_path)
+            checkpoint = expected_checkpoint(checked)
             asyncio.run(check_stores(checked))
         except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
         keep_sockets_until_the_end()
-        logger.info("weights: %s", checkpoint.weights_file)
+        if is_missing(checked.sam3_weights_path):
+            logger.info(
+                "weights: %s, to be downloaded from %s", checkpoint.weights_file, checked.sam3_hf_repo
+            )
+        else:
+            logger.info("weights: %s", checkpoint.weights_file)
         if not checked.api_keys:
             # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.
             sys.stderr.write(f"embedded demo: X-API-Key for this run is {make_demo_key()}\n")
@@ -163,6 +180,7 @@ class SegmentationService:
         return Health(
             status=status.state,
             model_loaded=status.state == "ok",
+            detail=status.detail,
             gpu_available=status.gpu_name is not None,
             gpu_name=status.gpu_name,
             vram_used_mb=_mb(status.vram_used_bytes),
@@ -188,7 +206,7 @@ class SegmentationService:
         """What is loaded, and what requests may hold."""
         status = await self._runner.status()
         if status.state != "ok":
-            raise Failure.of(ModelNotLoaded(status.error or "the model is loading"))
+            raise Failure.of(ModelNotLoaded(status.detail or "the model is loading"))
         return ModelInfo(
             model_version=VERSION,
             checkpoint=status.checkpoint,

@@ -122,8 +122,8 @@ def _start_engine(weights: str, device: str | None) -> float:
     engine.start()
     while (status := engine.status()).state == "loading":
         time.sleep(POLL_S)
-    if status.error is not None:
-        raise SAM3Error(status.error)
+    if status.state == "error":
+        raise SAM3Error(status.detail)
     return time.perf_counter() - started_s
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,27 @@ class Checkpoint:
         return side or SAM3_SIDE_PX
 
 
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """Where the weights come from.
+
+    Attributes:
+        repo: `owner/name` on the hub that HF_ENDPOINT names, by default huggingface.co.
+        revision: a commit, tag or branch.
+        token: of an account that was given access; never shown.
+    """
+
+    repo: str
+    revision: str
+    token: str | None = field(default=None, repr=False)
+
+
+def is_missing(weights_path: str) -> bool:
+    """Nothing lies at `weights_path`, or a transformers folder without its weights."""
+    path = Path(weights_path)
+    return weights_path != "demo" and not (path / "model.safetensors" if path.is_dir() else path).exists()
+
+
 def find_checkpoint(weights_path: str, *, to_be_downloaded: bool = False) -> Checkpoint:
     """Find the checkpoint that `weights_path` names.
 
@@ -64,14 +85,13 @@ def find_checkpoint(weights_path: str, *, to_be_downloaded: bool = False) -> Che
     if weights_path == "demo":
         return _folder(DEMO_FOLDER, name="demo", demo=True)
     path = Path(weights_path)
-    if path.is_dir():
-        if not to_be_downloaded or (path / "model.safetensors").is_file():
-            return _folder(path, name=path.resolve().name)
-    elif path.exists():
-        return _file(path)
-    if to_be_downloaded:
+    if to_be_downloaded and is_missing(weights_path):
         weights_file = path if path.suffix else path / "model.safetensors"
         return Checkpoint(weights_file, CLIP_TOKENIZER_FILE, _official_config(), path.name)
+    if path.is_dir():
+        return _folder(path, name=path.resolve().name)
+    if path.exists():
+        return _file(path)
     raise WeightsError(
         f"no weights at {path}: put sam3.pt or a transformers folder of SAM 3 there, or set HF_TOKEN to "
         "download them, or choose the embedded demo checkpoint with SAM3_WEIGHTS_PATH=demo"

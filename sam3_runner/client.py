@@ -75,7 +75,7 @@ class RunnerClient:
         except (SAM3Error, TimeoutError) as error:
             busy = isinstance(error, TimeoutError | DeadlineExceeded) and self._status.state == "ok"
             if not busy or time.monotonic() > self._trusted_until_s:
-                self._status = EngineStatus(state="error", error="the model's process does not answer")
+                self._status = EngineStatus(state="error", detail="the model's process does not answer")
         finally:
             self._asking = None
         # "loading" is not remembered: whoever saw /readyz turn good is served at once.

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from sam3_runner.checkpoint import HubSource
+
     OnProgress = Callable[[int, int], None]
 
 _T = TypeVar("_T")
@@ -56,21 +58,6 @@ LOG_EVERY_S = 30.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKSUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 """The hub's ETags: the sha256 of a large file, git's own hash of a small one."""
-
-
-@dataclass(frozen=True, slots=True)
-class HubSource:
-    """Where the weights come from.
-
-    Attributes:
-        repo: `owner/name` on the hub that HF_ENDPOINT names, by default huggingface.co.
-        revision: a commit, tag or branch.
-        token: of an account that was given access; never shown.
-    """
-
-    repo: str
-    revision: str
-    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,18 +11,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from prometheus_client import Histogram
 
-from sam3_runner.checkpoint import find_checkpoint
+from sam3_runner.checkpoint import find_checkpoint, is_missing
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, SAM3Error
 from sam3_runner.images import SquareImage
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from sam3_runner.checkpoint import HubSource
     from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
 
@@ -45,12 +45,14 @@ class EngineConfig:
         device: `cuda`, `cpu`, or None for cuda if there is one.
         cpu_threads: threads of one operation where the model runs on the CPU; None: one a core.
         max_batch: most requests in one pass.
+        hub: brings the weights if nothing lies at their path; None: that is an error.
     """
 
     weights_path: str
     device: str | None = None
     cpu_threads: int | None = None
     max_batch: int = 8
+    hub: HubSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,14 @@ class SegmentOutcome:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What `/health` and `/api/v1/model/info` tell; the model's facts are None until it is loaded."""
+    """What `/health` and `/api/v1/model/info` tell; the model's facts are None until it is loaded.
+
+    Attributes:
+        detail: a sentence, unless the state is ok: what is going on, or what went wrong.
+    """
 
     state: Literal["loading", "ok", "error"]
-    error: str | None = None
+    detail: str | None = None
     checkpoint: str | None = None
     layout: Literal["official", "transformers"] | None = None
     demo: bool | None = None
@@ -109,6 +115,7 @@ class Engine:
         self._config = config
         self._predictor: SAM3Predictor | None = None
         self._error: str | None = None
+        self._doing = "the model is loading"
         self._model_facts: dict[str, Any] = {}
 
     def start(self) -> None:
@@ -123,16 +130,16 @@ class Engine:
     def status(self) -> EngineStatus:
         """Cheap: never waits for a running batch."""
         if self._error is not None:
-            return EngineStatus(state="error", error=self._error)
+            return EngineStatus(state="error", detail=self._error)
         if self._predictor is None:
-            return EngineStatus(state="loading")
+            return EngineStatus(state="loading", detail=self._doing)
         return EngineStatus(state="ok", **self._model_facts, **_vram(self._predictor))
 
     def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
         """One outcome a request, in their order. Never raises."""
         predictor = self._predictor
         if predictor is None:
-            error = ModelNotLoaded(self._error or "the model is loading")
+            error = ModelNotLoaded(self._error or self._doing)
             return [SegmentOutcome(error=error) for _ in requests]
         now_s = time.monotonic()
         alive = [request for request in requests if request.deadline_s > now_s]
@@ -157,6 +164,8 @@ class Engine:
 
         if self._config.cpu_threads is not None:
             torch.set_num_threads(self._config.cpu_threads)
+        if self._config.hub is not None and is_missing(self._config.weights_path):
+            self._download(self._config.hub)
         started_s = time.monotonic()
         checkpoint = find_checkpoint(self._config.weights_path)
         predictor = SAM3Predictor(self._config.weights_path, self._config.device)
@@ -188,6 +197,17 @@ class Engine:
             ": a demo, which knows coloured shapes and nothing else" if checkpoint.demo else "",
         )
         return predictor
+
+    def _download(self, hub: HubSource) -> None:
+        from sam3_runner.download import download  # noqa: PLC0415 - brings the hub's client, used once
+
+        def tell(done_bytes: int, total_bytes: int) -> None:
+            self._doing = (
+                f"the weights are being downloaded: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
+            )
+
+        download(Path(self._config.weights_path), hub, tell)
+        self._doing = "the model is loading"
 
     def _warm_up(self, predictor: SAM3Predictor) -> None:
         """Run the smallest and the largest batch once, so that the first caller does not pay for it.

@@ -35,7 +35,8 @@ IN_A_PROCESS = """
 import json, logging, sys
 from pathlib import Path
 from sam3_runner import WeightsError
-from sam3_runner.download import HubSource, download
+from sam3_runner.checkpoint import HubSource
+from sam3_runner.download import download
 
 logging.basicConfig(level=logging.DEBUG)
 target, repo, revision, token = sys.argv[1:]

@@ -105,7 +105,7 @@ def test_not_started(tiny_checkpoint: Checkpoint) -> None:
     """Before its weights are in, an engine answers every request with ModelNotLoaded."""
     fresh = Engine(EngineConfig(str(tiny_checkpoint.weights_file.parent), "cpu"))
     assert not fresh.ready
-    assert fresh.status() == EngineStatus(state="loading")
+    assert fresh.status() == EngineStatus(state="loading", detail="the model is loading")
     outcomes = fresh.segment([request("cat"), request("dog")])
     assert [type(outcome.error) for outcome in outcomes] == [ModelNotLoaded] * 2
 
@@ -116,19 +116,19 @@ def test_broken_weights(broken_checkpoint: Path) -> None:
     broken = loaded(broken_checkpoint)
     status = broken.status()
     assert status.state == "error"
-    assert status.error is not None
-    assert "model.safetensors" in status.error
+    assert status.detail is not None
+    assert "model.safetensors" in status.detail
     assert not broken.ready
     [outcome] = broken.segment([request("cat")])
     assert isinstance(outcome.error, ModelNotLoaded)
-    assert str(outcome.error) == status.error
+    assert str(outcome.error) == status.detail
 
 
 def test_status_tells_the_models_facts(engine: Engine, tiny_checkpoint: Checkpoint) -> None:
     """A ready engine names its checkpoint, counts its parameters, and on a CPU has no GPU's memory."""
     assert engine.ready
     status = engine.status()
-    assert (status.state, status.error, status.demo) == ("ok", None, False)
+    assert (status.state, status.detail, status.demo) == ("ok", None, False)
     assert status.checkpoint == tiny_checkpoint.name
     assert status.weights_bytes == tiny_checkpoint.weights_file.stat().st_size
     assert status.parameters is not None
