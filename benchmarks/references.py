@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+from PIL import Image
 
 from sam3_runner import SAM3Predictor
 from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
@@ -26,7 +27,6 @@ from sam3_runner.prompts import PromptTokenizer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from PIL import Image
     from torch import Tensor
 
 Dtype = Literal["float32", "bfloat16"]
@@ -128,8 +128,8 @@ class Official:
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
         """As `Model` says."""
         self._processor.confidence_threshold = threshold
-        side_px = self._processor.resolution
-        seen = image if self.own_resize else image.resize((side_px, side_px), _bilinear())
+        square = squash(image, self._processor.resolution)
+        seen = image if self.own_resize else Image.fromarray(square.pixels)
         with _autocast(self._device, self.dtype):
             state = self._processor.set_image(seen)
             state["original_width"], state["original_height"] = image.size
@@ -245,12 +245,6 @@ def _kept(queries: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> dict
 
 def _autocast(device: str, dtype: Dtype) -> AbstractContextManager[object]:
     return torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
-def _bilinear() -> Any:
-    from PIL import Image  # noqa: PLC0415
-
-    return Image.Resampling.BILINEAR
 
 
 def _vocabulary_file() -> Path:
