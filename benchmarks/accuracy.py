@@ -1,0 +1,232 @@
+r"""How accurate is a checkpoint on a COCO-format folder, through the path that serves?
+
+Every category's name is a prompt, asked of every image. Writes the instances as COCO results with RLE masks,
+which any COCO tool can score, and prints AP (pycocotools, masks and boxes) and cgF1 (benchmarks/cgf1.py).
+
+    python -m benchmarks.accuracy --images val2017 --annotations instances_val2017.json \
+        --weights weights/sam3.pt
+
+AP is over instances with a score above --threshold: 0.3 is that of the official evaluation. cgF1 counts those
+of 0.5 and more. Without COCO at hand, benchmarks.drawn_coco draws a folder that the demo checkpoint can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from benchmarks.cgf1 import MIN_SCORE, ConceptTally
+from sam3_runner import PredictResult, SAM3Error, SAM3Predictor
+
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""The order of COCOeval.stats."""
+
+
+class DatasetError(Exception):
+    """The folder or its annotations cannot be used; the message is the sentence to print."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A COCO-format folder: its index, and the images that are asked for."""
+
+    coco: Any
+    folder: Path
+    image_ids: list[int]
+
+    @property
+    def prompts(self) -> dict[int, str]:
+        """The name of each category, by its id."""
+        return {number: category["name"] for number, category in sorted(self.coco.cats.items())}
+
+    def image(self, image_id: int) -> Image.Image:
+        """The picture. Raises `DatasetError`: missing, unreadable, or not of the size that is annotated."""
+        facts = self.coco.imgs[image_id]
+        path = self.folder / facts["file_name"]
+        try:
+            image = Image.open(path).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise DatasetError(f"{path} cannot be read: {error}") from error
+        if image.size != (facts["width"], facts["height"]):
+            raise DatasetError(f"{path} is {image.size}, but annotated as {facts['width'], facts['height']}")
+        return image
+
+
+def read_dataset(images: Path, annotations: Path, limit: int | None = None) -> Dataset:
+    """Index a COCO-format folder; `limit` takes its first images only. Raises `DatasetError`."""
+    try:
+        dataset = json.loads(annotations.read_text(encoding="utf-8"))
+        tables = [dataset[name] for name in ("images", "annotations", "categories")]
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{annotations} cannot be read: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{annotations} is no COCO file: it lacks images, annotations or categories"
+        ) from error
+    if not tables[0] or not tables[2]:
+        raise DatasetError(f"{annotations} names no image or no category")
+    index = COCO()
+    index.dataset = dataset
+    for number, annotation in enumerate(dataset["annotations"], 1):
+        # COCOeval takes the id 0 for "unmatched".
+        annotation["id"] = number
+        annotation.setdefault("iscrowd", 0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        index.createIndex()
+    for annotation in dataset["annotations"]:
+        if "area" not in annotation:
+            annotation["area"] = int(rle.area(index.annToRLE(annotation)))
+    return Dataset(index, images, sorted(index.imgs)[:limit])
+
+
+def predict(dataset: Dataset, predictor: SAM3Predictor) -> list[dict[str, Any]]:
+    """Every instance of every category in every image, in COCO's results format."""
+    found = []
+    prompts = dataset.prompts
+    for image_id in tqdm(dataset.image_ids, desc="images", disable=None):
+        results = predictor.predict_batch(dataset.image(image_id), list(prompts.values()))
+        for category_id, result in zip(prompts, results, strict=True):
+            found.extend(_coco_results(image_id, category_id, result))
+    return found
+
+
+def score(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """AP of masks and of boxes, and cgF1, of results in COCO's format."""
+    return {
+        "segm": _average_precision(dataset, found, "segm"),
+        "bbox": _average_precision(dataset, found, "bbox"),
+        "cgF1": _concept_f1(dataset, found),
+    }
+
+
+def _coco_results(image_id: int, category_id: int, result: PredictResult) -> list[dict[str, Any]]:
+    found = []
+    for instance in result.instances:
+        mask = np.zeros((result.image_height, result.image_width), dtype=np.uint8, order="F")
+        mask[instance.mask.window] = instance.mask.array()
+        encoded: Any = rle.encode(mask)
+        left, top, right, bottom = instance.box
+        found.append(
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},
+                "bbox": [round(side, 2) for side in (left, top, right - left, bottom - top)],
+                "score": instance.score,
+            }
+        )
+    return found
+
+
+def _average_precision(dataset: Dataset, found: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        # loadRes writes into what it is given, and cannot take an empty list.
+        results = dataset.coco.loadRes([dict(each) for each in found]) if found else _no_results(dataset)
+        evaluation = COCOeval(dataset.coco, results, kind)
+        evaluation.params.imgIds = dataset.image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(AP_NAMES, evaluation.stats.tolist(), strict=True))
+
+
+def _no_results(dataset: Dataset) -> Any:
+    results = COCO()
+    results.dataset = {**dataset.coco.dataset, "annotations": []}
+    results.createIndex()
+    return results
+
+
+def _concept_f1(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, float]:
+    predicted: dict[tuple[int, int], list[Any]] = {}
+    for each in found:
+        if each["score"] >= MIN_SCORE:
+            predicted.setdefault((each["image_id"], each["category_id"]), []).append(each["segmentation"])
+    there: dict[tuple[int, int], list[Any]] = {}
+    for annotation in dataset.coco.anns.values():
+        if not annotation["iscrowd"]:
+            pair = annotation["image_id"], annotation["category_id"]
+            there.setdefault(pair, []).append(dataset.coco.annToRLE(annotation))
+    tally = ConceptTally()
+    for image_id in dataset.image_ids:
+        for category_id in dataset.prompts:
+            pair = image_id, category_id
+            masks, objects = predicted.get(pair, []), there.get(pair, [])
+            ious = rle.iou(masks, objects, [0] * len(objects)) if masks and objects else []
+            tally.add(np.asarray(ious, dtype=np.float64).reshape(len(masks), len(objects)))
+    return tally.figures()
+
+
+def main() -> int:
+    """Predict, score, write and print."""
+    arguments = _parse()
+    try:
+        dataset = read_dataset(arguments.images, arguments.annotations, arguments.limit)
+        predictor = SAM3Predictor(arguments.weights, arguments.device, score_threshold=arguments.threshold)
+        predictor.load()
+        found = predict(dataset, predictor)
+    except (DatasetError, SAM3Error) as error:
+        sys.stderr.write(f"cannot score: {error}\n")
+        return 2
+    assert predictor.checkpoint is not None
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(found), encoding="utf-8")
+    summary = {
+        "checkpoint": predictor.checkpoint.name,
+        "device": str(predictor.device),
+        "dtype": predictor.dtype,
+        "images": len(dataset.image_ids),
+        "prompts": len(dataset.prompts),
+        "instances": len(found),
+        "score_threshold": {"AP": arguments.threshold, "cgF1": MIN_SCORE},
+        **score(dataset, found),
+    }
+    summary_path = arguments.out.with_suffix(".summary.json")
+    summary_path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _print(summary)
+    sys.stdout.write(f"results: {arguments.out}\nsummary: {summary_path}\n")
+    return 0
+
+
+def _print(summary: dict[str, Any]) -> None:
+    sys.stdout.write(
+        f"{summary['checkpoint']}: {summary['instances']} instances of {summary['prompts']} prompts "
+        f"in {summary['images']} images\n"
+    )
+    for kind in ("segm", "bbox", "cgF1"):
+        # -1 is COCOeval's word for "no object of this size".
+        figures = [
+            f"{name} {'-' if value == -1 else f'{value:.3f}'}" for name, value in summary[kind].items()
+        ]
+        sys.stdout.write(f"{kind:6}" + "  ".join(figures) + "\n")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True, help="folder of the images")
+    parser.add_argument("--annotations", type=Path, required=True, help="COCO instances, a JSON file")
+    parser.add_argument("--weights", default="demo", help="what SAM3_WEIGHTS_PATH takes")
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score of what AP is told")
+    parser.add_argument("--limit", type=int, help="first images only")
+    parser.add_argument("--out", type=Path, default=Path("data/accuracy/results.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
