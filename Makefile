@@ -42,6 +42,12 @@ check: $(VENV)/dev ## Lint, format and types
 bench: $(VENV)/dev ## Measure the server on this machine
 	$(BIN)/python -m benchmarks.serve
 
+.PHONY: official
+official: $(VENV)/dev ## Install Meta's own code (SAM License), to compare with it on a GPU
+	$(BIN)/python -m dependency_groups official > official.in
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r official.in
+	rm official.in
+
 .PHONY: build
 build: $(VENV)/run ## Build the Bento
 	BENTOML_DO_NOT_TRACK=True $(BIN)/python -m bentoml build
