@@ -8,7 +8,7 @@ Every run is a process of its own; the file is read once before, so that it come
 
 load_s is SAM3Predictor.load; ready_s is the engine's start with sha256 and warm-up, torch imported before;
 host_peak_to_file is the highest resident memory while loading, less what was there before, over the file's
-size (pages of a mapped file count).
+size (pages of a mapped file count). Linux only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import hashlib
 import multiprocessing
 import platform
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -104,10 +104,16 @@ def _load(weights: str, device: str | None) -> dict[str, object]:
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "layout": predictor.layout,
         "load_s": load_s,
-        # Kilobytes on Linux.
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "peak": _peak_bytes() - before,
         "device_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else "",
     }
+
+
+def _peak_bytes() -> int:
+    """Highest resident memory of this process; ru_maxrss would be its parent's, if that was higher."""
+    told = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert told is not None
+    return int(told[1]) * 1024
 
 
 def _start_engine(weights: str, device: str | None) -> float:
