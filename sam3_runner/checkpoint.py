@@ -43,8 +43,7 @@ class Checkpoint:
     @property
     def input_side_px(self) -> int:
         """Side of the square that the model takes."""
-        side: int = self.config.get("vision_config", {}).get("backbone_config", {}).get("image_size")
-        return side or SAM3_SIDE_PX
+        return _side_px(self.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +118,41 @@ def _file(path: Path) -> Checkpoint:
 def _read_config(path: Path) -> dict[str, Any]:
     """The part of a config.json that `Sam3Config` takes."""
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        match config:
+            case {"model_type": "sam3"}:
+                pass
+            case {"model_type": "sam3_video"}:  # Meta's own file: the detector beside the video tracker
+                config = _official_config(_section(config, "detector_config"))
+            case {"model_type": other}:
+                raise WeightsError(f"{path} describes a {other!r} model, not 'sam3'")
+            case _:
+                raise WeightsError(f"{path} does not say that it describes a 'sam3' model")
+        _side_px(config)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    match config.get("model_type"):
-        case "sam3":
-            return config
-        case "sam3_video":  # Meta's own file: the detector beside the video tracker
-            return _official_config(config.get("detector_config"))
-        case other:
-            raise WeightsError(f"{path} describes a {other!r} model, not 'sam3'")
+    found: dict[str, Any] = config
+    return found
+
+
+def _side_px(config: dict[str, Any]) -> int:
+    side = _section(_section(config, "vision_config"), "backbone_config").get("image_size") or SAM3_SIDE_PX
+    if not isinstance(side, int):
+        raise ValueError(f"image_size is {side!r}, not a number of pixels")  # noqa: TRY004 - as of bad JSON
+    return side
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} is {section!r}, not an object")  # noqa: TRY004 - as of bad JSON
+    return section
 
 
 def _official_config(config: dict[str, Any] | None = None) -> dict[str, Any]:
     """`config` with the official model's LayerNorm; without one, SAM 3 at its own size."""
     config = dict(config or {}) | {"model_type": "sam3"}
-    vision = dict(config.get("vision_config") or {})
-    backbone = {"model_type": "sam3_vit_model"} | dict(vision.get("backbone_config") or {})
-    vision["backbone_config"] = backbone | {"layer_norm_eps": SAM3_VISION_EPS}
-    return config | {"vision_config": vision}
+    vision = _section(config, "vision_config")
+    backbone = {"model_type": "sam3_vit_model"} | _section(vision, "backbone_config")
+    backbone["layer_norm_eps"] = SAM3_VISION_EPS
+    return config | {"vision_config": vision | {"backbone_config": backbone}}

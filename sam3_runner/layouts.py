@@ -211,17 +211,23 @@ def detector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     is mapped, nothing is read yet.
 
     Raises:
-        WeightsError: as `find_layout`.
+        WeightsError: as `find_layout`; or a tensor is there twice, say with the prefix and without.
     """
     layout, prefix = find_layout(state)
     found: dict[str, Tensor] = {}
+    twice: set[str] = set()
     for key, tensor in state.items():
         if key.startswith(_OTHERS_PARTS[layout]):
             continue
-        # A key outside the detector's prefix belongs to no part that is known, and keeps its whole name.
         name = key.removeprefix(prefix)
-        if not _UNUSED[layout].fullmatch(name):
-            found.update(_from_official(name, tensor) if layout == "official" else {name: tensor})
+        if _UNUSED[layout].fullmatch(name):
+            continue
+        renamed = _from_official(name, tensor) if layout == "official" else {name: tensor}
+        twice |= found.keys() & renamed.keys()
+        found.update(renamed)
+    if twice:
+        # Which of the two is meant cannot be told: the order of the keys would decide.
+        raise WeightsError(f"it holds {len(twice)} tensors twice: " + ", ".join(sorted(twice)[:3]))
     return found
 
 

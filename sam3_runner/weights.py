@@ -50,14 +50,24 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Layou
         state = detector_state(stored)
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be served: {error}") from error
-    # Its own tensors are never touched: no memory goes into them before they are replaced.
-    with no_init_weights():
-        model: Any = Sam3Model(Sam3Config.from_dict(checkpoint.config))
+    model = _empty_model(checkpoint)
     _check_fit(path, model.state_dict(), state)
     for name in list(state):
         state[name] = state[name].to(device=device, dtype=torch.float32)
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval().requires_grad_(requires_grad=False), layout
+
+
+def _empty_model(checkpoint: Checkpoint) -> Any:
+    try:
+        # Its own tensors are never touched: no memory goes into them before they are replaced.
+        with no_init_weights():
+            return Sam3Model(Sam3Config.from_dict(checkpoint.config))
+    except Exception as error:  # what transformers raises depends on which number makes no sense
+        reason = " ".join(str(error).split())
+        raise WeightsError(
+            f"the configuration of {checkpoint.weights_file} makes no model: {reason}"
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -88,10 +98,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _unwrap(path: Path, stored: Any) -> dict[str, Tensor]:
     if isinstance(stored, dict):
         stored = next((stored[name] for name in WRAPPERS if isinstance(stored.get(name), dict)), stored)
-        tensors = {name: each for name, each in stored.items() if isinstance(each, torch.Tensor)}
+        tensors = {
+            name: each
+            for name, each in stored.items()
+            if isinstance(name, str) and isinstance(each, torch.Tensor)
+        }
         if tensors:
             return tensors
-    raise WeightsError(f"{path} holds no tensors")
+    raise WeightsError(f"{path} holds no tensors under names")
 
 
 def _check_fit(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import TYPE_CHECKING, Any
@@ -366,6 +367,8 @@ def test_model_info_is_true(edge: Edge) -> None:
     assert (info["model_name"], info["checkpoint"], info["demo"]) == ("SAM3", "demo", True)
     assert info["parameters"] == sum(int(np.prod(shape)) for shape in shapes)
     assert info["weights_size_gb"] == round(weights.stat().st_size / 1e9, 4)
+    assert info["checkpoint_layout"] == "transformers"
+    assert info["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert info["input_size"] == config["vision_config"]["backbone_config"]["image_size"]
     assert info["score_threshold"] == 0.5
     assert info["model_version"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -219,6 +220,57 @@ def test_what_does_not_fit(
     refuses(in_pt(state, folder), "does not fit the model", *parts)
 
 
+PRESENCE_NAME = "detr_decoder.presence_token.weight"
+
+
+@pytest.mark.parametrize("prefix", ["detector_model.", ""])
+@pytest.mark.parametrize(
+    ("edit", "parts"),
+    [
+        (lambda prefix: drop(prefix + PRESENCE_NAME), [f"1 missing: {PRESENCE_NAME}"]),
+        (lambda _: put("surplus", torch.zeros(1)), ["1 unexpected: surplus"]),
+        (
+            lambda prefix: put(prefix + PRESENCE_NAME, torch.zeros(2, 7)),
+            [f"{PRESENCE_NAME} (2, 7) instead of (1, 64)"],
+        ),
+        (
+            lambda prefix: put(prefix + PRESENCE_NAME, torch.zeros(1, 64, dtype=torch.float64)),
+            [f"{PRESENCE_NAME} float64"],
+        ),
+    ],
+)
+def test_what_does_not_fit_in_transformers_layout(
+    known: State,
+    folder: Path,
+    prefix: str,
+    edit: Callable[[str], Callable[[State], object]],
+    parts: list[str],
+) -> None:
+    """The transformers layouts are read as strictly."""
+    state = prefixed(prefix, known)
+    edit(prefix)(state)
+    refuses(in_safetensors(state, folder), "does not fit the model", *parts)
+
+
+def test_many_missing_are_counted(known: State, folder: Path) -> None:
+    """Of many keys the first are listed and all are counted."""
+    gone = sorted(name for name in known if "detr_encoder" in name)
+    state = {name: tensor for name, tensor in known.items() if name not in gone}
+    listed = ", ".join(gone[:8])
+    refuses(in_pt(state, folder), f"{len(gone)} missing: {listed} and {len(gone) - 8} more")
+
+
+@pytest.mark.parametrize(
+    ("field", "number"), [("num_queries", "many"), ("hidden_size", -5), ("num_attention_heads", 0)]
+)
+def test_configuration_that_makes_no_model(known: State, folder: Path, field: str, number: object) -> None:
+    """A config.json whose numbers make no sense is told as such, not as torn weights."""
+    config = json.loads((folder / "config.json").read_text())
+    config["detr_decoder_config"][field] = number
+    (folder / "config.json").write_text(json.dumps(config))
+    refuses(in_pt(known, folder), "sam3.pt makes no model: ")
+
+
 class Evil:
     """A pickle that runs a command when it is read."""
 
@@ -288,7 +340,9 @@ def test_other_models(tmp_path: Path, keys: list[str], sentence: str) -> None:
     refuses(in_pt({"model": {key: torch.zeros(1) for key in keys}}, tmp_path), "cannot be served", sentence)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"model": {}}, {"epoch": 3}, torch.zeros(3)])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {}, {"model": {}}, {"epoch": 3}, torch.zeros(3), {0: torch.zeros(3)}]
+)
 def test_pt_without_weights(tmp_path: Path, content: object) -> None:
     """A torch file that holds no weights is told as such."""
     refuses(in_pt(content, tmp_path), "holds no tensors")
