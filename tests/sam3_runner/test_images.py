@@ -10,6 +10,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
@@ -198,6 +200,17 @@ def test_squash() -> None:
     assert (square.width, square.height) == (300, 100)
     means = np.asarray(image).reshape(100, 300, 3).mean(axis=(0, 1))
     assert np.abs(square.pixels.mean(axis=(0, 1)) - means).max() < 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(333, 500), (1200, 700), (40, 30)])
+def test_squash_rounds_once(width: int, height: int) -> None:
+    """The square is that of torchvision on a GPU, but for values that lie between two: one rounding, last."""
+    image = picture(width, height)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float()
+    exact = F.interpolate(pixels, (112, 112), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    difference = squash(image, 112).pixels.astype(int) - exact.round().numpy().astype(int)
+    assert np.abs(difference).max() <= 1
+    assert np.mean(difference != 0) < 0.005
 
 
 def test_to_rgb_keeps_rgb() -> None:
