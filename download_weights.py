@@ -15,6 +15,7 @@ from settings import SettingsError, load_weights_settings
 def main() -> None:
     """Fetch what SAM3_WEIGHTS_PATH lacks; a failure is one sentence, and 1 the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # its line for a retry holds no reason
     try:
         read = load_weights_settings()
         if read.sam3_weights_path == "demo":
