@@ -17,79 +17,21 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from benchmarks.cgf1 import MIN_SCORE, ConceptTally
+from benchmarks.coco import Dataset, DatasetError, read_dataset
 from sam3_runner import PredictResult, SAM3Error, SAM3Predictor
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The order of COCOeval.stats."""
-
-
-class DatasetError(Exception):
-    """The folder or its annotations cannot be used; the message is the sentence to print."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """A COCO-format folder: its index, and the images that are asked for."""
-
-    coco: Any
-    folder: Path
-    image_ids: list[int]
-
-    @property
-    def prompts(self) -> dict[int, str]:
-        """The name of each category, by its id."""
-        return {number: category["name"] for number, category in sorted(self.coco.cats.items())}
-
-    def image(self, image_id: int) -> Image.Image:
-        """The picture. Raises `DatasetError`: missing, unreadable, or not of the size that is annotated."""
-        facts = self.coco.imgs[image_id]
-        path = self.folder / facts["file_name"]
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise DatasetError(f"{path} cannot be read: {error}") from error
-        if image.size != (facts["width"], facts["height"]):
-            raise DatasetError(f"{path} is {image.size}, but annotated as {facts['width'], facts['height']}")
-        return image
-
-
-def read_dataset(images: Path, annotations: Path, limit: int | None = None) -> Dataset:
-    """Index a COCO-format folder; `limit` takes its first images only. Raises `DatasetError`."""
-    try:
-        dataset = json.loads(annotations.read_text(encoding="utf-8"))
-        tables = [dataset[name] for name in ("images", "annotations", "categories")]
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{annotations} cannot be read: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{annotations} is no COCO file: it lacks images, annotations or categories"
-        ) from error
-    if not tables[0] or not tables[2]:
-        raise DatasetError(f"{annotations} names no image or no category")
-    index = COCO()
-    index.dataset = dataset
-    for number, annotation in enumerate(dataset["annotations"], 1):
-        # COCOeval takes the id 0 for "unmatched".
-        annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        index.createIndex()
-    for annotation in dataset["annotations"]:
-        if "area" not in annotation:
-            annotation["area"] = int(rle.area(index.annToRLE(annotation)))
-    return Dataset(index, images, sorted(index.imgs)[:limit])
 
 
 def predict(dataset: Dataset, predictor: SAM3Predictor) -> list[dict[str, Any]]:
@@ -133,8 +75,7 @@ def _coco_results(image_id: int, category_id: int, result: PredictResult) -> lis
 
 def _average_precision(dataset: Dataset, found: list[dict[str, Any]], kind: str) -> dict[str, float]:
     with contextlib.redirect_stdout(io.StringIO()):
-        # loadRes writes into what it is given, and cannot take an empty list.
-        results = dataset.coco.loadRes([dict(each) for each in found]) if found else _no_results(dataset)
+        results = _coco_index(dataset, found, kind)
         evaluation = COCOeval(dataset.coco, results, kind)
         evaluation.params.imgIds = dataset.image_ids
         evaluation.evaluate()
@@ -143,11 +84,15 @@ def _average_precision(dataset: Dataset, found: list[dict[str, Any]], kind: str)
     return dict(zip(AP_NAMES, evaluation.stats.tolist(), strict=True))
 
 
-def _no_results(dataset: Dataset) -> Any:
-    results = COCO()
-    results.dataset = {**dataset.coco.dataset, "annotations": []}
-    results.createIndex()
-    return results
+def _coco_index(dataset: Dataset, found: list[dict[str, Any]], kind: str) -> Any:
+    if not found:  # loadRes cannot take an empty list
+        nothing = COCO()
+        nothing.dataset = {**dataset.coco.dataset, "annotations": []}
+        nothing.createIndex()
+        return nothing
+    # loadRes writes into what it is given; where it sees a box, it takes the box's area for the mask's.
+    unseen = "bbox" if kind == "segm" else "segmentation"
+    return dataset.coco.loadRes([{name: each[name] for name in each if name != unseen} for each in found])
 
 
 def _concept_f1(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, float]:
@@ -159,7 +104,7 @@ def _concept_f1(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, floa
     for annotation in dataset.coco.anns.values():
         if not annotation["iscrowd"]:
             pair = annotation["image_id"], annotation["category_id"]
-            there.setdefault(pair, []).append(dataset.coco.annToRLE(annotation))
+            there.setdefault(pair, []).append(annotation["segmentation"])
     tally = ConceptTally()
     for image_id in dataset.image_ids:
         for category_id in dataset.prompts:
@@ -175,15 +120,16 @@ def main() -> int:
     arguments = _parse()
     try:
         dataset = read_dataset(arguments.images, arguments.annotations, arguments.limit)
+        # Before the work, which may take hours, would be lost.
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         predictor = SAM3Predictor(arguments.weights, arguments.device, score_threshold=arguments.threshold)
         predictor.load()
         found = predict(dataset, predictor)
-    except (DatasetError, SAM3Error) as error:
+        arguments.out.write_text(json.dumps(found), encoding="utf-8")
+    except (DatasetError, SAM3Error, OSError) as error:
         sys.stderr.write(f"cannot score: {error}\n")
         return 2
     assert predictor.checkpoint is not None
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found), encoding="utf-8")
     summary = {
         "checkpoint": predictor.checkpoint.name,
         "device": str(predictor.device),
@@ -221,11 +167,23 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, help="folder of the images")
     parser.add_argument("--annotations", type=Path, required=True, help="COCO instances, a JSON file")
     parser.add_argument("--weights", default="demo", help="what SAM3_WEIGHTS_PATH takes")
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score of what AP is told")
-    parser.add_argument("--limit", type=int, help="first images only")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--threshold", type=_threshold, default=0.3, help="least score of what AP is told")
+    parser.add_argument("--limit", type=_count, help="first images only")
     parser.add_argument("--out", type=Path, default=Path("data/accuracy/results.json"))
     return parser.parse_args()
+
+
+def _threshold(text: str) -> float:
+    if not 0 <= float(text) < MIN_SCORE:
+        raise argparse.ArgumentTypeError(f"from 0 to under {MIN_SCORE}, where cgF1 begins")
+    return float(text)
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: {what}only tensors are taken from a pickle, since anything else can run code"
         ) from error
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError) as error:
+        if "TorchScript" in str(error):  # torch's own words advise to read it with code and all
+            raise WeightsError(
+                f"{path} is refused: it is a TorchScript program, not weights; torch.save the model's "
+                "state_dict() instead"
+            ) from error
         raise WeightsError(f"{path} cannot be read, it may be cut short: {_first_line(error)}") from error
     raise WeightsError(f"{path} {_what_it_is(start)}")
 

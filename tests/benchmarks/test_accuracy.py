@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from benchmarks.accuracy import read_dataset, score
+from benchmarks.accuracy import score
+from benchmarks.coco import DatasetError, read_dataset
 from benchmarks.drawn_coco import draw
 from local_server import ROOT
 
@@ -78,8 +83,7 @@ def test_truth_scores_one(folder: Path) -> None:
     """The annotations handed in as results are perfect by every measure."""
     dataset = read_dataset(folder, folder / "annotations.json")
     truth = [
-        {name: annotation[name] for name in ("image_id", "category_id", "segmentation", "bbox")}
-        | {"score": 1.0}
+        as_result(annotation, 1.0)
         for annotation in dataset.coco.dataset["annotations"]
         if not annotation["iscrowd"]
     ]
@@ -97,35 +101,98 @@ def test_nothing_found_scores_nothing(folder: Path) -> None:
 def test_unsure_instances_are_not_for_cgf1(folder: Path) -> None:
     """What scores under 0.5 counts for AP, and is unseen by cgF1."""
     dataset = read_dataset(folder, folder / "annotations.json")
-    unsure = [
-        {name: annotation[name] for name in ("image_id", "category_id", "segmentation", "bbox")}
-        | {"score": 0.4}
-        for annotation in dataset.coco.dataset["annotations"]
-    ]
+    unsure = [as_result(annotation, 0.4) for annotation in dataset.coco.dataset["annotations"]]
     figures = score(dataset, unsure)
     assert figures["segm"]["AP"] > 0.9
     assert figures["cgF1"]["cgF1"] == 0.0
 
 
-def test_polygons_and_bare_annotations(tmp_path: Path) -> None:
-    """Polygons, and annotations without area, iscrowd or an id above 0, are read."""
-    square = {"image_id": 7, "category_id": 1, "bbox": [10, 10, 20, 20]}
-    polygon = [[10, 10, 30, 10, 30, 30, 10, 30]]
-    (tmp_path / "truth.json").write_text(
-        json.dumps(
-            {
-                "images": [{"id": 7, "file_name": "a.png", "width": 64, "height": 64}],
-                "annotations": [{"id": 0, "segmentation": polygon, **square}],
-                "categories": [{"id": 1, "name": "square"}],
-            }
-        )
-    )
-    dataset = read_dataset(tmp_path, tmp_path / "truth.json")
-    [annotation] = dataset.coco.dataset["annotations"]
-    mask = dataset.coco.annToRLE(annotation)
-    found = {**square, "score": 0.9, "segmentation": {**mask, "counts": mask["counts"].decode()}}
+SQUARE: dict[str, Any] = {
+    "image_id": 7,
+    "category_id": 1,
+    "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]],
+    "bbox": [10, 10, 20, 20],
+}
+"""20 px wide, in an image of 64."""
+
+
+def write_truth(folder: Path, annotation: dict[str, Any], **tables: list[Any]) -> Path:
+    """A dataset of one grey image, one category and one annotation."""
+    Image.new("RGB", (64, 64), "grey").save(folder / "grey.png")
+    truth = {
+        "images": [{"id": 7, "file_name": "grey.png", "width": 64, "height": 64}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "blue square"}],
+    }
+    path = folder / "truth.json"
+    path.write_text(json.dumps(truth | tables))
+    return path
+
+
+def without(name: str) -> dict[str, Any]:
+    """The square, short of one entry."""
+    return {key: value for key, value in SQUARE.items() if key != name}
+
+
+ROWS = np.zeros((64, 64), dtype=bool)
+ROWS[10:30, 10:30] = True
+RUNS = [len(list(run)) for _, run in groupby(ROWS.T.flatten().tolist())]
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        {"id": 0, **SQUARE},
+        without("bbox"),
+        {**SQUARE, "segmentation": {"size": [64, 64], "counts": RUNS}},
+    ],
+    ids=["polygon, id 0", "no box", "uncompressed RLE"],
+)
+def test_every_kind_of_annotation(tmp_path: Path, annotation: dict[str, Any]) -> None:
+    """Polygons and RLE are read, and what is missing beside the mask is taken from it."""
+    dataset = read_dataset(tmp_path, write_truth(tmp_path, annotation))
+    mask: Any = rle.encode(np.asfortranarray(ROWS.astype(np.uint8)))
+    found = {**SQUARE, "score": 0.9, "segmentation": {**mask, "counts": mask["counts"].decode()}}
     figures = score(dataset, [found])
     assert figures["segm"]["AP"] == figures["bbox"]["AP"] == pytest.approx(1.0)
+    assert figures["cgF1"]["pmF1"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_size_of_a_mask_is_not_its_boxs(tmp_path: Path) -> None:
+    """A thin mask in a big box is a small object: a wrong one costs small precision, not medium."""
+    dataset = read_dataset(tmp_path, write_truth(tmp_path, SQUARE))
+    line = np.zeros((64, 64), dtype=np.uint8, order="F")
+    line[60, :50] = 1
+    mask: Any = rle.encode(line)
+    stray = {"image_id": 7, "category_id": 1, "bbox": [0, 0, 60, 60], "score": 0.9}
+    stray["segmentation"] = {**mask, "counts": mask["counts"].decode()}
+    hit = {**SQUARE, "score": 0.8, "segmentation": dataset.coco.anns[1]["segmentation"]}
+    assert score(dataset, [stray, hit])["segm"]["APs"] == pytest.approx(0.5)
+
+
+def test_crowds_are_no_objects(tmp_path: Path) -> None:
+    """A crowd region is neither to be found nor presence; AP leaves it out."""
+    dataset = read_dataset(tmp_path, write_truth(tmp_path, {**SQUARE, "iscrowd": 1}))
+    figures = score(dataset, [])
+    assert figures["segm"]["AP"] == -1
+    assert figures["cgF1"]["IL_MCC"] == figures["cgF1"]["pmF1"] == 0.0
+
+
+def test_two_categories_of_one_name(folder: Path, tmp_path: Path) -> None:
+    """Categories may share a name: each gets the same instances."""
+    truth = json.loads((folder / "annotations.json").read_text())
+    name = truth["categories"][truth["annotations"][0]["category_id"] - 1]["name"]
+    truth["categories"] = [{"id": 1, "name": name}, {"id": 2, "name": name}]
+    truth["annotations"] = []
+    (tmp_path / "twins.json").write_text(json.dumps(truth))
+    ended = accuracy(folder, tmp_path / "twins.json", tmp_path / "r.json", "--limit", "1")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    of_category = [
+        [each["segmentation"] for each in found if each["category_id"] == number] for number in (1, 2)
+    ]
+    assert of_category[0]
+    assert of_category[0] == of_category[1]
 
 
 def test_limit(folder: Path, tmp_path: Path) -> None:
@@ -136,28 +203,75 @@ def test_limit(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.summary.json").read_text())["segm"]["AP"] > 0.8
 
 
-def one_image(file_name: str) -> str:
-    """A dataset of one image of 9 px and one category."""
-    image = {"id": 1, "file_name": file_name, "width": 9, "height": 9}
-    return json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "cannot be read"),
-        ("[]", "is no COCO file"),
-        ('{"images": [], "annotations": []}', "is no COCO file"),
-        ('{"images": [], "annotations": [], "categories": []}', "names no image"),
-        (one_image("no.png"), "no.png cannot be read"),
-        (one_image("000001.png"), "annotated as (9, 9)"),
+        ("", "is no COCO file: all of it"),
+        ("[]", "is no COCO file: all of it"),
+        ('{"images": [], "annotations": [], "categories": []}', "is no COCO file: images: "),
     ],
 )
-def test_bad_folders(folder: Path, tmp_path: Path, content: str, sentence: str) -> None:
-    """What is no COCO folder is told in one sentence, with the exit status 2."""
+def test_no_coco_file(tmp_path: Path, content: str, sentence: str) -> None:
+    """What is no COCO file is told in one sentence, with the exit status 2, and nothing is written."""
     (tmp_path / "bad.json").write_text(content)
-    ended = accuracy(folder, tmp_path / "bad.json", tmp_path / "r.json")
+    ended = accuracy(tmp_path, tmp_path / "bad.json", tmp_path / "out" / "r.json")
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("cannot score: ")
     assert sentence in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("annotation", "sentence"),
+    [
+        (without("image_id"), "annotations.0.image_id: Field required"),
+        (without("segmentation"), "annotations.0.segmentation: Field required"),
+        (SQUARE | {"segmentation": []}, "annotations.0.segmentation.polygons"),
+        (SQUARE | {"segmentation": [[1, 1, 9, 9]]}, "annotations.0.segmentation.polygons.0"),
+        (SQUARE | {"segmentation": None}, "annotations.0.segmentation.rle"),
+        (SQUARE | {"segmentation": {"size": [5, 5], "counts": [25]}}, "not its image's size"),
+        (SQUARE | {"image_id": 8}, "that is not listed"),
+        (SQUARE | {"category_id": 8}, "that is not listed"),
+    ],
+)
+def test_bad_annotations(tmp_path: Path, annotation: dict[str, Any], sentence: str) -> None:
+    """An annotation that cannot be used is named, with what is wrong about it."""
+    with pytest.raises(DatasetError) as caught:
+        read_dataset(tmp_path, write_truth(tmp_path, annotation))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        ({"file_name": "no.png"}, "no.png is missing"),
+        ({"file_name": "truth.json"}, "truth.json cannot be read: the image is not"),
+        ({"width": 9}, "annotated as (9, 64)"),
+    ],
+)
+def test_bad_images(tmp_path: Path, image: dict[str, Any], sentence: str) -> None:
+    """An image that is missing, damaged or of another size is named."""
+    images = [{"id": 7, "file_name": "grey.png", "width": 64, "height": 64} | image]
+    truth = write_truth(tmp_path, SQUARE, images=images, annotations=[])
+    ended = accuracy(tmp_path, truth, tmp_path / "r.json")
+    assert ended.returncode == 2
+    assert sentence in ended.stderr.splitlines()[-1]
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--limit", "0", "1 or more"),
+        ("--threshold", "0.5", "from 0 to under 0.5"),
+        ("--device", "gpu", "invalid choice"),
+        ("--weights", "no/such/file", "cannot score: no weights at no/such/file"),
+        ("--out", "Makefile/r.json", "cannot score: "),
+    ],
+)
+def test_bad_options(tmp_path: Path, option: str, value: str, sentence: str) -> None:
+    """An option that cannot be is refused before anything is predicted."""
+    ended = accuracy(tmp_path, write_truth(tmp_path, SQUARE), tmp_path / "r.json", option, value)
+    assert ended.returncode == 2
+    assert sentence in ended.stderr.splitlines()[-1]
+    assert "images:" not in ended.stderr
