@@ -4,15 +4,14 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-
-from postgrest import AsyncSelectRequestBuilder, CountMethod, ReturnMethod
 
 from results.base import Claim, SettledStatus, Status, StoredResult, Task
 from results.errors import (
+    AlreadySettled,
     AttemptLost,
     MetadataInvalid,
     ResultsMisconfigured,
@@ -20,6 +19,7 @@ from results.errors import (
     TaskInProgress,
     TaskNotFound,
 )
+from results.supabase_leases import ColumnLeases, Leases, MetadataLeases, without_attempt
 from results.supabase_rest import TABLE, ColumnMissing, NotUuid, SupabaseRest
 
 _T = TypeVar("_T")
@@ -28,19 +28,25 @@ logger = logging.getLogger("bentoml.sam3")
 
 _MASK_COLUMNS: Final = ("mask_image_url", "mask_url")
 _COLUMNS: Final = ("id", "user_id", "status", "labels", "metadata", "updated_at")
-_ATTEMPT: Final = "metadata->>attempt"
 _CLAIM_TRIES: Final = 5
-_STALE_AT_ONCE: Final = 50
-_STALE_MESSAGE: Final = "the task was not finished in time; try again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """What differs from one project's table to another's."""
+
+    mask_column: str
+    leases: Leases
 
 
 class SupabaseResults:
     """A ResultStore in the table segmentation_results of the project at `url`.
 
-    An attempt may be taken over `lease_s` seconds after its claim, by the database's clock.
+    An attempt may be taken over `lease_s` seconds after its claim, by the database's clock. Where the table
+    lacks the columns of leases, they are kept as MetadataLeases says.
     `service_key` is a secret key (sb_secret_...), the service_role key, or the JWT of a role made for us,
     which goes with the project's `publishable_key`. `mask_column` is found when it is not given.
-    `timeout_s`: see SupabaseRest. `now` is our own clock.
+    `timeout_s`: see SupabaseRest.
     Made in the process and the event loop that use it. Raises ResultsMisconfigured for a key, a URL or a
     column that cannot be right.
     """
@@ -55,38 +61,38 @@ class SupabaseResults:
         publishable_key: str | None = None,
         connections: int = 16,
         timeout_s: float = 5.0,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         if mask_column in _COLUMNS or (mask_column and not re.fullmatch(r"\w{1,63}", mask_column)):
             raise ResultsMisconfigured("SUPABASE_MASK_COLUMN cannot be the column of the mask's URL")
         self._mask_columns = (mask_column,) if mask_column else _MASK_COLUMNS
-        self._found_column: str | None = None
+        self._found: _Table | None = None
         self._finding = asyncio.Lock()
-        self._lease = timedelta(seconds=lease_s)
+        self._lease_s = lease_s
         self._rest = SupabaseRest(
             url,
             service_key,
             publishable_key=publishable_key,
             connections=connections,
             timeout_s=timeout_s,
-            now=now,
         )
 
     async def check(self) -> list[str]:
-        """See ResultStore. Finds the mask's column, and tries a read and an update that match no row."""
+        """See ResultStore. Finds the table's columns, and tries a read and an update that match no row."""
         self._rest.refuse_expired_key()
         try:
-            column = await self._mask_column()
-            nothing: dict[str, object] = {"status": "pending", column: None, "labels": [], "metadata": {}}
-            await self._changed(self._update(nothing).eq("status", "done").eq("status", "pending"))
+            table = await self._table()
+            claim = {**table.leases.claimed(""), table.mask_column: None, "labels": []}
+            await self._rest.count(self._rest.update(claim).eq("status", "done").eq("status", "pending"))
+            if table.leases.columns:
+                await self._rest.now()
         except ResultsUnavailable as error:
             return [f"{error}; trying again when a task comes"]
-        return []
+        return [] if table.leases.warning is None else [table.leases.warning]
 
     async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         """See ResultStore; a missing row is TaskNotFound."""
         with _at_run_time(task.task_id):
-            return await self._with_mask_column(lambda column: self._claim(task, attempt_id, column))
+            return await self._with_table(lambda table: self._claim(task, attempt_id, table))
 
     async def update_result(
         self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
@@ -103,18 +109,18 @@ class SupabaseResults:
         metadata: dict[str, object] = {} if error_message is None else {"error_message": error_message}
         await self._settle(task_id, attempt_id, status, mask_url=None, labels=[], metadata=metadata)
 
-    async def end_stale(self, older_than_s: float) -> int:
-        """End as "error" tasks of ours that were claimed over `older_than_s` seconds ago; returns how many.
+    async def refuse(self, task: Task, error_message: str) -> None:
+        """See ResultStore."""
+        metadata = _as_jsonb({"error_message": error_message})
+        refuse = self._rest.update({"status": "error", "metadata": metadata})
+        refuse = refuse.eq("id", task.task_id).eq("user_id", task.user_id).eq("status", "pending")
+        with suppress(TaskNotFound), _at_run_time(task.task_id):
+            await self._rest.count(refuse)
 
-        At most 50 at once. Raises ResultsUnavailable.
-        """
+    async def end_stale(self, grace_s: float) -> int:
+        """See ResultStore."""
         with _at_run_time():
-            await self._with_mask_column(_nothing)  # its answer tells the database's time
-            claimed_before = self._rest.database_time() - timedelta(seconds=older_than_s)
-            query = self._rest.table.select("id", "updated_at", f"attempt:{_ATTEMPT}")
-            query = query.eq("status", "processing").lt("updated_at", claimed_before.isoformat())
-            stale = await self._rows(query.not_.is_(_ATTEMPT, "null").limit(_STALE_AT_ONCE))
-            return sum([await self._end(row) for row in stale])
+            return await self._with_table(lambda table: table.leases.end_stale(grace_s))
 
     async def close(self) -> None:
         """See ResultStore; closing twice is harmless."""
@@ -124,27 +130,32 @@ class SupabaseResults:
         """See ResultStore."""
         return f"Supabase table {TABLE} at {self._rest.host}"
 
-    async def _claim(self, task: Task, attempt_id: str, mask_column: str) -> Claim | StoredResult:
+    async def _claim(self, task: Task, attempt_id: str, table: _Table) -> Claim | StoredResult:
+        leases = table.leases
         for _ in range(_CLAIM_TRIES):
-            claim = self._update({"status": "processing", "metadata": {"attempt": attempt_id}})
+            claim = self._rest.update(leases.claimed(attempt_id)).neq("status", "done")
             claim = claim.eq("id", task.task_id).eq("user_id", task.user_id)
-            if await self._changed(claim.or_(self._is_free(attempt_id))):
+            if await self._rest.count(claim.or_(await leases.is_free(attempt_id))):
                 return Claim(task.task_id, attempt_id)
-            row = await self._row(task.task_id, mask_column, user_id=task.user_id)
+            # What else the row holds its user may have made large: it is read only where it is the answer.
+            row = await self._row(task.task_id, "status", *leases.row_columns, user_id=task.user_id)
             if row["status"] == "done":
-                return _stored_result(task.task_id, row, mask_column)
-            left = datetime.fromisoformat(row["updated_at"]) + self._lease - self._rest.database_time()
-            if row["status"] == "processing" and left > timedelta(0):
-                raise TaskInProgress(task.task_id, left.total_seconds())
+                return await self._stored_result(task, table)
+            if row["status"] == "processing" and (left_s := await leases.left_s(row)) > 0:
+                raise TaskInProgress(task.task_id, left_s)
             # It became free between the two requests.
-        raise ResultsMisconfigured("rows can be read, but not updated: the key's role lacks an update policy")
+        raise _no_update_policy()
 
-    def _is_free(self, attempt_id: str) -> str:
-        lease_start = (self._rest.database_time() - self._lease).isoformat()
-        return (
-            "status.in.(pending,error),"
-            f'and(status.eq.processing,updated_at.lte."{lease_start}"),'
-            f"and(status.eq.processing,{_ATTEMPT}.eq.{_quoted(attempt_id)})"
+    async def _stored_result(self, task: Task, table: _Table) -> StoredResult:
+        columns = (table.mask_column, "labels", "metadata")
+        row = await self._row(task.task_id, *columns, user_id=task.user_id)
+        # Users may write to their own rows: whatever stands there is no reason to fail.
+        mask_url, labels, metadata = (row[column] for column in columns)
+        return StoredResult(
+            task.task_id,
+            mask_url or "",
+            [str(label) for label in labels] if isinstance(labels, list) else [],
+            without_attempt(metadata) if isinstance(metadata, dict) else {},
         )
 
     async def _settle(
@@ -157,87 +168,80 @@ class SupabaseResults:
         labels: list[str],
         metadata: dict[str, object],
     ) -> None:
-        # The attempt stays in the settled row: it tells a repeat of this write from another attempt's.
         content = {
             "status": status,
             "labels": _as_jsonb(labels),
-            "metadata": _as_jsonb({**metadata, "attempt": attempt_id}),
+            "metadata": _as_jsonb(metadata),
         }
         with _at_run_time(task_id):
-            await self._with_mask_column(
-                lambda column: self._write_settled(task_id, attempt_id, column, {**content, column: mask_url})
+            await self._with_table(
+                lambda table: self._write_settled(task_id, attempt_id, table, mask_url, content)
             )
 
     async def _write_settled(
-        self, task_id: str, attempt_id: str, mask_column: str, content: dict[str, object]
+        self, task_id: str, attempt_id: str, table: _Table, mask_url: str | None, content: dict[str, object]
     ) -> None:
-        settle = self._update(content).eq("id", task_id).eq(_ATTEMPT, attempt_id)
-        still_open = "status.eq.processing,and(status.eq.error,metadata->>stale.eq.true)"
-        if await self._changed(settle.or_(still_open)):
+        leases, mask_column = table.leases, table.mask_column
+        settled = leases.settled(attempt_id, {**content, mask_column: mask_url})
+        settle = self._rest.update(settled).eq("id", task_id)
+        if await self._rest.count(leases.is_held(settle, attempt_id)):
             return
-        row = await self._row(task_id, mask_column)
-        if any(row[name] != value for name, value in content.items()):
+        columns = ("status", mask_column, "labels", "metadata")
+        row = await self._row(task_id, *columns, *leases.row_columns)
+        shows_its_mask = mask_url is not None and row[mask_column] == mask_url
+        standing = leases.standing(row, attempt_id, shows_its_mask=shows_its_mask)
+        if standing == "held":
+            raise _no_update_policy()
+        if standing == "other":
             raise AttemptLost(task_id)
+        if any(row[column] != settled[column] for column in columns):
+            raise AlreadySettled(task_id)
 
-    async def _end(self, stale: Mapping[str, Any]) -> bool:
-        """End the row of `stale`, unless it has changed since it was read."""
-        attempt_id = stale["attempt"]
-        metadata = {"attempt": attempt_id, "error_message": _STALE_MESSAGE, "stale": True}
-        end = self._update({"status": "error", "metadata": metadata}).eq("id", stale["id"])
-        end = end.eq("status", "processing").eq("updated_at", stale["updated_at"])
-        return await self._changed(end.eq(_ATTEMPT, attempt_id))
-
-    def _update(self, content: Mapping[str, object]) -> AsyncSelectRequestBuilder:
-        # Without the row in the answer a role needs no right to read all columns; the count tells a miss.
-        return self._rest.table.update(content, count=CountMethod.exact, returning=ReturnMethod.minimal)
-
-    async def _changed(self, update: AsyncSelectRequestBuilder) -> bool:
-        """Whether the update found its one row."""
-        count = (await self._rest.send(update)).count
-        if count is None:
-            raise _not_rest()
-        return count == 1
-
-    async def _row(self, task_id: str, mask_column: str, *, user_id: str | None = None) -> dict[str, Any]:
+    async def _row(self, task_id: str, *columns: str, user_id: str | None = None) -> dict[str, Any]:
         """The row, of this user if one is named. Raises TaskNotFound."""
-        query = self._rest.table.select("status", mask_column, "labels", "metadata", "updated_at")
-        query = query.eq("id", task_id)
-        found = await self._rows(query if user_id is None else query.eq("user_id", user_id))
+        query = self._rest.table.select(*columns).eq("id", task_id)
+        found = await self._rest.rows(query if user_id is None else query.eq("user_id", user_id))
         if not found:
             raise TaskNotFound(task_id)
         return found[0]
 
-    async def _rows(self, query: AsyncSelectRequestBuilder) -> list[dict[str, Any]]:
-        data: Any = (await self._rest.send(query)).data
-        if not isinstance(data, list):
-            raise _not_rest()
-        return data
-
-    async def _with_mask_column(self, work: Callable[[str], Awaitable[_T]]) -> _T:
-        """The work done with the mask's column; if the table has changed since it was found, once more."""
+    async def _with_table(self, work: Callable[[_Table], Awaitable[_T]]) -> _T:
+        """The work done with the table as it was found; if it has changed since, once more."""
         try:
-            return await work(await self._mask_column())
+            return await work(await self._table())
         except ColumnMissing:
-            self._found_column = None
-            return await work(await self._mask_column())
+            self._found = None
+            return await work(await self._table())
 
-    async def _mask_column(self) -> str:
+    async def _table(self) -> _Table:
         async with self._finding:
-            if self._found_column is None:
-                self._found_column = await self._find_mask_column()
-            return self._found_column
+            if self._found is None:
+                self._found = await self._find_table()
+            return self._found
 
-    async def _find_mask_column(self) -> str:
-        for column in self._mask_columns:
-            try:
-                await self._rows(self._rest.table.select(*_COLUMNS, column).limit(0))
-            except ColumnMissing as missing:
+    async def _find_table(self) -> _Table:
+        leases: Leases
+        for leases in (ColumnLeases(self._rest, self._lease_s), MetadataLeases(self._rest, self._lease_s)):
+            for mask_column in self._mask_columns:
+                missing = await self._missing(*_COLUMNS, *leases.columns, mask_column)
+                if missing is None:
+                    return _Table(mask_column, leases)
                 for other in _COLUMNS:
                     if missing.names(other):
-                        raise ResultsMisconfigured(f"table {TABLE} has no column {other}") from None
+                        raise ResultsMisconfigured(f"table {TABLE} has no column {other}")
+                if any(missing.names(other) for other in leases.columns):
+                    break
             else:
-                return column
+                break
         raise ResultsMisconfigured(f"table {TABLE} has no column {' or '.join(self._mask_columns)}")
+
+    async def _missing(self, *columns: str) -> ColumnMissing | None:
+        """What the table lacks of these; the first, if several."""
+        try:
+            await self._rest.rows(self._rest.table.select(*columns).limit(0))
+        except ColumnMissing as missing:
+            return missing
+        return None
 
 
 @contextmanager
@@ -252,23 +256,8 @@ def _at_run_time(task_id: str = "") -> Iterator[None]:
         raise ResultsUnavailable("the results database refuses this server; its log says why") from None
 
 
-async def _nothing(_: str) -> None:
-    pass
-
-
-def _not_rest() -> ResultsMisconfigured:
-    return ResultsMisconfigured("SUPABASE_URL does not answer as Supabase's REST API does")
-
-
-def _stored_result(task_id: str, row: Mapping[str, Any], mask_column: str) -> StoredResult:
-    # Users may write to their own rows: whatever stands there is no reason to fail.
-    labels, metadata = row["labels"], row["metadata"]
-    return StoredResult(
-        task_id,
-        row[mask_column] or "",
-        [str(label) for label in labels] if isinstance(labels, list) else [],
-        {key: metadata[key] for key in metadata if key != "attempt"} if isinstance(metadata, dict) else {},
-    )
+def _no_update_policy() -> ResultsMisconfigured:
+    return ResultsMisconfigured("rows can be read, but not updated: the key's role lacks an update policy")
 
 
 def _as_jsonb(value: object) -> Any:
@@ -281,8 +270,3 @@ def _as_jsonb(value: object) -> Any:
     if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
         raise MetadataInvalid("labels or metadata hold a zero byte, which PostgreSQL cannot keep")
     return json.loads(text)
-
-
-def _quoted(value: str) -> str:
-    """`value` inside PostgREST's or=(...)."""
-    return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'

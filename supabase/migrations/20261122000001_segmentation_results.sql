@@ -12,6 +12,8 @@ begin
         alter table public.users_profile enable row level security;
         create policy "own profile" on public.users_profile
             for select to authenticated using ((select auth.uid()) = id);
+        grant select on public.users_profile to authenticated;
+        grant select, insert, update, delete on public.users_profile to service_role;
     end if;
 
     if to_regclass('public.projects') is null then
@@ -26,6 +28,7 @@ begin
         create policy "own projects" on public.projects
             for all to authenticated
             using ((select auth.uid()) = user_id) with check ((select auth.uid()) = user_id);
+        grant select, insert, update, delete on public.projects to authenticated, service_role;
     end if;
 end
 $$;

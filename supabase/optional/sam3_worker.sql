@@ -17,6 +17,17 @@ grant select (id, user_id, status, mask_image_url, labels, metadata, updated_at)
     on public.segmentation_results to sam3_worker;
 grant update (status, mask_image_url, labels, metadata) on public.segmentation_results to sam3_worker;
 
+-- The lease's columns; without supabase/migrations/20261126000001_leases.sql they are not there.
+do $$
+begin
+    if to_regprocedure('public.segmentation_results_now()') is not null then
+        grant select (attempt_id, lease_s, lease_until), update (attempt_id, lease_s)
+            on public.segmentation_results to sam3_worker;
+        grant execute on function public.segmentation_results_now() to sam3_worker;
+    end if;
+end
+$$;
+
 drop policy if exists "worker reads results" on public.segmentation_results;
 create policy "worker reads results" on public.segmentation_results
     for select to sam3_worker using (true);

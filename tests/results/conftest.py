@@ -37,6 +37,30 @@ def spare_database(database: Database, tmp_path_factory: pytest.TempPathFactory)
         yield spare
 
 
+@pytest.fixture(scope="session")
+def old_database(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """A project from before the columns of leases, and from before grants were needed."""
+    del database
+    with databases.database(
+        tmp_path_factory.mktemp("old"), default_grants=True, migrations=databases.MIGRATIONS[:1]
+    ) as old:
+        yield old
+
+
+@pytest.fixture
+async def old(old_database: Database) -> AsyncIterator[Project]:
+    with fault_proxy(old_database.url) as proxy:
+        async with AsyncExitStack() as stores:
+            yield Project(old_database, proxy, stores)
+
+
+@pytest.fixture(params=["project", "old"])
+def either(request: pytest.FixtureRequest) -> Project:
+    """A project with the columns of leases, and one without."""
+    project: Project = request.getfixturevalue(request.param)
+    return project
+
+
 @pytest.fixture
 async def spare(spare_database: Database) -> AsyncIterator[Project]:
     with fault_proxy(spare_database.url) as proxy:

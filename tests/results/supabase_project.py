@@ -10,6 +10,7 @@ from results import Claim, Task
 from results.supabase import SupabaseResults
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AsyncExitStack
 
     from tests.services.database import Database
@@ -43,11 +44,36 @@ class Project:
         return task
 
     def make_older(self, task: Task, seconds: float) -> None:
+        """Let the row's times lie further back, as if `seconds` had passed."""
+        times = ["updated_at"] + ["lease_until"] * self.has_leases()
+        older = ", ".join(f"{time} = {time} - interval '{seconds} seconds'" for time in times)
+        # Without the triggers that set them.
         self.database.execute(
             f"""set session_replication_role = replica;
-            update segmentation_results set updated_at = updated_at - interval '{seconds} seconds'
-            where id = '{task.task_id}'"""  # noqa: S608 - ours
+            update segmentation_results set {older} where id = '{task.task_id}'"""  # noqa: S608 - ours
         )
+
+    def has_leases(self) -> bool:
+        """Whether the table has the columns of leases."""
+        found = self.database.execute(
+            "select 1 from information_schema.columns"
+            " where table_name = 'segmentation_results' and column_name = 'lease_until'"
+        )
+        return found != []
+
+    def insert_forged(self, user_id: str, columns: Mapping[str, str], count: int = 1) -> None:
+        """Rows with SQL expressions in `columns`, past every trigger, as an older table let users insert."""
+        names, values = ", ".join(["", *columns]), ", ".join(["", *columns.values()])
+        self.database.execute(
+            f"""set session_replication_role = replica;
+            insert into segmentation_results (user_id, source_image_url, text_prompt{names})
+            select '{user_id}', '', ''{values} from generate_series(1, {count})"""  # noqa: S608 - ours
+        )
+
+    def edit_as_user(self, task: Task, **content: object) -> None:
+        """What the row's user writes through the API."""
+        path, jwt = f"segmentation_results?id=eq.{task.task_id}", self.database.user_jwt(task.user_id)
+        self.database.request("PATCH", path, jwt=jwt, json=content).raise_for_status()
 
     def row(self, task: Task) -> tuple[Any, ...]:
         """Status, mask's URL, labels and metadata."""

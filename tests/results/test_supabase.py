@@ -1,10 +1,9 @@
-"""What only the Supabase store does: keys, columns, roles, the database's clock and connections."""
+"""What only the Supabase store does: keys, columns, roles and connections."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -13,7 +12,6 @@ import jwt
 import pytest
 
 from results import (
-    AttemptLost,
     Claim,
     MetadataInvalid,
     ResultsMisconfigured,
@@ -25,6 +23,7 @@ from results import (
 )
 from results.supabase import SupabaseResults
 from tests.results.supabase_project import MASK_URL, claimed, finish
+from tests.services.database import WORKER_ROLE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -36,9 +35,9 @@ pytestmark = pytest.mark.anyio
 LEASE_S = 120.0
 
 
-async def live(store: SupabaseResults, task: Task) -> None:
+async def live(store: SupabaseResults, task: Task, warnings: int = 0) -> None:
     """All that a task's life asks of the database, and some refusals."""
-    assert await store.check() == []
+    assert len(await store.check()) == warnings
     claim = await claimed(store, task)
     with pytest.raises(TaskInProgress):
         await claimed(store, task)
@@ -63,10 +62,14 @@ async def test_service_role_key_goes_as_both(project: Project) -> None:
         assert (request.headers["apikey"], request.headers["authorization"]) == (key, f"Bearer {key}")
 
 
-async def test_role_of_our_own_goes_under_the_publishable_key(project: Project) -> None:
+async def test_role_of_our_own_goes_under_the_publishable_key(either: Project) -> None:
     """The role that can do the least can do all that a task needs."""
+    project = either
     key, publishable_key = project.database.role_jwt("sam3_worker"), project.database.publishable_key
-    await live(project.open(key, publishable_key=publishable_key), project.new_task())
+    store = project.open(key, publishable_key=publishable_key)
+    await live(store, project.new_task(), warnings=0 if project.has_leases() else 1)
+    await store.refuse(project.new_task(), "no")
+    await store.end_stale(LEASE_S)
     for request in project.proxy.requests:
         assert request.headers["apikey"] == publishable_key
         assert request.headers["authorization"] == f"Bearer {key}"
@@ -83,6 +86,7 @@ def token(**claims: object) -> str:
         (token(role="anon"), "key for users"),
         (token(role="authenticated"), "key for users"),
         (token(sub="someone"), "key for users"),
+        (token(role=["service_role"]), "key for users"),
         ("", "empty"),
         ("sb_secret_0123\n", "character"),
         ("sb_secret_caf\u00e9", "character"),
@@ -124,12 +128,13 @@ async def test_description_names_the_host_alone() -> None:
 
 
 async def test_rows_are_never_made_or_deleted(project: Project) -> None:
-    """Whatever happens to a task, only SELECT and UPDATE are asked for, of one table."""
+    """Whatever happens to a task, only SELECT and UPDATE are asked for, of one table, and the time."""
     await live(project.open(), project.new_task())
     await project.open().end_stale(LEASE_S)
     assert {request.method for request in project.proxy.requests} == {"GET", "PATCH"}
     assert {request.path.partition("?")[0] for request in project.proxy.requests} == {
-        "/rest/v1/segmentation_results"
+        "/rest/v1/segmentation_results",
+        "/rest/v1/rpc/segmentation_results_now",
     }
 
 
@@ -220,19 +225,6 @@ async def test_row_deleted_during_the_work_is_not_found(project: Project) -> Non
     project.database.execute("delete from segmentation_results where id = %s", task.task_id)
     with pytest.raises(TaskNotFound):
         await finish(store, claim)
-
-
-@pytest.mark.parametrize("minutes", [-10, 10])
-async def test_lease_counts_by_the_databases_clock(project: Project, minutes: int) -> None:
-    """A clock that is wrong by minutes neither takes a task that is held nor waits for a stale one."""
-    task = project.new_task()
-    await claimed(project.open(), task)
-    wrong = project.open(now=lambda: datetime.now(UTC) + timedelta(minutes=minutes))
-    with pytest.raises(TaskInProgress) as raised:
-        await claimed(wrong, task)
-    assert raised.value.retry_after_s == pytest.approx(LEASE_S, abs=3)
-    project.make_older(task, LEASE_S + 3)
-    await claimed(wrong, task)
 
 
 async def rename_column(spare: Project, old: str, new: str) -> None:
@@ -334,8 +326,78 @@ async def test_role_without_a_right_is_refused(spare: Project, right: str) -> No
         grant {other} on segmentation_results to {role}"""
     )
     store = spare.open(spare.database.role_jwt(role), publishable_key=spare.database.publishable_key)
-    with pytest.raises(ResultsMisconfigured, match="may not read and update"):
+    with pytest.raises(ResultsMisconfigured, match=f"the role {role} may not read and update"):
         await store.check()
+
+
+GRANTS = {
+    "table": (
+        "revoke all on segmentation_results from service_role",
+        "service_role may not read and update segmentation_results: apply supabase/migrations",
+        "grant select, update on public.segmentation_results to service_role;",
+    ),
+    "schema": (
+        "revoke usage on schema public from public, service_role",
+        "service_role may not use the schema public",
+        "grant usage on schema public to service_role;",
+    ),
+    "function": (
+        "revoke execute on function segmentation_results_now() from service_role",
+        "service_role may not call segmentation_results_now: apply supabase/migrations",
+        "grant execute on function public.segmentation_results_now() to service_role;",
+    ),
+}
+
+
+@pytest.mark.parametrize(("revoke", "sentence", "grant"), GRANTS.values(), ids=GRANTS.keys())
+async def test_missing_grant_is_told_from_a_wrong_key(
+    spare: Project, revoke: str, sentence: str, grant: str
+) -> None:
+    """The start names the role and the SQL that mends it, which is true, and blames no key."""
+    spare.database.execute(revoke)
+    for key in (spare.database.secret_key, spare.database.service_role_key):
+        with pytest.raises(ResultsMisconfigured, match=sentence) as raised:
+            await spare.open(key).check()
+        assert "KEY" not in str(raised.value)
+    sql = str(raised.value).partition("run: ")[2]
+    assert sql == grant
+    spare.database.execute(sql)
+    assert await spare.open().check() == []
+    spare.database.execute("grant insert, delete on segmentation_results to service_role")
+
+
+async def test_role_that_the_api_may_not_take_is_named(spare: Project) -> None:
+    """A JWT for a role that PostgREST cannot take, or that is not there, stops the start with its name."""
+    spare.database.execute('create role "Odd role" nologin')
+    publishable_key = spare.database.publishable_key
+    for role, sentence in (
+        ("Odd role", 'grant "Odd role" to authenticator;'),
+        ("nobody_here", "the project has no role nobody_here"),
+    ):
+        store = spare.open(spare.database.role_jwt(role), publishable_key=publishable_key)
+        with pytest.raises(ResultsMisconfigured, match=sentence):
+            await store.check()
+
+
+async def test_worker_role_from_before_the_columns_of_leases(spare: Project) -> None:
+    """Where the role lacks the new columns, the start says which file to run."""
+    spare.database.execute("revoke select (lease_until) on segmentation_results from sam3_worker")
+    key, publishable_key = spare.database.role_jwt("sam3_worker"), spare.database.publishable_key
+    with pytest.raises(ResultsMisconfigured, match=r"run supabase/optional/sam3_worker\.sql"):
+        await spare.open(key, publishable_key=publishable_key).check()
+    spare.database.execute(WORKER_ROLE.read_text())
+    await live(spare.open(key, publishable_key=publishable_key), spare.new_task())
+
+
+async def test_missing_function_is_named(spare: Project) -> None:
+    """A project with the columns, and without the function that tells the time, stops the start."""
+    execute = spare.database.execute
+    execute("alter function segmentation_results_now() rename to elsewhere")
+    try:
+        with pytest.raises(ResultsMisconfigured, match=r"no function segmentation_results_now.*migrations"):
+            await spare.open().check()
+    finally:
+        execute("alter function elsewhere() rename to segmentation_results_now")
 
 
 async def test_role_that_may_only_see_is_told_so(spare: Project, caplog: pytest.LogCaptureFixture) -> None:
@@ -369,44 +431,3 @@ async def test_key_that_is_refused_is_no_missing_task(
         with pytest.raises(ResultsUnavailable):
             await store.claim(project.new_task(), str(uuid4()))
         assert "SUPABASE_SERVICE_KEY is refused (HTTP 401)" in caplog.text
-
-
-async def test_end_stale_ends_what_nobody_ended(project: Project) -> None:
-    """Tasks of ours that were claimed long ago end as errors; fresh and foreign ones stay."""
-    store = project.open()
-    stale, fresh, foreign = (project.new_task() for _ in range(3))
-    claim = await claimed(store, stale)
-    await claimed(store, fresh)
-    # Rows that never were ours, older and more than are looked at in one go.
-    project.database.execute(
-        "insert into segmentation_results (user_id, source_image_url, text_prompt, status, updated_at)"
-        " select %s, '', '', 'processing', now() - interval '2000 seconds' from generate_series(1, 60)",
-        foreign.user_id,
-    )
-    project.database.execute(
-        "update segmentation_results set status = 'processing' where id = %s", foreign.task_id
-    )
-    for task in (stale, foreign):
-        project.make_older(task, 1000)
-    assert await store.end_stale(900) == 1
-    status, _, _, metadata = project.row(stale)
-    assert (status, metadata["attempt"]) == ("error", claim.attempt_id)
-    assert "not finished in time" in metadata["error_message"]
-    assert [project.row(task)[0] for task in (fresh, foreign)] == ["processing", "processing"]
-    assert await store.end_stale(900) == 0
-
-
-async def test_late_result_is_delivered_to_a_task_that_was_ended_as_stale(project: Project) -> None:
-    """Work that ends after its task was given up still reaches the user, unless another attempt began."""
-    store = project.open()
-    late, taken = project.new_task(), project.new_task()
-    claims = [await claimed(store, task) for task in (late, taken)]
-    for task in (late, taken):
-        project.make_older(task, 1000)
-    assert await store.end_stale(900) == 2
-    await claimed(store, taken)
-    await finish(store, claims[0])
-    with pytest.raises(AttemptLost):
-        await finish(store, claims[1])
-    assert [project.row(task)[0] for task in (late, taken)] == ["done", "processing"]
-    await finish(store, claims[0])

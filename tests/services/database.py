@@ -26,12 +26,13 @@ from tests.services.gateway import caddy, caddyfile
 from tests.services.processes import ServerProcess, free_ports, http_status, listens, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).parent.parent.parent
 MIGRATIONS = sorted((ROOT / "supabase" / "migrations").glob("*.sql"))
 WORKER_ROLE = ROOT / "supabase" / "optional" / "sam3_worker.sql"
 HOSTED = Path(__file__).parent / "supabase.sql"
+DEFAULT_GRANTS = Path(__file__).parent / "supabase_grants.sql"
 _JWT_LIFE_S = 3600
 
 
@@ -185,7 +186,11 @@ class Database:
     def _answers(self) -> bool:
         """Whether a request reaches the database, past the connections that PostgREST lost."""
         url = f"http://127.0.0.1:{self._rest_port}/segmentation_results?limit=0"
-        return http_status(url) == HTTPStatus.OK
+        headers = {"Authorization": f"Bearer {self.service_role_key}"}
+        try:
+            return self._http.get(url, headers=headers).status_code == HTTPStatus.OK
+        except httpx.TransportError:
+            return False
 
     def _gateway_process(self, folder: Path, port: int) -> ServerProcess:
         tokens = {
@@ -216,8 +221,16 @@ def missing() -> str | None:
 
 
 @contextmanager
-def database(folder: Path) -> Iterator[Database]:
-    """A project with this repository's migrations and the optional role, until the end of the block."""
+def database(
+    folder: Path, *, default_grants: bool = False, migrations: Sequence[Path] = MIGRATIONS
+) -> Iterator[Database]:
+    """A project with this repository's migrations and the optional role, until the end of the block.
+
+    Args:
+        folder: for what the servers write.
+        default_grants: the API's roles hold every right on new tables, as in projects made before 2026-05-30.
+        migrations: what is applied, in this order.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     node.check_postgrest(node.postgrest() or "postgrest")
     with ExitStack() as running, _data_folder(folder) as data:
@@ -226,7 +239,8 @@ def database(folder: Path) -> Iterator[Database]:
         for server in (project._postgres, project._postgrest, project._gateway):
             running.callback(server.stop)
         project._postgres.start()
-        for path in (HOSTED, *MIGRATIONS, WORKER_ROLE):
+        hosted = (HOSTED, DEFAULT_GRANTS) if default_grants else (HOSTED,)
+        for path in (*hosted, *migrations, WORKER_ROLE):
             project.execute(path.read_text())
         project._postgrest.start()
         project._gateway.start()

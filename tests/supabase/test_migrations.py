@@ -9,15 +9,31 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from tests.services import database as databases
 from tests.services.database import MIGRATIONS, WORKER_ROLE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.services.database import Database
 
 TABLE = "segmentation_results"
 OTHER_TABLES = ["users_profile", "projects"]
 RIGHTS_MISSING = "42501"
 CHECK_VIOLATED = "23514"
+LEASE_COLUMNS = ["attempt_id", "lease_s", "lease_until"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["granted to nobody", "granted to all"])
+def database(
+    request: pytest.FixtureRequest, database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Database]:
+    """A project with each default of what migrations make: the one since 2026-05-30, and the one before."""
+    if not request.param:
+        yield database
+    else:
+        with databases.database(tmp_path_factory.mktemp("granted"), default_grants=True) as granted:
+            yield granted
 
 
 def ask(database: Database, method: str, path: str, jwt: str | None, **sent: Any) -> httpx.Response:
@@ -63,6 +79,7 @@ def test_new_row_has_its_defaults(database: Database, user: str, task_id: str) -
         "labels": [],
         "metadata": {},
         "status": "pending",
+        **dict.fromkeys(LEASE_COLUMNS),
     }
     assert created == updated
     assert abs(datetime.now(UTC) - created) < timedelta(minutes=1)
@@ -95,9 +112,9 @@ def test_status_is_one_of_four(database: Database, user: str, task_id: str, stat
 def test_anonymous_callers_see_nothing(database: Database, task_id: str) -> None:
     """With the publishable key alone nobody reads or changes a row."""
     before = row_of(database, task_id)
-    assert ask(database, "GET", TABLE, None).json() == []
-    assert ask(database, "PATCH", f"{TABLE}?id=eq.{task_id}", None, json={"status": "done"}).json() == []
-    assert ask(database, "DELETE", f"{TABLE}?id=eq.{task_id}", None).json() == []
+    for method, sent in (("GET", None), ("PATCH", {"status": "done"}), ("DELETE", None), ("POST", {})):
+        answer = ask(database, method, f"{TABLE}?id=eq.{task_id}", None, json=sent)
+        assert (answer.status_code, answer.json()["code"]) == (401, RIGHTS_MISSING)
     assert row_of(database, task_id) == before
 
 
@@ -146,7 +163,8 @@ def test_parents_are_not_open(database: Database, user: str, path: str) -> None:
     """The parent tables, where this repository makes them, show users no more than their own rows."""
     database.execute("insert into public.projects (user_id) values (%s)", user)
     stranger = database.user_jwt(database.add_user())
-    assert ask(database, "GET", f"{path}?select=id", None).json() == []
+    nobody = ask(database, "GET", f"{path}?select=id", None)
+    assert nobody.json() == [] or nobody.json()["code"] == RIGHTS_MISSING
     assert len(ask(database, "GET", f"{path}?select=id", database.user_jwt(user)).json()) >= 1
     assert len(ask(database, "GET", f"{path}?select=id", stranger).json()) <= 1
 
@@ -159,15 +177,151 @@ def test_realtime_publishes_the_table(database: Database) -> None:
     assert ("segmentation_results",) in published
 
 
-def test_worker_settles_with_four_columns(database: Database, user: str, task_id: str) -> None:
+def test_users_write_their_rows_as_before(database: Database, user: str, task_id: str) -> None:
+    """A user may still set every column of a row but the lease's, and read all of it."""
+    jwt = database.user_jwt(user)
+    [row] = ask(database, "GET", f"{TABLE}?id=eq.{task_id}", jwt).json()
+    written = {name: row[name] for name in row if name not in LEASE_COLUMNS}
+    changed = {**written, "id": str(uuid4()), "labels": ["mine"], "mask_image_url": "mine"}
+    [inserted] = ask(database, "POST", TABLE, jwt, json=changed).json()
+    [updated] = ask(
+        database, "PATCH", f"{TABLE}?id=eq.{task_id}", jwt, json={**changed, "id": task_id}
+    ).json()
+    for seen, own_id in ((inserted, changed["id"]), (updated, task_id)):
+        assert {**seen, "updated_at": None} == {**row, **changed, "id": own_id, "updated_at": None}
+
+
+@pytest.mark.parametrize("column", LEASE_COLUMNS)
+def test_users_cannot_write_leases(database: Database, user: str, task_id: str, column: str) -> None:
+    """Who holds a task is no column of its user's, neither at the insert nor later."""
+    jwt, before = database.user_jwt(user), row_of(database, task_id)
+    value = {"attempt_id": str(uuid4()), "lease_s": 3600, "lease_until": "2099-01-01"}[column]
+    row = {"user_id": user, "source_image_url": "uploads/x", "text_prompt": "cat", column: value}
+    for method, path, sent in (
+        ("POST", TABLE, row),
+        ("POST", TABLE, {**row, column: None}),
+        ("PATCH", f"{TABLE}?id=eq.{task_id}", {column: value}),
+        ("PATCH", f"{TABLE}?id=eq.{task_id}", {column: None}),
+    ):
+        answer = ask(database, method, path, jwt, json=sent)
+        assert (answer.status_code, answer.json()["code"]) == (403, RIGHTS_MISSING)
+    assert row_of(database, task_id) == before
+
+
+@pytest.mark.parametrize("updated_at", ["infinity", "9999-12-31", "2001-01-01"])
+def test_no_row_is_inserted_with_a_time_of_its_own(database: Database, user: str, updated_at: str) -> None:
+    """updated_at is the database's from the insert on."""
+    row = {"user_id": user, "source_image_url": "", "text_prompt": "", "updated_at": updated_at}
+    [inserted] = ask(database, "POST", TABLE, database.user_jwt(user), json=row).json()
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(inserted["updated_at"])) < timedelta(minutes=1)
+
+
+def test_service_role_has_the_four_verbs(database: Database, user: str) -> None:
+    """The Edge and this server, with the secret key: insert, select, update and delete of every table."""
+    own = {"apikey": database.secret_key}
+    row = {"user_id": user, "source_image_url": "uploads/x", "text_prompt": "cat"}
+    [inserted] = ask(database, "POST", TABLE, None, json=row, **own).json()
+    one = f"{TABLE}?id=eq.{inserted['id']}"
+    assert ask(database, "GET", one, None, **own).json() == [inserted]
+    assert ask(database, "PATCH", one, None, json={"labels": ["a"]}, **own).json()[0]["labels"] == ["a"]
+    assert len(ask(database, "DELETE", one, None, **own).json()) == 1
+    for other in OTHER_TABLES:
+        assert ask(database, "GET", other, None, **own).status_code == httpx.codes.OK
+
+
+def test_users_have_projects(database: Database, user: str) -> None:
+    """The parent that this repository makes can be used by its users: all four verbs on their own."""
+    jwt = database.user_jwt(user)
+    [project] = ask(database, "POST", "projects", jwt, json={"user_id": user}).json()
+    one = f"projects?id=eq.{project['id']}"
+    assert ask(database, "PATCH", one, jwt, json={"name": "mine"}).json()[0]["name"] == "mine"
+    assert len(ask(database, "DELETE", one, jwt).json()) == 1
+
+
+def lease_of(database: Database, task_id: str) -> tuple[Any, ...]:
+    """The attempt, its lease, and how many seconds of it are left."""
+    [(attempt_id, lease_s, left_s)] = database.execute(
+        "select attempt_id, lease_s, extract(epoch from lease_until - now())"
+        " from public.segmentation_results where id = %s",
+        task_id,
+    )
+    return attempt_id, lease_s, None if left_s is None else float(left_s)
+
+
+def test_lease_is_renewed_by_writing_it(database: Database, task_id: str) -> None:
+    """lease_s makes lease_until, again with the same value, and null ends it; other updates leave it."""
+    one, own = f"{TABLE}?id=eq.{task_id}", {"apikey": database.secret_key}
+    claim = {"status": "processing", "attempt_id": "a", "lease_s": 60}
+    for _ in range(2):
+        ask(database, "PATCH", one, None, json=claim, **own).raise_for_status()
+        assert lease_of(database, task_id) == ("a", 60, pytest.approx(60, abs=3))
+        make_lease_older(database, task_id, 50)
+    ask(database, "PATCH", one, None, json={"labels": [], "status": "error"}, **own).raise_for_status()
+    assert lease_of(database, task_id) == ("a", 60, pytest.approx(10, abs=3))
+    ask(database, "PATCH", one, None, json={"status": "done", "lease_s": None}, **own).raise_for_status()
+    assert lease_of(database, task_id) == ("a", None, None)
+
+
+def make_lease_older(database: Database, task_id: str, seconds: float) -> None:
+    database.execute(
+        f"""set session_replication_role = replica; update public.segmentation_results
+        set lease_until = lease_until - interval '{seconds} seconds' where id = '{task_id}'"""  # noqa: S608
+    )
+
+
+def test_processing_without_a_lease_gets_one(database: Database, user: str, task_id: str) -> None:
+    """A row that its owner or an older server makes processing has a quarter of an hour, and its attempt."""
+    one, jwt, attempt_id = f"{TABLE}?id=eq.{task_id}", database.user_jwt(user), str(uuid4())
+    for metadata, attempt in (
+        ({}, None),
+        ({"attempt": attempt_id}, attempt_id),
+        ({"attempt": "x" * 99}, None),
+    ):
+        sent = {"status": "processing", "metadata": metadata}
+        ask(database, "PATCH", one, jwt, json=sent).raise_for_status()
+        assert lease_of(database, task_id) == (attempt, None, pytest.approx(900, abs=3))
+    row = {"user_id": user, "source_image_url": "", "text_prompt": "", "status": "processing"}
+    [inserted] = ask(database, "POST", TABLE, jwt, json=row).json()
+    assert lease_of(database, inserted["id"]) == (None, None, pytest.approx(900, abs=3))
+
+
+def test_owner_cannot_take_a_live_lease(database: Database, user: str, task_id: str) -> None:
+    """Writing `processing` changes a lease only once it is over."""
+    one, jwt = f"{TABLE}?id=eq.{task_id}", database.user_jwt(user)
+    claim = {"status": "processing", "attempt_id": "a", "lease_s": 60}
+    ask(database, "PATCH", one, None, json=claim, apikey=database.secret_key).raise_for_status()
+    sent = {"status": "processing", "metadata": {"attempt": str(uuid4())}}
+    ask(database, "PATCH", one, jwt, json=sent).raise_for_status()
+    assert lease_of(database, task_id) == ("a", 60, pytest.approx(60, abs=3))
+    make_lease_older(database, task_id, 61)
+    ask(database, "PATCH", one, jwt, json=sent).raise_for_status()
+    assert lease_of(database, task_id)[2] == pytest.approx(900, abs=3)
+
+
+def test_time_is_told_to_servers_alone(database: Database, user: str) -> None:
+    """The function behind leases answers the service role and the worker, and no user."""
+    path = "rpc/segmentation_results_now"
+    for jwt in (database.service_role_key, database.role_jwt("sam3_worker")):
+        told = datetime.fromisoformat(ask(database, "GET", path, jwt).json())
+        assert abs(datetime.now(UTC) - told) < timedelta(minutes=1)
+    for nobody in (None, database.user_jwt(user)):
+        assert ask(database, "GET", path, nobody).json()["code"] == RIGHTS_MISSING
+
+
+def test_worker_settles_with_six_columns(database: Database, user: str, task_id: str) -> None:
     """The least-privilege role claims and settles a row by the filters that this server uses."""
     jwt = database.role_jwt("sam3_worker")
-    guard = f"{TABLE}?id=eq.{task_id}&user_id=eq.{user}&status=eq.pending&updated_at=gt.2001-01-01"
+    guard = (
+        f"{TABLE}?id=eq.{task_id}&user_id=eq.{user}&status=eq.pending&updated_at=gt.2001-01-01"
+        "&or=(lease_until.is.null,lease_until.lte.now)"
+    )
     settled = {
         "status": "done",
         "mask_image_url": "https://masks.example/0.png",
         "labels": ["cat"],
         "metadata": {"attempt": "a"},
+        "attempt_id": "a",
+        "lease_s": 60,
     }
     counted = {"Prefer": "return=minimal, count=exact"}
     answer = ask(database, "PATCH", guard, jwt, json=settled, headers=counted)
@@ -184,6 +338,7 @@ def test_worker_settles_with_four_columns(database: Database, user: str, task_id
         ("GET *", None),
         ("PATCH id", {"user_id": str(uuid4())}),
         ("PATCH id", {"updated_at": "2001-01-01"}),
+        ("PATCH id", {"lease_until": "2001-01-01"}),
         ("PATCH id", {"source_image_url": "uploads/y"}),
         ("DELETE id", None),
         ("POST id", {"source_image_url": "uploads/y", "text_prompt": "cat"}),
@@ -239,6 +394,55 @@ def _rules(database: Database) -> list[list[tuple[Any, ...]]]:
         database.execute("select tgname, tgenabled from pg_trigger where not tgisinternal order by 1"),
         database.execute(
             "select grantee, column_name, privilege_type from information_schema.column_privileges"
-            " where table_schema = 'public' and grantee = 'sam3_worker' order by 1, 2, 3"
+            " where table_schema = 'public' and table_name = 'segmentation_results'"
+            " and grantee in ('anon', 'authenticated', 'service_role', 'sam3_worker') order by 1, 2, 3"
+        ),
+        database.execute(
+            "select grantee, privilege_type from information_schema.routine_privileges"
+            " where routine_name = 'segmentation_results_now' order by 1, 2"
         ),
     ]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["granted to nobody", "granted to all"])
+def before_leases(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Database]:
+    """A project to which the first migration alone was applied, with each default."""
+    with databases.database(
+        tmp_path_factory.mktemp("before"), default_grants=request.param, migrations=MIGRATIONS[:1]
+    ) as project:
+        yield project
+
+
+def test_leases_come_to_a_project_with_rows(before_leases: Database, database: Database) -> None:
+    """Applied over the first migration, the second gives rows in work a lease, and makes the same rules."""
+    database, whole = before_leases, database
+    user_id, attempt_id = database.add_user(), str(uuid4())
+    tasks: dict[str, str] = {}
+    for status in ("pending", "processing", "done", "error"):
+        [(tasks[status],)] = database.execute(
+            "insert into public.segmentation_results"
+            " (user_id, source_image_url, text_prompt, status, metadata)"
+            " values (%s, '', '', %s, jsonb_build_object('attempt', %s::text)) returning id::text",
+            *(user_id, status, attempt_id),
+        )
+    for _ in range(2):
+        database.execute(MIGRATIONS[1].read_text())
+        for status in ("pending", "done", "error"):
+            assert lease_of(database, tasks[status]) == (None, None, None)
+        assert lease_of(database, tasks["processing"]) == (attempt_id, None, pytest.approx(900, abs=10))
+        assert _rules(database) == _rules(whole)
+
+
+def test_column_that_came_later_gets_its_grant(before_leases: Database) -> None:
+    """A column that the application adds is its users' once the migration is applied again."""
+    database = before_leases
+    database.execute(MIGRATIONS[1].read_text())
+    database.execute('alter table public.segmentation_results add column "Odd, note" text')
+    for may in (False, True):
+        assert database.execute(
+            "select has_column_privilege('authenticated', %s, 'Odd, note', 'update')", f"public.{TABLE}"
+        ) == [(may,)]
+        database.execute(MIGRATIONS[1].read_text())
+    database.execute('alter table public.segmentation_results drop column "Odd, note"')

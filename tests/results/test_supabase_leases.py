@@ -1,0 +1,381 @@
+"""Who holds a row of the Supabase store, whatever users write and clocks say; with our columns or not."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import datetime, timedelta, tzinfo
+from typing import TYPE_CHECKING, Self
+from uuid import uuid4
+
+import pytest
+
+from results import (
+    AlreadySettled,
+    AttemptLost,
+    Claim,
+    StoredResult,
+    Task,
+    TaskInProgress,
+    TaskNotFound,
+)
+from results.supabase import SupabaseResults, _Table
+from results.supabase_leases import MetadataLeases
+from tests.results.supabase_project import MASK_URL, claimed, finish
+
+if TYPE_CHECKING:
+    from tests.results.supabase_project import Project
+
+pytestmark = pytest.mark.anyio
+
+LEASE_S = 120.0
+LEFT_IN_THE_MIDDLE = "not finished in time"
+
+
+async def left_s(store: SupabaseResults, task: Task) -> float:
+    """How long a claim is told to wait."""
+    with pytest.raises(TaskInProgress) as raised:
+        await claimed(store, task)
+    return raised.value.retry_after_s
+
+
+def older_server(project: Project) -> SupabaseResults:
+    """A server that knows nothing of the columns of leases, on a table that has them."""
+    store = project.open()
+    store._found = _Table("mask_image_url", MetadataLeases(store._rest, LEASE_S))
+    return store
+
+
+def set_our_clock(monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
+    """Let this machine's wall clock be wrong from now on."""
+    right = time.time
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(seconds=ahead_s)
+
+    monkeypatch.setattr(time, "time", lambda: right() + ahead_s)
+    for module in ("supabase", "supabase_rest", "supabase_leases"):
+        monkeypatch.setattr(f"results.{module}.datetime", Wrong, raising=False)
+
+
+async def test_start_tells_which_way_it_is(project: Project, old: Project) -> None:
+    """Without the columns of leases the start goes on, and names the migration that adds them."""
+    assert await project.open().check() == []
+    [warning] = await old.open().check()
+    assert "20261126000001_leases.sql" in warning
+
+
+async def test_life_of_a_task(either: Project) -> None:
+    """Claimed, busy, failed, claimed again, finished, told again: the same both ways."""
+    store, second, task = either.open(), either.open(), either.new_task()
+    claim = await claimed(store, task)
+    assert await left_s(second, task) == pytest.approx(LEASE_S, abs=3)
+    either.make_older(task, 60)
+    assert await left_s(second, task) == pytest.approx(LEASE_S - 60, abs=3)
+    assert await second.claim(task, claim.attempt_id) == claim
+    assert await left_s(second, task) == pytest.approx(LEASE_S, abs=3)
+    either.make_older(task, LEASE_S + 3)
+    taken = await claimed(second, task)
+    with pytest.raises(AttemptLost) as raised:
+        await finish(store, claim)
+    assert not isinstance(raised.value, AlreadySettled)
+    for _ in range(2):
+        await second.update_status(task.task_id, "error", attempt_id=taken.attempt_id, error_message="no")
+    last = await claimed(store, task)
+    for _ in range(2):
+        await finish(store, last)
+    assert either.row(task)[:3] == ("done", MASK_URL, ["cat"])
+    stored = StoredResult(task.task_id, MASK_URL, ["cat"], {"confidence": 0.5})
+    assert await second.claim(task, str(uuid4())) == stored
+
+
+@pytest.mark.parametrize("ahead_s", [600.0, -3600.0])
+async def test_our_wall_clock_decides_nothing(
+    either: Project, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    """A clock that is set while we run neither takes a live claim, nor ends it, nor makes anybody wait."""
+    store, task, stale = either.open(), either.new_task(), either.new_task()
+    await claimed(store, task)
+    await claimed(store, stale)
+    either.make_older(stale, LEASE_S + 300)
+    set_our_clock(monkeypatch, ahead_s)
+    assert await left_s(store, task) == pytest.approx(LEASE_S, abs=3)
+    await store.end_stale(2 * LEASE_S)
+    assert [either.row(task)[0], either.row(stale)[0]] == ["processing", "error"]
+    either.make_older(task, LEASE_S + 3)
+    await claimed(store, task)
+
+
+async def test_time_is_asked_before_it_is_used(old: Project) -> None:
+    """What was heard of the database's time long ago, or never, decides nothing."""
+    store, task = old.open(), old.new_task()
+    await claimed(store, task)
+    for ahead_s in (None, 600.0, -3600.0):
+        store._rest._heard_s = -math.inf
+        store._rest._ahead_s = None if ahead_s is None else (store._rest._ahead_s or 0.0) + ahead_s
+        assert await left_s(store, task) == pytest.approx(LEASE_S, abs=3)
+        store._rest._heard_s = -math.inf
+        await store.end_stale(LEASE_S)
+        assert old.row(task)[0] == "processing"
+
+
+async def test_each_row_has_its_own_lease(project: Project) -> None:
+    """Servers with different leases on one table leave each other's live rows alone."""
+    patient, hasty, task = project.open(lease_s=3600.0), project.open(lease_s=10.0), project.new_task()
+    claim = await claimed(patient, task)
+    project.make_older(task, 600)
+    assert await left_s(hasty, task) == pytest.approx(3000, abs=3)
+    await hasty.end_stale(20)
+    assert project.row(task)[0] == "processing"
+    await finish(patient, claim)
+    other = project.new_task()
+    await claimed(hasty, other)
+    project.make_older(other, 11)
+    await claimed(patient, other)
+
+
+EDITS: list[dict[str, object]] = [
+    {"metadata": {}},
+    {"metadata": {"attempt": str(uuid4())}},
+    {"metadata": {"note": "mine"}, "labels": ["mine"], "mask_image_url": "mine"},
+    {"status": "error"},
+    {"status": "pending", "metadata": {}},
+    {"status": "processing", "metadata": {"attempt": str(uuid4())}},
+    {"status": "done", "mask_image_url": "mine"},
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+async def test_edit_under_a_claim_loses_nothing(project: Project, edit: dict[str, object]) -> None:
+    """Whatever a user writes to the row of a task in work, its outcome is what the row holds in the end."""
+    store, good, bad = project.open(), project.new_task(), project.new_task()
+    claims = [await claimed(store, task) for task in (good, bad)]
+    for task in (good, bad):
+        project.edit_as_user(task, **edit)
+    await finish(store, claims[0])
+    await store.update_status(bad.task_id, "error", attempt_id=claims[1].attempt_id, error_message="corrupt")
+    assert project.row(good) == ("done", MASK_URL, ["cat"], {"confidence": 0.5})
+    assert project.row(bad) == ("error", None, [], {"error_message": "corrupt"})
+
+
+async def test_edited_row_is_not_processing_for_ever(either: Project) -> None:
+    """A row whose metadata its user has emptied under the claim of a server that died ends all the same."""
+    store, task = either.open(), either.new_task()
+    await claimed(store, task)
+    either.edit_as_user(task, metadata={})
+    either.make_older(task, 1000)
+    await store.end_stale(LEASE_S)
+    status, _, _, metadata = either.row(task)
+    assert status == "error"
+    assert LEFT_IN_THE_MIDDLE in metadata["error_message"]
+
+
+@pytest.mark.parametrize(
+    "edit", [{"metadata": {"note": "mine"}}, {"labels": ["mine"]}, {"status": "error"}], ids=str
+)
+async def test_edit_after_the_end_is_no_lost_attempt(either: Project, edit: dict[str, object]) -> None:
+    """A repeat of a settle that meets its user's edit is told so, and leaves the edit."""
+    store, task = either.open(), either.new_task()
+    claim = await claimed(store, task)
+    await finish(store, claim)
+    either.edit_as_user(task, **edit)
+    before = either.row(task)
+    with pytest.raises(AlreadySettled):
+        await finish(store, claim)
+    assert either.row(task) == before
+
+
+async def test_deleted_row_is_not_found(either: Project) -> None:
+    """A row that is gone is told from one that is another's."""
+    with pytest.raises(TaskNotFound):
+        await finish(either.open(), Claim(str(uuid4()), str(uuid4())))
+
+
+async def test_end_stale_ends_what_nobody_ended(either: Project) -> None:
+    """What was claimed long ago ends as an error, whoever claimed it; what is fresh stays."""
+    store = either.open()
+    stale, fresh, foreign = (either.new_task() for _ in range(3))
+    await claimed(store, stale)
+    await claimed(store, fresh)
+    either.edit_as_user(foreign, status="processing")
+    for task in (stale, foreign):
+        either.make_older(task, 15 * 60 + 700)
+    assert await store.end_stale(600) == 2
+    for task in (stale, foreign):
+        status, _, _, metadata = either.row(task)
+        assert status == "error"
+        assert LEFT_IN_THE_MIDDLE in metadata["error_message"]
+    assert either.row(fresh)[0] == "processing"
+    assert await store.end_stale(600) == 0
+
+
+async def test_end_stale_waits_for_its_grace(either: Project) -> None:
+    """A lease that is over for less than the grace is left to its server."""
+    store, task = either.open(), either.new_task()
+    await claimed(store, task)
+    either.make_older(task, LEASE_S + 200)
+    await store.end_stale(240)
+    assert either.row(task)[0] == "processing"
+    either.make_older(task, 50)
+    await store.end_stale(240)
+    assert either.row(task)[0] == "error"
+
+
+async def test_late_result_is_delivered_to_a_task_that_was_ended_as_stale(either: Project) -> None:
+    """Work that ends after its task was given up still reaches the user, unless another attempt began."""
+    store = either.open()
+    late, taken = either.new_task(), either.new_task()
+    claims = [await claimed(store, task) for task in (late, taken)]
+    for task in (late, taken):
+        either.make_older(task, 1000)
+    assert await store.end_stale(600) == 2
+    await claimed(store, taken)
+    await finish(store, claims[0])
+    with pytest.raises(AttemptLost):
+        await finish(store, claims[1])
+    assert [either.row(task)[0] for task in (late, taken)] == ["done", "processing"]
+    await finish(store, claims[0])
+
+
+STALE = {"status": "'processing'", "updated_at": "now() - interval '2000 seconds'"}
+FORGED = {
+    "large": "jsonb_build_object('attempt', repeat('x', 200000))",
+    "hostile": """jsonb_build_object('attempt', E'"),\\\\\\x01status.eq.done&')""",
+    "object": """'{"attempt": {"deep": [1]}}'""",
+    "none": "'{}'",
+    "no object": "'[1, null]'",
+    "of an id's length": "jsonb_build_object('attempt', repeat('\u732b', 36))",
+    "an id": "jsonb_build_object('attempt', gen_random_uuid())",
+}
+
+
+@pytest.mark.parametrize("metadata", FORGED.values(), ids=FORGED.keys())
+async def test_forged_rows_stop_nobody(old: Project, metadata: str) -> None:
+    """Rows that a user has forged, however large and many, end with the others in one pass."""
+    store, task = old.open(), old.new_task()
+    await claimed(store, task)
+    old.make_older(task, 1000)
+    old.insert_forged(task.user_id, {**STALE, "metadata": metadata}, 120)
+    assert await store.end_stale(600) == 121
+    assert old.row(task)[0] == "error"
+    assert max(len(request.path) for request in old.proxy.requests) < 1000
+
+
+async def test_forged_rows_stop_nobody_with_our_columns(project: Project) -> None:
+    """What a user inserts as `processing` ends a quarter of an hour after it, all in one update."""
+    store, task = project.open(), project.new_task()
+    await claimed(store, task)
+    project.make_older(task, 1000)
+    row = {"user_id": task.user_id, "source_image_url": "", "text_prompt": "", "status": "processing"}
+    rows = [{**row, "metadata": {"attempt": "x" * 200_000}}, *[{**row, "metadata": {}}] * 500]
+    jwt = project.database.user_jwt(task.user_id)
+    project.database.request("POST", "segmentation_results", jwt=jwt, json=rows).raise_for_status()
+    assert await store.end_stale(600) == 1
+    project.database.execute(
+        f"""set session_replication_role = replica; update segmentation_results
+        set lease_until = lease_until - interval '2000 seconds' where user_id = '{task.user_id}'"""  # noqa: S608
+    )
+    before = len(project.proxy.requests)
+    assert await store.end_stale(600) == 501
+    assert [request.method for request in project.proxy.requests[before:]] == ["GET", "PATCH"]
+
+
+async def test_row_that_cannot_be_ended_holds_up_no_other(
+    old: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 60 stale rows the 52 that the database refuses to change stay, and the rest end."""
+    store, task = old.open(), old.new_task()
+    stale = {**STALE, "metadata": "jsonb_build_object('attempt', gen_random_uuid())"}
+    old.insert_forged(task.user_id, {**stale, "labels": "'[\"refused\"]'"}, 52)
+    old.insert_forged(task.user_id, stale, 8)
+    old.database.execute(
+        """create function refuse() returns trigger language plpgsql as $$
+        begin raise exception 'refused'; end $$;
+        create trigger refuse before update on segmentation_results for each row
+        when (old.labels = '["refused"]') execute function refuse()"""
+    )
+    try:
+        assert await store.end_stale(600) == 8
+    finally:
+        old.database.execute("drop trigger refuse on segmentation_results; drop function refuse()")
+    assert "could not be ended" in caplog.text
+    assert await store.end_stale(600) == 52
+
+
+TIMES = ["'infinity'", "'-infinity'", "'9999-12-31'", "'20000-01-01'", "'0044-03-15 BC'", "now() + '1 day'"]
+
+
+@pytest.mark.parametrize("updated_at", TIMES)
+async def test_forged_time_is_no_lease(old: Project, updated_at: str) -> None:
+    """A row with a time that no server wrote is free, and is ended when nobody claims it."""
+    store, task = old.open(), old.new_task()
+    old.database.execute("delete from segmentation_results where id = %s", task.task_id)
+    forged = {"status": "'processing'", "updated_at": updated_at}
+    old.insert_forged(task.user_id, {**forged, "id": f"'{task.task_id}'"})
+    await finish(store, await claimed(store, task))
+    old.insert_forged(task.user_id, forged)
+    assert await store.end_stale(600) == 1
+
+
+async def test_task_is_refused_without_a_claim(either: Project) -> None:
+    """Only a pending row ends as an error; any other stays, and a missing one is no error."""
+    store = either.open()
+    pending, busy, done = (either.new_task() for _ in range(3))
+    await claimed(store, busy)
+    await finish(store, await claimed(store, done))
+    before = either.row(busy), either.row(done)
+    for task in (pending, busy, done):
+        await store.refuse(task, "given up")
+        stranger = Task(task.task_id, str(uuid4()), task.source_image_url, task.prompts)
+        await store.refuse(stranger, "of another")
+    await store.refuse(Task(str(uuid4()), "user-1", "uploads/user-1/cat", ("cat",)), "no UUID")
+    assert either.row(pending) == ("error", None, [], {"error_message": "given up"})
+    assert (either.row(busy), either.row(done)) == before
+    await finish(store, await claimed(store, pending))
+
+
+async def test_older_server_beside_ours(project: Project) -> None:
+    """A server from before the columns holds a row for a quarter of an hour, and settles it its own way."""
+    store, older, task = project.open(), older_server(project), project.new_task()
+    claim = await claimed(older, task)
+    assert await left_s(store, task) == pytest.approx(900, abs=3)
+    await finish(older, claim)
+    assert project.row(task)[0] == "done"
+    assert isinstance(await store.claim(task, str(uuid4())), StoredResult)
+
+
+async def test_attempt_of_an_older_server_goes_on_after_its_update(project: Project) -> None:
+    """What was claimed before the update of a server is claimed again and settled after it."""
+    store, older = project.open(), older_server(project)
+    tasks = [project.new_task() for _ in range(2)]
+    claims = [await claimed(older, task) for task in tasks]
+    assert await store.claim(tasks[0], claims[0].attempt_id) == claims[0]
+    for task, claim in zip(tasks, claims, strict=True):
+        await finish(store, claim)
+        assert project.row(task)[0] == "done"
+
+
+async def test_older_server_that_takes_over_is_not_disturbed(project: Project) -> None:
+    """Once an older server has taken over, the attempt before it is lost, whichever way that was kept."""
+    store, older = project.open(), older_server(project)
+    for first in (store, older):
+        task = project.new_task()
+        claim = await claimed(first, task)
+        project.make_older(task, LEASE_S + 3)
+        taken = await claimed(older, task)
+        with pytest.raises(AttemptLost):
+            await finish(store, claim)
+        await finish(store, taken)
+
+
+async def test_ours_takes_over_from_an_older_server(project: Project) -> None:
+    """Once its quarter of an hour is over, an older server's row is ours, and its late write is lost."""
+    store, older, task = project.open(), older_server(project), project.new_task()
+    claim = await claimed(older, task)
+    project.make_older(task, 901)
+    taken = await claimed(store, task)
+    with pytest.raises(AttemptLost):
+        await finish(older, claim)
+    await finish(store, taken)
