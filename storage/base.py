@@ -29,6 +29,14 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def delete_mask(self, key: str) -> None:
+        """Delete the mask at `key`; one that is not there is no error. Raises StorageUnavailable."""
+        ...
+
+    def holds_mask(self, mask_url: str, user_id: str, task_id: str) -> bool:
+        """Whether `mask_url` is the URL of a mask of this task in this store. Only parses."""
+        ...
+
     async def check(self) -> list[str]:
         """Prove at the start that the store can be used; what an operator should know, a sentence each.
 

@@ -15,6 +15,7 @@ from storage.errors import ImageUrlForbidden, ImageUrlInvalid
 MAX_KEY_BYTES: Final = 1024
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-[0-9a-f]{16}\.png")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Controls, lone surrogates, and the two separators that some log readers take for a new line.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -68,16 +69,34 @@ def percent_decoded(text: str) -> str:
         raise ValueError("is not UTF-8 after percent-decoding") from None
 
 
-def mask_key(user_id: str, task_id: str, name: str | int, png: bytes) -> str:
-    """The key for a mask: `masks/{user_id}/{task_id}/{name}-{16 hex of its SHA-256}.png`.
+def mask_key(user_id: str, task_id: str, name: str | int, png: bytes, *, attempt_id: str) -> str:
+    """The key for a mask: `masks/{user_id}/{task_id}/{name}-{16 hex}.png`.
 
-    The content is in the key, so another attempt never overwrites a mask that someone may have read.
+    The 16 digits are of the SHA-256 of the attempt's id and the content. So an attempt that repeats its work
+    writes the same bytes to the same key, nobody overwrites a mask that someone may have read, and the masks
+    of an attempt that came to nothing can be deleted without touching another's.
     Raises ValueError when a part is not 1 to 64 letters, digits, '-' or '_'.
     """
     parts = (user_id, task_id, str(name))
     if not all(_NAME.fullmatch(part) for part in parts):
         raise ValueError("user_id, task_id and name are 1 to 64 letters, digits, '-' or '_'")
-    return f"masks/{'/'.join(parts)}-{hashlib.sha256(png).hexdigest()[:16]}.png"
+    digest = hashlib.sha256(attempt_id.encode() + b"\0" + png).hexdigest()
+    return f"masks/{'/'.join(parts)}-{digest[:16]}.png"
+
+
+def _is_mask_key(key: str, user_id: str, task_id: str) -> bool:
+    """Whether `mask_key` may have made `key` for this task."""
+    folder, _, name = key.rpartition("/")
+    return folder == f"masks/{user_id}/{task_id}" and _MASK_NAME.fullmatch(name) is not None
+
+
+def mask_in_url(mask_url: str, user_id: str, task_id: str, *, key_in_url: Callable[[str], str]) -> bool:
+    """Whether `mask_url` names a mask of this task, by the store's own `key_in_url`."""
+    try:
+        refuse_control_characters(mask_url)
+        return _is_mask_key(checked_key(key_in_url(mask_url)), user_id, task_id)
+    except (ValueError, ImageUrlForbidden):
+        return False
 
 
 def _is_upload_of(key: str, user_id: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Final
 from uuid import uuid4
 
 from storage.errors import ImageUrlForbidden, ObjectNotFound, ObjectTooLarge, StorageUnavailable
-from storage.keys import checked_key, image_key, percent_decoded
+from storage.keys import checked_key, image_key, mask_in_url, percent_decoded
 
 # A killed process leaves such a file behind; no key may name it.
 _UNFINISHED: Final = ".unfinished"
@@ -53,6 +53,14 @@ class LocalFolder:
     async def upload_mask(self, mask: bytes, key: str) -> str:
         """See ObjectStore."""
         return await asyncio.to_thread(self._write, key, mask)
+
+    async def delete_mask(self, key: str) -> None:
+        """See ObjectStore."""
+        await asyncio.to_thread(self._delete, key)
+
+    def holds_mask(self, mask_url: str, user_id: str, task_id: str) -> bool:
+        """See ObjectStore."""
+        return mask_in_url(mask_url, user_id, task_id, key_in_url=self._key_in_url)
 
     def put_upload(self, key: str, data: bytes) -> None:
         """Keep an image at `key`, as the Edge does. Blocks; raises what `upload_mask` raises."""
@@ -104,6 +112,13 @@ class LocalFolder:
             _write_atomically(path, data)
             self._sync_folders(path.parent)
         return path.as_uri()
+
+    def _delete(self, key: str) -> None:
+        path = self._root / checked_key(key)
+        if self._leaves_folder(path):
+            raise StorageUnavailable("a link stands in the way of the object")
+        with _os_errors():
+            path.unlink(missing_ok=True)
 
     def _leaves_folder(self, path: Path) -> bool:
         # Any link, not only one that points outside: a link to another user's upload is as bad.

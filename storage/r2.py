@@ -21,7 +21,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectTooLarge, StorageMisconfigured
-from storage.keys import checked_key, image_key
+from storage.keys import checked_key, image_key, mask_in_url
 from storage.r2_tries import GET, PUT, Deadline, R2Error, connect_timeout_s, read_timeout_s, tried
 from storage.r2_urls import R2Urls
 
@@ -110,6 +110,15 @@ class R2Bucket:
         await self._told("put", lambda deadline: tried(lambda: self._put(key, mask), PUT, deadline))
         return self._urls.mask_url(key)
 
+    async def delete_mask(self, key: str) -> None:
+        """See ObjectStore."""
+        key = checked_key(key)
+        await self._told("delete", lambda deadline: tried(lambda: self._delete(key), PUT, deadline))
+
+    def holds_mask(self, mask_url: str, user_id: str, task_id: str) -> bool:
+        """See ObjectStore."""
+        return mask_in_url(mask_url, user_id, task_id, key_in_url=self._urls.key_in_url)
+
     async def check(self) -> list[str]:
         """See ObjectStore. Reads a key that has no object, then makes a write whose condition must fail."""
         warnings = []
@@ -170,6 +179,11 @@ class R2Bucket:
         self._client.put_object(
             Bucket=self._bucket, Key=key, Body=mask, ContentType="image/png", CacheControl=_CACHE_CONTROL
         )
+
+    @_vendor_errors()
+    def _delete(self, key: str) -> None:
+        # S3 answers 204 whether or not there was an object.
+        self._client.delete_object(Bucket=self._bucket, Key=key)
 
     def _probe(self) -> None:
         # A fresh key: several processes start at once, and R2 takes one write a second and key.

@@ -310,13 +310,13 @@ async def test_image_may_have_exactly_the_cap(opened: Opened, user: str) -> None
 
 async def test_mask_is_readable_at_its_url(opened: Opened, user: str) -> None:
     """The URL of an uploaded mask leads to its bytes."""
-    url = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, 0, IMAGE))
+    url = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, 0, IMAGE, attempt_id="a"))
     assert opened.read_url(url) == IMAGE
 
 
 async def test_mask_may_be_uploaded_again(opened: Opened, user: str) -> None:
     """The same mask at the same key gives the same URL, as a retry needs."""
-    key = mask_key(user, TASK_ID, "union", IMAGE)
+    key = mask_key(user, TASK_ID, "union", IMAGE, attempt_id="a")
     first = await opened.store.upload_mask(IMAGE, key)
     assert await opened.store.upload_mask(IMAGE, key) == first
     assert opened.read_url(first) == IMAGE
@@ -343,11 +343,13 @@ def test_description_is_one_line(opened: Opened) -> None:
     assert len(opened.store.describe().splitlines()) == 1
 
 
-def test_mask_key_tells_contents_apart() -> None:
-    """The key holds the user, the task, the prompt and the content's hash."""
-    digest = hashlib.sha256(IMAGE).hexdigest()[:16]
-    assert mask_key(USER, TASK_ID, 3, IMAGE) == f"masks/{USER}/{TASK_ID}/3-{digest}.png"
-    assert mask_key(USER, TASK_ID, 3, b"other") != mask_key(USER, TASK_ID, 3, IMAGE)
+def test_mask_key_tells_contents_and_attempts_apart() -> None:
+    """The key holds the user, the task, the prompt and a hash; the same attempt's same mask has the same."""
+    digest = hashlib.sha256(b"a\0" + IMAGE).hexdigest()[:16]
+    key = mask_key(USER, TASK_ID, 3, IMAGE, attempt_id="a")
+    assert key == f"masks/{USER}/{TASK_ID}/3-{digest}.png"
+    assert key != mask_key(USER, TASK_ID, 3, b"other", attempt_id="a")
+    assert key != mask_key(USER, TASK_ID, 3, IMAGE, attempt_id="b")
 
 
 @pytest.mark.parametrize("part", ["", "..", "a/b", "a\\b", "a.b", "x" * 65, "a\n"])
@@ -355,4 +357,36 @@ def test_mask_key_parts_are_plain_names(part: str) -> None:
     """No part of a mask's key can bring a slash, a dot or a newline of its own."""
     for parts in [(part, TASK_ID, "0"), (USER, part, "0"), (USER, TASK_ID, part)]:
         with pytest.raises(ValueError, match="1 to 64"):
-            mask_key(*parts, IMAGE)
+            mask_key(*parts, IMAGE, attempt_id="a")
+
+
+async def test_mask_may_be_deleted(opened: Opened, user: str) -> None:
+    """A mask that nobody needs is gone after its deletion; one that is not there is no error."""
+    key = mask_key(user, TASK_ID, 0, IMAGE, attempt_id="a")
+    kept = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, 0, IMAGE, attempt_id="b"))
+    await opened.store.upload_mask(IMAGE, key)
+    for _ in range(2):
+        await opened.store.delete_mask(key)
+        with pytest.raises(ObjectNotFound):
+            await opened.unprefixed.download_image(key, user, CAP)
+    assert opened.read_url(kept) == IMAGE
+
+
+async def test_masks_of_a_task_are_known_by_their_url(opened: Opened, user: str) -> None:
+    """Only a URL of this store that names a mask of this very task is taken for one."""
+    url = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, "union", IMAGE, attempt_id="a"))
+    assert opened.store.holds_mask(url, user, TASK_ID)
+    other_task = TASK_ID[::-1]
+    for changed in (
+        "",
+        "https://elsewhere.example/" + url.partition("masks/")[2],
+        url.replace("/masks/", "/uploads/"),
+        url.replace(user, "user-2"),
+        url.replace(TASK_ID, f"{other_task}/../{TASK_ID}"),
+        url.replace(".png", ".html"),
+        url + "#x",
+        url + "\n",
+    ):
+        assert not opened.store.holds_mask(changed, user, TASK_ID), changed
+    assert not opened.store.holds_mask(url, "user-2", TASK_ID)
+    assert not opened.store.holds_mask(url, user, other_task)

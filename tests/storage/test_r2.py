@@ -153,7 +153,7 @@ async def test_mask_is_stored_as_a_png_for_good(r2_emulator: S3Service) -> None:
     """What the browser gets of a mask is a PNG that it may keep for ever."""
     base = r2_emulator.public_base_url
     async with opened(r2_emulator, r2_emulator.endpoint, public_base_url=base) as bucket:
-        url = await bucket.upload_mask(MASK, mask_key("user-1", TASK_ID, 0, MASK))
+        url = await bucket.upload_mask(MASK, mask_key("user-1", TASK_ID, 0, MASK, attempt_id="a"))
     async with httpx.AsyncClient() as browser:
         answer = await browser.get(url)
     assert answer.content == MASK
@@ -274,7 +274,7 @@ async def test_mask_is_stored_after_a_fault_that_passes(
 
     proxy.hang_next(when=note)  # never hangs: it only notes
     fault(proxy, 1)
-    key = mask_key(user, TASK_ID, 0, MASK)
+    key = mask_key(user, TASK_ID, 0, MASK, attempt_id="a")
     async with opened(seaweedfs, proxy.url) as bucket:
         await bucket.upload_mask(MASK, key)
     assert seaweedfs.get(key) == MASK
@@ -284,7 +284,7 @@ async def test_mask_is_stored_after_a_fault_that_passes(
 
 async def test_mask_url_is_not_given_out_early(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
     """The URL is not known until the bytes are stored: a public cache would keep the 404."""
-    key = mask_key(user, TASK_ID, 0, MASK)
+    key = mask_key(user, TASK_ID, 0, MASK, attempt_id="a")
     proxy.hang_next(1, when=is_put)
     async with opened(seaweedfs, proxy.url) as bucket:
         upload = asyncio.create_task(bucket.upload_mask(MASK, key))
@@ -443,7 +443,8 @@ async def test_burst_stays_in_the_pool(seaweedfs: S3Service, proxy: FaultProxy, 
     async with opened(seaweedfs, proxy.url) as bucket:
         for _ in range(2):
             images = [bucket.download_image(f"uploads/{user}/cat", user, CAP) for _ in range(50)]
-            masks = [bucket.upload_mask(MASK, mask_key(user, TASK_ID, index, MASK)) for index in range(50)]
+            keys = [mask_key(user, TASK_ID, index, MASK, attempt_id="a") for index in range(50)]
+            masks = [bucket.upload_mask(MASK, key) for key in keys]
             answers = await asyncio.gather(*images, *masks)
             assert answers[:50] == [IMAGE] * 50
         assert proxy.max_connections_open == 16
@@ -452,7 +453,7 @@ async def test_burst_stays_in_the_pool(seaweedfs: S3Service, proxy: FaultProxy, 
 
 async def test_close_lets_work_end(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
     """Closing waits for an upload that was begun, its second try too."""
-    key = mask_key(user, TASK_ID, 0, MASK)
+    key = mask_key(user, TASK_ID, 0, MASK, attempt_id="a")
     proxy.hang_next(1, when=is_put)
     async with opened(seaweedfs, proxy.url) as bucket:
         upload = asyncio.create_task(bucket.upload_mask(MASK, key))
