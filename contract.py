@@ -26,7 +26,11 @@ class OverloadedError(Exception):
 
 
 class TaskMismatchError(Exception):
-    """The task is done, but for other prompts: the caller has used its id twice."""
+    """The task is done, but for other prompts, or its row no longer holds what this server wrote."""
+
+
+class TaskGivenUpError(Exception):
+    """The server's processes died too often while they worked on this task; it is not tried again."""
 
 
 def _is_text(text: str) -> str:
@@ -199,10 +203,12 @@ class ErrorResponse(BaseModel):
 ERRORS: dict[type[Exception], tuple[str, HTTPStatus]] = {
     OverloadedError: ("OVERLOADED", HTTPStatus.TOO_MANY_REQUESTS),
     TaskMismatchError: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
+    TaskGivenUpError: ("INFERENCE_FAILED", HTTPStatus.INTERNAL_SERVER_ERROR),
     TimeoutError: ("DEADLINE_EXCEEDED", HTTPStatus.GATEWAY_TIMEOUT),
     sam3_runner.DeadlineExceeded: ("DEADLINE_EXCEEDED", HTTPStatus.GATEWAY_TIMEOUT),
     sam3_runner.InferenceFailed: ("INFERENCE_FAILED", HTTPStatus.INTERNAL_SERVER_ERROR),
     sam3_runner.ModelNotLoaded: ("MODEL_NOT_LOADED", HTTPStatus.SERVICE_UNAVAILABLE),
+    sam3_runner.RunnerStopped: ("MODEL_NOT_LOADED", HTTPStatus.SERVICE_UNAVAILABLE),
     sam3_runner.PromptTooLong: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
     sam3_runner.UnsupportedImage: ("UNSUPPORTED_IMAGE", HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
     storage.ImageUrlInvalid: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
@@ -213,6 +219,7 @@ ERRORS: dict[type[Exception], tuple[str, HTTPStatus]] = {
     results.TaskNotFound: ("TASK_NOT_FOUND", HTTPStatus.NOT_FOUND),
     results.TaskInProgress: ("TASK_IN_PROGRESS", HTTPStatus.CONFLICT),
     results.AttemptLost: ("TASK_IN_PROGRESS", HTTPStatus.CONFLICT),
+    results.MetadataInvalid: ("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR),
     results.ResultsUnavailable: ("RESULTS_UNAVAILABLE", HTTPStatus.BAD_GATEWAY),
 }
 """Every error that a request can meet. What is not here is INTERNAL_ERROR, 500."""
@@ -256,6 +263,10 @@ class Failure(Exception):
                 message = str(error) or "the request took too long"
                 return cls(code, status, message, retry_after_s=_retry_after_s(error, status))
         return cls("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on our side")
+
+    def with_message(self, message: str) -> Failure:
+        """The same failure, in other words."""
+        return Failure(self.code, self.status, message, retry_after_s=self.retry_after_s)
 
     def body(self, request_id: str) -> ErrorResponse:
         """The answer's body."""

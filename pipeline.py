@@ -1,15 +1,17 @@
 """The one path of a task: claim the row, fetch the image, segment it, store the masks, settle the row.
 
 The row is the result and the HTTP answer a courtesy: once begun, the work goes on whether or not the
-caller still listens, and a claimed row ends as `done` or `error`; what a killed server or an absent
-database left behind is finished in the background.
+caller still listens, and a claimed row ends as `done` or `error`. What cannot go on now (a process has
+died, R2, the database or the model is away) is kept, and begun again by recovery.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -20,20 +22,21 @@ from contract import (
     InstanceModel,
     OverloadedError,
     PredictResponse,
+    TaskGivenUpError,
     TaskMismatchError,
 )
-from results import ResultsError, StoredResult, Task
-from sam3_runner import ModelNotLoaded, PromptTooLong
+from results import AttemptLost, Task, TaskNotFound
+from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
 from sam3_runner.images import decode_image, encode_png, squash
 from sam3_runner.instances import union_mask
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
-from storage import mask_key
+from storage import StorageUnavailable, mask_key
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from contract import BatchRequest, PredictRequest
-    from results import Claim, Outbox
+    from results import Attempt, Outbox, StoredResult
     from sam3_runner import PredictResult
     from sam3_runner.checkpoint import Checkpoint
     from sam3_runner.client import RunnerClient
@@ -43,12 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bentoml.sam3")
 
-POLL_S = 0.5
-"""How often a worker looks for what was left behind on this machine."""
-STALE_POLL_S = 60.0
-"""How often it looks for what another machine left behind that may never come back."""
 DRAIN_S = 8.0
-"""At a stop, the time to tell the database what it has not been told: most hosts kill after ten."""
+"""At a stop, the time to settle rows that are not settled yet: most hosts kill after ten."""
 
 IMAGE_SLOTS = 4
 """Images that a worker holds as bytes or pixels at once: up to 150 MB each at 50 megapixels."""
@@ -59,6 +58,15 @@ SCORE_DIGITS = 4
 BOX_DIGITS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a task came to: the answer, the URL of the mask that stands for it, the keys of all masks."""
+
+    response: BatchResponse
+    mask_url: str
+    mask_keys: list[str]
+
+
 class Pipeline:
     """Runs the tasks of one API worker.
 
@@ -66,7 +74,7 @@ class Pipeline:
         settings: limits and times.
         checkpoint: tells the model's input size and tokenizer.
         objects: images in, masks out.
-        rows: the tasks' rows, behind the file that loses none.
+        outbox: the tasks' rows, behind the file that loses none.
         runner: the model.
         model_version: written to the row.
     """
@@ -77,7 +85,7 @@ class Pipeline:
         checkpoint: Checkpoint,
         *,
         objects: ObjectStore,
-        rows: Outbox,
+        outbox: Outbox,
         runner: RunnerClient,
         model_version: str,
     ) -> None:
@@ -85,46 +93,43 @@ class Pipeline:
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
         self._input_side_px = checkpoint.input_side_px
         self._objects = objects
-        self._rows = rows
+        self._outbox = outbox
         self._runner = runner
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._running: set[asyncio.Task[BatchResponse]] = set()
-        self._background: asyncio.Task[None] | None = None
 
-    async def run(self, request: PredictRequest | BatchRequest) -> BatchResponse:
+    async def run(self, request: PredictRequest | BatchRequest, request_id: str) -> BatchResponse:
         """Do the task, or give its stored result when it is done already.
 
         Raises `Failure`, and nothing else.
         """
-        try:
-            self._check_tokens(request)
-            await self._check_capacity()
-        except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
-            raise Failure.of(error) from error
         task = Task(
             task_id=str(request.task_id),
             user_id=request.user_id,
             source_image_url=request.image_url,
             prompts=tuple(request.texts),
         )
+        try:
+            self._check_tokens(request)
+            await self._check_capacity()
+        except Exception as error:  # every error is a failure to the caller; _failure knows them all
+            raise _failure(error, task, request_id) from error
         # Shielded: a caller that hangs up ends its request, not the task.
-        return await asyncio.shield(self._start(task, self._rows.claim(task)))
+        return await asyncio.shield(self._start(self._begin(task, request_id)))
 
-    def start(self) -> None:
-        """Begin to finish what was left behind; needs the event loop that serves."""
-        self._background = asyncio.create_task(self._finish_left_behind())
+    async def run_again(self, attempt: Attempt) -> BatchResponse:
+        """Begin an attempt again that was kept. Raises `Failure`, and nothing else."""
+        return await asyncio.shield(self._start(self._attempt(attempt)))
 
     async def close(self) -> None:
         """Let the running tasks end, then close the stores."""
-        if self._background is not None:
-            # What it was telling the rows, it tells them again: at the drain, or after the next start.
-            self._background.cancel()
+        await self._outbox.excuse()
         if self._running:
             logger.info("finishing %d tasks before the stop", len(self._running))
             await asyncio.wait(self._running, timeout=self._settings.request_timeout_s)
-        await self._rows.drain(DRAIN_S)
-        await self._rows.close()
+        await self._outbox.drain(DRAIN_S)
+        await self._outbox.close()
         await self._objects.close()
 
     def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
@@ -142,101 +147,123 @@ class Pipeline:
         if len(self._running) >= self._settings.max_in_flight:
             raise OverloadedError(f"{len(self._running)} requests are in flight; try again later")
 
-    def _start(
-        self, task: Task, claiming: Coroutine[None, None, Claim | StoredResult]
-    ) -> asyncio.Task[BatchResponse]:
-        running = asyncio.create_task(self._run(task, claiming))
+    def _start(self, work: Coroutine[None, None, BatchResponse]) -> asyncio.Task[BatchResponse]:
+        running = asyncio.create_task(work)
         self._running.add(running)
         running.add_done_callback(self._running.discard)
-        running.add_done_callback(_heard)
+        running.add_done_callback(_consume_exception)
         return running
 
-    async def _finish_left_behind(self) -> None:
-        """Tell the rows what they have not been told, and do again what a killed process had begun."""
-        look_for_stale_s = time.monotonic() + STALE_POLL_S
-        while True:
-            try:
-                await self._rows.deliver_due()
-                if await self._do_again():
-                    continue
-                if time.monotonic() > look_for_stale_s:
-                    look_for_stale_s = time.monotonic() + STALE_POLL_S
-                    await self._rows.end_stale()
-            except Exception:
-                # Whatever it was, the next look may do better; without this loop tasks would be lost.
-                logger.exception("what was left behind could not be finished")
-            await asyncio.sleep(POLL_S)
-
-    async def _do_again(self) -> bool:
-        """One task at a time: one that kills the server takes none of the others with it for long."""
-        if (await self._runner.status()).state != "ok":
-            return False
-        attempt = await self._rows.take_unfinished()
-        if attempt is None:
-            return False
-        logger.info("task %s is begun again", attempt.task.task_id)
+    async def _begin(self, task: Task, request_id: str) -> BatchResponse:
+        """Do a task that a request has brought. Raises `Failure`."""
         try:
-            await asyncio.shield(self._start(attempt.task, self._rows.claim_again(attempt)))
-        except Failure as failure:
-            logger.warning("task %s, begun again, met %s", attempt.task.task_id, failure.code)
-        return True
+            await self._refuse_given_up(task)
+            attempt = await self._outbox.note(task, request_id)
+        except Exception as error:  # every error is a failure to the caller; _failure knows them all
+            raise _failure(error, task, request_id) from error
+        return await self._attempt(attempt)
 
-    async def _run(self, task: Task, claiming: Coroutine[None, None, Claim | StoredResult]) -> BatchResponse:
+    async def _refuse_given_up(self, task: Task) -> None:
+        """Raise TaskGivenUpError for a task that was given up, while its image is the same."""
+        known = await self._outbox.given_up(task)
+        if known is None:
+            return
+        async with self._image_slots:
+            image = await self._download(task)
+        if known.image_sha256 in {None, _sha256(image)}:
+            await self._outbox.refuse(task, known.error_message)
+            raise TaskGivenUpError(known.error_message)
+        await self._outbox.forgive(task.task_id)
+
+    async def _attempt(self, attempt: Attempt) -> BatchResponse:
+        """One attempt at a task that is on the file, to its end. Raises `Failure`."""
         # Begun with the claim, not after it: neither the row nor the image needs to wait for the other.
-        fetching = asyncio.create_task(self._fetch(task))
-        fetching.add_done_callback(_heard)
+        reading = asyncio.create_task(self._read_image(attempt))
+        reading.add_done_callback(_consume_exception)
         try:
-            claim = await claiming
-            if isinstance(claim, StoredResult):
-                return _replay(claim, list(task.prompts))
-            return await self._settle(claim, task, fetching)
-        except Exception as error:  # every error is a failure to the caller; Failure.of knows them all
-            raise Failure.of(error) from error
+            stored = await self._claim(attempt)
+            if stored is not None:
+                return self._replay(stored, attempt.task)
+            return await self._settle(attempt, reading)
+        except Exception as error:  # every error is a failure to the caller; _failure knows them all
+            raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
-            fetching.cancel()
+            reading.cancel()
 
-    async def _settle(self, claim: Claim, task: Task, fetching: asyncio.Task[SquareImage]) -> BatchResponse:
+    async def _claim(self, attempt: Attempt) -> StoredResult | None:
+        try:
+            return await self._outbox.claim(attempt)
+        except Exception as error:  # all but the known ones end the attempt
+            if Failure.of(error).code != "INTERNAL_ERROR":
+                raise
+            # A bug, then. What it did to the row is not known, and the task must not be begun for ever.
+            raise await self._end_without_result(attempt, error) from error
+
+    async def _settle(self, attempt: Attempt, reading: asyncio.Task[SquareImage]) -> BatchResponse:
         """Do the work and end the claimed row. The only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                response, mask_url = await self._work(task, fetching)
-            metadata = self._metadata(response, task.prompts)
-        except Exception as error:  # whatever it is, the row must end
-            failure = Failure.of(error)
-            if failure.code == "INTERNAL_ERROR":
-                logger.exception("task %s failed", task.task_id)
-            await self._end_without_result(claim, failure)
-            raise
-        await self._rows.update_result(
-            task.task_id, mask_url, _labels(response), metadata, attempt_id=claim.attempt_id
-        )
-        return response
+                result = await self._work(attempt, reading)
+            await self._outbox.update_result(
+                attempt,
+                result.mask_url,
+                _labels(result.response),
+                self._metadata(result.response, attempt.task.prompts),
+                result.mask_keys,
+            )
+        except (AttemptLost, TaskNotFound):
+            raise  # the row is another attempt's, or gone: there is nothing to end
+        except Exception as error:  # whatever it is, the row must end, or the task be kept
+            raise await self._end_without_result(attempt, error) from error
+        return result.response
 
-    async def _end_without_result(self, claim: Claim, failure: Failure) -> None:
-        """End the row as `error`, or give it back when the runner was only being started anew."""
+    async def _end_without_result(self, attempt: Attempt, error: Exception) -> Failure:
+        """Keep the task when what stopped it will pass, else end its row; returns what the caller is told."""
+        failure = _failure(error, attempt.task, attempt.request_id)
         try:
-            if failure.code == "MODEL_NOT_LOADED":
-                await self._rows.update_status(claim.task_id, "pending", attempt_id=claim.attempt_id)
-                return
-            await self._rows.update_status(
-                claim.task_id, "error", attempt_id=claim.attempt_id, error_message=failure.message
+            back = await self._keep(attempt, error)
+            if back:
+                return failure.with_message(f"{failure.message}; the task is kept, and done when {back}")
+            await self._outbox.end_as_error(attempt, failure.message)
+        except (AttemptLost, TaskNotFound) as lost:
+            logger.warning("task %s failed with %s; %s", attempt.task.task_id, failure.code, lost)
+        except Exception:  # the caller is told of the first error; this one is for the log
+            logger.exception(
+                "task %s failed with %s, and its end could not be noted (request %s)",
+                *(attempt.task.task_id, failure.code, attempt.request_id),
             )
-        except ResultsError as error:
-            logger.error(  # noqa: TRY400 - the sentence says it all
-                "task %s failed with %s, and its row could not be told: %s",
-                claim.task_id,
-                failure.code,
-                error,
-            )
+        return failure
 
-    async def _work(self, task: Task, fetching: asyncio.Task[SquareImage]) -> tuple[BatchResponse, str]:
-        """The response, and the URL of the mask that stands for the whole task."""
+    async def _keep(self, attempt: Attempt, error: Exception) -> str | None:
+        """Keep the task, and say until when; None when it must end."""
+        match error:
+            case RunnerStopped():
+                back, kept = "it is back", await self._outbox.keep_after_death(attempt)
+            case ModelNotLoaded():
+                back, kept = "it is", await self._outbox.keep(attempt, str(error), pause=False)
+            case StorageUnavailable():
+                back, kept = "it is back", await self._outbox.keep(attempt, str(error), pause=True)
+            case TimeoutError() if self._outbox.waits_for_turn(attempt):
+                reason = "the task waited too long for its turn"
+                back, kept = "it comes", await self._outbox.keep(attempt, reason, pause=False)
+            case _:
+                return None
+        return back if kept else None
+
+    async def _work(self, attempt: Attempt, reading: asyncio.Task[SquareImage]) -> _Result:
+        task = attempt.task
         deadline_s = time.monotonic() + self._settings.request_timeout_s
-        found, inference_ms = await self._runner.segment(await fetching, list(task.prompts), deadline_s)
-        masks = [(str(index), [result]) for index, result in enumerate(found)]
+        found, inference_ms = await self._runner.segment(await reading, list(task.prompts), deadline_s)
+        masks = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
-            masks.append((UNION, found))
-        urls = await asyncio.gather(*(self._store_mask(task, name, results) for name, results in masks))
+            masks[UNION] = found
+        pngs = await asyncio.gather(*(asyncio.to_thread(_png, results) for results in masks.values()))
+        keys = [
+            mask_key(task.user_id, task.task_id, name, png, attempt_id=attempt.attempt_id)
+            for name, png in zip(masks, pngs, strict=True)
+        ]
+        await self._outbox.begin_storing(attempt, keys)
+        urls = await asyncio.gather(*map(self._objects.upload_mask, pngs, keys))
         answers = [
             _answer(task.task_id, url, result, round(inference_ms / len(found), 1))
             for url, result in zip(urls[: len(found)], found, strict=True)
@@ -244,21 +271,22 @@ class Pipeline:
         total_ms = round(inference_ms, 1)
         response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
         # The last is the union of all, or the only one.
-        return response, urls[-1]
+        return _Result(response, urls[-1], keys)
 
-    async def _fetch(self, task: Task) -> SquareImage:
+    async def _read_image(self, attempt: Attempt) -> SquareImage:
         async with self._image_slots:
-            data = await self._objects.download_image(
-                task.source_image_url, task.user_id, self._settings.max_image_bytes
-            )
+            data = await self._download(attempt.task)
+            # From here on to the masks, a picture may cost a process its life.
+            await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None)
             return await asyncio.to_thread(self._decode, data)
+
+    async def _download(self, task: Task) -> bytes:
+        return await self._objects.download_image(
+            task.source_image_url, task.user_id, self._settings.max_image_bytes
+        )
 
     def _decode(self, data: bytes) -> SquareImage:
         return squash(decode_image(data, max_pixels=self._settings.max_image_pixels), self._input_side_px)
-
-    async def _store_mask(self, task: Task, name: str, found: list[PredictResult]) -> str:
-        png = await asyncio.to_thread(lambda: encode_png(union_mask(found)))
-        return await self._objects.upload_mask(png, mask_key(task.user_id, task.task_id, name, png))
 
     def _metadata(self, response: BatchResponse, prompts: tuple[str, ...]) -> dict[str, object]:
         return {
@@ -269,11 +297,60 @@ class Pipeline:
             "results": [result.model_dump(mode="json") for result in response.results],
         }
 
+    def _replay(self, stored: StoredResult, task: Task) -> BatchResponse:
+        """The answer of a task that is done.
 
-def _heard(ended: asyncio.Task[Any]) -> None:
+        Raises `TaskMismatchError` when its row holds another task's, or no longer what this server wrote:
+        users may write to their own rows, and what they wrote is not answered as ours.
+        """
+        if stored.metadata.get("prompts") != list(task.prompts):
+            raise TaskMismatchError("this task is done already, for other prompts")
+        answer = {
+            "task_id": stored.task_id,
+            "results": stored.metadata.get("results"),
+            "total_inference_time_ms": stored.metadata.get("inference_time_ms"),
+        }
+        try:
+            response = BatchResponse.model_validate(answer)
+        except ValidationError:
+            response = None
+        if response is None or not self._is_ours(response, stored.mask_url, task):
+            raise TaskMismatchError("this task is done already, but its row no longer holds the result")
+        return response
+
+    def _is_ours(self, response: BatchResponse, mask_url: str, task: Task) -> bool:
+        """Whether a stored answer is whole, and names masks of this task alone."""
+        urls = [mask_url, *(result.mask_url for result in response.results)]
+        return (
+            len(response.results) == len(task.prompts)
+            and all(
+                result.task_id == task.task_id and set(result.labels) <= {prompt}
+                for result, prompt in zip(response.results, task.prompts, strict=True)
+            )
+            and all(self._objects.holds_mask(url, task.user_id, task.task_id) for url in urls)
+        )
+
+
+def _failure(error: Exception, task: Task, request_id: str) -> Failure:
+    """The failure that `error` is to a caller. One that no table knows is logged, once."""
+    failure = Failure.of(error)
+    if failure.code == "INTERNAL_ERROR" and failure is not error:
+        logger.error("task %s failed (request %s)", task.task_id, request_id, exc_info=error)
+    return failure
+
+
+def _consume_exception(ended: asyncio.Task[Any]) -> None:
     """Read the exception, or asyncio complains when nobody waits for it any more."""
     if not ended.cancelled():
         ended.exception()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _png(results: list[PredictResult]) -> bytes:
+    return encode_png(union_mask(results))
 
 
 def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:
@@ -301,19 +378,3 @@ def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: fl
 def _labels(response: BatchResponse) -> list[str]:
     """The prompts that were found, each once, in their order."""
     return list(dict.fromkeys(label for result in response.results for label in result.labels))
-
-
-def _replay(stored: StoredResult, prompts: list[str]) -> BatchResponse:
-    """The answer of a task that is done. Raises `TaskMismatchError` when its row holds another one's."""
-    if stored.metadata.get("prompts") != prompts:
-        raise TaskMismatchError("this task is done already, for other prompts")
-    answer = {
-        "task_id": stored.task_id,
-        "results": stored.metadata.get("results"),
-        "total_inference_time_ms": stored.metadata.get("inference_time_ms"),
-    }
-    try:
-        return BatchResponse.model_validate(answer)
-    except ValidationError:
-        # Users may write to their own rows.
-        raise TaskMismatchError("this task is done already, but its row no longer holds the result") from None

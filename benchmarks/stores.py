@@ -33,9 +33,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import process_identity
 from benchmarks.pictures import FIRST_SEED, Scene
 from benchmarks.table import processor, record
-from results import Claim, Outbox, SqliteResults, Task
+from results import Outbox, SqliteResults, Task, open_outbox
 from results.supabase import SupabaseResults
 from sam3_runner.images import encode_png
 from storage import LocalFolder, mask_key
@@ -85,20 +86,21 @@ class Tier:
     async def run(self, task: Task, png: bytes) -> str:
         """All that surrounds the inference of one task, each step timed; the mask's URL."""
         started_s = time.perf_counter()
+        attempt = await self.outbox.note(task, "benchmark")
         # Side by side, as the pipeline does it.
-        claim, _ = await asyncio.gather(
-            self._timed("claim", self.outbox.claim(task)),
+        stored, _ = await asyncio.gather(
+            self._timed("claim", self.outbox.claim(attempt)),
             self._timed(
                 "download", self.objects.download_image(task.source_image_url, self.user_id, MAX_BYTES)
             ),
         )
-        assert isinstance(claim, Claim)
-        key = mask_key(self.user_id, task.task_id, 0, png)
+        assert stored is None
+        await self.outbox.begin_work(attempt, None)
+        key = mask_key(self.user_id, task.task_id, 0, png, attempt_id=attempt.attempt_id)
+        await self.outbox.begin_storing(attempt, [key])
         url = await self._timed("upload", self.objects.upload_mask(png, key))
         metadata: dict[str, object] = {"confidence": 0.99, "prompts": list(task.prompts), "results": []}
-        finish = self.outbox.update_result(
-            task.task_id, url, list(task.prompts), metadata, attempt_id=claim.attempt_id
-        )
+        finish = self.outbox.update_result(attempt, url, list(task.prompts), metadata, [key])
         await self._timed("finish", finish)
         self.step_ms["added"].append((time.perf_counter() - started_s) * 1000)
         return url
@@ -212,7 +214,15 @@ def _real(folder: Path, database: databases.Database, bucket: objects.S3Service)
 
 
 def _outbox(path: Path, rows: ResultStore) -> Outbox:
-    return Outbox(path, rows, lease_s=LEASE_S)
+    return open_outbox(
+        path,
+        rows,
+        owner=process_identity.current(),
+        is_alive=process_identity.is_alive,
+        server_version="benchmark",
+        lease_s=LEASE_S,
+        outage_limit_s=LEASE_S,
+    )
 
 
 def _row(name: str, runs: list[tuple[Tier, float]]) -> dict[str, object]:

@@ -3,8 +3,10 @@
 results.supabase is imported by who uses it: supabase-py takes 0.4 s and 43 MB a process.
 """
 
+from results.attempts import Attempt
 from results.base import Claim, ResultStore, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
+    AlreadySettled,
     AttemptLost,
     MetadataInvalid,
     ResultsError,
@@ -13,10 +15,13 @@ from results.errors import (
     TaskInProgress,
     TaskNotFound,
 )
-from results.outbox import Outbox
+from results.outbox import Outbox, open_outbox
+from results.salvage import salvage_attempts
 from results.sqlite import SqliteResults
 
 __all__ = [
+    "AlreadySettled",
+    "Attempt",
     "AttemptLost",
     "Claim",
     "MetadataInvalid",
@@ -33,4 +38,6 @@ __all__ = [
     "Task",
     "TaskInProgress",
     "TaskNotFound",
+    "open_outbox",
+    "salvage_attempts",
 ]

@@ -57,9 +57,10 @@ class StoredResult:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it stands; times are in UTC, and `metadata["attempt"]` is its latest attempt id."""
+    """A row as it stands; times are in UTC, and `attempt_id` is its latest attempt's."""
 
     status: Status
+    attempt_id: str | None
     mask_url: str | None
     labels: list[str]
     metadata: dict[str, object]
@@ -86,9 +87,10 @@ class ResultStore(Protocol):
     async def update_result(
         self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
     ) -> None:
-        """Settle the task as done. The metadata key "attempt" is the store's own.
+        """Settle the task as done.
 
-        Raises AttemptLost, TaskNotFound when the row is gone, and MetadataInvalid when it cannot be JSON.
+        Raises AttemptLost, AlreadySettled for a row that was changed since this attempt settled it,
+        TaskNotFound when the row is gone, and MetadataInvalid when it cannot be JSON.
         Repeating it is no error.
         """
         ...
@@ -98,13 +100,19 @@ class ResultStore(Protocol):
     ) -> None:
         """End the attempt as "error", with a text for the user, or give the task back as "pending".
 
-        Raises AttemptLost, TaskNotFound when the row is gone, and ValueError for any other status.
-        Repeating it is no error.
+        Raises what `update_result` raises, and ValueError for any other status. Repeating it is no error.
         """
         ...
 
-    async def end_stale(self, older_than_s: float) -> int:
-        """End as "error" the tasks whose claim is older than `older_than_s`; returns how many.
+    async def refuse(self, task: Task, error_message: str) -> None:
+        """End a task that is still "pending" as "error", without claiming it.
+
+        Any other status is left as it is, and a missing row is no error.
+        """
+        ...
+
+    async def end_stale(self, grace_s: float) -> int:
+        """End as "error" the tasks whose lease has been over for `grace_s`; returns how many.
 
         A result that still comes from such an attempt is taken all the same.
         """

@@ -4,6 +4,7 @@ ResultsError
     TaskNotFound        404: no row with this id belongs to this user
     TaskInProgress      409: another attempt holds the row; carries retry_after_s
     AttemptLost         the row is no longer this attempt's: drop the work, settle nothing
+        AlreadySettled  this very attempt has settled it, and its user has changed the row since
     MetadataInvalid     500: metadata or labels are not JSON (NaN, infinity, a tensor): our own bug
     ResultsUnavailable  502: the store itself failed; trying again may help
     ResultsMisconfigured  stops the start: trying again cannot help before someone mends something
@@ -34,6 +35,10 @@ class AttemptLost(ResultsError):
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"task {task_id} is no longer held by this attempt")
+
+
+class AlreadySettled(AttemptLost):
+    """The row stands settled under this very attempt, with other content: its user has changed it since."""
 
 
 class MetadataInvalid(ResultsError):

@@ -1,8 +1,9 @@
 """No task is lost: an attempt is on disk before its claim, its outcome before the row is told.
 
-    claim ----> begun ----> outcome kept ----> row told ----> forgotten
-                  |              '-- rows away: told later, by whichever process is up
-                  '-- process killed: begun again, under the same attempt id
+    claim ----> at work ----> outcome kept ----> row settled ----> forgotten
+                  |   ^            '-- rows away: delivered later, by whichever process is up
+                  |   '-- begun again, under the same attempt id, when it is due
+                  '-- waits: a process died, the object store or the model is away; its lease is renewed
 
 The row's own guards (results/base.py) make every repeat harmless.
 """
@@ -19,129 +20,250 @@ from uuid import uuid4
 from prometheus_client import Gauge
 
 from results.attempts import Attempt, AttemptFile, Outcome
-from results.base import Claim, StoredResult, Task
-from results.errors import ResultsError, ResultsUnavailable
+from results.base import StoredResult
+from results.errors import AlreadySettled, AttemptLost, ResultsError, ResultsUnavailable, TaskNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
     from pathlib import Path
 
-    from results.base import ResultStore, SettledStatus
+    from results.attempts import GivenUp
+    from results.base import ResultStore, Task
 
 logger = logging.getLogger("bentoml.sam3")
 
-MAX_STARTS: Final = 5
-"""A task that is there whenever the server dies is given up after so many starts."""
 FIRST_TRY_S: Final = 60.0
-"""The process that did the work tells the row itself, in less; after it any process may."""
-STALE_LEASES: Final = 2
-"""A row that is `processing` for so many leases has a server that is gone, or is cut off from it."""
+"""The process that did the work settles the row itself, in less; after it any process may."""
+RENEWALS_A_LEASE: Final = 3
 ROUND: Final = 20
-"""Outcomes told in one go, before the caller looks at its other work."""
+"""Outcomes or leases seen to in one go, before the caller looks at its other work."""
 MAX_MISSES: Final = 2
 """One outcome that is always refused must not hold up the others, but rows that are away must."""
+TURN_POLL_S: Final = 0.05
+UNNEEDED_MASK_PAUSE_S: Final = 60.0
+NOTHING: Final = ""
+"""What a row names that does not hold this attempt's result."""
 
 # "mostrecent": the processes share the file, and so the number.
 DEPTH = Gauge("sam3_outbox_depth", "Outcomes that wait for the database", multiprocess_mode="mostrecent")
+WAITING = Gauge("sam3_tasks_waiting", "Tasks that wait to be begun again", multiprocess_mode="mostrecent")
 
 
 class Outbox:
-    """The rows of a ResultStore, told through a file that outlives the process.
+    """The rows of a ResultStore behind a file that outlives the process.
 
     Args:
-        path: the file, made when it is missing; shared by the processes of one server.
+        attempts: the file; shared by the processes of one server.
         rows: the rows.
-        lease_s: an attempt without an outcome after it is begun again; no attempt takes as long.
-        now: the clock, in s.
-
-    Raises ResultsUnavailable when the file cannot be opened; its methods too, when it fails.
+        lease_s: of a claim; no attempt takes as long.
+        outage_limit_s: a claimed task that waits longer for the object store or the model ends as error.
     """
 
     def __init__(
-        self, path: Path, rows: ResultStore, *, lease_s: float, now: Callable[[], float] = time.time
+        self, attempts: AttemptFile, rows: ResultStore, *, lease_s: float, outage_limit_s: float
     ) -> None:
-        self._attempts = AttemptFile(path, now=now)
+        self._attempts = attempts
         self._rows = rows
         self._lease_s = lease_s
+        self._outage_limit_s = outage_limit_s
+        # What the file did not take, a full disk say: an outcome, or None for a removal.
+        self._unwritten: dict[str, Outcome | None] = {}
+        self._waiting_for_turn: set[str] = set()
 
-    async def claim(self, task: Task) -> Claim | StoredResult:
-        """See ResultStore. When the rows are away the task is kept, and begun when they are back."""
-        attempt = Attempt(task, str(uuid4()))
-        await self._attempts.add(attempt, self._lease_s)
-        return await self.claim_again(attempt)
+    async def note(self, task: Task, request_id: str) -> Attempt:
+        """Put a task on the file, ahead of its claim; one that waits there already is begun by this process.
 
-    async def claim_again(self, attempt: Attempt) -> Claim | StoredResult:
-        """Claim for an attempt that is on the file already. Raises what `claim` raises."""
+        Raises TaskInProgress when a process of this server works on it, and ResultsUnavailable.
+        """
+        return await self._attempts.add(Attempt(task, str(uuid4()), request_id=request_id))
+
+    async def claim(self, attempt: Attempt) -> StoredResult | None:
+        """Claim the row for an attempt that is on the file; the result, where the task is done already.
+
+        When the rows are away the task is kept, and begun when they are back: ResultsUnavailable says so.
+        Raises what ResultStore.claim raises, and then the attempt is forgotten.
+        """
         try:
             claim = await self._rows.claim(attempt.task, attempt.attempt_id)
         except ResultsUnavailable as error:
-            await self._attempts.postpone(attempt.attempt_id, undo_start=True)
+            await self._attempts.wait(attempt.attempt_id, None, pause=True)
             raise ResultsUnavailable(f"{error}; the task is kept, and done when they are back") from error
         except ResultsError:
-            await self._forget(attempt.attempt_id)
+            await self._forget(attempt, NOTHING)
             raise
-        if isinstance(claim, StoredResult):
-            await self._forget(attempt.attempt_id)
+        if not isinstance(claim, StoredResult):
+            return None
+        await self._forget(attempt, _named_by(claim))
         return claim
 
-    async def update_result(
-        self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
-    ) -> None:
-        """See ResultStore; rows that are away are told later, which is no error."""
-        outcome = Outcome("done", mask_url=mask_url, labels=labels, metadata=metadata)
-        await self._end(task_id, attempt_id, outcome)
+    async def begin_work(self, attempt: Attempt, image_sha256: str | None) -> None:
+        """Wait for the attempt's turn, then note that the work that may kill a process has begun.
 
-    async def update_status(
-        self, task_id: str, status: SettledStatus, *, attempt_id: str, error_message: str | None = None
-    ) -> None:
-        """See ResultStore; rows that are away are told later, which is no error."""
-        await self._end(task_id, attempt_id, Outcome(status, error_message=error_message))
-
-    async def release(self) -> tuple[int, int]:
-        """Call once at the server's start: what is on the file was left by a dead server, and is due.
-
-        Returns how many outcomes wait to be told, and how many attempts to be begun again.
+        A task during whose work a process has died gets a turn of its own, with nothing beside it.
         """
-        return await self._attempts.make_due("untold"), await self._attempts.make_due("unfinished")
+        self._waiting_for_turn.add(attempt.attempt_id)
+        # Without the file the work is worth more than the note.
+        with contextlib.suppress(ResultsUnavailable):
+            while not await self._attempts.begin(attempt, image_sha256):  # noqa: ASYNC110 - processes take turns
+                await asyncio.sleep(TURN_POLL_S)
+        self._waiting_for_turn.discard(attempt.attempt_id)
+
+    def waits_for_turn(self, attempt: Attempt) -> bool:
+        """Whether `begin_work` has not let the attempt begin."""
+        return attempt.attempt_id in self._waiting_for_turn
+
+    async def begin_storing(self, attempt: Attempt, mask_keys: list[str]) -> None:
+        """Note the end of that work, and the masks that are stored next."""
+        with contextlib.suppress(ResultsUnavailable):
+            await self._attempts.end_work(attempt.attempt_id, mask_keys)
+
+    async def update_result(
+        self,
+        attempt: Attempt,
+        mask_url: str,
+        labels: list[str],
+        metadata: dict[str, object],
+        mask_keys: list[str],
+    ) -> None:
+        """End the attempt as done; a row that is away is settled later, which is no error.
+
+        Raises AttemptLost, TaskNotFound when the row is gone, and MetadataInvalid when it cannot be JSON.
+        """
+        await self._end(
+            attempt,
+            Outcome("done", mask_url=mask_url, labels=labels, metadata=metadata, mask_keys=mask_keys),
+        )
+
+    async def end_as_error(self, attempt: Attempt, error_message: str) -> None:
+        """End the attempt without a result. Raises AttemptLost, TaskNotFound."""
+        await self._end(attempt, Outcome("error", error_message=error_message))
+
+    async def keep(self, attempt: Attempt, reason: str, *, pause: bool) -> bool:
+        """Let a claimed attempt wait for what is away; False when it has waited as long as it may.
+
+        Args:
+            attempt: is this process's no more when it waits.
+            reason: what is away, in words for the user.
+            pause: not due at once, but after a pause that grows.
+        """
+        self._waiting_for_turn.discard(attempt.attempt_id)
+        try:
+            return await self._attempts.wait(
+                attempt.attempt_id, reason, limit_s=self._outage_limit_s, pause=pause
+            )
+        except ResultsUnavailable:
+            return False
+
+    async def keep_after_death(self, attempt: Attempt) -> bool:
+        """The model's process died in the middle of the attempt's work: begin it again alone, or give it up.
+
+        False when the file cannot note that.
+        """
+        try:
+            await self._attempts.count_death(attempt.attempt_id)
+        except ResultsUnavailable:
+            return False
+        return True
+
+    async def given_up(self, task: Task) -> GivenUp | None:
+        """What is known of a task that was given up and is not to be tried again; None otherwise."""
+        return await self._attempts.given_up(task)
+
+    async def refuse(self, task: Task, error_message: str) -> None:
+        """End a row that is pending as error, without a claim; others stay. Raises ResultsUnavailable."""
+        await self._rows.refuse(task, error_message)
+
+    async def forgive(self, task_id: str) -> None:
+        """A task that was given up may be tried again."""
+        await self._attempts.forgive(task_id)
+
+    async def start_over(self) -> tuple[int, int]:
+        """Call once at the server's start: what a dead server left behind is due.
+
+        Returns how many outcomes wait for their rows, and how many tasks to be begun again.
+        """
+        await self._attempts.start_over()
+        return await self._attempts.count_undelivered(), await self._attempts.count_waiting()
+
+    async def release_dead(self) -> None:
+        """Let the tasks be begun again on which a process worked that is gone."""
+        released = await self._attempts.release_dead()
+        if released:
+            logger.warning("%d tasks were left behind by a process that is gone", released)
 
     async def deliver_due(self) -> None:
-        """Tell the rows the outcomes that are due; what they do not take is due again after a pause."""
+        """Settle the rows whose outcome is due; those that fail are due again after a pause."""
+        await self._write_unwritten()
         misses = 0
         for _ in range(ROUND):
-            attempt = await self._attempts.take("untold", FIRST_TRY_S)
+            attempt = await self._attempts.take_undelivered(FIRST_TRY_S)
             if attempt is None:
                 break
             misses += not await self._deliver(attempt)
             if misses == MAX_MISSES:
                 break
-        DEPTH.set(await self._attempts.count("untold"))
+        DEPTH.set(await self._attempts.count_undelivered())
+        WAITING.set(await self._attempts.count_waiting())
 
-    async def take_unfinished(self) -> Attempt | None:
-        """An attempt to begin again, out of others' hands for a lease; None when none is due."""
-        while (attempt := await self._attempts.take("unfinished", self._lease_s)) is not None:
-            if attempt.starts <= MAX_STARTS:
-                return attempt
-            logger.error("task %s is given up after %d starts", attempt.task.task_id, MAX_STARTS)
-            message = f"the server stopped {MAX_STARTS} times while it worked on this task"
-            outcome = Outcome("error", error_message=message)
-            await self._attempts.set_outcome(attempt.attempt_id, outcome, hold_s=0)
-        return None
+    async def renew_leases(self) -> None:
+        """Renew the leases of claimed tasks that wait; end those that have waited too long."""
+        for _ in range(ROUND):
+            lease = await self._attempts.take_lease(self._lease_s / RENEWALS_A_LEASE, self._outage_limit_s)
+            if lease is None:
+                return
+            if lease.is_over:
+                minutes = self._outage_limit_s / 60
+                logger.warning(
+                    "task %s is given up after waiting %.0f minutes", lease.attempt.task.task_id, minutes
+                )
+                message = f"{lease.reason}; given up after waiting {minutes:.0f} minutes"
+                await self._attempts.set_outcome(
+                    lease.attempt.attempt_id, Outcome("error", error_message=message), hold_s=0
+                )
+                continue
+            try:
+                claim = await self._rows.claim(lease.attempt.task, lease.attempt.attempt_id)
+            except ResultsUnavailable:
+                return
+            except ResultsError as error:
+                logger.warning("a waiting task is dropped: %s", error)
+                await self._forget(lease.attempt, NOTHING)
+            else:
+                if isinstance(claim, StoredResult):
+                    await self._forget(lease.attempt, _named_by(claim))
+
+    async def take_waiting(self) -> Attempt | None:
+        """An attempt to begin again, from now on this process's; None when none is due."""
+        return await self._attempts.take_waiting()
 
     async def end_stale(self) -> None:
         """End the tasks of servers that are gone: nobody else would, and their users wait."""
-        ended = await self._rows.end_stale(STALE_LEASES * self._lease_s)
+        ended = await self._rows.end_stale(self._lease_s)
         if ended:
             logger.warning("%d tasks were left in the middle by a server that is gone; ended as error", ended)
 
+    async def unneeded_mask(self) -> str | None:
+        """The key of a stored mask that nobody was told of, to be deleted; None when there is none."""
+        return await self._attempts.unneeded_mask(UNNEEDED_MASK_PAUSE_S)
+
+    async def mask_deleted(self, key: str) -> None:
+        """Forget the mask."""
+        await self._attempts.mask_deleted(key)
+
+    async def excuse(self) -> None:
+        """This process was told to stop: should it be killed meanwhile, its tasks are not to blame."""
+        with contextlib.suppress(ResultsUnavailable):
+            await self._attempts.excuse()
+
     async def drain(self, timeout_s: float) -> None:
-        """Tell the rows all that they take within `timeout_s`, due or not; the rest stays on disk."""
+        """Settle all rows that can be settled within `timeout_s`, due or not; the rest stays on disk."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                left, before = await self._attempts.make_due("untold"), 0
+                left, before = await self._attempts.make_undelivered_due(), 0
                 while left and left != before:
                     await self.deliver_due()
-                    left, before = await self._attempts.count("untold"), left
-        if left := await self._attempts.count("untold"):
+                    left, before = await self._attempts.count_undelivered(), left
+        if left := await self._attempts.count_undelivered():
             logger.warning("%d outcomes stay on disk until the next start", left)
 
     async def close(self) -> None:
@@ -149,36 +271,47 @@ class Outbox:
         await self._attempts.close()
         await self._rows.close()
 
-    async def _end(self, task_id: str, attempt_id: str, outcome: Outcome) -> None:
-        await self._harmless(self._attempts.set_outcome(attempt_id, outcome, FIRST_TRY_S))
+    async def _end(self, attempt: Attempt, outcome: Outcome) -> None:
+        outcome.to_json()  # raises MetadataInvalid before anything is written
+        await self._write(attempt.attempt_id, outcome)
         try:
-            await self._tell(task_id, attempt_id, outcome)
+            await self._settle(attempt, outcome)
         except ResultsUnavailable as error:
-            logger.warning("task %s is %s; its row is told later: %s", task_id, outcome.status, error)
-            await self._attempts.postpone(attempt_id)
-        except ResultsError:
-            await self._forget(attempt_id)
-            raise
-        else:
-            await self._forget(attempt_id)
+            logger.warning(
+                "task %s is %s; its row is settled later: %s", attempt.task.task_id, outcome.status, error
+            )
+            with contextlib.suppress(ResultsUnavailable):
+                await self._attempts.postpone_delivery(attempt.attempt_id)
 
     async def _deliver(self, attempt: Attempt) -> bool:
-        """Whether the row needs no more telling."""
+        """Whether the row needs nothing more."""
         assert attempt.outcome is not None
-        task_id = attempt.task.task_id
         try:
-            await self._tell(task_id, attempt.attempt_id, attempt.outcome)
+            await self._settle(attempt, attempt.outcome)
         except ResultsUnavailable:
-            await self._attempts.postpone(attempt.attempt_id)
+            await self._attempts.postpone_delivery(attempt.attempt_id)
             return False
         except ResultsError as error:
             logger.warning("a kept outcome is dropped: %s", error)
         else:
-            logger.info("task %s: its row has been told that it is %s", task_id, attempt.outcome.status)
-        await self._forget(attempt.attempt_id)
+            logger.info("task %s: its row is settled as %s", attempt.task.task_id, attempt.outcome.status)
         return True
 
-    async def _tell(self, task_id: str, attempt_id: str, outcome: Outcome) -> None:
+    async def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Settle the row, then forget the attempt. Raises what the rows raise."""
+        named: str | None = " ".join(outcome.mask_keys or ())
+        try:
+            await self._update_row(attempt, outcome)
+        except AlreadySettled:
+            # By this very attempt; what its user has changed since is the user's affair.
+            named = None
+        except (AttemptLost, TaskNotFound):
+            await self._forget(attempt, NOTHING)
+            raise
+        await self._forget(attempt, named)
+
+    async def _update_row(self, attempt: Attempt, outcome: Outcome) -> None:
+        task_id, attempt_id = attempt.task.task_id, attempt.attempt_id
         if outcome.status == "done":
             assert outcome.mask_url is not None
             await self._rows.update_result(
@@ -187,15 +320,50 @@ class Outbox:
             )
         else:
             await self._rows.update_status(
-                task_id, outcome.status, attempt_id=attempt_id, error_message=outcome.error_message
+                task_id, "error", attempt_id=attempt_id, error_message=outcome.error_message
             )
 
-    async def _forget(self, attempt_id: str) -> None:
-        await self._harmless(self._attempts.remove(attempt_id))
-
-    async def _harmless(self, write: Coroutine[None, None, None]) -> None:
-        """A write to the file without which things go on: a copy too few, or a row that is told twice."""
+    async def _forget(self, attempt: Attempt, named: str | None) -> None:
+        """Forget an attempt, and let go of the masks that `named` does not hold (None: it holds all)."""
+        self._waiting_for_turn.discard(attempt.attempt_id)
         try:
-            await write
+            await self._attempts.remove(attempt.attempt_id, named)
         except ResultsUnavailable:
-            logger.exception("the outbox could not be written")
+            self._unwritten[attempt.attempt_id] = None
+
+    async def _write(self, attempt_id: str, outcome: Outcome) -> None:
+        try:
+            await self._attempts.set_outcome(attempt_id, outcome, FIRST_TRY_S)
+        except ResultsUnavailable:
+            self._unwritten[attempt_id] = outcome
+
+    async def _write_unwritten(self) -> None:
+        """Bring to the file what it did not take while it could not be written."""
+        for attempt_id, outcome in list(self._unwritten.items()):
+            if outcome is None:
+                await self._attempts.remove(attempt_id)
+            else:
+                await self._attempts.set_outcome(attempt_id, outcome, hold_s=0)
+            if self._unwritten.get(attempt_id) is outcome:
+                del self._unwritten[attempt_id]
+
+
+def open_outbox(
+    path: Path,
+    rows: ResultStore,
+    *,
+    owner: str,
+    is_alive: Callable[[str], bool],
+    server_version: str,
+    lease_s: float,
+    outage_limit_s: float,
+    now: Callable[[], float] = time.monotonic,
+) -> Outbox:
+    """The outbox in the file `path`; see AttemptFile and Outbox. Raises ResultsMisconfigured."""
+    attempts = AttemptFile(path, owner=owner, is_alive=is_alive, server_version=server_version, now=now)
+    return Outbox(attempts, rows, lease_s=lease_s, outage_limit_s=outage_limit_s)
+
+
+def _named_by(stored: StoredResult) -> str:
+    """Text that holds the keys of the masks of a done row: another attempt's, or this one's."""
+    return f"{stored.mask_url} {stored.metadata}"

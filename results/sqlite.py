@@ -1,13 +1,15 @@
 """Task rows in one SQLite file: the embedded default, shared by the processes of one machine."""
 
 import json
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from results.base import Claim, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
+    AlreadySettled,
     AttemptLost,
     MetadataInvalid,
     TaskInProgress,
@@ -16,63 +18,94 @@ from results.errors import (
 from results.sqlite_file import SqliteFile
 
 # The columns of the Supabase table; times as UTC text of one width, which sorts as time does.
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS segmentation_results (
-    id TEXT PRIMARY KEY,
-    user_id TEXT NOT NULL,
-    source_image_url TEXT NOT NULL,
-    mask_image_url TEXT,
-    text_prompt TEXT NOT NULL,
-    labels TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(labels)),
-    metadata TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(metadata)),
-    status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'processing', 'done', 'error')),
-    created_at TEXT NOT NULL,
-    updated_at TEXT NOT NULL,
-    CHECK (status <> 'done' OR mask_image_url IS NOT NULL)
-) STRICT"""
+_MIGRATIONS: Final = (
+    # Version 1: what server 0.1.0 wrote, without a version.
+    (
+        """CREATE TABLE IF NOT EXISTS segmentation_results (
+            id TEXT PRIMARY KEY,
+            user_id TEXT NOT NULL,
+            source_image_url TEXT NOT NULL,
+            mask_image_url TEXT,
+            text_prompt TEXT NOT NULL,
+            labels TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(labels)),
+            metadata TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(metadata)),
+            status TEXT NOT NULL DEFAULT 'pending'
+                CHECK (status IN ('pending', 'processing', 'done', 'error')),
+            created_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL,
+            CHECK (status <> 'done' OR mask_image_url IS NOT NULL)
+        ) STRICT""",
+    ),
+    # Version 2: the attempt and its lease in columns of their own; lease_until_s is of time.monotonic.
+    (
+        "ALTER TABLE segmentation_results ADD COLUMN attempt_id TEXT",
+        "ALTER TABLE segmentation_results ADD COLUMN lease_s REAL",
+        "ALTER TABLE segmentation_results ADD COLUMN lease_until_s REAL",
+        """UPDATE segmentation_results SET attempt_id = json_extract(metadata, '$.attempt'),
+            metadata = json_remove(metadata, '$.attempt'),
+            lease_s = CASE WHEN status = 'processing' THEN 0 END,
+            lease_until_s = CASE WHEN status = 'processing' THEN 0 END""",
+        """CREATE INDEX segmentation_results_processing ON segmentation_results (lease_until_s)
+            WHERE status = 'processing'""",
+    ),
+)
 
 _INSERT: Final = """
 INSERT INTO segmentation_results (id, user_id, source_image_url, text_prompt, created_at, updated_at)
 VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 
-# A lease that ends further ahead than one lease was written before the clock was set back.
-_CLAIM: Final = """
-UPDATE segmentation_results SET status = 'processing', metadata = :metadata, updated_at = :now
-WHERE id = :task_id AND user_id = :user_id AND (
-    status IN ('pending', 'error')
-    OR (status = 'processing' AND (
-        updated_at <= :lease_start OR updated_at > :lease_end
-        OR json_extract(metadata, '$.attempt') = :attempt_id)))"""
+# A lease that ends further ahead than it is long was written before the machine's last start.
+_IS_OVER: Final = "(lease_until_s + :grace_s <= :clock_s OR lease_until_s > :clock_s + lease_s)"
 
+_CLAIM: Final = f"""
+UPDATE segmentation_results SET status = 'processing', metadata = '{{}}', updated_at = :now,
+    attempt_id = :attempt_id, lease_s = :lease_s, lease_until_s = :clock_s + :lease_s
+WHERE id = :task_id AND user_id = :user_id AND (status IN ('pending', 'error')
+    OR (status = 'processing' AND ({_IS_OVER} OR attempt_id = :attempt_id)))"""
+
+# `end_stale` leaves the lease as it is: what still comes from that attempt is taken.
 _SETTLE: Final = """
 UPDATE segmentation_results SET status = :status, mask_image_url = :mask_url, labels = :labels,
-    metadata = :metadata, updated_at = :now
-WHERE id = :task_id AND status = 'processing' AND json_extract(metadata, '$.attempt') = :attempt_id"""
+    metadata = :metadata, updated_at = :now, lease_s = NULL, lease_until_s = NULL
+WHERE id = :task_id AND status <> 'done' AND lease_s IS NOT NULL AND attempt_id = :attempt_id"""
+
+_END_STALE: Final = f"""
+UPDATE segmentation_results SET status = 'error', metadata = :metadata, updated_at = :now
+WHERE status = 'processing' AND {_IS_OVER}"""
 
 _IS_SETTLED: Final = """
-SELECT 1 FROM segmentation_results WHERE id = :task_id
-AND (status, mask_image_url, labels, metadata) IS (:status, :mask_url, :labels, :metadata)"""
+SELECT (status, mask_image_url, labels, metadata) IS (:status, :mask_url, :labels, :metadata)
+FROM segmentation_results WHERE id = :task_id AND attempt_id = :attempt_id AND lease_s IS NULL"""
 
 _SELECT: Final = """
-SELECT user_id, status, mask_image_url, labels, metadata, created_at, updated_at
+SELECT user_id, status, attempt_id, mask_image_url, labels, metadata, created_at, updated_at, lease_until_s
 FROM segmentation_results WHERE id = :task_id"""
+
+_STALE_MESSAGE: Final = "the task was not finished in time; try again"
 
 
 class SqliteResults:
     """A ResultStore in the SQLite file `path`, which is made when it is missing.
 
-    An attempt may be taken over `lease_s` seconds after its claim. `now` is the clock.
+    An attempt may be taken over `lease_s` seconds after its claim. `now` is the clock of the rows' times;
+    `clock_s` counts leases, and is the same for the processes of this machine, whoever sets its clock.
     No Edge is there to insert rows, so `claim` inserts a missing one.
-    Raises ResultsUnavailable when the file cannot be opened.
+    Raises ResultsMisconfigured when the file cannot be opened.
     """
 
     def __init__(
-        self, path: Path, lease_s: float, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self,
+        path: Path,
+        lease_s: float,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
-        self._lease = timedelta(seconds=lease_s)
+        self._lease_s = lease_s
         self._now = now
-        self._file = SqliteFile(path, _SCHEMA)
+        self._clock_s = clock_s
+        self._file = SqliteFile(path, _MIGRATIONS)
 
     async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
         """See ResultStore; a missing row is made."""
@@ -102,9 +135,13 @@ class SqliteResults:
         found = await self._file.run(lambda: self._select(task_id))
         return None if found is None else found[1]
 
-    async def end_stale(self, older_than_s: float) -> int:  # noqa: ARG002 - the Protocol's
-        """See ResultStore; no other machine has these rows, and this one's outbox knows what it began."""
-        return 0
+    async def refuse(self, task: Task, error_message: str) -> None:
+        """See ResultStore."""
+        await self._file.run(lambda: self._refuse(task, error_message))
+
+    async def end_stale(self, grace_s: float) -> int:
+        """See ResultStore. The outbox knows what this machine began, unless its file was lost."""
+        return await self._file.run(lambda: self._end_stale(grace_s))
 
     async def check(self) -> list[str]:
         """See ResultStore; opening the file has proved it."""
@@ -119,31 +156,49 @@ class SqliteResults:
         return f"SQLite file {self._path} (embedded results)"
 
     def _claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
-        now = self._now()
-        values = {
-            "task_id": task.task_id,
-            "user_id": task.user_id,
-            "attempt_id": attempt_id,
-            "metadata": _json({"attempt": attempt_id}),
-            "lease_start": _text(now - self._lease),
-            "lease_end": _text(now + self._lease),
-            "now": _text(now),
-        }
         with self._file.transaction():
+            values = {
+                "task_id": task.task_id,
+                "user_id": task.user_id,
+                "attempt_id": attempt_id,
+                "lease_s": self._lease_s,
+                "grace_s": 0.0,
+                **self._times(),
+            }
             self._insert(task)
             if self._file.db.execute(_CLAIM, values).rowcount == 1:
                 return Claim(task.task_id, attempt_id)
-            return self._why_not_claimed(task, now)
+            return self._why_not_claimed(task)
 
-    def _why_not_claimed(self, task: Task, now: datetime) -> StoredResult:
+    def _why_not_claimed(self, task: Task) -> StoredResult:
         found = self._select(task.task_id)
         if found is None or found[0] != task.user_id:
             raise TaskNotFound(task.task_id)
-        row = found[1]
+        _, row, lease_until_s = found
         if row.status != "done" or row.mask_url is None:
-            raise TaskInProgress(task.task_id, (row.updated_at + self._lease - now).total_seconds())
-        metadata = {key: value for key, value in row.metadata.items() if key != "attempt"}
-        return StoredResult(task.task_id, row.mask_url, row.labels, metadata)
+            raise TaskInProgress(task.task_id, (lease_until_s or 0.0) - self._clock_s())
+        return StoredResult(task.task_id, row.mask_url, row.labels, row.metadata)
+
+    def _end_stale(self, grace_s: float) -> int:
+        with self._file.transaction():
+            values = {
+                "metadata": _json({"error_message": _STALE_MESSAGE}),
+                "grace_s": grace_s,
+                **self._times(),
+            }
+            return self._file.db.execute(_END_STALE, values).rowcount
+
+    def _times(self) -> dict[str, object]:
+        """To be asked inside a transaction: a time from before the wait for it would be over by then."""
+        return {"now": _text(self._now()), "clock_s": self._clock_s()}
+
+    def _refuse(self, task: Task, error_message: str) -> None:
+        self._insert(task)
+        self._file.db.execute(
+            """UPDATE segmentation_results SET status = 'error', metadata = ?, updated_at = ?
+            WHERE id = ? AND user_id = ? AND status = 'pending'""",
+            (_json({"error_message": error_message}), _text(self._now()), task.task_id, task.user_id),
+        )
 
     async def _settle(
         self,
@@ -155,14 +210,14 @@ class SqliteResults:
         labels: list[str],
         metadata: dict[str, object],
     ) -> None:
-        # The attempt stays in the settled row: it tells a repeat of this write from another attempt's.
+        # The attempt id stays in the settled row: it tells a repeat of this write from another attempt's.
         values = {
             "task_id": task_id,
             "attempt_id": attempt_id,
             "status": status,
             "mask_url": mask_url,
             "labels": _json(labels),
-            "metadata": _json({**metadata, "attempt": attempt_id}),
+            "metadata": _json(metadata),
             "now": _text(self._now()),
         }
         await self._file.run(lambda: self._write_settled(values))
@@ -171,28 +226,33 @@ class SqliteResults:
         with self._file.transaction():
             if self._file.db.execute(_SETTLE, values).rowcount == 1:
                 return
-            if self._file.db.execute(_IS_SETTLED, values).fetchone() is None:
-                task_id = str(values["task_id"])
+            task_id = str(values["task_id"])
+            found = self._file.db.execute(_IS_SETTLED, values).fetchone()
+            if found is None:
                 raise TaskNotFound(task_id) if self._select(task_id) is None else AttemptLost(task_id)
+            if not found[0]:
+                raise AlreadySettled(task_id)
 
     def _insert(self, task: Task) -> None:
         values = (task.task_id, task.user_id, task.source_image_url, task.text_prompt)
         self._file.db.execute(_INSERT, (*values, *[_text(self._now())] * 2))
 
-    def _select(self, task_id: str) -> tuple[str, Row] | None:
-        """The owner's user_id and the row."""
+    def _select(self, task_id: str) -> tuple[str, Row, float | None] | None:
+        """The owner's user_id, the row, and the end of its lease."""
         found = self._file.db.execute(_SELECT, {"task_id": task_id}).fetchone()
         if found is None:
             return None
-        user_id, status, mask_url, labels, metadata, created_at, updated_at = found
-        return user_id, Row(
+        user_id, status, attempt_id, mask_url, labels, metadata, created_at, updated_at, lease_until_s = found
+        row = Row(
             status=status,
+            attempt_id=attempt_id,
             mask_url=mask_url,
             labels=json.loads(labels),
             metadata=json.loads(metadata),
             created_at=datetime.fromisoformat(created_at),
             updated_at=datetime.fromisoformat(updated_at),
         )
+        return user_id, row, lease_until_s
 
 
 def _json(value: object) -> str:

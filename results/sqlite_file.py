@@ -3,46 +3,61 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from results.errors import ResultsUnavailable
+from results.errors import ResultsMisconfigured, ResultsUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+logger = logging.getLogger("bentoml.sam3")
 
 _T = TypeVar("_T")
 
 _BUSY_TIMEOUT_S: Final = 5.0
+DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
 class SqliteFile:
-    """The SQLite file `path`, made with its folder and `schema` when it is missing.
+    """The SQLite file `path`, made with its folder when it is missing.
 
-    Autocommit; `transaction` groups statements. Raises ResultsUnavailable when it cannot be opened.
+    Args:
+        path: below DATA_DIR.
+        migrations: the statements of each version of the file; `PRAGMA user_version` counts those that were
+            applied, and the missing ones are applied when the file is opened.
+
+    Autocommit; `transaction` groups statements. Raises ResultsMisconfigured, which names the path and the
+    mend, when the file cannot be opened, is damaged, or was written by a newer version of this server.
     """
 
-    def __init__(self, path: Path, schema: str) -> None:
-        with _sqlite_errors():
-            self.db: Final = _opened(path, schema)
+    def __init__(self, path: Path, migrations: Sequence[Sequence[str]]) -> None:
+        self._path = path
+        with _refused_open(path):
+            self.db: Final = _opened(path, migrations)
         # SQLite has one writer at a time anyway; one thread keeps waiting for it off the event loop.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sqlite")
 
     async def run(self, work: Callable[[], _T]) -> _T:
         """What `work` gives, on the file's own thread. Raises ResultsUnavailable for what SQLite raises."""
-        with _sqlite_errors():
+        try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except (sqlite3.Error, OSError) as error:
+            # The path is for the log alone: the error's text reaches callers.
+            logger.error("%s failed: %s", self._path, error)  # noqa: TRY400 - the sentence says it all
+            raise ResultsUnavailable(
+                f"this server's file of tasks cannot be used ({type(error).__name__}); try again later"
+            ) from error
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All of the block's statements or none."""
-        # IMMEDIATE: a reader that turns writer in the middle could fail at once, whatever the busy timeout.
-        self.db.execute("BEGIN IMMEDIATE")
-        with self.db:
+        with _transaction(self.db):
             yield
 
     async def close(self) -> None:
@@ -51,7 +66,15 @@ class SqliteFile:
         self.db.close()
 
 
-def _opened(path: Path, schema: str) -> sqlite3.Connection:
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    # IMMEDIATE: a reader that turns writer in the middle could fail at once, whatever the busy timeout.
+    db.execute("BEGIN IMMEDIATE")
+    with db:
+        yield
+
+
+def _opened(path: Path, migrations: Sequence[Sequence[str]]) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Autocommit: transactions begin where we say. The store's one thread is not the one that opens.
     db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -60,11 +83,26 @@ def _opened(path: Path, schema: str) -> sqlite3.Connection:
         # No fsync per commit: kill -9 loses nothing, but power loss may take the last transitions back.
         # The file stays whole, and such a task is claimed again once its lease has run out.
         db.execute("PRAGMA synchronous = NORMAL")
-        db.execute(schema)
+        _migrate(db, path, migrations)
     except BaseException:  # whatever stops the start, the file is let go
         db.close()
         raise
     return db
+
+
+def _migrate(db: sqlite3.Connection, path: Path, migrations: Sequence[Sequence[str]]) -> None:
+    # Processes that start together take turns: the version is read inside the transaction.
+    with _transaction(db):
+        [[version]] = db.execute("PRAGMA user_version").fetchall()
+        if version > len(migrations):
+            raise ResultsMisconfigured(
+                f"{path} was written by a newer version of this server (file version {version}, this server "
+                f"knows {len(migrations)}): start that version, or name another DATA_DIR"
+            )
+        for migration in migrations[version:]:
+            for statement in migration:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(migrations)}")
 
 
 def _set_wal(db: sqlite3.Connection) -> None:
@@ -83,9 +121,22 @@ def _set_wal(db: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def _sqlite_errors() -> Iterator[None]:
-    """The only place where a failure of SQLite or of its folder becomes one of ours."""
+def _refused_open(path: Path) -> Iterator[None]:
+    """What stops the opening of a file becomes a sentence for the operator."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
-        raise ResultsUnavailable(f"the file of tasks failed: {type(error).__name__}") from error
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF in DAMAGED:
+            raise ResultsMisconfigured(
+                f"{path} is damaged ({error}): put a copy of it back, or move it away to begin an empty one"
+            ) from error
+        raise _not_writable(path, error) from error
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: Exception) -> ResultsMisconfigured:
+    return ResultsMisconfigured(
+        f"{path} cannot be opened for writing ({error}): let this server's user write to the folder that "
+        "DATA_DIR names, free some space if its disk is full, or name another folder"
+    )

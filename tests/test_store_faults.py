@@ -189,13 +189,43 @@ def lasting(deployed: Deployment) -> dict[str, tuple[httpx.Response, dict[str, A
 def test_lasting_fault_of_r2(
     deployment: Deployment, lasting: dict[str, tuple[httpx.Response, dict[str, Any]]], fault: str
 ) -> None:
-    """R2 that stays away or refuses is a 502 and a row that says so; the same task can still succeed."""
+    """R2 that stays away or refuses is a 502; the task is kept, and done once R2 is back."""
     response, body = lasting[fault]
     status, code, message = error_of(response)
     assert (status, code) == (502, "STORAGE_UNAVAILABLE")
     assert LASTING[fault][2] in message
-    assert deployment.row(body) == ("error", None, message)
+    assert "the task is kept" in message
+    assert deployment.settled(body)[0] == "done"
     assert deployment.send(body).is_success
+
+
+def test_row_is_processing_while_r2_is_away(deployment: Deployment) -> None:
+    """Between the 502 and R2's return the row stays in the hands of its attempt."""
+    body = deployment.new_task()
+    deployment.r2.fail_next(
+        ALWAYS, status=503, when=lambda seen: is_get(seen) and body["image_url"] in seen.path
+    )
+    assert error_of(deployment.send(body))[:2] == (502, "STORAGE_UNAVAILABLE")
+    assert deployment.row(body)[0] == "processing"
+    # Sent again it is tried at once, and still kept.
+    assert error_of(deployment.send(body))[1] in {"STORAGE_UNAVAILABLE", "TASK_IN_PROGRESS"}
+    assert deployment.row(body)[0] == "processing"
+    deployment.r2.heal()
+    assert deployment.settled(body)[0] == "done"
+
+
+def test_outage_of_r2_has_a_limit(tmp_path: Path, database: Database, seaweedfs: S3Service) -> None:
+    """A claimed task for which R2 does not come back ends as an error that says so."""
+    with fault_proxy(seaweedfs.endpoint) as r2:
+        settings = {**seaweedfs.settings(), **database.settings(), "R2_ENDPOINT": r2.url, "API_WORKERS": "1"}
+        with local_server(tmp_path, {**settings, "OUTAGE_LIMIT_S": "0"}) as server:
+            deployment = Deployment(server, r2, r2, database, seaweedfs, database.add_user())
+            body = deployment.new_task()
+            r2.fail_next(ALWAYS, status=503, when=is_get)
+            assert error_of(deployment.send(body))[:2] == (502, "STORAGE_UNAVAILABLE")
+            status, mask_url, message = deployment.settled(body)
+            assert (status, mask_url) == ("error", None)
+            assert "the object store does not answer" in str(message)
 
 
 CLAIMS = {
@@ -216,6 +246,20 @@ def test_task_is_done_once_the_database_is_back(deployment: Deployment, fault: s
     assert deployment.row(body)[0] == "pending"
     deployment.supabase.heal()
     assert deployment.settled(body)[0] == "done"
+
+
+def test_calls_while_the_database_is_away_are_one_task(deployment: Deployment) -> None:
+    """Six calls for one task that cannot be claimed keep one attempt, and the image is fetched once after."""
+    body = deployment.new_task()
+    deployment.supabase.fail_next(ALWAYS, status=503)
+    with ThreadPoolExecutor(6) as callers:
+        codes = {error_of(response)[1] for response in callers.map(deployment.send, [body] * 6)}
+    assert codes <= {"RESULTS_UNAVAILABLE", "TASK_IN_PROGRESS"}
+    before = len(deployment.r2.requests)
+    deployment.supabase.heal()
+    assert deployment.settled(body)[0] == "done"
+    puts = [seen for seen in deployment.r2.requests[before:] if is_put(seen) and body["task_id"] in seen.path]
+    assert len(puts) == 1
 
 
 def test_result_waits_for_the_database(deployment: Deployment) -> None:
@@ -252,6 +296,23 @@ def test_row_that_is_deleted_under_its_task(deployment: Deployment, answer: str)
     expected = (404, "TASK_NOT_FOUND") if answer == "done" else (502, "STORAGE_UNAVAILABLE")
     assert error_of(response)[:2] == expected
     assert deployment.row(body)[0] == "gone"
+    deployment.r2.heal()
+    # What was stored for it is deleted in the background.
+    folder = f"masks/{deployment.user_id}/{body['task_id']}/"
+    wait_for(lambda: deployment.objects.keys(folder), lambda keys: keys == [])
+
+
+def test_forged_result_is_not_answered(deployment: Deployment) -> None:
+    """A done row whose owner has put another mask in it is a 400, not a 200 that names it."""
+    body = deployment.new_task()
+    assert deployment.send(body).is_success
+    for change in (
+        """metadata = jsonb_set(metadata, '{results}', '[]')""",
+        """metadata = jsonb_set(metadata, '{results,0,mask_url}', '"https://evil.example/x.png"')""",
+    ):
+        update = f"update segmentation_results set {change} where id = %s"  # noqa: S608 - ours
+        deployment.database.execute(update, body["task_id"])
+        assert error_of(deployment.send(body))[:2] == (400, "INVALID_REQUEST")
 
 
 def test_unknown_task_is_not_found(deployment: Deployment) -> None:

@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from results import (
+    AlreadySettled,
     AttemptLost,
     Claim,
     MetadataInvalid,
@@ -51,7 +52,15 @@ def open_sqlite(folder: Path) -> Opened:
     def advance_clock(seconds: float) -> None:
         clock[0] += timedelta(seconds=seconds)
 
-    store, second = (SqliteResults(folder / "results.db", LEASE_S, now=lambda: clock[0]) for _ in range(2))
+    store, second = (
+        SqliteResults(
+            folder / "results.db",
+            LEASE_S,
+            now=lambda: clock[0],
+            clock_s=lambda: clock[0].timestamp(),  # noqa: PLW0108
+        )
+        for _ in range(2)
+    )
     return Opened(store, second, store.insert_pending, store.get, advance_clock)
 
 
@@ -67,8 +76,10 @@ class SupabaseRows:
         self._ahead = timedelta(0)
 
     async def insert_pending(self, task: Task) -> None:
-        self._database.execute("insert into auth.users (id) values (%s)", task.user_id)
-        self._database.execute("insert into users_profile (id) values (%s)", task.user_id)
+        self._database.execute("insert into auth.users (id) values (%s) on conflict do nothing", task.user_id)
+        self._database.execute(
+            "insert into users_profile (id) values (%s) on conflict do nothing", task.user_id
+        )
         self._database.execute(
             "insert into segmentation_results (id, user_id, source_image_url, text_prompt)"
             " values (%s, %s, %s, %s)",
@@ -78,23 +89,26 @@ class SupabaseRows:
 
     async def get(self, task_id: str) -> Row | None:
         found = self._database.execute(
-            "select status, mask_image_url, labels, metadata, created_at, updated_at"
+            "select status, attempt_id, mask_image_url, labels, metadata, created_at, updated_at"
             " from segmentation_results where id = %s",
             task_id,
         )
         if not found:
             return None
-        status, mask_url, labels, metadata, created_at, updated_at = found[0]
-        return Row(status, mask_url, labels, metadata, created_at + self._ahead, updated_at + self._ahead)
+        status, attempt_id, mask_url, labels, metadata, created_at, updated_at = found[0]
+        times = (created_at + self._ahead, updated_at + self._ahead)
+        return Row(status, attempt_id, mask_url, labels, metadata, *times)
 
     def advance_clock(self, seconds: float) -> None:
         self._ahead += timedelta(seconds=seconds)
         ids, pause = ", ".join(f"'{task_id}'" for task_id in self._task_ids), f"interval '{seconds} seconds'"
-        # Without the trigger that sets updated_at.
+        older = ", ".join(
+            f"{time} = {time} - {pause}" for time in ("created_at", "updated_at", "lease_until")
+        )
+        # Without the triggers that set them.
         self._database.execute(
             f"""set session_replication_role = replica;
-            update segmentation_results
-            set created_at = created_at - {pause}, updated_at = updated_at - {pause} where id in ({ids})"""  # noqa: S608
+            update segmentation_results set {older} where id in ({ids})"""  # noqa: S608
         )
 
 
@@ -159,7 +173,7 @@ async def test_claim_takes_a_pending_task(opened: Opened, task: Task) -> None:
     claim = await claimed(opened.store, task)
     row = await row_of(opened, task)
     assert claim.task_id == task.task_id
-    assert (row.status, row.metadata["attempt"]) == ("processing", claim.attempt_id)
+    assert (row.status, row.attempt_id) == ("processing", claim.attempt_id)
 
 
 async def test_finish_settles_the_row(opened: Opened, task: Task) -> None:
@@ -168,7 +182,7 @@ async def test_finish_settles_the_row(opened: Opened, task: Task) -> None:
     await finish(opened.store, claim)
     row = await row_of(opened, task)
     assert (row.status, row.mask_url, row.labels) == ("done", MASK_URL, ["cat"])
-    assert row.metadata == {**METADATA, "attempt": claim.attempt_id}
+    assert (row.metadata, row.attempt_id) == (METADATA, claim.attempt_id)
 
 
 async def test_claim_of_a_done_task_gives_its_result(opened: Opened, task: Task) -> None:
@@ -207,7 +221,7 @@ async def test_stale_task_is_taken_over(opened: Opened, task: Task) -> None:
     opened.advance_clock(LEASE_S + 1)
     second = await claimed(opened.second, task)
     assert second.attempt_id != first.attempt_id
-    assert (await row_of(opened, task)).metadata["attempt"] == second.attempt_id
+    assert (await row_of(opened, task)).attempt_id == second.attempt_id
 
 
 STALE_WRITES: dict[str, Callable[[ResultStore, Claim], Awaitable[None]]] = {
@@ -349,13 +363,59 @@ async def test_text_comes_back_as_it_was(opened: Opened, task: Task) -> None:
     assert await new_claim(opened.store, task) == StoredResult(task.task_id, MASK_URL, [text], {text: text})
 
 
-async def test_attempt_key_is_the_stores_own(opened: Opened, task: Task) -> None:
-    """Metadata that says "attempt" cannot forge one."""
+async def test_metadata_cannot_forge_an_attempt(opened: Opened, task: Task) -> None:
+    """Metadata may say "attempt" like any other word."""
     claim = await claimed(opened.store, task)
-    await opened.store.update_result(
-        task.task_id, MASK_URL, [], {"attempt": "forged"}, attempt_id=claim.attempt_id
-    )
-    assert (await row_of(opened, task)).metadata["attempt"] == claim.attempt_id
+    metadata: dict[str, object] = {"attempt": "forged"}
+    await opened.store.update_result(task.task_id, MASK_URL, [], metadata, attempt_id=claim.attempt_id)
+    row = await row_of(opened, task)
+    assert (row.metadata, row.attempt_id) == (metadata, claim.attempt_id)
+
+
+async def test_end_stale_ends_what_nobody_ended(opened: Opened, task: Task) -> None:
+    """A claim whose lease has been over for longer than the grace ends as an error; others stay."""
+    await claimed(opened.store, task)
+    opened.advance_clock(LEASE_S + 60)
+    fresh = replace(task, task_id=str(uuid4()))
+    await opened.insert_pending(fresh)
+    await claimed(opened.store, fresh)
+    await opened.second.end_stale(90)
+    assert (await row_of(opened, task)).status == "processing"
+    await opened.second.end_stale(30)
+    row = await row_of(opened, task)
+    assert (row.status, "not finished in time" in str(row.metadata["error_message"])) == ("error", True)
+    assert (await row_of(opened, fresh)).status == "processing"
+
+
+async def test_late_result_reaches_a_task_that_was_ended_as_stale(opened: Opened, task: Task) -> None:
+    """Work that ends after its task was given up still reaches the user, unless another attempt began."""
+    claim = await claimed(opened.store, task)
+    opened.advance_clock(2 * LEASE_S)
+    await opened.second.end_stale(0)
+    await finish(opened.store, claim)
+    assert (await row_of(opened, task)).status == "done"
+
+
+async def test_refuse_ends_a_pending_task_alone(opened: Opened, task: Task) -> None:
+    """A task that is refused unclaimed ends as an error; one in work or done is left as it is."""
+    await opened.store.refuse(task, "given up")
+    row = await row_of(opened, task)
+    assert (row.status, row.metadata) == ("error", {"error_message": "given up"})
+    claim = await claimed(opened.store, task)
+    for finished in (False, True):
+        if finished:
+            await finish(opened.store, claim)
+        before = await row_of(opened, task)
+        await opened.store.refuse(task, "given up")
+        assert await row_of(opened, task) == before
+
+
+async def test_row_that_its_user_changed_is_already_settled(opened: Opened, task: Task) -> None:
+    """A repeat of a finish over a row that has changed since says that this attempt has settled it."""
+    claim = await claimed(opened.store, task)
+    await finish(opened.store, claim)
+    with pytest.raises(AlreadySettled):
+        await opened.store.update_status(task.task_id, "error", attempt_id=claim.attempt_id)
 
 
 async def test_times_tell_the_last_change(opened: Opened, task: Task) -> None:

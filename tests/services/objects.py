@@ -75,6 +75,11 @@ class S3Service:
         """The object at `key`. Raises botocore's ClientError when there is none."""
         return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
+    def keys(self, prefix: str) -> list[str]:
+        """The keys of all objects below `prefix`."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
 
 def missing_seaweedfs() -> str | None:
     """Why SeaweedFS cannot run here; None when it can."""

@@ -1,0 +1,106 @@
+"""A damaged file of attempts is set aside, and what SQLite can still read of it goes into a new one."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import time
+from contextlib import closing, contextmanager, suppress
+from os import SEEK_END
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger("bentoml.sam3")
+
+_MAX_PADDED_BYTES: Final = 1 << 30
+_TABLES: Final = ("attempts", "given_up", "unneeded_masks", "set_aside")
+
+
+def salvage_attempts(path: Path) -> None:
+    """Replace a damaged file; call it where no other process has the file open. A whole one stays as it is.
+
+    Whatever else is wrong with the file or its folder, the next one that opens it says so.
+    """
+    if not path.exists() or (damage := _damage(path)) is None:
+        return
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(f"{aside}{suffix}")
+    with _padded(aside) as readable:
+        saved = _copy(readable, path)
+    logger.error(
+        "%s is damaged (%s): it is set aside as %s, and %d tasks were read from it. Tasks that could not be "
+        "read end as error when their lease is over; send those again",
+        *(path, damage, aside.name, saved),
+    )
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the content of the file; None when it is whole, or cannot even be opened."""
+    try:
+        with closing(sqlite3.connect(path)) as db:
+            [[found]] = db.execute("PRAGMA quick_check(1)").fetchall()
+            return None if found == "ok" else str(found)
+    except sqlite3.OperationalError:
+        return None
+    except sqlite3.DatabaseError as error:
+        return str(error)
+
+
+@contextmanager
+def _padded(damaged: Path) -> Iterator[Path]:
+    """A copy of the file, with all the bytes that its header promises: of a shorter one nothing is read."""
+    with TemporaryDirectory(dir=damaged.parent) as folder:
+        copy = Path(shutil.copy(damaged, folder))
+        with suppress(FileNotFoundError):
+            # What was written last; SQLite checks its sums itself.
+            shutil.copy(f"{damaged}-wal", f"{copy}-wal")
+        with copy.open("r+b") as file:
+            header = file.read(32)
+            if len(header) == 32:
+                page_bytes, pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
+                promised = min(page_bytes * pages, _MAX_PADDED_BYTES)
+                file.truncate(max(promised, file.seek(0, SEEK_END)))
+        yield copy
+
+
+def _copy(damaged: Path, path: Path) -> int:
+    """Copy tables and rows as far as they can be read; how many attempts that are."""
+    saved = 0
+    with closing(sqlite3.connect(path)) as new, closing(sqlite3.connect(damaged)) as old, new:
+        for table in _TABLES:
+            with suppress(sqlite3.DatabaseError):
+                [[schema]] = old.execute("SELECT sql FROM sqlite_schema WHERE name = ?", (table,)).fetchall()
+                new.execute(schema)
+                for row in _readable(old, table):
+                    values = ", ".join("?" * len(row))
+                    with suppress(sqlite3.DatabaseError):  # a row that breaks its own table's rules
+                        new.execute(f"INSERT INTO {table} VALUES ({values})", row)
+                        saved += table == "attempts"
+        with suppress(sqlite3.DatabaseError):
+            for (index,) in old.execute(
+                "SELECT sql FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL"
+            ).fetchall():
+                new.execute(index)
+            [[version]] = old.execute("PRAGMA user_version").fetchall()
+            new.execute(f"PRAGMA user_version = {version}")
+    return saved
+
+
+def _readable(old: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...]]:
+    """The rows, from both ends: what lies behind a damaged page is reached from the other side."""
+    seen = set()
+    for order in ("ASC", "DESC"):
+        cursor = old.execute(f"SELECT rowid, * FROM {table} ORDER BY rowid {order}")
+        with suppress(sqlite3.DatabaseError):
+            for rowid, *row in cursor:
+                if rowid in seen:
+                    break
+                seen.add(rowid)
+                yield tuple(row)
