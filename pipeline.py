@@ -238,7 +238,8 @@ class Pipeline:
         """Keep the task, and say until when; None when it must end."""
         match error:
             case RunnerStopped():
-                back, kept = "it is back", await self._outbox.keep_after_death(attempt)
+                await self._outbox.keep_after_death(attempt)
+                back, kept = "it is back", True
             case ModelNotLoaded():
                 back, kept = "it is", await self._outbox.keep(attempt, str(error), pause=False)
             case StorageUnavailable():

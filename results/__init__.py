@@ -3,7 +3,7 @@
 results.supabase is imported by who uses it: supabase-py takes 0.4 s and 43 MB a process.
 """
 
-from results.attempts import Attempt
+from results.attempts import Attempt, AttemptFile
 from results.base import Claim, ResultStore, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
     AlreadySettled,
@@ -22,6 +22,7 @@ from results.sqlite import SqliteResults
 __all__ = [
     "AlreadySettled",
     "Attempt",
+    "AttemptFile",
     "AttemptLost",
     "Claim",
     "MetadataInvalid",

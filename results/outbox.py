@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import uuid4
 
 from prometheus_client import Gauge
@@ -24,13 +25,15 @@ from results.base import StoredResult
 from results.errors import AlreadySettled, AttemptLost, ResultsError, ResultsUnavailable, TaskNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from results.attempts import GivenUp
     from results.base import ResultStore, Task
 
 logger = logging.getLogger("bentoml.sam3")
+
+_T = TypeVar("_T")
 
 FIRST_TRY_S: Final = 60.0
 """The process that did the work settles the row itself, in less; after it any process may."""
@@ -66,8 +69,8 @@ class Outbox:
         self._rows = rows
         self._lease_s = lease_s
         self._outage_limit_s = outage_limit_s
-        # What the file did not take, a full disk say: an outcome, or None for a removal.
-        self._unwritten: dict[str, Outcome | None] = {}
+        # By attempt: the write that the file did not take, since its disk was full, say.
+        self._unwritten: dict[str, Callable[[], Awaitable[object]]] = {}
         self._waiting_for_turn: set[str] = set()
 
     async def note(self, task: Task, request_id: str) -> Attempt:
@@ -86,7 +89,7 @@ class Outbox:
         try:
             claim = await self._rows.claim(attempt.task, attempt.attempt_id)
         except ResultsUnavailable as error:
-            await self._attempts.wait(attempt.attempt_id, None, pause=True)
+            await self._write(attempt, partial(self._attempts.wait, attempt.attempt_id, None, pause=True))
             raise ResultsUnavailable(f"{error}; the task is kept, and done when they are back") from error
         except ResultsError:
             await self._forget(attempt, NOTHING)
@@ -147,23 +150,14 @@ class Outbox:
             pause: not due at once, but after a pause that grows.
         """
         self._waiting_for_turn.discard(attempt.attempt_id)
-        try:
-            return await self._attempts.wait(
-                attempt.attempt_id, reason, limit_s=self._outage_limit_s, pause=pause
-            )
-        except ResultsUnavailable:
-            return False
+        wait = partial(
+            self._attempts.wait, attempt.attempt_id, reason, limit_s=self._outage_limit_s, pause=pause
+        )
+        return await self._write(attempt, wait) is not False
 
-    async def keep_after_death(self, attempt: Attempt) -> bool:
-        """The model's process died in the middle of the attempt's work: begin it again alone, or give it up.
-
-        False when the file cannot note that.
-        """
-        try:
-            await self._attempts.count_death(attempt.attempt_id)
-        except ResultsUnavailable:
-            return False
-        return True
+    async def keep_after_death(self, attempt: Attempt) -> None:
+        """The model's process died in the middle of the work: begin it again alone, or give it up."""
+        await self._write(attempt, partial(self._attempts.count_death, attempt.attempt_id))
 
     async def given_up(self, task: Task) -> GivenUp | None:
         """What is known of a task that was given up and is not to be tried again; None otherwise."""
@@ -273,7 +267,8 @@ class Outbox:
 
     async def _end(self, attempt: Attempt, outcome: Outcome) -> None:
         outcome.to_json()  # raises MetadataInvalid before anything is written
-        await self._write(attempt.attempt_id, outcome)
+        note = partial(self._attempts.set_outcome, attempt.attempt_id, outcome)
+        await self._write(attempt, partial(note, hold_s=FIRST_TRY_S), later=partial(note, hold_s=0))
         try:
             await self._settle(attempt, outcome)
         except ResultsUnavailable as error:
@@ -326,25 +321,32 @@ class Outbox:
     async def _forget(self, attempt: Attempt, named: str | None) -> None:
         """Forget an attempt, and let go of the masks that `named` does not hold (None: it holds all)."""
         self._waiting_for_turn.discard(attempt.attempt_id)
-        try:
-            await self._attempts.remove(attempt.attempt_id, named)
-        except ResultsUnavailable:
-            self._unwritten[attempt.attempt_id] = None
+        await self._write(attempt, partial(self._attempts.remove, attempt.attempt_id, named))
 
-    async def _write(self, attempt_id: str, outcome: Outcome) -> None:
+    async def _write(
+        self,
+        attempt: Attempt,
+        write: Callable[[], Awaitable[_T]],
+        *,
+        later: Callable[[], Awaitable[object]] | None = None,
+    ) -> _T | None:
+        """What the write gives; None when the file fails: then it, or `later`, is done when it can be.
+
+        Until then the attempt is this process's on the file: should it die, the task is begun again.
+        """
         try:
-            await self._attempts.set_outcome(attempt_id, outcome, FIRST_TRY_S)
+            written = await write()
         except ResultsUnavailable:
-            self._unwritten[attempt_id] = outcome
+            self._unwritten[attempt.attempt_id] = later or write
+            return None
+        self._unwritten.pop(attempt.attempt_id, None)
+        return written
 
     async def _write_unwritten(self) -> None:
         """Bring to the file what it did not take while it could not be written."""
-        for attempt_id, outcome in list(self._unwritten.items()):
-            if outcome is None:
-                await self._attempts.remove(attempt_id)
-            else:
-                await self._attempts.set_outcome(attempt_id, outcome, hold_s=0)
-            if self._unwritten.get(attempt_id) is outcome:
+        for attempt_id, write in list(self._unwritten.items()):
+            await write()
+            if self._unwritten.get(attempt_id) is write:
                 del self._unwritten[attempt_id]
 
 
