@@ -28,6 +28,10 @@ serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...); the demo checkpoint un
 weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs HF_TOKEN)
 	@$(BIN)/python -m download_weights
 
+.PHONY: given-up
+given-up: $(VENV)/run ## List the tasks that were given up; TASK=... lets one be tried again
+	@$(BIN)/python -m given_up_tasks $(TASK)
+
 .PHONY: test
 test: $(VENV)/dev $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
 	$(BIN)/python -m pytest

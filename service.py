@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+import data_lock
+import process_identity
 from contract import (
     BatchRequest,
     BatchResponse,
@@ -38,18 +41,22 @@ from contract import (
 )
 from gate import Gate
 from pipeline import Pipeline
-from results import Outbox, ResultsError, SqliteResults
+from recovery import Recovery
+from results import ResultsError, SqliteResults, open_outbox, salvage_attempts
 from sam3_runner import ModelNotLoaded, WeightsError
 from sam3_runner.checkpoint import SCORE_THRESHOLD, Checkpoint, HubSource, find_checkpoint, is_missing
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineConfig
+from sam3_runner.liveness import RunnerLife, leave_note
 from sam3_runner.runner import runner_service
-from sam3_runner.shutdown import keep_sockets_until_the_end
-from settings import Settings, SettingsError, load_settings, make_demo_key
+from sam3_runner.supervision import leave_with, supervise
+from settings import Settings, SettingsError, freeze_settings, load_settings, make_demo_key
 from storage import LocalFolder, StorageError
 
 if TYPE_CHECKING:
-    from results import ResultStore
+    from pathlib import Path
+
+    from results import Outbox, ResultStore
     from storage import ObjectStore
 
 logger = logging.getLogger("bentoml.sam3")
@@ -57,18 +64,35 @@ logger = logging.getLogger("bentoml.sam3")
 VERSION = "0.1.0"
 STOP_MARGIN_S = 15.0
 """BentoML's own timeout lies this far behind ours, which settles the row and says what happened."""
+RUNNER_NOTE = "runner.pid"
+"""Says in DATA_DIR which process has the model."""
 
 
 # Retries are counted at /metrics; the stores log what fails in the end.
 stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.PrometheusOnRetryHook])
 
 
-def _settings_or_defaults() -> Settings:
-    """A Bento is built, and this module imported, where no secret is; `announce` checks before serving."""
+def _settings_or_defaults() -> tuple[Settings, SettingsError | None]:
+    """A Bento is built, and this module imported, where no secret is; who serves calls `_begin_to_serve`."""
     try:
-        return load_settings()
-    except SettingsError:
-        return Settings.model_construct()
+        return load_settings(), None
+    except SettingsError as error:
+        return Settings.model_construct(), error
+
+
+def _begin_to_serve(*, stop_first: bool) -> None:
+    """Never serve on defaults, nor without a supervisor. First of all in a process that serves."""
+    if refusal is not None:
+        logger.error("cannot serve: %s", refusal)
+        os._exit(1)
+    supervisor = data_lock.holder(settings.data_dir)
+    if supervisor:
+        leave_with(lambda: process_identity.is_parent(supervisor), stop_first=stop_first)
+
+
+def _begin_to_run_the_model() -> None:
+    _begin_to_serve(stop_first=False)
+    leave_note(settings.data_dir / RUNNER_NOTE, process_identity.current())
 
 
 def hub_source(settings: Settings) -> HubSource | None:
@@ -82,7 +106,7 @@ def expected_checkpoint(settings: Settings) -> Checkpoint:
     return find_checkpoint(settings.sam3_weights_path, to_be_downloaded=hub_source(settings) is not None)
 
 
-settings = _settings_or_defaults()
+settings, refusal = _settings_or_defaults()
 
 app = FastAPI(
     title="SAM3 inference backend",
@@ -116,6 +140,7 @@ Sam3Runner = runner_service(
     ),
     timeout_s=settings.request_timeout_s + STOP_MARGIN_S,
     gpu=settings.wants_gpu,
+    on_start=_begin_to_run_the_model,
 )
 
 
@@ -124,6 +149,8 @@ Sam3Runner = runner_service(
     workers=settings.api_workers,
     traffic={"timeout": settings.request_timeout_s + STOP_MARGIN_S},
     logging={"access": {"enabled": False}},
+    # BentoML's probe asks the runner's socket, which is silent for minutes when the runner is dead.
+    runner_probe={"enabled": False},
 )
 @bentoml.asgi_app(app)
 class SegmentationService:
@@ -132,27 +159,34 @@ class SegmentationService:
     runner = bentoml.depends(Sam3Runner)
 
     def __init__(self) -> None:
-        self._runner = RunnerClient(self.runner)
+        _begin_to_serve(stop_first=True)
+        self._runner = RunnerClient(
+            self.runner, RunnerLife(settings.data_dir / RUNNER_NOTE, process_identity.is_alive)
+        )
+        objects = open_storage(settings)
+        outbox = open_tasks(settings, open_results(settings))
         self._pipeline = Pipeline(
             settings,
             expected_checkpoint(settings),
-            objects=open_storage(settings),
-            rows=open_outbox(settings, open_results(settings)),
+            objects=objects,
+            outbox=outbox,
             runner=self._runner,
             model_version=VERSION,
         )
+        self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 
     @bentoml.on_deployment
     @staticmethod
     def announce() -> None:
         """Check everything once, before any process starts; say what will be used."""
         try:
-            checked = load_settings()
+            checked = freeze_settings()
+            data_lock.hold(checked.data_dir)
             checkpoint = expected_checkpoint(checked)
             asyncio.run(check_stores(checked))
         except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
-        keep_sockets_until_the_end()
+        supervise()
         if is_missing(checked.sam3_weights_path):
             logger.info(
                 "weights: %s, to be downloaded from %s", checkpoint.weights_file, checked.sam3_hf_repo
@@ -163,14 +197,18 @@ class SegmentationService:
             # On stderr and not in the log: logs are shipped, and this is a secret, if a small one.
             sys.stderr.write(f"embedded demo: X-API-Key for this run is {make_demo_key()}\n")
 
+    async def __is_ready__(self) -> bool:
+        return (await self._runner.status()).state == "ok"
+
     @bentoml.on_startup
     async def start(self) -> None:
         """Finish what an earlier server left behind."""
-        self._pipeline.start()
+        self._recovery.start()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """Finish what was claimed."""
+        self._recovery.stop()
         await self._pipeline.close()
 
     @app.get("/health", tags=["state"], response_model_exclude_none=True)
@@ -188,16 +226,16 @@ class SegmentationService:
         )
 
     @app.post("/api/v1/predict", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS)
-    async def predict(self, body: PredictRequest) -> PredictResponse:
+    async def predict(self, body: PredictRequest, request: Request) -> PredictResponse:
         """Find every instance of one concept in an image; settle the task's row."""
-        return (await self._pipeline.run(body)).results[0]
+        return (await self._pipeline.run(body, request.state.request_id)).results[0]
 
     @app.post(
         "/api/v1/predict/batch", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS
     )
-    async def predict_batch(self, body: BatchRequest) -> BatchResponse:
+    async def predict_batch(self, body: BatchRequest, request: Request) -> BatchResponse:
         """Find several concepts in one image, which is fetched and encoded once; settle the task's row."""
-        return await self._pipeline.run(body)
+        return await self._pipeline.run(body, request.state.request_id)
 
     @app.get(
         "/api/v1/model/info", tags=["state"], dependencies=NEEDS_KEY, responses=error_responses(401, 503)
@@ -281,17 +319,18 @@ app.openapi = _openapi  # type: ignore[method-assign]
 
 
 async def check_stores(settings: Settings) -> None:
-    """Prove that the stores can be used, or are only away; release what a dead server left behind.
+    """Prove that the stores can be used, or are only away; take up what a dead server left behind.
 
     Raises `SettingsError`, `StorageError`, `ResultsError`.
     """
     objects, rows = open_storage(settings), open_results(settings)
     logger.info("storage: %s", objects.describe())
     logger.info("results: %s", rows.describe())
-    outbox = open_outbox(settings, rows)
-    untold, unfinished = await outbox.release()
-    if untold or unfinished:
-        logger.info("outbox: %d outcomes to tell, %d tasks to begin again", untold, unfinished)
+    salvage_attempts(outbox_path(settings))
+    outbox = open_tasks(settings, rows)
+    undelivered, waiting = await outbox.start_over()
+    if undelivered or waiting:
+        logger.info("outbox: %d rows to be settled, %d tasks to be begun again", undelivered, waiting)
     try:
         for warning in [*await objects.check(), *await rows.check()]:
             logger.warning("%s", warning)
@@ -340,9 +379,22 @@ def open_results(settings: Settings) -> ResultStore:
     )
 
 
-def open_outbox(settings: Settings, rows: ResultStore) -> Outbox:
-    """The file before the rows. Raises `ResultsError`."""
-    return Outbox(settings.data_dir / "outbox.sqlite", rows, lease_s=settings.lease_s)
+def outbox_path(settings: Settings) -> Path:
+    """The file of attempts."""
+    return settings.data_dir / "outbox.sqlite"
+
+
+def open_tasks(settings: Settings, rows: ResultStore) -> Outbox:
+    """The rows, behind the file of attempts. Raises `ResultsError`."""
+    return open_outbox(
+        outbox_path(settings),
+        rows,
+        owner=process_identity.current(),
+        is_alive=process_identity.is_alive,
+        server_version=VERSION,
+        lease_s=settings.lease_s,
+        outage_limit_s=settings.outage_limit_s,
+    )
 
 
 def _mb(size_bytes: int | None) -> int | None:

@@ -13,13 +13,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_Read = TypeVar("_Read", bound="WeightsSettings")
+_Read = TypeVar("_Read", bound=BaseSettings)
 
 R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
 SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
@@ -65,7 +66,20 @@ class WeightsSettings(BaseSettings):
         return value
 
 
-class Settings(WeightsSettings):
+class DataSettings(BaseSettings):
+    """Where the server keeps its files: all that its operator's commands need."""
+
+    model_config = SettingsConfigDict(
+        env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    data_dir: Path = Field(
+        Path("data"),
+        description="of the outbox, which should outlive a restart, and of the embedded storage and results",
+    )
+
+
+class Settings(WeightsSettings, DataSettings):
     """Every setting, with its default. The field's name in capitals is the variable's."""
 
     model_config = SettingsConfigDict(extra="forbid")
@@ -114,16 +128,14 @@ class Settings(WeightsSettings):
     embedded_parts: Annotated[tuple[Literal["storage", "results"], ...], NoDecode] = Field(
         (), description="storage, results: embedded parts that production may use, comma-separated"
     )
-    data_dir: Path = Field(
-        Path("data"),
-        description="of the outbox, which should outlive a restart, and of the embedded storage and results",
-    )
-
     api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
     max_in_flight: int = Field(
         256, ge=1, description="requests an API worker works on at once; more are told 429"
     )
     request_timeout_s: float = Field(60.0, gt=0, le=600, description="from claim to answer")
+    outage_limit_s: float = Field(
+        900.0, ge=0, description="a claimed task that waits longer for R2 or the model ends as error"
+    )
     max_image_bytes: int = Field(10 * 1024 * 1024, ge=1, description="10 MB")
     max_image_pixels: int = Field(50_000_000, ge=1, description="50 megapixels")
     max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
@@ -228,9 +240,30 @@ def load_settings() -> Settings:
     return _load(Settings)
 
 
+def freeze_settings() -> Settings:
+    """Read as `load_settings` does, and leave what was read where child processes find it. Raises the same.
+
+    From then on the file plays no part: a process that is started anew has the settings that were checked,
+    whatever the file says by then.
+    """
+    checked = load_settings()
+    given = {name.upper() for name, value in os.environ.items() if value}
+    in_file = dotenv_values(Path(os.environ.get("ENV_FILE", ".env")).expanduser(), encoding="utf-8")
+    for name, value in in_file.items():
+        if value and name.upper() not in given:
+            os.environ[name.upper()] = value
+    os.environ["ENV_FILE"] = os.devnull
+    return checked
+
+
 def load_weights_settings() -> WeightsSettings:
     """The same, where nothing is served and so neither keys nor stores are needed."""
     return _load(WeightsSettings)
+
+
+def load_data_settings() -> DataSettings:
+    """The same, for a command beside the server."""
+    return _load(DataSettings)
 
 
 def _load(kind: type[_Read]) -> _Read:

@@ -11,18 +11,23 @@ import aiohttp
 from bentoml.exceptions import BentoMLException
 
 from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
-from sam3_runner.errors import DeadlineExceeded, InferenceFailed, SAM3Error
+from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Error
 
 if TYPE_CHECKING:
     from sam3_runner.images import SquareImage
     from sam3_runner.instances import PredictResult
+    from sam3_runner.liveness import RunnerLife
 
+STOPPED = "the model's process stopped while it worked"
 TRIES = 3
 PAUSE_S = 0.03
+LOOK_S = 0.25
+"""How often a call that waits looks whether the process that got it still lives."""
 STATUS_AGE_S = 1.0
-STATUS_TIMEOUT_S = 3.0
+STATUS_TIMEOUT_S = 0.7
+"""With it a probe is answered within a second, whatever the runner does."""
 TRUST_S = 30.0
-"""A loaded runner that is too busy to answer is believed to be well for so long."""
+"""A runner that lives but is too busy to answer is believed to be as it was for so long."""
 
 
 class RunnerClient:
@@ -30,12 +35,15 @@ class RunnerClient:
 
     Args:
         proxy: what `bentoml.depends` gives.
+        life: of the runner's process.
     """
 
-    def __init__(self, proxy: Any) -> None:
+    def __init__(self, proxy: Any, life: RunnerLife) -> None:
         _use_fresh_connections(proxy)
         self._proxy = proxy
+        self._life = life
         self._status = EngineStatus(state="loading")
+        self._status_of: str | None = None
         self._status_until_s = 0.0
         self._trusted_until_s = 0.0
         self._asking: asyncio.Task[None] | None = None
@@ -45,13 +53,19 @@ class RunnerClient:
     ) -> tuple[list[PredictResult], float]:
         """One result a prompt, and the time in ms of the model's pass that they shared.
 
+        It is sent once: an image that kills the runner must not kill its successor.
+
         Raises:
-            ModelNotLoaded, PromptTooLong, InferenceFailed: as the runner says; InferenceFailed also
-                when it cannot be reached.
+            ModelNotLoaded, PromptTooLong, InferenceFailed: as the runner says; ModelNotLoaded also when
+                there is no runner.
+            RunnerStopped: the runner died while it had the request.
             DeadlineExceeded: `deadline_s` (of `time.monotonic`) passed before the work began.
         """
+        identity = self._life.look()
+        if identity is None:
+            raise ModelNotLoaded(self._life.absence)
         request = SegmentRequest(image=image, prompts=prompts, deadline_s=deadline_s)
-        [packed] = await self._call("segment", [pickle.dumps(request)])
+        [packed] = await self._while_alive(identity, "segment", [pickle.dumps(request)])
         outcome: SegmentOutcome = pickle.loads(packed)  # noqa: S301 - from our own process
         if outcome.error is not None:
             raise outcome.error
@@ -59,21 +73,32 @@ class RunnerClient:
         return outcome.results, outcome.inference_ms
 
     async def status(self) -> EngineStatus:
-        """The runner's state, at most a second old; `error` when its process does not answer."""
-        if time.monotonic() >= self._status_until_s:
+        """The runner's state, at most a second old; `loading` while its process is started anew.
+
+        `error` when it lives but does not answer.
+        """
+        identity = self._life.look()
+        if identity is not None and (identity != self._status_of or time.monotonic() >= self._status_until_s):
             # One question for all who wait: in a burst, one each would drown the runner.
             if self._asking is None:
-                self._asking = asyncio.create_task(self._ask())
+                self._asking = asyncio.create_task(self._ask(identity))
             await asyncio.shield(self._asking)
+            identity = self._life.look()
+        if identity is None or identity != self._status_of:
+            return EngineStatus(state="loading", detail=self._life.absence)
         return self._status
 
-    async def _ask(self) -> None:
+    async def _ask(self, identity: str) -> None:
+        if identity != self._status_of:
+            self._status = EngineStatus(state="loading", detail="the model's process is starting")
+            self._status_of, self._status_until_s = identity, 0.0
+            self._trusted_until_s = time.monotonic() + TRUST_S
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                self._status = await self._call("status")
+                self._status = await self._while_alive(identity, "status")
             self._trusted_until_s = time.monotonic() + TRUST_S
         except (SAM3Error, TimeoutError) as error:
-            busy = isinstance(error, TimeoutError | DeadlineExceeded) and self._status.state == "ok"
+            busy = isinstance(error, TimeoutError | DeadlineExceeded)
             if not busy or time.monotonic() > self._trusted_until_s:
                 self._status = EngineStatus(state="error", detail="the model's process does not answer")
         finally:
@@ -82,20 +107,41 @@ class RunnerClient:
         if self._status.state != "loading":
             self._status_until_s = time.monotonic() + STATUS_AGE_S
 
-    async def _call(self, method: str, *arguments: object) -> Any:
-        """Call the proxy; the moment in which the runner is started anew is waited out."""
+    async def _while_alive(self, identity: str, method: str, *arguments: object) -> Any:
+        """Call the proxy, and give up once the process that got the call has died."""
+        call = asyncio.create_task(self._call(identity, method, *arguments))
+        call.add_done_callback(_heard)
+        try:
+            while not (await asyncio.wait({call}, timeout=LOOK_S))[0]:
+                if self._life.look() != identity:
+                    raise RunnerStopped(STOPPED)
+            return call.result()
+        finally:
+            call.cancel()
+
+    async def _call(self, identity: str, method: str, *arguments: object) -> Any:
+        """Call the proxy; again only where the call was certainly not sent."""
         for rest in reversed(range(TRIES)):
             try:
                 return await getattr(self._proxy.to_async, method)(*arguments)
-            except aiohttp.ClientConnectionError as error:
+            except aiohttp.ClientConnectorError as error:
                 if not rest:
-                    raise InferenceFailed("the model's process cannot be reached") from error
+                    raise ModelNotLoaded("the model's process cannot be reached") from error
                 await asyncio.sleep(PAUSE_S)
             except TimeoutError as error:
                 raise DeadlineExceeded("the model's process took too long") from error
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+                self._life.cut_off(identity)
+                raise RunnerStopped(STOPPED) from error
             except (aiohttp.ClientError, BentoMLException) as error:
                 raise InferenceFailed("the model's process failed") from error
         raise AssertionError("unreachable")
+
+
+def _heard(call: asyncio.Task[Any]) -> None:
+    """Read the exception, or asyncio complains when nobody waits for it any more."""
+    if not call.cancelled():
+        call.exception()
 
 
 def _use_fresh_connections(proxy: Any) -> None:

@@ -4,6 +4,7 @@ SAM3Error
     WeightsError            the checkpoint is missing, unreadable or not a SAM 3
     DeviceUnavailable       the device is not there, or its memory is full
     ModelNotLoaded          asked before the weights were in, or after they failed to load
+    RunnerStopped           the model's process died while it had the request
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or more pixels than allowed
     PromptTooLong           more tokens than the text encoder reads
     DeadlineExceeded        the caller's deadline passed before the work began
@@ -25,6 +26,10 @@ class DeviceUnavailable(SAM3Error):
 
 class ModelNotLoaded(SAM3Error):
     """Asked before the weights were in, or after they failed to load."""
+
+
+class RunnerStopped(SAM3Error):
+    """The model's process died while it had the request, which may have been why."""
 
 
 class UnsupportedImage(SAM3Error):

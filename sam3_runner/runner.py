@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bentoml
 from bentoml._internal.marshal import dispatcher
 
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
-from sam3_runner.shutdown import outlive_siblings
+from sam3_runner.supervision import outlive_siblings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_BATCH_WAIT_S = 0.005
 """Longest time that an idle runner waits for company: batches form while it is busy, not by waiting."""
@@ -17,13 +20,14 @@ MAX_BATCH_WAIT_S = 0.005
 NEVER = 1_000_000_000
 
 
-def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool) -> Any:
+def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool, on_start: Callable[[], None]) -> Any:
     """The service class `Sam3Runner`; one process, since one GPU holds one copy of the weights.
 
     Args:
         config: of the engine.
         timeout_s: longest time that a request may wait and run; the requests' own deadlines are shorter.
         gpu: asks BentoML for a GPU of the host.
+        on_start: is called first in the runner's process, and may end it.
     """
     bound_batch_wait()
 
@@ -42,6 +46,7 @@ def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool) -> Any:
     )
     class Sam3Runner:
         def __init__(self) -> None:
+            on_start()
             outlive_siblings(timeout_s)
             self._engine = Engine(config)
             self._engine.start()

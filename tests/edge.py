@@ -114,9 +114,11 @@ class Edge:
         """The task's row as it stands."""
         return asyncio.run(self._rows.get(task_id))
 
-    def settled_row(self, task_id: str) -> Row:
+    def settled_row(self, task_id: str, timeout_s: float = WAIT_S) -> Row:
         """The task's row once it is `done` or `error`."""
-        row = wait_for(lambda: self.row(task_id), lambda row: row and row.status in {"done", "error"})
+        row = wait_for(
+            lambda: self.row(task_id), lambda row: row and row.status in {"done", "error"}, timeout_s
+        )
         assert row is not None
         return row
 
@@ -136,11 +138,11 @@ class Edge:
         return levels > 0
 
 
-def wait_for(read: Callable[[], T], is_so: Callable[[T], object]) -> T:
-    """Read until `is_so` holds; fails after a minute."""
-    until_s = time.monotonic() + WAIT_S
+def wait_for(read: Callable[[], T], is_so: Callable[[T], object], timeout_s: float = WAIT_S) -> T:
+    """Read until `is_so` holds; fails after a minute, or what is given."""
+    until_s = time.monotonic() + timeout_s
     while not is_so(value := read()):
-        assert time.monotonic() < until_s, f"still {value!r} after {WAIT_S:.0f} s"
+        assert time.monotonic() < until_s, f"still {value!r} after {timeout_s:.0f} s"
         time.sleep(0.02)
     return value
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import psutil
 
 import local_server
 from local_server import ROOT, LocalServer, clean_environment, server_command, stop
@@ -16,6 +21,9 @@ if TYPE_CHECKING:
 
 API_KEY = "0123456789abcdef0123456789abcdef"
 REFUSAL_TIMEOUT_S = 60.0
+
+API_WORKER = "sam3"
+RUNNER = "sam3_runner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,57 @@ def started_server(
         yield LocalServer(url, API_KEY, data_dir, log_path, process.pid, ready_s=0.0), process
     finally:
         stop(process)
+
+
+def children_of(server: LocalServer, service: str) -> list[psutil.Process]:
+    """The living processes of one of the two services, `API_WORKER` or `RUNNER`."""
+    return [child for child in psutil.Process(server.pid).children() if _service_of(child) == service]
+
+
+def runner_of(server: LocalServer) -> psutil.Process:
+    """The process that holds the model."""
+    [runner] = children_of(server, RUNNER)
+    return runner
+
+
+def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
+    """SIGKILL; wait until it is gone, or a zombie whose parent has not looked yet."""
+    child = psutil.Process(process.pid)
+    child.send_signal(signal.SIGKILL)
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        pass
+
+
+def run_alone(service: str, environment: Mapping[str, str]) -> Refusal:
+    """Start a process of one service as the supervisor does, but without a supervisor; wait for its end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        fd = listening.fileno()
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "_bentoml_impl.worker.service", "service:SegmentationService"),
+                *("--service-name", service, "--fd", str(fd), "--worker-id", "1"),
+                # An API worker looks for the runner's socket.
+                *("--runner-map", '{"sam3_runner": "tcp://127.0.0.1:9"}'),
+            ],
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(fd,),
+            timeout=REFUSAL_TIMEOUT_S,
+            check=False,
+            text=True,
+        )
+    return Refusal(ended.returncode, ended.stdout)
+
+
+def _service_of(process: psutil.Process) -> str | None:
+    try:
+        words = process.cmdline()
+    except psutil.Error:  # it has just ended
+        return None
+    return words[words.index("--service-name") + 1] if "--service-name" in words else None
 
 
 def changed_environment(data_dir: Path, changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -18,12 +18,19 @@ SERVED = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (RO
 ALLOWED = {
     **{package: {package} for package in PACKAGES},
     "settings": set(),
+    "process_identity": set(),
+    "data_lock": {"process_identity", "settings"},
     "gate": {"contract"},
     "contract": set(PACKAGES),
     "pipeline": {"contract", "settings", *PACKAGES},
-    "service": {"contract", "gate", "pipeline", "settings", *PACKAGES},
+    "recovery": {"contract", "pipeline", *PACKAGES},
+    "service": {
+        *("contract", "data_lock", "gate", "pipeline", "process_identity", "recovery", "settings"),
+        *PACKAGES,
+    },
     "local_server": {"settings"},
     "download_weights": {"settings", "sam3_runner"},
+    "given_up_tasks": {"process_identity", "results", "settings"},
 }
 """Our modules that each part may import."""
 

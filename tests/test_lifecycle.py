@@ -1,4 +1,4 @@
-"""How the server starts, refuses to start, gets ready, loses its runner, and stops."""
+"""How the server starts, refuses to start, gets ready, and stops; test_processes.py kills parts of it."""
 
 from __future__ import annotations
 
@@ -191,43 +191,6 @@ def test_loading(start: Start) -> None:
         check_not_loaded(start.edge, body, response)
     for _ in range(4):  # both API workers
         assert start.edge.ask(start.key, "circle").status_code == httpx.codes.OK
-
-
-def runner_of(server: LocalServer) -> psutil.Process:
-    """The process that holds the model: the largest."""
-    children = psutil.Process(server.pid).children(recursive=True)
-    return max(children, key=lambda child: child.memory_info().rss)
-
-
-def test_runner_is_killed(start: Start) -> None:
-    """When the model's process is killed, callers get clean errors until its successor serves."""
-    runner = runner_of(start.server)
-    runner.kill()
-    wait_for(runner.is_running, lambda running: not running)
-    failed = []
-
-    def try_again() -> bool:
-        body = start.edge.body(start.key, "circle")
-        start.edge.insert_row(body)
-        response = start.edge.send(body)
-        if response.status_code == httpx.codes.OK:
-            return True
-        failed.append((body, response))
-        return False
-
-    wait_for(try_again, bool)
-    assert failed
-    for body, response in failed:
-        status, code, message = error_of(response)
-        assert (status, code) in {(503, "MODEL_NOT_LOADED"), (500, "INFERENCE_FAILED")}
-        row = start.edge.row(body["task_id"])
-        assert row is not None
-        if status == httpx.codes.SERVICE_UNAVAILABLE:
-            assert row.status == "pending"
-        else:
-            assert (row.status, row.metadata.get("error_message")) == ("error", message)
-    assert runner_of(start.server).pid != runner.pid
-    wait_for(lambda: is_ready(start.server), bool)
 
 
 def test_broken_weights(broken_checkpoint: Path, tmp_path: Path) -> None:

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from settings import Settings, SettingsError, load_settings, load_weights_settings, make_demo_key
+from settings import (
+    Settings,
+    SettingsError,
+    freeze_settings,
+    load_settings,
+    load_weights_settings,
+    make_demo_key,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EXAMPLE = Path(__file__).parent.parent / ".env.example"
 EXAMPLE_LINE = re.compile(r"^# ([A-Z0-9_]+)=(\S*)", re.MULTILINE)
@@ -83,6 +93,50 @@ def test_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "my.env").write_text("API_WORKERS=7\nMAX_IN_FLIGHT=9\n")
     read = load(monkeypatch, ENV_FILE="my.env", API_WORKERS="5")
     assert (read.api_workers, read.max_in_flight, read.sam3_max_batch) == (5, 9, 8)
+
+
+@pytest.fixture
+def _environment_is_put_back() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("_environment_is_put_back")
+@pytest.mark.parametrize("after", ["", "NO_SUCH_SETTING=1", "API_WORKERS=two", None])
+def test_frozen_settings_outlive_their_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: str | None
+) -> None:
+    """Once frozen, the settings are what was read, whatever becomes of the file."""
+    file = tmp_path / "my.env"
+    file.write_text(
+        "ENV_FILE=other.env\nexport API_WORKERS=7\nmax_in_flight=9\nMAX_IN_FLIGHT=10\nSAM3_DEVICE=\n"
+        'ALLOWED_ORIGINS="https://a.example.com, https://b.example.com"  # two\nDATA_DIR=${HOME}/data\n'
+        f"SAM3_MAX_BATCH=3\nSUPABASE_MASK_COLUMN\nAPI_SECRET_KEY={KEY}\n"
+    )
+    monkeypatch.setenv("ENV_FILE", str(file))
+    monkeypatch.setenv("Sam3_Max_Batch", "5")
+    monkeypatch.setenv("API_WORKERS", "")
+    frozen = freeze_settings()
+    assert (frozen.api_workers, frozen.max_in_flight, frozen.sam3_max_batch) == (7, 10, 5)
+    if after is None:
+        file.unlink()
+    else:
+        file.write_text(after)
+    read = load_settings()
+    assert read.model_dump(exclude={"env_file"}) == frozen.model_dump(exclude={"env_file"})
+    assert freeze_settings() == read
+
+
+@pytest.mark.usefixtures("_environment_is_put_back")
+def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
+    """A file that is refused leaves nothing in the environment."""
+    (tmp_path / ".env").write_text(f"API_SECRET_KEY={KEY}\nAPI_WORKERS=two\n")
+    before = dict(os.environ)
+    with pytest.raises(SettingsError, match="API_WORKERS"):
+        freeze_settings()
+    assert dict(os.environ) == before
 
 
 def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:

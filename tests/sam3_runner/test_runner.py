@@ -43,7 +43,7 @@ def test_short_waits_are_kept() -> None:
 
 def test_dispatchers_use_it() -> None:
     """Once the runner is made, every dispatcher that BentoML makes has the bounded estimate."""
-    runner_service(EngineConfig("demo"), timeout_s=10.0, gpu=False)
+    runner_service(EngineConfig("demo"), timeout_s=10.0, gpu=False, on_start=lambda: None)
     made: Any = dispatcher.CorkDispatcher(1000, 8, fallback=lambda: None)
     assert isinstance(made.optimizer, BoundedOptimizer)
 
@@ -51,6 +51,6 @@ def test_dispatchers_use_it() -> None:
 @pytest.mark.parametrize("gpu", [True, False])
 def test_one_process_a_gpu(*, gpu: bool) -> None:
     """The runner is one process, and asks for a GPU only where there is one."""
-    service: Any = runner_service(EngineConfig("demo"), timeout_s=10.0, gpu=gpu)
+    service: Any = runner_service(EngineConfig("demo"), timeout_s=10.0, gpu=gpu, on_start=lambda: None)
     assert service.config["workers"] == 1
     assert ("gpu" in service.config.get("resources", {})) == gpu

@@ -301,7 +301,8 @@ def test_bare_pickle(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*TorchScript:UserWarning")
 def test_torchscript(tmp_path: Path) -> None:
     """A compiled program is told as such, without torch's advice to run it."""
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "sam3.pt"))
+    program: Any = torch.jit.script(torch.nn.Linear(2, 2))
+    program.save(str(tmp_path / "sam3.pt"))
     refuses(tmp_path / "sam3.pt", "is a TorchScript program, not weights", "state_dict()")
 
 

@@ -1,0 +1,147 @@
+"""The processes of one server: what dies is started anew, and a stop lets tasks in flight end.
+
+BentoML's supervisor starts an API worker's and the runner's processes as its children. `supervise` is for
+its process; `outlive_siblings` and `leave_with` are for theirs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from bentoml._internal.utils import circus as bentoml_circus
+from circus.arbiter import Arbiter
+from circus.exc import ConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from circus.watcher import Watcher
+
+logger = logging.getLogger("bentoml.sam3")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOOK_S = 0.5
+"""How often the supervisor looks for dead processes, and they for it."""
+LEAVE_S = 3.5
+"""Time for what is in flight when the supervisor has died."""
+STOP_AGAIN_S = 0.05
+
+
+def supervise() -> None:
+    """Make BentoML's supervisor start every dead process anew, and remove the sockets between them last.
+
+    By default it looks every ten seconds, starts nothing anew in a container, and removes the sockets
+    first. Call it in the supervisor's process before it starts the others (private names of the pinned
+    bentoml 1.4.39).
+    """
+    start = bentoml_circus.Arbiter.start
+
+    def start_supervised(arbiter: bentoml_circus.Arbiter, cb: Callable[[Any], Any] | None = None) -> None:
+        _look_often(arbiter)
+        for watcher in arbiter.watchers:
+            watcher.respawn = True
+            watcher.hooks["after_reap"] = _tell_of_death
+        start(arbiter, cb)
+
+    bentoml_circus.Arbiter.start = start_supervised  # type: ignore[method-assign, assignment]
+    bentoml_circus.Arbiter.stop = _stop  # type: ignore[method-assign, assignment]
+
+
+def _look_often(arbiter: bentoml_circus.Arbiter) -> None:
+    look = arbiter.manage_watchers
+
+    def look_unless_busy() -> object:
+        # One command at a time: while it starts its first processes, or stops, a look would be an error.
+        return None if arbiter._exclusive_running_command else look()  # noqa: SLF001
+
+    arbiter.manage_watchers = look_unless_busy
+    arbiter.ctrl.check_delay = LOOK_S * 1000
+
+
+def _stop(arbiter: bentoml_circus.Arbiter) -> object:
+    try:
+        stopping = Arbiter.stop(arbiter)
+    except ConflictError:
+        # It is just starting a process; the signal to stop comes once, and must not be lost.
+        return arbiter.loop.call_later(STOP_AGAIN_S, _stop, arbiter)
+    atexit.register(arbiter.exit_stack.close)
+    return stopping
+
+
+def _tell_of_death(*, watcher: Watcher, process_pid: int, exit_code: int, **_: object) -> None:
+    if not watcher.is_stopping():
+        logger.warning(
+            "process %d (%s) ended with status %s: another is started", process_pid, watcher.name, exit_code
+        )
+
+
+def outlive_siblings(timeout_s: float) -> None:
+    """From now on a stop signal takes effect when the other processes of the same parent are gone.
+
+    BentoML's supervisor signals the API workers and the runner together. The workers finish their
+    requests first; those still need the runner. Call it from the main thread, after the server has set
+    its own handlers.
+
+    Args:
+        timeout_s: waits no longer than this.
+    """
+    for stop_signal in STOP_SIGNALS:
+        _defer(stop_signal, os.getppid(), timeout_s)
+
+
+def _defer(stop_signal: signal.Signals, parent_pid: int, timeout_s: float) -> None:
+    stop_now: Any = signal.getsignal(stop_signal)
+    alone = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if alone.is_set():
+            stop_now(number, frame)
+        else:
+            threading.Thread(target=wait_for_siblings, name="wait-for-siblings", daemon=True).start()
+
+    def wait_for_siblings() -> None:
+        psutil.wait_procs(_siblings(parent_pid), timeout=timeout_s)
+        alone.set()
+        os.kill(os.getpid(), stop_signal)
+
+    signal.signal(stop_signal, on_signal)
+
+
+def _siblings(parent_pid: int) -> list[psutil.Process]:
+    if os.getppid() != parent_pid:  # it is gone; whose child this is now, has children of others
+        return []
+    try:
+        children = psutil.Process(parent_pid).children()
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if child.pid != os.getpid()]
+
+
+def leave_with(is_alive: Callable[[], bool], *, stop_first: bool) -> None:
+    """From now on this process ends soon after its supervisor, which may be killed without a last word.
+
+    What stays behind would hold the port and the model's memory, and nobody would start it anew.
+
+    Args:
+        is_alive: does the supervisor run; asked twice a second.
+        stop_first: begin a clean stop at once; else serve on until the end, `LEAVE_S` later.
+    """
+
+    def watch() -> None:
+        while is_alive():
+            time.sleep(LOOK_S)
+        logger.error("the supervisor has died: process %d leaves", os.getpid())
+        if stop_first:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LEAVE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-supervisor", daemon=True).start()

@@ -1,0 +1,48 @@
+"""One server a DATA_DIR."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data_lock
+import process_identity
+from settings import SettingsError
+
+ROOT = Path(__file__).parent.parent
+CODE = "import sys, data_lock, pathlib; data_lock.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+
+
+def test_second_process_is_refused(tmp_path: Path) -> None:
+    """Who comes second is told who has the folder, and gets it once that one is killed."""
+    folder = tmp_path / "a" / "data"
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline()
+        held = data_lock.holder(folder)
+        with pytest.raises(SettingsError, match=rf"in use by another server \(pid {first.pid}\)"):
+            data_lock.hold(folder)
+        assert data_lock.holder(folder) == held
+        assert process_identity.is_alive(held)
+        first.kill()
+    data_lock.hold(folder)
+    assert data_lock.holder(folder) == process_identity.current()
+    with pytest.raises(SettingsError, match="in use"):
+        data_lock.hold(folder)
+
+
+def test_holder_of_nothing(tmp_path: Path) -> None:
+    """A folder that no server has had."""
+    assert data_lock.holder(tmp_path / "none") == ""
+
+
+def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    """A file in the folder's place is refused in a sentence."""
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(SettingsError, match=r"DATA_DIR .* cannot be used: "):
+        data_lock.hold(tmp_path / "data")
