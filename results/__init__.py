@@ -3,7 +3,8 @@
 results.supabase is imported by who uses it: supabase-py takes 0.4 s and 43 MB a process.
 """
 
-from results.attempts import Attempt, AttemptFile
+from results.attempt_file import AttemptFile
+from results.attempts import Attempt
 from results.base import Claim, ResultStore, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
     AlreadySettled,

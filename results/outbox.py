@@ -20,7 +20,8 @@ from uuid import uuid4
 
 from prometheus_client import Gauge
 
-from results.attempts import Attempt, AttemptFile, Outcome
+from results.attempt_file import AttemptFile
+from results.attempts import Attempt, Outcome
 from results.base import StoredResult
 from results.errors import AlreadySettled, AttemptLost, ResultsError, ResultsUnavailable, TaskNotFound
 

@@ -372,7 +372,7 @@ async def test_batch_is_answered_again(bench: Bench) -> None:
 
 async def test_masks_of_a_failed_task_are_deleted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored for a row that then ends as an error is deleted in the background."""
-    monkeypatch.setattr("results.attempts.DELETE_AFTER_S", 0.0)
+    monkeypatch.setattr("results.attempt_file.DELETE_AFTER_S", 0.0)
     bench.model.box = (0.0, nan, 8.0, 8.0)
     await bench.fails()
     masks = bench.folder / "objects" / "masks"

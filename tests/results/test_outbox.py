@@ -28,7 +28,7 @@ from results import (
     TaskNotFound,
     open_outbox,
 )
-from results.attempts import DELETE_AFTER_S, MAX_DEATHS_ALONE, MAX_PAUSE_S
+from results.attempt_file import DELETE_AFTER_S, MAX_DEATHS_ALONE, MAX_PAUSE_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
