@@ -177,11 +177,13 @@ class Pipeline:
 
     async def _attempt(self, attempt: Attempt) -> BatchResponse:
         """One attempt at a task that is on the file, to its end. Raises `Failure`."""
-        # Begun with the claim, not after it: neither the row nor the image needs to wait for the other.
-        reading = asyncio.create_task(self._read_image(attempt))
-        reading.add_done_callback(_consume_exception)
+        # Side by side: neither the row nor the image needs to wait for the other.
+        claiming = asyncio.create_task(self._claim(attempt))
+        reading = asyncio.create_task(self._read_image(attempt, claiming))
+        for each in (claiming, reading):
+            each.add_done_callback(_consume_exception)
         try:
-            stored = await self._claim(attempt)
+            stored = await claiming
             if stored is not None:
                 return self._replay(stored, attempt.task)
             return await self._settle(attempt, reading)
@@ -274,9 +276,14 @@ class Pipeline:
         # The last is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
 
-    async def _read_image(self, attempt: Attempt) -> SquareImage:
+    async def _read_image(
+        self, attempt: Attempt, claiming: asyncio.Task[StoredResult | None]
+    ) -> SquareImage:
         async with self._image_slots:
             data = await self._download(attempt.task)
+            if attempt.suspect:
+                # A death while the database is silent must not count against it.
+                await asyncio.shield(claiming)
             # From here on to the masks, a picture may cost a process its life.
             await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None)
             return await asyncio.to_thread(self._decode, data)

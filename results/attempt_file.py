@@ -176,18 +176,22 @@ class AttemptFile:
     async def begin(self, attempt: Attempt, image_sha256: str | None) -> bool:
         """Whether the work that may kill a process may begin; noted when it may, else to be asked again.
 
-        A suspect begins when nothing else is at work, and nothing else begins beside it. While it waits for
-        that no other begins, so its turn comes.
+        It may not while the attempt is not this process's. A suspect begins when nothing else is at work,
+        and nothing else begins beside it. While it waits for that no other begins, so its turn comes.
         """
         if not attempt.suspect:
-            statement = f"""UPDATE attempts SET begun = {_BESIDE_OTHERS} WHERE attempt_id = :attempt_id
-                AND NOT EXISTS (SELECT 1 FROM attempts WHERE begun >= {_WAITS_TO_BE_ALONE}) RETURNING begun"""
+            statement = f"""UPDATE attempts SET begun = {_BESIDE_OTHERS}
+                WHERE attempt_id = :attempt_id AND owner = :owner
+                AND NOT EXISTS (SELECT 1 FROM attempts WHERE begun >= {_WAITS_TO_BE_ALONE})
+                RETURNING begun"""
         else:
             statement = f"""UPDATE attempts SET image_sha256 = :image_sha256, begun = CASE
                 WHEN EXISTS (SELECT 1 FROM attempts WHERE begun = {_BESIDE_OTHERS})
                 THEN {_WAITS_TO_BE_ALONE} ELSE {_ALONE} END
-                WHERE attempt_id = :attempt_id AND NOT EXISTS (SELECT 1 FROM attempts
-                    WHERE begun >= {_WAITS_TO_BE_ALONE} AND attempt_id <> :attempt_id) RETURNING begun"""
+                WHERE attempt_id = :attempt_id AND owner = :owner
+                AND NOT EXISTS (SELECT 1 FROM attempts
+                    WHERE begun >= {_WAITS_TO_BE_ALONE} AND attempt_id <> :attempt_id)
+                RETURNING begun"""
         rows = await self._execute(statement, attempt_id=attempt.attempt_id, image_sha256=image_sha256)
         return bool(rows) and rows[0][0] != _WAITS_TO_BE_ALONE
 

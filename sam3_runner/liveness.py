@@ -25,8 +25,14 @@ DYING_S = 3.0
 def leave_note(note: Path, identity: str) -> None:
     """Say in the file `note` which process the runner is; whoever reads it sees the old note or the new."""
     unfinished = note.with_name(f"{note.name}.{os.getpid()}")
-    unfinished.write_text(identity)
-    unfinished.replace(note)
+    try:
+        unfinished.write_text(identity)
+        unfinished.replace(note)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        # A full disk still takes what fits into the old note's place.
+        with note.open("r+") as file:
+            file.write(identity.ljust(len(note.read_text())))
 
 
 class RunnerLife:
@@ -72,7 +78,7 @@ class RunnerLife:
 
     def _read_living(self) -> str | None:
         try:
-            identity = self._note.read_text()
+            identity = self._note.read_text().strip()
         except (OSError, UnicodeDecodeError):
             return None
         dying = identity == self._dying and time.monotonic() < self._dying_until_s

@@ -56,14 +56,23 @@ def supervise() -> None:
 
 
 def _look_often(arbiter: bentoml_circus.Arbiter) -> None:
-    look = arbiter.manage_watchers
+    """Look for dead processes by the event loop's own timer.
 
-    def look_unless_busy() -> object:
+    The supervisor's would wait for the wall clock: set back by an hour, it would not look for an hour.
+    """
+    arbiter.ctrl.check_delay = -1
+
+    async def look() -> None:
         # One command at a time: while it starts its first processes, or stops, a look would be an error.
-        return None if arbiter._exclusive_running_command else look()  # noqa: SLF001
+        if not arbiter._exclusive_running_command:  # noqa: SLF001
+            try:
+                await arbiter.manage_watchers()
+            except Exception:
+                # Whatever it was, the next look may do better; without it dead processes stay dead.
+                logger.exception("the supervisor could not look after its processes")
+        arbiter.loop.call_later(LOOK_S, look)
 
-    arbiter.manage_watchers = look_unless_busy
-    arbiter.ctrl.check_delay = LOOK_S * 1000
+    arbiter.loop.call_later(LOOK_S, look)
 
 
 def _stop(arbiter: bentoml_circus.Arbiter) -> object:

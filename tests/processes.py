@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 import local_server
-from local_server import ROOT, LocalServer, clean_environment, server_command, stop
+from local_server import POLL_S, ROOT, LocalServer, clean_environment, server_command, stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,8 +90,24 @@ def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
     """SIGKILL; wait until it is gone, or a zombie whose parent has not looked yet."""
     child = psutil.Process(process.pid)
     child.send_signal(signal.SIGKILL)
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        pass
+    while is_alive(child):
+        time.sleep(POLL_S)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Does it run; a zombie, whose parent has not looked yet, does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def left_after(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
+    """Those that still run after `limit_s`; returns as soon as none does."""
+    until_s = time.monotonic() + limit_s
+    while (left := [process for process in processes if is_alive(process)]) and time.monotonic() < until_s:
+        time.sleep(POLL_S)
+    return left
 
 
 def run_alone(service: str, environment: Mapping[str, str]) -> Refusal:

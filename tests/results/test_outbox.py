@@ -531,6 +531,18 @@ async def begins(outbox: Outbox, attempt: Attempt) -> asyncio.Task[None]:
     return beginning
 
 
+async def test_attempt_that_waits_does_not_begin(machine: Machine) -> None:
+    """Work that comes too late, when its attempt waits already, is not noted, and so stops no suspect."""
+    outbox = machine.process()
+    attempt = await claimed(outbox, new_task())
+    await wait_for_r2(outbox, attempt)
+    late = await begins(outbox, attempt)
+    assert not late.done()
+    late.cancel()
+    await work_and_die(machine, outbox, [await claimed(outbox, new_task())], "runner")
+    await asyncio.wait_for(outbox.begin_work(await taken(outbox), "sha"), 5)
+
+
 async def test_suspect_works_alone(machine: Machine) -> None:
     """A suspect begins when nothing else is at work in any process; meanwhile nothing else begins."""
     first, second = machine.process(), machine.process()

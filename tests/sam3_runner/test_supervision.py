@@ -13,6 +13,13 @@ from circus.exc import ConflictError
 
 from sam3_runner import supervision
 
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
 
 @pytest.fixture(autouse=True)
 def _their_arbiter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,23 +48,30 @@ def test_signal_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(*arguments) == "stopping"
 
 
-def test_no_look_while_it_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the supervisor starts its first processes, its look for dead ones waits."""
-    looks = []
+async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor looks for dead processes for ever: not while it is busy, and after an error again."""
+    looks, later = [], []
     monkeypatch.setattr(bentoml_circus.Arbiter, "start", lambda *_arguments: None)
     supervision.supervise()
+
+    async def manage_watchers() -> None:
+        looks.append("look")
+        raise OSError("no more processes")
+
     watcher = SimpleNamespace(respawn=False, hooks={})
     arbiter: Any = SimpleNamespace(
         watchers=[watcher],
         ctrl=SimpleNamespace(check_delay=10_000),
-        manage_watchers=lambda: looks.append("look"),
+        loop=SimpleNamespace(call_later=lambda _delay_s, call: later.append(call)),
+        manage_watchers=manage_watchers,
         _exclusive_running_command="arbiter_start_watchers",
     )
     bentoml_circus.Arbiter.start(arbiter)
     assert watcher.respawn
-    assert arbiter.ctrl.check_delay <= 1000
-    arbiter.manage_watchers()
+    await later.pop()()
     assert looks == []
     arbiter._exclusive_running_command = None
-    arbiter.manage_watchers()
-    assert looks == ["look"]
+    for times in (1, 2):
+        await later.pop()()
+        assert len(looks) == times
+    assert len(later) == 1

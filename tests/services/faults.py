@@ -16,7 +16,7 @@ from tests.services.processes import wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    _Kind = Literal["none", "answer", "hang", "cut", "slow", "length", "lose"]
+    _Kind = Literal["none", "answer", "hang", "cut", "slow", "length", "lose", "delay"]
     Predicate = Callable[["Seen"], bool]
 
 _SLOW_PARTS_A_SECOND = 20
@@ -48,7 +48,7 @@ class _Fault:
     left: int
     when: Predicate
     answer: wire.Answer | None = None
-    amount: int = 0
+    amount: float = 0
 
 
 class FaultProxy:
@@ -116,6 +116,10 @@ class FaultProxy:
         """Let the target do it, then cut the connection before the answer."""
         self._add("lose", n, when)
 
+    def delay_next(self, n: int = 1, *, seconds: float, when: Predicate | None = None) -> None:
+        """Let the target do it, and answer so much later."""
+        self._add("delay", n, when, amount=seconds)
+
     def heal(self) -> None:
         """Forget all faults; requests that hang are cut."""
         with self._lock:
@@ -133,7 +137,7 @@ class FaultProxy:
         when: Predicate | None,
         *,
         answer: wire.Answer | None = None,
-        amount: int = 0,
+        amount: float = 0,
     ) -> None:
         with self._lock:
             self._faults.append(_Fault(kind, n, when or (lambda _: True), answer, amount))
@@ -180,6 +184,8 @@ class FaultProxy:
         answer = fault.answer or await wire.ask(self._target, request)
         if fault.kind == "lose":
             raise wire.Cut
+        if fault.kind == "delay":
+            await asyncio.sleep(fault.amount)
         seen.status = answer.status
         await _send(answer, fault, writer, head_only=request.method == "HEAD")
         if fault.kind in ("cut", "length"):
@@ -232,11 +238,11 @@ def fault_proxy(target_url: str) -> Iterator[FaultProxy]:
 
 async def _send(answer: wire.Answer, fault: _Fault, writer: asyncio.StreamWriter, *, head_only: bool) -> None:
     body = b"" if head_only else answer.body
-    writer.write(answer.head(extra_bytes=fault.amount if fault.kind == "length" else 0))
+    writer.write(answer.head(extra_bytes=int(fault.amount) if fault.kind == "length" else 0))
     if fault.kind == "cut":
-        body = body[: fault.amount]
+        body = body[: int(fault.amount)]
     if fault.kind == "slow":
-        await _send_slowly(body, fault.amount, writer)
+        await _send_slowly(body, int(fault.amount), writer)
     else:
         writer.write(body)
     await writer.drain()

@@ -1,0 +1,285 @@
+"""One server of the fault test: killed in every way, and started again as the host of a container does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+import local_server
+from local_server import clean_environment, server_command
+from tests.faults.clock import Clock
+from tests.services.processes import free_ports, http_status, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.faults.diary import Diary
+
+API_KEY = "faults-0123456789abcdef"
+READY_TIMEOUT_S = 120.0
+LEAVE_WITHIN_S = 5.0
+"""The children of a supervisor that was killed are gone by then."""
+RESTART_PAUSE_S = 0.2
+DISK = "24m"
+_GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
+
+class Server:
+    """The real server on one port and one DATA_DIR; whenever it ends it is started anew.
+
+    Attributes:
+        name: in the diary.
+        generation: counts the starts and the deaths.
+        serving: it has answered since its start; the prober says so.
+        excused_until_s: an API worker is stopped (SIGSTOP), or was just continued, until then.
+        shaken_until_s: connections may be cut until then.
+        starts: how often it was started.
+        clock: its wall clock.
+        has_own_disk: DATA_DIR is a file system of its own, so it can be filled.
+    """
+
+    def __init__(self, name: str, folder: Path, settings: dict[str, str], diary: Diary) -> None:
+        self.name = name
+        self.data_dir = folder / f"data-{name}"
+        self.data_dir.mkdir()
+        self.log_path = folder / f"server-{name}.log"
+        [port] = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        self.generation = self.starts = 0
+        self.serving = False
+        self.excused_until_s = self.shaken_until_s = 0.0
+        self.clock = Clock(folder, name)
+        self.has_own_disk = _mount(self.data_dir)
+        self._port = port
+        self._diary = diary
+        home = {"BENTOML_HOME": str(folder / f"bentoml-{name}")}
+        self._environment = clean_environment(self.data_dir, API_KEY) | settings | home
+        self._environment |= self.clock.environment()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._orphans: list[psutil.Process] = []
+        self._killed = self._may_refuse = False
+        self._wanted = threading.Event()
+        self._lock = threading.RLock()
+        self._keeper: threading.Thread | None = None
+
+    @property
+    def outbox(self) -> Path:
+        """Its file of attempts."""
+        return self.data_dir / "outbox.sqlite"
+
+    @property
+    def is_killed(self) -> bool:
+        """It was killed, and is not started anew yet; what is left of it may still answer."""
+        return self._killed
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is kept running."""
+        return self._wanted.is_set()
+
+    def begin(self) -> None:
+        """Keep it running from now on."""
+        if self._wanted.is_set():
+            return
+        self._wanted.set()
+        self._keeper = threading.Thread(target=self._keep, name=f"keeper of {self.name}", daemon=True)
+        self._keeper.start()
+
+    def end(self) -> None:
+        """SIGKILL, and no new start."""
+        self._stop_keeping()
+        self.kill_all()
+
+    def stop(self) -> None:
+        """A clean stop, and no new start."""
+        self._stop_keeping()
+        if self._process is not None:
+            children = self.processes()
+            local_server.stop(self._process)
+            wait_until(lambda: all(map(_is_gone, children)), 20.0)
+        self.serving, self._killed = False, True
+
+    def release_disk(self) -> None:
+        """Unmount DATA_DIR's own disk; of what it held the file of attempts is kept, beside it."""
+        if self.has_own_disk:
+            for file in self.data_dir.glob("outbox.sqlite*"):
+                shutil.copy(file, self.data_dir.with_name(f"{self.name}-{file.name}"))
+            subprocess.run(["/bin/umount", "-l", self.data_dir], check=False, capture_output=True)
+
+    def wait_until_ready(self) -> None:
+        """Return when the model is loaded. Raises TimeoutError."""
+        wait_until(lambda: http_status(f"{self.url}/readyz") == 200, READY_TIMEOUT_S)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run, the supervisor first."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            supervisor = psutil.Process(self._process.pid)
+            return [supervisor, *supervisor.children(recursive=True)]
+        return []
+
+    def runner(self) -> psutil.Process | None:
+        """The process that holds the model, by its own note; None while there is none."""
+        with contextlib.suppress(OSError):
+            pid = (self.data_dir / "runner.pid").read_text().partition(":")[0]
+            return next((each for each in self.processes()[1:] if str(each.pid) == pid), None)
+        return None
+
+    def workers(self) -> list[psutil.Process]:
+        """The API workers."""
+        runner = self.runner()
+        children = [each for each in self.processes()[1:] if each != runner]
+        return [each for each in children if _memory(each) > 60e6]
+
+    def kill_all(self) -> None:
+        """SIGKILL to all processes as if at one moment: none may see another die."""
+        with self._lock:
+            self._killed, self.serving = True, False
+            self.generation += 1
+            processes = [*self.processes(), *self._orphans]
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for process in processes:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
+            if self._process is not None:
+                self._process.wait()
+            wait_until(lambda: all(map(_is_gone, processes)), 20.0)
+
+    def kill_supervisor(self) -> None:
+        """SIGKILL to the supervisor alone; its children must leave by themselves."""
+        with self._lock:
+            processes = self.processes()
+            if not processes:
+                return
+            supervisor, *children = processes
+            self._orphans = [*self._orphans, *children]
+            self._killed, self.serving = True, False
+            self.generation += 1
+            with contextlib.suppress(psutil.NoSuchProcess):
+                supervisor.kill()
+
+    def kill(self, process: psutil.Process) -> None:
+        """SIGKILL to one of its processes."""
+        self.shaken_until_s = time.monotonic() + 3.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+    @contextlib.contextmanager
+    def stopped(self, process: psutil.Process, *, is_worker: bool) -> Iterator[None]:
+        """SIGSTOP, and SIGCONT at the end of the block."""
+        if is_worker:
+            self.excused_until_s = float("inf")
+        try:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+            yield
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+            self.excused_until_s = time.monotonic() + 1.0 if is_worker else self.excused_until_s
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """No byte more fits into DATA_DIR until the end of the block."""
+        filler = self.data_dir / "filler"
+        self._may_refuse = True
+        try:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                for size in (1 << 16, 1 << 12, 1):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(b"\0" * size)
+            yield
+        finally:
+            filler.unlink(missing_ok=True)
+            self._may_refuse = False
+
+    def _stop_keeping(self) -> None:
+        self._wanted.clear()
+        if self._keeper is not None:
+            self._keeper.join()
+
+    def _keep(self) -> None:
+        while self._wanted.is_set():
+            with self._lock:
+                ended = self._process is None or self._process.poll() is not None
+            if ended:
+                self._explain_end()
+                self._see_orphans_leave()
+                with self._lock:
+                    self._start()
+            time.sleep(RESTART_PAUSE_S)
+
+    def _explain_end(self) -> None:
+        if self._process is None or self._killed:
+            return
+        last = self.log_path.read_text(errors="replace").splitlines()[-1:]
+        text = f"server {self.name} ended by itself with status {self._process.returncode}: {last}"
+        self._diary.fault("(refused start)", text)
+        if not self._may_refuse and not self.clock.is_wrong:
+            self._diary.violated("the server runs", text)
+        time.sleep(1.0)
+
+    def _see_orphans_leave(self) -> None:
+        """The children of a killed supervisor leave in time; those that do not are killed."""
+        orphans, since_s = self._orphans, time.monotonic()
+        try:
+            wait_until(lambda: all(map(_is_gone, orphans)), 3 * LEAVE_WITHIN_S)
+        except TimeoutError:
+            for process in orphans:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        if (took_s := time.monotonic() - since_s) > LEAVE_WITHIN_S:
+            self._diary.violated(
+                "children leave with their supervisor", f"{self.name}: {took_s:.1f} s after its death"
+            )
+        with self._lock:
+            self._orphans = []
+
+    def _start(self) -> None:
+        if not self._wanted.is_set():
+            return
+        self.generation += 1
+        self.starts += 1
+        self.serving = self._killed = False
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                server_command(self._port),
+                cwd=local_server.ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+
+def _mount(folder: Path) -> bool:
+    """Give the folder a small disk of its own; False where that is not allowed."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return False
+    command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() in _GONE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0

@@ -1,0 +1,159 @@
+"""Threads that watch the servers: one kills for the poison tasks, one asks the probes."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import httpx
+
+from tests.faults.stage import read_only
+
+if TYPE_CHECKING:
+    from tests.faults.servers import Server
+    from tests.faults.stage import Stage
+    from tests.faults.tasks import Task
+
+POISON_POLL_S = 0.002
+POLL_S = 0.05
+TO_THE_RUNNER_S = 0.03
+"""A picture is decoded and with the runner so long after its work has begun."""
+PROBES = ("/health", "/livez", "/readyz")
+PROBE_PAUSE_S = 0.5
+PROBE_TIMEOUT_S = 15.0
+SLOW_S = 3.0
+_BEGUN = "SELECT task_id FROM attempts WHERE begun IN (1, 3)"
+
+
+class Watcher(threading.Thread):
+    """Kills a process of one server whenever the work on one of its poison tasks has begun."""
+
+    def __init__(self, stage: Stage, server: Server) -> None:
+        super().__init__(name=f"watcher of {server.name}", daemon=True)
+        self._stage = stage
+        self._server = server
+        self._ended = threading.Event()
+        self._db: sqlite3.Connection | None = None
+        self._killed: set[str] = set()
+
+    def end(self) -> None:
+        """Watch no more."""
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look, until the end."""
+        next_list_s = 0.0
+        while not self._ended.is_set():
+            armed = {each.task_id: each for each in self._stage.poisons if each.server == self._server.name}
+            try:
+                self._look(armed)
+                if time.monotonic() > next_list_s:
+                    self._note_seen()
+                    next_list_s = time.monotonic() + POLL_S
+            except (sqlite3.Error, OSError):
+                self._close()  # no file yet
+                time.sleep(POLL_S)
+            time.sleep(POISON_POLL_S if armed else POLL_S)
+        self._close()
+
+    def _look(self, armed: dict[str, Task]) -> None:
+        begun = {task_id for (task_id,) in self._ask(_BEGUN)} if armed else set()
+        self._killed &= begun
+        for task_id in begun - self._killed:
+            if task_id in armed:
+                self._kill(armed[task_id])
+
+    def _kill(self, task: Task) -> None:
+        runner = self._server.runner()
+        if task.kind == "runner poison":
+            time.sleep(TO_THE_RUNNER_S)
+            claimed = self._claimed(task)
+            if runner is None or not claimed or (task.task_id,) not in self._ask(_BEGUN):
+                return
+            self._server.kill(runner)
+            task.last_kill = claimed
+        else:
+            self._server.kill_all()
+        self._killed.add(task.task_id)
+        task.kills += 1
+        self._stage.diary.fault(f"{task.kind} kills", f"{self._server.name}, {task.task_id}")
+
+    def _claimed(self, task: Task) -> int:
+        """Whether the row was claimed since the last kill: before it the runner does not get the task."""
+        query = "select coalesce(max(number), 0) from history where id = %s and status = 'processing'"
+        with contextlib.suppress(Exception):  # pg8000 has many words for a database that is away
+            [[number]] = self._stage.database.execute(
+                f"{query} and number > %s", task.task_id, task.last_kill
+            )
+            return int(number)
+        return 0
+
+    def _note_seen(self) -> None:
+        seen = {task_id for (task_id,) in self._ask("SELECT task_id FROM attempts")}
+        for task in self._stage.tasks[-500:]:
+            task.seen_on_file = task.seen_on_file or task.task_id in seen
+
+    def _ask(self, query: str) -> list[tuple[str]]:
+        if self._db is None:
+            self._db = read_only(self._server.outbox)
+        return self._db.execute(query).fetchall()
+
+    def _close(self) -> None:
+        if self._db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.close()
+        self._db = None
+
+
+@dataclass
+class Prober(threading.Thread):
+    """Asks one server's probes, and notes how long each took while its API workers were up."""
+
+    stage: Stage
+    server: Server
+    times_s: list[float] = field(default_factory=list)
+    excused: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        super().__init__(name=f"prober of {self.server.name}", daemon=True)
+
+    __hash__ = threading.Thread.__hash__
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        """Ask, until the end."""
+        while not self._ended.wait(PROBE_PAUSE_S):
+            if self.server.is_wanted:
+                for path in PROBES:
+                    self._probe(path)
+
+    def _probe(self, path: str) -> None:
+        server = self.server
+        generation, was_serving, began_s = server.generation, server.serving, time.monotonic()
+        try:
+            httpx.get(server.url + path, timeout=PROBE_TIMEOUT_S)
+            answered, how = True, ""
+        except httpx.TransportError as error:
+            answered, how = False, type(error).__name__
+        ended_s = time.monotonic()
+        same = generation == server.generation
+        if not (same and was_serving and began_s > server.excused_until_s):
+            self.excused += 1
+            server.serving = server.serving or (same and answered and not server.is_killed)
+        elif answered or ended_s - began_s > SLOW_S:
+            self.times_s.append(ended_s - began_s)
+            if ended_s - began_s > SLOW_S:
+                text = f"{server.name}{path} took {ended_s - began_s:.1f} s"
+                self.stage.diary.violated("probes answer at once", text)
+        elif began_s > server.shaken_until_s and server.is_wanted:
+            self.stage.diary.violated("probes answer at once", f"{server.name}{path} met {how}")

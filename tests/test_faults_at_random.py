@@ -1,0 +1,35 @@
+"""Faults at random from a seed: no task is lost, stuck or done twice, and every answer is true."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import random_faults
+from tests.tiers import need
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.server
+
+MINUTES = float(os.environ.get("FAULT_MINUTES", "3"))
+SEED = int(os.environ.get("FAULT_SEED", str(int(time.time()))))
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+def test_every_invariant_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULT_MINUTES says how long, FAULT_SEED what is drawn."""
+    need(random_faults.missing())
+    with capsys.disabled():
+        sys.stdout.write(f"\nfaults at random: FAULT_SEED={SEED}\n")
+    outcome = random_faults.run(MINUTES, SEED, tmp_path, say)
+    say(outcome.summary)
+    assert not outcome.violations, outcome.story
