@@ -12,10 +12,8 @@ import sys
 from uuid import UUID
 
 import process_identity
-from results import AttemptFile, ResultsError
+from results import OUTBOX_FILE, AttemptFile, ResultsError
 from settings import SettingsError, load_data_settings
-
-OUTBOX = "outbox.sqlite"
 
 
 async def show(attempts: AttemptFile) -> int:
@@ -36,7 +34,7 @@ async def forgive(attempts: AttemptFile, task_id: str) -> int:
 
 async def run(task_id: UUID | None) -> int:
     """Open the file of attempts, do what is asked, and let go of it."""
-    path = load_data_settings().data_dir / OUTBOX
+    path = load_data_settings().data_dir / OUTBOX_FILE
     if not path.exists():
         sys.stderr.write(f"there is no {path}: set DATA_DIR as the server has it\n")
         return 1

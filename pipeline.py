@@ -25,7 +25,7 @@ from contract import (
     TaskGivenUpError,
     TaskMismatchError,
 )
-from results import AttemptLost, Task, TaskNotFound
+from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
 from sam3_runner.images import decode_image, encode_png, squash
 from sam3_runner.instances import union_mask
@@ -98,6 +98,7 @@ class Pipeline:
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._running: set[asyncio.Task[BatchResponse]] = set()
+        self._before_work: set[str] = set()
 
     async def run(self, request: PredictRequest | BatchRequest, request_id: str) -> BatchResponse:
         """Do the task, or give its stored result when it is done already.
@@ -124,7 +125,6 @@ class Pipeline:
 
     async def close(self) -> None:
         """Let the running tasks end, then close the stores."""
-        await self._outbox.excuse()
         if self._running:
             logger.info("finishing %d tasks before the stop", len(self._running))
             await asyncio.wait(self._running, timeout=self._settings.request_timeout_s)
@@ -191,6 +191,8 @@ class Pipeline:
             raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
             reading.cancel()
+            self._before_work.discard(attempt.attempt_id)
+            self._outbox.let_go(attempt)
 
     async def _claim(self, attempt: Attempt) -> StoredResult | None:
         try:
@@ -227,6 +229,8 @@ class Pipeline:
             if back:
                 return failure.with_message(f"{failure.message}; the task is kept, and done when {back}")
             await self._outbox.end_as_error(attempt, failure.message)
+        except TaskGivenUpError as given_up:
+            return Failure.of(given_up)
         except (AttemptLost, TaskNotFound) as lost:
             logger.warning("task %s failed with %s; %s", attempt.task.task_id, failure.code, lost)
         except Exception:  # the caller is told of the first error; this one is for the log
@@ -237,16 +241,17 @@ class Pipeline:
         return failure
 
     async def _keep(self, attempt: Attempt, error: Exception) -> str | None:
-        """Keep the task, and say until when; None when it must end."""
+        """Keep the task, and say until when; None when it must end. Raises TaskGivenUpError."""
         match error:
             case RunnerStopped():
-                await self._outbox.keep_after_death(attempt)
-                back, kept = "it is back", True
+                if not await self._outbox.keep_after_death(attempt):
+                    raise TaskGivenUpError(GIVEN_UP_MESSAGE)
+                return "it is back"
             case ModelNotLoaded():
                 back, kept = "it is", await self._outbox.keep(attempt, str(error), pause=False)
             case StorageUnavailable():
                 back, kept = "it is back", await self._outbox.keep(attempt, str(error), pause=True)
-            case TimeoutError() if self._outbox.waits_for_turn(attempt):
+            case TimeoutError() if attempt.attempt_id in self._before_work:
                 reason = "the task waited too long for its turn"
                 back, kept = "it comes", await self._outbox.keep(attempt, reason, pause=False)
             case _:
@@ -276,16 +281,17 @@ class Pipeline:
         # The last is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
 
-    async def _read_image(
-        self, attempt: Attempt, claiming: asyncio.Task[StoredResult | None]
-    ) -> SquareImage:
+    async def _read_image(self, attempt: Attempt, claiming: asyncio.Task[StoredResult | None]) -> SquareImage:
+        self._before_work.add(attempt.attempt_id)
         async with self._image_slots:
             data = await self._download(attempt.task)
             if attempt.suspect:
                 # A death while the database is silent must not count against it.
                 await asyncio.shield(claiming)
             # From here on to the masks, a picture may cost a process its life.
-            await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None)
+            if not await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None):
+                raise ModelNotLoaded("the server is being stopped")
+            self._before_work.discard(attempt.attempt_id)
             return await asyncio.to_thread(self._decode, data)
 
     async def _download(self, task: Task) -> bytes:

@@ -42,14 +42,14 @@ from contract import (
 from gate import Gate
 from pipeline import Pipeline
 from recovery import Recovery
-from results import ResultsError, SqliteResults, open_outbox, salvage_attempts
+from results import OUTBOX_FILE, ResultsError, SqliteResults, open_outbox, salvage_attempts
 from sam3_runner import ModelNotLoaded, WeightsError
 from sam3_runner.checkpoint import SCORE_THRESHOLD, Checkpoint, HubSource, find_checkpoint, is_missing
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineConfig
 from sam3_runner.liveness import RunnerLife, leave_note
 from sam3_runner.runner import runner_service
-from sam3_runner.supervision import leave_with, supervise
+from sam3_runner.supervision import leave_with, supervise, when_told_to_stop
 from settings import Settings, SettingsError, freeze_settings, load_settings, make_demo_key
 from storage import LocalFolder, StorageError
 
@@ -164,7 +164,7 @@ class SegmentationService:
             self.runner, RunnerLife(settings.data_dir / RUNNER_NOTE, process_identity.is_alive)
         )
         objects = open_storage(settings)
-        outbox = open_tasks(settings, open_results(settings))
+        self._outbox = outbox = open_tasks(settings, open_results(settings))
         self._pipeline = Pipeline(
             settings,
             expected_checkpoint(settings),
@@ -204,11 +204,17 @@ class SegmentationService:
     async def start(self) -> None:
         """Finish what an earlier server left behind."""
         self._recovery.start()
+        when_told_to_stop(self._begin_to_stop)
+
+    async def _begin_to_stop(self) -> None:
+        """At the signal, which is long before the last request has ended."""
+        self._recovery.stop()
+        await self._outbox.excuse()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """Finish what was claimed."""
-        self._recovery.stop()
+        await self._begin_to_stop()
         await self._pipeline.close()
 
     @app.get("/health", tags=["state"], response_model_exclude_none=True)
@@ -381,7 +387,7 @@ def open_results(settings: Settings) -> ResultStore:
 
 def outbox_path(settings: Settings) -> Path:
     """The file of attempts."""
-    return settings.data_dir / "outbox.sqlite"
+    return settings.data_dir / OUTBOX_FILE
 
 
 def open_tasks(settings: Settings, rows: ResultStore) -> Outbox:

@@ -3,7 +3,7 @@
 results.supabase is imported by who uses it: supabase-py takes 0.4 s and 43 MB a process.
 """
 
-from results.attempt_file import AttemptFile
+from results.attempt_file import GIVEN_UP_MESSAGE, AttemptFile
 from results.attempts import Attempt
 from results.base import Claim, ResultStore, Row, SettledStatus, Status, StoredResult, Task
 from results.errors import (
@@ -20,7 +20,12 @@ from results.outbox import Outbox, open_outbox
 from results.salvage import salvage_attempts
 from results.sqlite import SqliteResults
 
+OUTBOX_FILE = "outbox.sqlite"
+"""The name of the file of attempts, below DATA_DIR."""
+
 __all__ = [
+    "GIVEN_UP_MESSAGE",
+    "OUTBOX_FILE",
     "AlreadySettled",
     "Attempt",
     "AttemptFile",

@@ -25,7 +25,7 @@ from results.errors import TaskInProgress
 from results.sqlite_file import SqliteFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from results.base import Task
@@ -35,6 +35,10 @@ logger = logging.getLogger("bentoml.sam3")
 MAX_PAUSE_S: Final = 30.0
 MAX_DEATHS_ALONE: Final = 3
 """A task is given up when a process has died so often while it worked on this task and on no other."""
+GIVEN_UP_MESSAGE: Final = (
+    f"the server's process stopped {MAX_DEATHS_ALONE} times while it worked on this task alone; it is not "
+    "tried again until its image or the server's version changes"
+)
 RETRY_AFTER_S: Final = 2.0
 """Most tasks at work here are done by then."""
 DELETE_AFTER_S: Final = 30.0
@@ -81,7 +85,10 @@ _MIGRATIONS: Final = (
             UNIQUE (task_id, user_id)
         ) STRICT""",
         "CREATE INDEX attempts_due ON attempts (due_s) WHERE owner IS NULL",
+        "CREATE INDEX attempts_owner ON attempts (owner) WHERE owner IS NOT NULL",
         "CREATE INDEX attempts_begun ON attempts (begun) WHERE begun > 0",
+        "CREATE INDEX attempts_lease ON attempts (renew_at_s) WHERE owner IS NULL",
+        "CREATE INDEX attempts_undelivered ON attempts (due_s) WHERE outcome IS NOT NULL",
         """CREATE TABLE given_up (
             task_id TEXT NOT NULL,
             user_id TEXT NOT NULL,
@@ -111,6 +118,7 @@ _MIGRATIONS: Final = (
     ),
 )
 
+_GIVEN_UP: Final = "task, image_sha256, server_version, error_message, given_up_at"
 _COLUMNS: Final = "attempt_id, task, request_id, outcome, deaths"
 
 
@@ -153,14 +161,14 @@ class AttemptFile:
     async def take_waiting(self) -> Attempt | None:
         """The next attempt to begin again, now this process's; None when none is due.
 
-        Those that no process has died of come first. Of the others one at a time is handed out, so that it
-        can be alone.
+        Those that no process has died of come first. Of the others the next is handed out when the former
+        has its dangerous work behind it.
         """
         return await self._take(
             """UPDATE attempts SET owner = :owner WHERE attempt_id = (
                 SELECT attempt_id FROM attempts WHERE owner IS NULL AND outcome IS NULL AND due_s <= :now
-                AND (deaths = 0
-                    OR NOT EXISTS (SELECT 1 FROM attempts WHERE owner IS NOT NULL AND deaths > 0))
+                AND (deaths = 0 OR NOT EXISTS (SELECT 1 FROM attempts
+                    WHERE owner IS NOT NULL AND outcome IS NULL AND deaths > 0 AND mask_keys = '[]'))
                 ORDER BY deaths, due_s LIMIT 1)"""
         )
 
@@ -181,14 +189,14 @@ class AttemptFile:
         """
         if not attempt.suspect:
             statement = f"""UPDATE attempts SET begun = {_BESIDE_OTHERS}
-                WHERE attempt_id = :attempt_id AND owner = :owner
+                WHERE attempt_id = :attempt_id AND owner = :owner AND outcome IS NULL
                 AND NOT EXISTS (SELECT 1 FROM attempts WHERE begun >= {_WAITS_TO_BE_ALONE})
                 RETURNING begun"""
         else:
             statement = f"""UPDATE attempts SET image_sha256 = :image_sha256, begun = CASE
                 WHEN EXISTS (SELECT 1 FROM attempts WHERE begun = {_BESIDE_OTHERS})
                 THEN {_WAITS_TO_BE_ALONE} ELSE {_ALONE} END
-                WHERE attempt_id = :attempt_id AND owner = :owner
+                WHERE attempt_id = :attempt_id AND owner = :owner AND outcome IS NULL
                 AND NOT EXISTS (SELECT 1 FROM attempts
                     WHERE begun >= {_WAITS_TO_BE_ALONE} AND attempt_id <> :attempt_id)
                 RETURNING begun"""
@@ -205,9 +213,9 @@ class AttemptFile:
             keys=json.dumps(mask_keys),
         )
 
-    async def count_death(self, attempt_id: str) -> None:
-        """A process died in the middle of this attempt's work: it waits, due at once, or is given up."""
-        await self._file.run(partial(self._count_deaths, "attempt_id", attempt_id))
+    async def count_death(self, attempt_id: str) -> bool:
+        """A process died in the middle of this attempt's work: it waits; False: it is given up."""
+        return await self._file.run(partial(self._count_deaths, "attempt_id", attempt_id)) == 0
 
     async def wait(self, attempt_id: str, reason: str | None, *, limit_s: float = 0.0, pause: bool) -> bool:
         """Let the attempt wait, without an owner; False, and no change, when it has waited too long.
@@ -248,11 +256,10 @@ class AttemptFile:
     async def take_lease(self, hold_s: float, limit_s: float) -> Lease | None:
         """A waiting attempt whose lease must be renewed now, and again in `hold_s`; None: none is due."""
         rows = await self._execute(
-            f"""UPDATE attempts SET renew_at_s = :now + :hold_s,
-                waiting_since_s = coalesce(waiting_since_s, :now)
+            f"""UPDATE attempts SET renew_at_s = :now + :hold_s
             WHERE attempt_id = (SELECT attempt_id FROM attempts
                 WHERE owner IS NULL AND outcome IS NULL AND renew_at_s <= :now ORDER BY renew_at_s LIMIT 1)
-            RETURNING {_COLUMNS}, :now - waiting_since_s > :limit_s, waiting_for""",
+            RETURNING {_COLUMNS}, coalesce(:now - waiting_since_s > :limit_s, 0), waiting_for""",
             hold_s=hold_s,
             limit_s=limit_s,
         )
@@ -260,6 +267,30 @@ class AttemptFile:
             if attempt := await self._read(columns):
                 return Lease(attempt, bool(is_over), reason or "the model was not ready")
         return None
+
+    async def count_waiting_time(self, attempt_id: str, *, is_for_its_turn: bool) -> None:
+        """The row of a waiting attempt is claimed: from now on its time of waiting counts against the limit.
+
+        Not where it waits for its turn alone, and for nothing that is away.
+        """
+        await self._execute(
+            """UPDATE attempts SET waiting_since_s = CASE WHEN waiting_for IS NULL AND :is_for_its_turn
+                THEN NULL ELSE coalesce(waiting_since_s, :now) END
+            WHERE attempt_id = :attempt_id AND owner IS NULL""",
+            attempt_id=attempt_id,
+            is_for_its_turn=int(is_for_its_turn),
+        )
+
+    async def end_waiting(self, attempt_id: str, outcome: Outcome) -> bool:
+        """End an attempt that waits; False, and no change, when somebody has begun it meanwhile."""
+        return bool(
+            await self._execute(
+                """UPDATE attempts SET outcome = :outcome, due_s = :now
+                WHERE attempt_id = :attempt_id AND owner IS NULL AND outcome IS NULL RETURNING 1""",
+                attempt_id=attempt_id,
+                outcome=outcome.to_json(),
+            )
+        )
 
     async def set_outcome(self, attempt_id: str, outcome: Outcome, hold_s: float) -> None:
         """Note how an attempt ended; it is due in `hold_s` unless it is removed before.
@@ -296,21 +327,29 @@ class AttemptFile:
         """
         await self._file.run(lambda: self._remove(attempt_id, named))
 
-    async def release_dead(self) -> int:
-        """Let the attempts wait whose process is gone; how many they are.
+    async def release_dead(self, at_work: Iterable[str]) -> int:
+        """Let the attempts wait that nobody works on any more; how many they are.
 
-        Where the work that may kill a process had begun, that counts as a death.
+        Where the work that may kill a process had begun, the end of the process counts as a death.
+
+        Args:
+            at_work: the attempts that this process works on; others that it owns were left by an error.
         """
+        left = await self._execute(
+            f"""UPDATE attempts SET owner = NULL, begun = {_NOT_BEGUN}, due_s = :now, renew_at_s = :now
+            WHERE owner = :owner AND outcome IS NULL
+                AND attempt_id NOT IN (SELECT value FROM json_each(:at_work)) RETURNING 1""",
+            at_work=json.dumps(list(at_work)),
+        )
         owners = await self._execute("SELECT DISTINCT owner FROM attempts WHERE owner IS NOT NULL")
-        released = 0
-        for (owner,) in owners:
-            if owner != self._owner and not self._is_alive(owner):
-                released += await self._file.run(partial(self._count_deaths, "owner", owner))
-        return released
+        dead = [owner for (owner,) in owners if owner != self._owner and not self._is_alive(owner)]
+        for owner in dead:
+            await self._file.run(partial(self._count_deaths, "owner", owner))
+        return len(left) + len(dead)
 
     async def start_over(self) -> None:
         """Call once at the server's start: what waits is due, and its times are this boot's."""
-        await self.release_dead()
+        await self.release_dead(at_work=())
         await self._execute(
             """UPDATE attempts SET due_s = :now, tries = 0, renew_at_s = :now,
                 waiting_since_s = CASE WHEN waiting_since_s IS NULL THEN NULL ELSE :now END
@@ -342,24 +381,25 @@ class AttemptFile:
     async def given_up(self, task: Task) -> GivenUp | None:
         """What is known of a task that was given up; None when it was not, or not for this request.
 
-        Another image or other prompts, and another version of the server, are another matter: then the
-        record goes.
+        Other prompts, and another version of the server, are another matter: then the record goes. So is
+        another image, which its bytes tell, not its URL.
         """
-        for known in await self.all_given_up(task.task_id):
-            if known.task == task and known.server_version == self._server_version:
+        rows = await self._execute(
+            f"SELECT {_GIVEN_UP} FROM given_up WHERE task_id = :task_id AND user_id = :user_id",
+            task_id=task.task_id,
+            user_id=task.user_id,
+        )
+        for row in rows:
+            known = _given_up(*row)
+            if known.task.prompts == task.prompts and known.server_version == self._server_version:
                 return known
-            if known.task.user_id == task.user_id:
-                await self.forgive(task.task_id)
+            await self.forgive(task.task_id)
         return None
 
-    async def all_given_up(self, task_id: str | None = None) -> list[GivenUp]:
-        """Every task that was given up, the latest first; of one id, if one is named."""
-        rows = await self._execute(
-            """SELECT task, image_sha256, server_version, error_message, given_up_at FROM given_up
-            WHERE :task_id IS NULL OR task_id = :task_id ORDER BY given_up_at DESC""",
-            task_id=task_id,
-        )
-        return [GivenUp(read_task(task), *rest) for task, *rest in rows]
+    async def all_given_up(self) -> list[GivenUp]:
+        """Every task that was given up, the latest first."""
+        rows = await self._execute(f"SELECT {_GIVEN_UP} FROM given_up ORDER BY given_up_at DESC")
+        return [_given_up(*row) for row in rows]
 
     async def forgive(self, task_id: str) -> bool:
         """Let a task that was given up be tried again when it is sent again; False when there is none."""
@@ -412,7 +452,8 @@ class AttemptFile:
         return replace(waiting, request_id=attempt.request_id)
 
     def _count_deaths(self, column: str, value: str) -> int:
-        """Set attempts back whose process died; give up those that have seen too many deaths alone."""
+        """Set attempts back whose process died; how many have seen too many deaths alone and are given up."""
+        given_up = 0
         with self._file.transaction():
             rows = self._file.db.execute(
                 f"""UPDATE attempts SET owner = NULL, due_s = :now, renew_at_s = :now,
@@ -425,22 +466,19 @@ class AttemptFile:
             for attempt_id, outcome, deaths_alone in rows:
                 if outcome is None and deaths_alone >= MAX_DEATHS_ALONE:
                     self._give_up(attempt_id)
-        return len(rows)
+                    given_up += 1
+        return given_up
 
     def _give_up(self, attempt_id: str) -> None:
-        message = (
-            f"the server's process stopped {MAX_DEATHS_ALONE} times while it worked on this task alone; it "
-            "is not tried again until its image or the server's version changes"
-        )
         self._file.db.execute(
             """INSERT OR REPLACE INTO given_up
             SELECT task_id, user_id, task, image_sha256, ?, ?, datetime() FROM attempts
             WHERE attempt_id = ?""",
-            (self._server_version, message, attempt_id),
+            (self._server_version, GIVEN_UP_MESSAGE, attempt_id),
         )
         self._file.db.execute(
             "UPDATE attempts SET outcome = ?, due_s = ? WHERE attempt_id = ?",
-            (Outcome("error", error_message=message).to_json(), self._now(), attempt_id),
+            (Outcome("error", error_message=GIVEN_UP_MESSAGE).to_json(), self._now(), attempt_id),
         )
 
     def _remove(self, attempt_id: str, named: str | None) -> None:
@@ -483,6 +521,10 @@ class AttemptFile:
         named = {"owner": self._owner, "now": self._now(), **values}
         # All rows are fetched: an UPDATE with RETURNING is committed when its last row is read.
         return await self._file.run(lambda: self._file.db.execute(statement, named).fetchall())
+
+
+def _given_up(task: str, *rest: str) -> GivenUp:
+    return GivenUp(read_task(task), *rest)
 
 
 def _pause_s(tries: int) -> float:

@@ -4,8 +4,9 @@ r"""The life of a task row, and what the service asks of the place where the row
            ^                        |    \--update_status--> error
            '------update_status-----'
 
-A claim names an attempt id. Every later write names it too and changes the row only while the row is
-`processing` under that attempt, so an attempt that was taken over cannot spoil its successor's row.
+A claim names an attempt id. Every later write of the attempt names it too, and changes the row only while
+that attempt holds it, so an attempt that was taken over cannot spoil its successor's row. `end_stale` ends
+a row, but leaves it to its attempt, whose result is still taken; `refuse` ends a row that nobody has claimed.
 """
 
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ class ResultStore(Protocol):
 
         `attempt_id` is new, or that of an attempt whose claim may have failed or whose process is gone:
         claiming again under the same id renews the lease. Raises TaskInProgress while another attempt's
-        lease lasts, and TaskNotFound for another user's row or, where the Edge makes the rows, for a
-        missing one.
+        lease lasts, AttemptLost when this very attempt has ended the row as an error already, and
+        TaskNotFound for another user's row or, where the Edge makes the rows, for a missing one.
         """
         ...
 

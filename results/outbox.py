@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from results.attempts import GivenUp
+    from results.attempts import GivenUp, Lease
     from results.base import ResultStore, Task
 
 logger = logging.getLogger("bentoml.sam3")
@@ -72,14 +72,24 @@ class Outbox:
         self._outage_limit_s = outage_limit_s
         # By attempt: the write that the file did not take, since its disk was full, say.
         self._unwritten: dict[str, Callable[[], Awaitable[object]]] = {}
-        self._waiting_for_turn: set[str] = set()
+        self._at_work: set[str] = set()
+        # What is taken is known here before anybody may look for what was left.
+        self._taking = asyncio.Lock()
+        self._is_stopping = False
 
     async def note(self, task: Task, request_id: str) -> Attempt:
         """Put a task on the file, ahead of its claim; one that waits there already is begun by this process.
 
         Raises TaskInProgress when a process of this server works on it, and ResultsUnavailable.
         """
-        return await self._attempts.add(Attempt(task, str(uuid4()), request_id=request_id))
+        async with self._taking:
+            attempt = await self._attempts.add(Attempt(task, str(uuid4()), request_id=request_id))
+            self._at_work.add(attempt.attempt_id)
+        return attempt
+
+    def let_go(self, attempt: Attempt) -> None:
+        """This process works on the attempt no more; what is left to do follows in the background."""
+        self._at_work.discard(attempt.attempt_id)
 
     async def claim(self, attempt: Attempt) -> StoredResult | None:
         """Claim the row for an attempt that is on the file; the result, where the task is done already.
@@ -100,21 +110,21 @@ class Outbox:
         await self._forget(attempt, _named_by(claim))
         return claim
 
-    async def begin_work(self, attempt: Attempt, image_sha256: str | None) -> None:
+    async def begin_work(self, attempt: Attempt, image_sha256: str | None) -> bool:
         """Wait for the attempt's turn, then note that the work that may kill a process has begun.
 
-        A task during whose work a process has died gets a turn of its own, with nothing beside it.
+        A task during whose work a process has died gets a turn of its own, with nothing beside it. False:
+        it gets none any more, since this process is to stop.
         """
-        self._waiting_for_turn.add(attempt.attempt_id)
         # Without the file the work is worth more than the note.
         with contextlib.suppress(ResultsUnavailable):
-            while not await self._attempts.begin(attempt, image_sha256):  # noqa: ASYNC110 - processes take turns
+            while not self._is_stopping:
+                if await self._attempts.begin(attempt, image_sha256):
+                    return True
                 await asyncio.sleep(TURN_POLL_S)
-        self._waiting_for_turn.discard(attempt.attempt_id)
-
-    def waits_for_turn(self, attempt: Attempt) -> bool:
-        """Whether `begin_work` has not let the attempt begin."""
-        return attempt.attempt_id in self._waiting_for_turn
+            # Nothing is noted any more: should this process be killed now, its tasks are not to blame.
+            return not attempt.suspect
+        return True
 
     async def begin_storing(self, attempt: Attempt, mask_keys: list[str]) -> None:
         """Note the end of that work, and the masks that are stored next."""
@@ -150,15 +160,15 @@ class Outbox:
             reason: what is away, in words for the user.
             pause: not due at once, but after a pause that grows.
         """
-        self._waiting_for_turn.discard(attempt.attempt_id)
         wait = partial(
             self._attempts.wait, attempt.attempt_id, reason, limit_s=self._outage_limit_s, pause=pause
         )
         return await self._write(attempt, wait) is not False
 
-    async def keep_after_death(self, attempt: Attempt) -> None:
-        """The model's process died in the middle of the work: begin it again alone, or give it up."""
-        await self._write(attempt, partial(self._attempts.count_death, attempt.attempt_id))
+    async def keep_after_death(self, attempt: Attempt) -> bool:
+        """The model's process died in the middle of the work: begin it again alone; False: it is given up."""
+        counted = await self._write(attempt, partial(self._attempts.count_death, attempt.attempt_id))
+        return counted is not False
 
     async def given_up(self, task: Task) -> GivenUp | None:
         """What is known of a task that was given up and is not to be tried again; None otherwise."""
@@ -181,10 +191,11 @@ class Outbox:
         return await self._attempts.count_undelivered(), await self._attempts.count_waiting()
 
     async def release_dead(self) -> None:
-        """Let the tasks be begun again on which a process worked that is gone."""
-        released = await self._attempts.release_dead()
+        """Let the tasks be begun again on which nobody works any more."""
+        async with self._taking:
+            released = await self._attempts.release_dead({*self._at_work, *self._unwritten})
         if released:
-            logger.warning("%d tasks were left behind by a process that is gone", released)
+            logger.warning("tasks were left behind by a process that is gone, or by an error")
 
     async def deliver_due(self) -> None:
         """Settle the rows whose outcome is due; those that fail are due again after a pause."""
@@ -200,36 +211,48 @@ class Outbox:
         DEPTH.set(await self._attempts.count_undelivered())
         WAITING.set(await self._attempts.count_waiting())
 
-    async def renew_leases(self) -> None:
-        """Renew the leases of claimed tasks that wait; end those that have waited too long."""
+    async def renew_leases(self, *, model_is_there: bool) -> None:
+        """Renew the leases of claimed tasks that wait; end those that have waited too long.
+
+        Args:
+            model_is_there: a task that waits for its turn alone may wait as long as it takes.
+        """
+        leases = []
         for _ in range(ROUND):
             lease = await self._attempts.take_lease(self._lease_s / RENEWALS_A_LEASE, self._outage_limit_s)
             if lease is None:
-                return
-            if lease.is_over:
-                minutes = self._outage_limit_s / 60
-                logger.warning(
-                    "task %s is given up after waiting %.0f minutes", lease.attempt.task.task_id, minutes
-                )
-                message = f"{lease.reason}; given up after waiting {minutes:.0f} minutes"
-                await self._attempts.set_outcome(
-                    lease.attempt.attempt_id, Outcome("error", error_message=message), hold_s=0
-                )
-                continue
-            try:
-                claim = await self._rows.claim(lease.attempt.task, lease.attempt.attempt_id)
-            except ResultsUnavailable:
-                return
-            except ResultsError as error:
-                logger.warning("a waiting task is dropped: %s", error)
-                await self._forget(lease.attempt, NOTHING)
+                break
+            leases.append(lease)
+        await asyncio.gather(*(self._renew(lease, model_is_there=model_is_there) for lease in leases))
+
+    async def _renew(self, lease: Lease, *, model_is_there: bool) -> None:
+        attempt = lease.attempt
+        if lease.is_over:
+            minutes = self._outage_limit_s / 60
+            message = f"{lease.reason}; given up after waiting {minutes:.0f} minutes"
+            if await self._attempts.end_waiting(attempt.attempt_id, Outcome("error", error_message=message)):
+                logger.warning("task %s is given up after %.0f minutes", attempt.task.task_id, minutes)
+            return
+        try:
+            claim = await self._rows.claim(attempt.task, attempt.attempt_id)
+        except ResultsUnavailable as error:
+            logger.warning("the lease of task %s is not renewed now: %s", attempt.task.task_id, error)
+        except ResultsError as error:
+            logger.warning("a waiting task is dropped: %s", error)
+            await self._forget(attempt, NOTHING)
+        else:
+            if isinstance(claim, StoredResult):
+                await self._forget(attempt, _named_by(claim))
             else:
-                if isinstance(claim, StoredResult):
-                    await self._forget(lease.attempt, _named_by(claim))
+                await self._attempts.count_waiting_time(attempt.attempt_id, is_for_its_turn=model_is_there)
 
     async def take_waiting(self) -> Attempt | None:
         """An attempt to begin again, from now on this process's; None when none is due."""
-        return await self._attempts.take_waiting()
+        async with self._taking:
+            attempt = await self._attempts.take_waiting()
+            if attempt is not None:
+                self._at_work.add(attempt.attempt_id)
+        return attempt
 
     async def end_stale(self) -> None:
         """End the tasks of servers that are gone: nobody else would, and their users wait."""
@@ -246,20 +269,23 @@ class Outbox:
         await self._attempts.mask_deleted(key)
 
     async def excuse(self) -> None:
-        """This process was told to stop: should it be killed meanwhile, its tasks are not to blame."""
+        """This process is told to stop: should it be killed meanwhile, its tasks are not to blame."""
+        self._is_stopping = True
         with contextlib.suppress(ResultsUnavailable):
             await self._attempts.excuse()
 
     async def drain(self, timeout_s: float) -> None:
         """Settle all rows that can be settled within `timeout_s`, due or not; the rest stays on disk."""
-        with contextlib.suppress(TimeoutError):
+        # A file that fails now must not stop the stop.
+        with contextlib.suppress(TimeoutError, ResultsUnavailable):
             async with asyncio.timeout(timeout_s):
                 left, before = await self._attempts.make_undelivered_due(), 0
                 while left and left != before:
                     await self.deliver_due()
                     left, before = await self._attempts.count_undelivered(), left
-        if left := await self._attempts.count_undelivered():
-            logger.warning("%d outcomes stay on disk until the next start", left)
+        with contextlib.suppress(ResultsUnavailable):
+            if left := await self._attempts.count_undelivered():
+                logger.warning("%d outcomes stay on disk until the next start", left)
 
     async def close(self) -> None:
         """Let go of the file, and of the rows too."""
@@ -287,8 +313,13 @@ class Outbox:
         except ResultsUnavailable:
             await self._attempts.postpone_delivery(attempt.attempt_id)
             return False
-        except ResultsError as error:
+        except (AttemptLost, TaskNotFound) as error:
             logger.warning("a kept outcome is dropped: %s", error)
+        except ResultsError as error:
+            logger.exception("task %s: its outcome cannot be stored", attempt.task.task_id)
+            await self._attempts.set_outcome(
+                attempt.attempt_id, Outcome("error", error_message=str(error)), hold_s=0
+            )
         else:
             logger.info("task %s: its row is settled as %s", attempt.task.task_id, attempt.outcome.status)
         return True
@@ -321,7 +352,6 @@ class Outbox:
 
     async def _forget(self, attempt: Attempt, named: str | None) -> None:
         """Forget an attempt, and let go of the masks that `named` does not hold (None: it holds all)."""
-        self._waiting_for_turn.discard(attempt.attempt_id)
         await self._write(attempt, partial(self._attempts.remove, attempt.attempt_id, named))
 
     async def _write(

@@ -6,7 +6,7 @@ import logging
 import shutil
 import sqlite3
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from os import SEEK_END
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,11 +29,14 @@ def salvage_attempts(path: Path) -> None:
     if not path.exists() or (damage := _damage(path)) is None:
         return
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
-    for suffix in ("", "-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).rename(f"{aside}{suffix}")
-    with _padded(aside) as readable:
-        saved = _copy(readable, path)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        saved = _copy(_padded(path, Path(folder)), new)
+        # Only now: should this process die before, the next one begins with the damaged file again.
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                path.with_name(path.name + suffix).rename(f"{aside}{suffix}")
+        new.rename(path)
     logger.error(
         "%s is damaged (%s): it is set aside as %s, and %d tasks were read from it. Tasks that could not be "
         "read end as error when their lease is over; send those again",
@@ -53,21 +56,20 @@ def _damage(path: Path) -> str | None:
         return str(error)
 
 
-@contextmanager
-def _padded(damaged: Path) -> Iterator[Path]:
+def _padded(damaged: Path, folder: Path) -> Path:
     """A copy of the file, with all the bytes that its header promises: of a shorter one nothing is read."""
-    with TemporaryDirectory(dir=damaged.parent) as folder:
-        copy = Path(shutil.copy(damaged, folder))
-        with suppress(FileNotFoundError):
-            # What was written last; SQLite checks its sums itself.
-            shutil.copy(f"{damaged}-wal", f"{copy}-wal")
-        with copy.open("r+b") as file:
-            header = file.read(32)
-            if len(header) == 32:
-                page_bytes, pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
-                promised = min(page_bytes * pages, _MAX_PADDED_BYTES)
-                file.truncate(max(promised, file.seek(0, SEEK_END)))
-        yield copy
+    copy = folder / "damaged.sqlite"
+    shutil.copy(damaged, copy)
+    with suppress(FileNotFoundError):
+        # What was written last; SQLite checks its sums itself.
+        shutil.copy(f"{damaged}-wal", f"{copy}-wal")
+    with copy.open("r+b") as file:
+        header = file.read(32)
+        if len(header) == 32:
+            page_bytes, pages = int.from_bytes(header[16:18]), int.from_bytes(header[28:32])
+            promised = min(page_bytes * pages, _MAX_PADDED_BYTES)
+            file.truncate(max(promised, file.seek(0, SEEK_END)))
+    return copy
 
 
 def _copy(damaged: Path, path: Path) -> int:

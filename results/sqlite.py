@@ -60,7 +60,8 @@ _IS_OVER: Final = "(lease_until_s + :grace_s <= :clock_s OR lease_until_s > :clo
 _CLAIM: Final = f"""
 UPDATE segmentation_results SET status = 'processing', metadata = '{{}}', updated_at = :now,
     attempt_id = :attempt_id, lease_s = :lease_s, lease_until_s = :clock_s + :lease_s
-WHERE id = :task_id AND user_id = :user_id AND (status IN ('pending', 'error')
+WHERE id = :task_id AND user_id = :user_id AND (status = 'pending'
+    OR (status = 'error' AND (attempt_id IS NOT :attempt_id OR lease_s IS NOT NULL))
     OR (status = 'processing' AND ({_IS_OVER} OR attempt_id = :attempt_id)))"""
 
 # `end_stale` leaves the lease as it is: what still comes from that attempt is taken.
@@ -168,13 +169,15 @@ class SqliteResults:
             self._insert(task)
             if self._file.db.execute(_CLAIM, values).rowcount == 1:
                 return Claim(task.task_id, attempt_id)
-            return self._why_not_claimed(task)
+            return self._why_not_claimed(task, attempt_id)
 
-    def _why_not_claimed(self, task: Task) -> StoredResult:
+    def _why_not_claimed(self, task: Task, attempt_id: str) -> StoredResult:
         found = self._select(task.task_id)
         if found is None or found[0] != task.user_id:
             raise TaskNotFound(task.task_id)
         _, row, lease_until_s = found
+        if row.status == "error" and row.attempt_id == attempt_id:
+            raise AttemptLost(task.task_id)
         if row.status != "done" or row.mask_url is None:
             raise TaskInProgress(task.task_id, (lease_until_s or 0.0) - self._clock_s())
         return StoredResult(task.task_id, row.mask_url, row.labels, row.metadata)

@@ -135,12 +135,15 @@ class SupabaseResults:
         for _ in range(_CLAIM_TRIES):
             claim = self._rest.update(leases.claimed(attempt_id)).neq("status", "done")
             claim = claim.eq("id", task.task_id).eq("user_id", task.user_id)
+            claim = leases.is_open(claim, attempt_id)
             if await self._rest.count(claim.or_(await leases.is_free(attempt_id))):
                 return Claim(task.task_id, attempt_id)
             # What else the row holds its user may have made large: it is read only where it is the answer.
             row = await self._row(task.task_id, "status", *leases.row_columns, user_id=task.user_id)
             if row["status"] == "done":
                 return await self._stored_result(task, table)
+            if leases.has_ended(row, attempt_id):
+                raise AttemptLost(task.task_id)
             if row["status"] == "processing" and (left_s := await leases.left_s(row)) > 0:
                 raise TaskInProgress(task.task_id, left_s)
             # It became free between the two requests.

@@ -48,6 +48,14 @@ class Leases(Protocol):
         """The filter, inside or=(...), of rows that the attempt may claim."""
         ...
 
+    def is_open(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+        """`claim`, narrowed to a row that this very attempt has not ended yet."""
+        ...
+
+    def has_ended(self, row: Mapping[str, Any], attempt_id: str) -> bool:
+        """Whether this very attempt has ended the row as an error."""
+        ...
+
     def settled(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:
         """What is written to end the attempt with `content`."""
         ...
@@ -95,6 +103,15 @@ class ColumnLeases:
             "status.in.(pending,error),lease_until.is.null,lease_until.lte.now,"
             f"attempt_id.eq.{_quoted(attempt_id)}"
         )
+
+    def is_open(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+        """See Leases; a claim that was long on its way must not bring back what has ended meanwhile."""
+        other = f"attempt_id.is.null,attempt_id.neq.{_quoted(attempt_id)}"
+        return claim.or_(f"{other},lease_until.not.is.null,status.neq.error")
+
+    def has_ended(self, row: Mapping[str, Any], attempt_id: str) -> bool:
+        """See Leases."""
+        return row["status"] == "error" and row["attempt_id"] == attempt_id and row["lease_until"] is None
 
     def settled(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:  # noqa: ARG002 - of Leases
         """See Leases; the attempt's id stays, and tells a repeat of this write from another attempt's."""
@@ -151,6 +168,14 @@ class MetadataLeases:
             f"status.in.(pending,error),and(status.eq.processing,or({over})),"
             f"and(status.eq.processing,{_ATTEMPT}.eq.{_quoted(attempt_id)})"
         )
+
+    def is_open(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:  # noqa: ARG002 - of Leases
+        """See Leases; this form cannot tell."""
+        return claim
+
+    def has_ended(self, row: Mapping[str, Any], attempt_id: str) -> bool:  # noqa: ARG002 - of Leases
+        """See Leases; this form cannot tell."""
+        return False
 
     def settled(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:
         """See Leases; the attempt's id stays, and tells a repeat of this write from another attempt's."""

@@ -6,6 +6,7 @@ its process; `outlive_siblings` and `leave_with` are for theirs.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -20,7 +21,7 @@ from circus.arbiter import Arbiter
 from circus.exc import ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import FrameType
 
     from circus.watcher import Watcher
@@ -104,6 +105,32 @@ def outlive_siblings(timeout_s: float) -> None:
     """
     for stop_signal in STOP_SIGNALS:
         _defer(stop_signal, os.getppid(), timeout_s)
+
+
+def when_told_to_stop(begin: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Begin to stop at the signal, before the server has ended its last request, which it waits for.
+
+    Call it in the main thread, inside the event loop that serves, after the server has set its own handlers.
+    """
+    loop, beginnings = asyncio.get_running_loop(), set()
+
+    def begin_in_loop() -> None:
+        beginning = loop.create_task(begin())
+        beginnings.add(beginning)
+        beginning.add_done_callback(beginnings.discard)
+
+    def also(stop_signal: signal.Signals) -> None:
+        stop: Any = signal.getsignal(stop_signal)
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(begin_in_loop)
+            if callable(stop):
+                stop(number, frame)
+
+        signal.signal(stop_signal, on_signal)
+
+    for stop_signal in STOP_SIGNALS:
+        also(stop_signal)
 
 
 def _defer(stop_signal: signal.Signals, parent_pid: int, timeout_s: float) -> None:

@@ -301,6 +301,16 @@ async def given_up(bench: Bench) -> PredictRequest:
     return bench.sent[-1]
 
 
+async def test_caller_of_the_last_death_is_told_that_the_task_is_given_up(bench: Bench) -> None:
+    """Who sends a suspect again, and has it killed for the last time, is not told that it is kept."""
+    bench.model.error = RunnerStopped("the model's process stopped")
+    request = PredictRequest(image_url=bench.image, text_prompt=PROMPT, user_id=USER, task_id=uuid4())
+    failures = [await bench.fails(request) for _ in range(4)]
+    assert ["the task is kept" in failure.message for failure in failures] == [True, True, True, False]
+    assert (failures[-1].code, failures[-1].status) == ("INFERENCE_FAILED", 500)
+    assert "stopped 3 times" in failures[-1].message
+
+
 async def test_given_up_task_stays_given_up(bench: Bench) -> None:
     """Sent again, a task that was given up is refused by the same sentence, and its work is not begun."""
     request = await given_up(bench)

@@ -79,6 +79,7 @@ class Machine:
     async def restart(self) -> Outbox:
         """All processes are killed, and another begins."""
         self.alive.clear()
+        self.now_s += 10
         outbox = self.process()
         await outbox.start_over()
         return outbox
@@ -330,7 +331,7 @@ async def test_task_is_kept_when_the_rows_are_away(machine: Machine) -> None:
         machine.now_s += MAX_PAUSE_S * 1.3
         with pytest.raises(ResultsUnavailable):
             await outbox.claim(await taken(outbox))
-        await outbox.renew_leases()
+        await outbox.renew_leases(model_is_there=True)
     machine.bring_rows_back()
     machine.now_s += MAX_PAUSE_S * 1.3
     attempt = await taken(outbox)
@@ -371,7 +372,7 @@ async def test_outage_after_the_claim_keeps_the_task(machine: Machine) -> None:
         machine.now_s += LEASE_S / 2
         # As if the lease had all but run out: only its renewal keeps others away.
         machine._execute("UPDATE segmentation_results SET lease_until_s = 0")
-        await outbox.renew_leases()
+        await outbox.renew_leases(model_is_there=True)
         row = await machine.row(attempt.task.task_id)
         assert (row.status, row.attempt_id) == ("processing", attempt.attempt_id)
         elsewhere = SqliteResults(machine.folder / "results.db", LEASE_S)
@@ -397,7 +398,7 @@ async def test_outage_has_a_limit(machine: Machine, ended_by: str) -> None:
         assert not await wait_for_r2(outbox, again)
         assert await outbox.take_waiting() is None  # it is still in the hands of its process
         return
-    await outbox.renew_leases()
+    await outbox.renew_leases(model_is_there=True)
     await outbox.deliver_due()
     row = await machine.row(attempt.task.task_id)
     assert row.status == "error"
@@ -407,6 +408,81 @@ async def test_outage_has_a_limit(machine: Machine, ended_by: str) -> None:
     assert machine.on_disk() == 0
 
 
+async def test_task_of_a_database_outage_survives_a_restart(machine: Machine) -> None:
+    """A task that could not be claimed waits without a limit, also across restarts in the outage."""
+    outbox, task = machine.process(), new_task()
+    machine.take_rows_away()
+    with pytest.raises(ResultsUnavailable, match="kept"):
+        await claimed(outbox, task)
+    for _ in range(3):
+        outbox = await machine.restart()
+        for _ in range(5):
+            await outbox.renew_leases(model_is_there=False)
+            machine.now_s += OUTAGE_LIMIT_S
+    machine.bring_rows_back()
+    await outbox.renew_leases(model_is_there=False)
+    attempt = await taken(outbox)
+    assert attempt.task == task
+    assert await outbox.claim(attempt) is None
+
+
+async def test_turn_of_a_suspect_is_no_outage(machine: Machine) -> None:
+    """While the model is there, a task that only waits for its turn may wait longer than the limit."""
+    outbox = machine.process()
+    attempts = [await claimed(outbox, new_task()) for _ in range(2)]
+    await work_and_die(machine, outbox, attempts, "runner")
+    for _ in range(5):
+        await outbox.renew_leases(model_is_there=True)
+        machine.now_s += OUTAGE_LIMIT_S / 2
+    await outbox.renew_leases(model_is_there=False)
+    machine.now_s += OUTAGE_LIMIT_S + 1
+    assert machine.on_disk() == 2
+    await outbox.renew_leases(model_is_there=False)  # the model is away: that has a limit
+    await outbox.deliver_due()
+    assert machine.on_disk() == 0
+
+
+async def test_task_that_was_begun_again_is_not_given_up(machine: Machine) -> None:
+    """The limit ends a task that waits, and none that a process has just begun."""
+    outbox = machine.process()
+    attempt = await claimed(outbox, new_task())
+    await wait_for_r2(outbox, attempt)
+    machine.now_s += OUTAGE_LIMIT_S + 1
+    lease = await outbox._attempts.take_lease(1.0, OUTAGE_LIMIT_S)
+    assert lease is not None
+    assert lease.is_over
+    again = await taken(outbox)
+    await outbox._renew(lease, model_is_there=True)
+    await finish(outbox, again)
+    assert (await machine.row(attempt.task.task_id)).status == "done"
+
+
+async def test_attempt_that_its_process_forgot_is_begun_again(machine: Machine) -> None:
+    """What an error has left in the hands of a living process is found; what is at work stays."""
+    outbox = machine.process()
+    left, at_work = await claimed(outbox, new_task()), await claimed(outbox, new_task())
+    await outbox.begin_work(left, None)
+    outbox.let_go(left)
+    await outbox.release_dead()
+    again = await taken(outbox)
+    assert (again.attempt_id, again.suspect) == (left.attempt_id, False)
+    assert await outbox.take_waiting() is None
+    await finish(outbox, at_work)
+
+
+async def test_undelivered_outcome_of_a_suspect_holds_up_no_other(machine: Machine) -> None:
+    """The next suspect begins when the work of the former is over, whether or not its row can be settled."""
+    outbox = machine.process()
+    attempts = [await claimed(outbox, new_task()) for _ in range(2)]
+    await work_and_die(machine, outbox, attempts, "runner")
+    first = await taken(outbox)
+    await outbox.claim(first)
+    machine.take_rows_away()
+    await finish(outbox, first)
+    assert (await taken(outbox)).attempt_id != first.attempt_id
+    machine.bring_rows_back()
+
+
 async def test_waiting_task_that_was_taken_over_is_dropped(machine: Machine) -> None:
     """When its lease was lost to another server, a waiting task is that server's."""
     outbox = machine.process()
@@ -414,7 +490,7 @@ async def test_waiting_task_that_was_taken_over_is_dropped(machine: Machine) -> 
     await wait_for_r2(outbox, attempt)
     elsewhere = await machine.take_over(attempt.task)
     machine.now_s += LEASE_S
-    await outbox.renew_leases()
+    await outbox.renew_leases(model_is_there=True)
     assert machine.on_disk() == 0
     assert (await machine.row(attempt.task.task_id)).attempt_id == "elsewhere"
     await elsewhere.close()
@@ -472,7 +548,8 @@ async def test_given_up_task_may_be_tried_after_a_change(machine: Machine) -> No
         assert await outbox.given_up(task) is not None
     assert await outbox.given_up(replace(tasks[0], prompts=("dog",))) is None
     assert await outbox.given_up(tasks[0]) is None
-    assert await outbox.given_up(replace(tasks[1], source_image_url="uploads/user-1/dog")) is None
+    # Its bytes tell another image, not its URL: that may be signed anew each time.
+    assert await outbox.given_up(replace(tasks[1], source_image_url="uploads/user-1/dog")) is not None
     await outbox.forgive(tasks[2].task_id)
     assert await outbox.given_up(tasks[2]) is None
     assert await outbox.given_up(replace(tasks[3], user_id="user-2")) is None
@@ -520,11 +597,23 @@ async def test_death_after_the_order_to_stop_is_excused(machine: Machine) -> Non
     outbox = machine.process()
     attempt = await claimed(outbox, new_task())
     await outbox.begin_work(attempt, None)
+    late = await claimed(outbox, new_task())
     await outbox.excuse()
-    assert not (await taken(await machine.restart())).suspect
+    assert await outbox.begin_work(late, None)  # it goes on, but is not noted
+    successor = await machine.restart()
+    assert not any([(await taken(successor)).suspect for _ in range(2)])
 
 
-async def begins(outbox: Outbox, attempt: Attempt) -> asyncio.Task[None]:
+async def test_suspect_does_not_begin_in_a_process_that_stops(machine: Machine) -> None:
+    """It waits for the next start: this one may be killed at any moment."""
+    outbox = machine.process()
+    await work_and_die(machine, outbox, [await claimed(outbox, new_task())], "runner")
+    suspect = await taken(outbox)
+    await outbox.excuse()
+    assert not await outbox.begin_work(suspect, "sha")
+
+
+async def begins(outbox: Outbox, attempt: Attempt) -> asyncio.Task[bool]:
     """`begin_work` on its way, after a few looks at whether it may."""
     beginning = asyncio.create_task(outbox.begin_work(attempt, "sha"))
     await asyncio.wait([beginning], timeout=0.3)
@@ -554,13 +643,11 @@ async def test_suspect_works_alone(machine: Machine) -> None:
     assert not beginning.done()  # another is at work
     follower = await begins(second, fresh)
     assert not follower.done()  # the suspect comes first
-    assert second.waits_for_turn(fresh)
     await second.begin_storing(busy, [])
     await beginning
     assert not follower.done()  # it is alone
     await first.begin_storing(suspect, [])
     await follower
-    assert not second.waits_for_turn(fresh)
 
 
 async def test_taken_over_outcome_is_dropped(machine: Machine) -> None:
@@ -787,7 +874,7 @@ async def test_unreadable_attempt_is_set_aside(machine: Machine, spoil: str) -> 
     machine.change_file(f"UPDATE attempts SET {spoil} WHERE attempt_id = '{spoiled.attempt_id}'")  # noqa: S608
     machine.now_s += MAX_PAUSE_S
     await outbox.deliver_due()
-    await outbox.renew_leases()
+    await outbox.renew_leases(model_is_there=True)
     assert (await taken(outbox)).attempt_id == whole.attempt_id
     assert await outbox.take_waiting() is None
     assert (machine.on_disk(), machine.on_disk("set_aside")) == (1, 1)

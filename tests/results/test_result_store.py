@@ -410,6 +410,17 @@ async def test_refuse_ends_a_pending_task_alone(opened: Opened, task: Task) -> N
         assert await row_of(opened, task) == before
 
 
+async def test_late_claim_brings_no_ended_task_back(opened: Opened, task: Task) -> None:
+    """A claim that arrives when its own attempt has ended the row changes nothing; a new one does."""
+    claim = await claimed(opened.store, task)
+    await opened.store.update_status(task.task_id, "error", attempt_id=claim.attempt_id, error_message="no")
+    before = await row_of(opened, task)
+    with pytest.raises(AttemptLost):
+        await opened.second.claim(task, claim.attempt_id)
+    assert await row_of(opened, task) == before
+    await claimed(opened.second, task)
+
+
 async def test_row_that_its_user_changed_is_already_settled(opened: Opened, task: Task) -> None:
     """A repeat of a finish over a row that has changed since says that this attempt has settled it."""
     claim = await claimed(opened.store, task)
