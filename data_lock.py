@@ -34,7 +34,10 @@ def hold(data_dir: Path) -> None:
             "stop that one, or give this one a folder of its own"
         ) from None
     except OSError as error:
-        raise SettingsError(f"DATA_DIR {data_dir} cannot be used: {error.strerror or error}") from None
+        raise SettingsError(
+            f"DATA_DIR {data_dir} cannot be used ({error.strerror or error}): "
+            "let this server's user write there, or name another folder"
+        ) from None
     _held.append(lock)
 
 
