@@ -251,7 +251,9 @@ class Pipeline:
                 back, kept = "it is", await self._outbox.keep(attempt, str(error), pause=False)
             case StorageUnavailable():
                 back, kept = "it is back", await self._outbox.keep(attempt, str(error), pause=True)
-            case TimeoutError() if attempt.attempt_id in self._before_work:
+            case TimeoutError() if (
+                self._outbox.turns_are_awaited() and attempt.attempt_id in self._before_work
+            ):
                 reason = "the task waited too long for its turn"
                 back, kept = "it comes", await self._outbox.keep(attempt, reason, pause=False)
             case _:

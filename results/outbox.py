@@ -73,6 +73,7 @@ class Outbox:
         # By attempt: the write that the file did not take, since its disk was full, say.
         self._unwritten: dict[str, Callable[[], Awaitable[object]]] = {}
         self._at_work: set[str] = set()
+        self._waiting_for_turn: set[str] = set()
         # What is taken is known here before anybody may look for what was left.
         self._taking = asyncio.Lock()
         self._is_stopping = False
@@ -90,6 +91,11 @@ class Outbox:
     def let_go(self, attempt: Attempt) -> None:
         """This process works on the attempt no more; what is left to do follows in the background."""
         self._at_work.discard(attempt.attempt_id)
+        self._waiting_for_turn.discard(attempt.attempt_id)
+
+    def turns_are_awaited(self) -> bool:
+        """Whether an attempt of this process waits in `begin_work` for another to be alone, or to be over."""
+        return bool(self._waiting_for_turn)
 
     async def claim(self, attempt: Attempt) -> StoredResult | None:
         """Claim the row for an attempt that is on the file; the result, where the task is done already.
@@ -120,7 +126,9 @@ class Outbox:
         with contextlib.suppress(ResultsUnavailable):
             while not self._is_stopping:
                 if await self._attempts.begin(attempt, image_sha256):
+                    self._waiting_for_turn.discard(attempt.attempt_id)
                     return True
+                self._waiting_for_turn.add(attempt.attempt_id)
                 await asyncio.sleep(TURN_POLL_S)
             # Nothing is noted any more: should this process be killed now, its tasks are not to blame.
             return not attempt.suspect

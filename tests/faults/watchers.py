@@ -69,6 +69,8 @@ class Watcher(threading.Thread):
                 self._kill(armed[task_id])
 
     def _kill(self, task: Task) -> None:
+        if self._is_done(task):
+            return  # a kill came too late; what is at work now is its stored answer
         runner = self._server.runner()
         if task.kind == "runner poison":
             time.sleep(TO_THE_RUNNER_S)
@@ -82,6 +84,12 @@ class Watcher(threading.Thread):
         self._killed.add(task.task_id)
         task.kills += 1
         self._stage.diary.fault(f"{task.kind} kills", f"{self._server.name}, {task.task_id}")
+
+    def _is_done(self, task: Task) -> bool:
+        with contextlib.suppress(Exception):  # pg8000 has many words for a database that is away
+            query = "select 1 from segmentation_results where id = %s and status = 'done'"
+            return bool(self._stage.database.execute(query, task.task_id))
+        return False
 
     def _claimed(self, task: Task) -> int:
         """Whether the row was claimed since the last kill: before it the runner does not get the task."""

@@ -641,13 +641,16 @@ async def test_suspect_works_alone(machine: Machine) -> None:
     suspect = await taken(first)
     beginning = await begins(first, suspect)
     assert not beginning.done()  # another is at work
+    assert not second.turns_are_awaited()
     follower = await begins(second, fresh)
     assert not follower.done()  # the suspect comes first
+    assert second.turns_are_awaited()
     await second.begin_storing(busy, [])
     await beginning
     assert not follower.done()  # it is alone
     await first.begin_storing(suspect, [])
     await follower
+    assert not second.turns_are_awaited()
 
 
 async def test_taken_over_outcome_is_dropped(machine: Machine) -> None:
