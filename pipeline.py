@@ -98,7 +98,6 @@ class Pipeline:
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._running: set[asyncio.Task[BatchResponse]] = set()
-        self._before_work: set[str] = set()
 
     async def run(self, request: PredictRequest | BatchRequest, request_id: str) -> BatchResponse:
         """Do the task, or give its stored result when it is done already.
@@ -177,33 +176,35 @@ class Pipeline:
 
     async def _attempt(self, attempt: Attempt) -> BatchResponse:
         """One attempt at a task that is on the file, to its end. Raises `Failure`."""
+        begun = asyncio.Event()
         # Side by side: neither the row nor the image needs to wait for the other.
-        claiming = asyncio.create_task(self._claim(attempt))
-        reading = asyncio.create_task(self._read_image(attempt, claiming))
+        claiming = asyncio.create_task(self._claim(attempt, begun))
+        reading = asyncio.create_task(self._read_image(attempt, claiming, begun))
         for each in (claiming, reading):
             each.add_done_callback(_consume_exception)
         try:
             stored = await claiming
             if stored is not None:
                 return self._replay(stored, attempt.task)
-            return await self._settle(attempt, reading)
+            return await self._settle(attempt, reading, begun)
         except Exception as error:  # every error is a failure to the caller; _failure knows them all
             raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
             reading.cancel()
-            self._before_work.discard(attempt.attempt_id)
             self._outbox.let_go(attempt)
 
-    async def _claim(self, attempt: Attempt) -> StoredResult | None:
+    async def _claim(self, attempt: Attempt, begun: asyncio.Event) -> StoredResult | None:
         try:
             return await self._outbox.claim(attempt)
         except Exception as error:  # all but the known ones end the attempt
             if Failure.of(error).code != "INTERNAL_ERROR":
                 raise
             # A bug, then. What it did to the row is not known, and the task must not be begun for ever.
-            raise await self._end_without_result(attempt, error) from error
+            raise await self._end_without_result(attempt, error, begun) from error
 
-    async def _settle(self, attempt: Attempt, reading: asyncio.Task[SquareImage]) -> BatchResponse:
+    async def _settle(
+        self, attempt: Attempt, reading: asyncio.Task[SquareImage], begun: asyncio.Event
+    ) -> BatchResponse:
         """Do the work and end the claimed row. The only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
@@ -218,14 +219,14 @@ class Pipeline:
         except (AttemptLost, TaskNotFound):
             raise  # the row is another attempt's, or gone: there is nothing to end
         except Exception as error:  # whatever it is, the row must end, or the task be kept
-            raise await self._end_without_result(attempt, error) from error
+            raise await self._end_without_result(attempt, error, begun) from error
         return result.response
 
-    async def _end_without_result(self, attempt: Attempt, error: Exception) -> Failure:
+    async def _end_without_result(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> Failure:
         """Keep the task when what stopped it will pass, else end its row; returns what the caller is told."""
         failure = _failure(error, attempt.task, attempt.request_id)
         try:
-            back = await self._keep(attempt, error)
+            back = await self._keep(attempt, error, begun)
             if back:
                 return failure.with_message(f"{failure.message}; the task is kept, and done when {back}")
             await self._outbox.end_as_error(attempt, failure.message)
@@ -240,7 +241,7 @@ class Pipeline:
             )
         return failure
 
-    async def _keep(self, attempt: Attempt, error: Exception) -> str | None:
+    async def _keep(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> str | None:
         """Keep the task, and say until when; None when it must end. Raises TaskGivenUpError."""
         match error:
             case RunnerStopped():
@@ -251,9 +252,7 @@ class Pipeline:
                 back, kept = "it is", await self._outbox.keep(attempt, str(error), pause=False)
             case StorageUnavailable():
                 back, kept = "it is back", await self._outbox.keep(attempt, str(error), pause=True)
-            case TimeoutError() if (
-                self._outbox.turns_are_awaited() and attempt.attempt_id in self._before_work
-            ):
+            case TimeoutError() if self._outbox.turns_are_awaited() and not begun.is_set():
                 reason = "the task waited too long for its turn"
                 back, kept = "it comes", await self._outbox.keep(attempt, reason, pause=False)
             case _:
@@ -283,8 +282,9 @@ class Pipeline:
         # The last is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
 
-    async def _read_image(self, attempt: Attempt, claiming: asyncio.Task[StoredResult | None]) -> SquareImage:
-        self._before_work.add(attempt.attempt_id)
+    async def _read_image(
+        self, attempt: Attempt, claiming: asyncio.Task[StoredResult | None], begun: asyncio.Event
+    ) -> SquareImage:
         async with self._image_slots:
             data = await self._download(attempt.task)
             if attempt.suspect:
@@ -293,7 +293,7 @@ class Pipeline:
             # From here on to the masks, a picture may cost a process its life.
             if not await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None):
                 raise ModelNotLoaded("the server is being stopped")
-            self._before_work.discard(attempt.attempt_id)
+            begun.set()
             return await asyncio.to_thread(self._decode, data)
 
     async def _download(self, task: Task) -> bytes:

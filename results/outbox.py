@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import uuid4
@@ -72,7 +73,8 @@ class Outbox:
         self._outage_limit_s = outage_limit_s
         # By attempt: the write that the file did not take, since its disk was full, say.
         self._unwritten: dict[str, Callable[[], Awaitable[object]]] = {}
-        self._at_work: set[str] = set()
+        # How many runs have the attempt: the next one may begin before the one before has let go.
+        self._at_work: Counter[str] = Counter()
         self._waiting_for_turn: set[str] = set()
         # What is taken is known here before anybody may look for what was left.
         self._taking = asyncio.Lock()
@@ -85,12 +87,13 @@ class Outbox:
         """
         async with self._taking:
             attempt = await self._attempts.add(Attempt(task, str(uuid4()), request_id=request_id))
-            self._at_work.add(attempt.attempt_id)
+            self._at_work[attempt.attempt_id] += 1
         return attempt
 
     def let_go(self, attempt: Attempt) -> None:
         """This process works on the attempt no more; what is left to do follows in the background."""
-        self._at_work.discard(attempt.attempt_id)
+        self._at_work[attempt.attempt_id] -= 1
+        self._at_work += Counter()  # without those that no run has
         self._waiting_for_turn.discard(attempt.attempt_id)
 
     def turns_are_awaited(self) -> bool:
@@ -259,7 +262,7 @@ class Outbox:
         async with self._taking:
             attempt = await self._attempts.take_waiting()
             if attempt is not None:
-                self._at_work.add(attempt.attempt_id)
+                self._at_work[attempt.attempt_id] += 1
         return attempt
 
     async def end_stale(self) -> None:

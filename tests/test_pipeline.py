@@ -133,6 +133,7 @@ class Bench:
         """The row of the last task once the background has ended it."""
         self.recovery.start()
         await asyncio.to_thread(wait_for, self.status_on_disk, lambda found: found == status)
+        await asyncio.to_thread(wait_for, self.on_disk, lambda left: left == 0)
         self.recovery.stop()
         return await self.row()
 

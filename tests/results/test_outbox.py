@@ -470,6 +470,20 @@ async def test_attempt_that_its_process_forgot_is_begun_again(machine: Machine) 
     await finish(outbox, at_work)
 
 
+async def test_attempt_may_be_begun_again_before_its_last_run_has_let_go(machine: Machine) -> None:
+    """A run that ends late takes its successor's attempt out of nobody's hands."""
+    outbox = machine.process()
+    first = await claimed(outbox, new_task())
+    await work_and_die(machine, outbox, [first], "runner")
+    second = await taken(outbox)
+    outbox.let_go(first)
+    await outbox.release_dead()
+    assert await outbox.take_waiting() is None
+    outbox.let_go(second)
+    await outbox.release_dead()
+    assert (await taken(outbox)).attempt_id == first.attempt_id
+
+
 async def test_undelivered_outcome_of_a_suspect_holds_up_no_other(machine: Machine) -> None:
     """The next suspect begins when the work of the former is over, whether or not its row can be settled."""
     outbox = machine.process()
