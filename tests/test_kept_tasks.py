@@ -20,7 +20,7 @@ import pytest
 from local_server import ROOT, LocalServer, clean_environment, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
-from tests.processes import API_KEY
+from tests.processes import API_KEY, runner_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,12 +37,6 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """The caller of a server whose processes may be killed."""
     with local_server(tmp_path_factory.mktemp("kept"), {"API_WORKERS": "2"}) as server, Edge(server) as edge:
         yield edge
-
-
-def runner_of(server: LocalServer) -> psutil.Process:
-    """The process that holds the model: the largest."""
-    children = psutil.Process(server.pid).children(recursive=True)
-    return max(children, key=lambda child: child.memory_info().rss)
 
 
 def wait_until_ready(edge: Edge) -> None:
