@@ -46,6 +46,7 @@ def supervise() -> None:
     start = bentoml_circus.Arbiter.start
 
     def start_supervised(arbiter: bentoml_circus.Arbiter, cb: Callable[[Any], Any] | None = None) -> None:
+        _wait_by_monotonic_time(arbiter)
         _look_often(arbiter)
         for watcher in arbiter.watchers:
             watcher.respawn = True
@@ -56,11 +57,27 @@ def supervise() -> None:
     bentoml_circus.Arbiter.stop = _stop  # type: ignore[method-assign, assignment]
 
 
-def _look_often(arbiter: bentoml_circus.Arbiter) -> None:
-    """Look for dead processes by the event loop's own timer.
+def _wait_by_monotonic_time(arbiter: bentoml_circus.Arbiter) -> None:
+    """Let nothing in the supervisor wait by the wall clock: set back by an hour, it would do so for an hour.
 
-    The supervisor's would wait for the wall clock: set back by an hour, it would not look for an hour.
+    Tornado's timers go by `IOLoop.time`, circus' pause after a start by the time at which it began.
     """
+    arbiter.loop.time = time.monotonic
+    for watcher in arbiter.watchers:
+        watcher.spawn_process = _without_start_time(watcher.spawn_process)
+
+
+def _without_start_time(spawn_process: Callable[..., float | bool]) -> Callable[..., bool]:
+    """The same, but that it returns whether a process was started, and not when."""
+
+    def spawn(*arguments: object) -> bool:
+        return spawn_process(*arguments) is not False
+
+    return spawn
+
+
+def _look_often(arbiter: bentoml_circus.Arbiter) -> None:
+    """Look for dead processes twice a second, as long as this process lives."""
     arbiter.ctrl.check_delay = -1
 
     async def look() -> None:

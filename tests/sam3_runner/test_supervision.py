@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from bentoml._internal.utils import circus as bentoml_circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
 
+from local_server import ROOT
 from sam3_runner import supervision
+from tests.faults.clock import Clock, missing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TIMEOUT_S = 60.0
 
 pytestmark = pytest.mark.anyio
 
@@ -58,7 +67,7 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append("look")
         raise OSError("no more processes")
 
-    watcher = SimpleNamespace(respawn=False, hooks={})
+    watcher = SimpleNamespace(respawn=False, hooks={}, spawn_process=lambda: 1.0)
     arbiter: Any = SimpleNamespace(
         watchers=[watcher],
         ctrl=SimpleNamespace(check_delay=10_000),
@@ -75,3 +84,43 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         await later.pop()()
         assert len(looks) == times
     assert len(later) == 1
+
+
+SUPERVISOR = """
+import os, pathlib, struct, sys
+from bentoml._internal.utils.circus import create_standalone_arbiter
+from circus.watcher import Watcher
+from sam3_runner.supervision import supervise
+
+def set_back(**_):
+    with open(os.environ["WRONG_CLOCK"], "r+b") as clock:
+        clock.write(struct.pack("l", 0))
+    return True
+
+def started(_):
+    print("started", flush=True)
+    arbiter.stop()
+
+supervise()
+sleep = ["-c", "import time; time.sleep(600)"]
+child = Watcher("child", sys.executable, args=sleep, hooks={"after_spawn": (set_back, False)})
+arbiter = create_standalone_arbiter([child])
+arbiter.start(cb=started)
+"""
+
+
+def test_clock_that_is_set_back_while_processes_start(tmp_path: Path) -> None:
+    """A supervisor whose clock is set back in the middle of a start goes on at once."""
+    if reason := missing():
+        pytest.skip(reason)
+    clock = Clock(tmp_path, "supervisor")
+    with clock.wrong_by(600):
+        ended = subprocess.run(
+            [sys.executable, "-c", SUPERVISOR],
+            cwd=ROOT,
+            env={**clock.environment(), "PATH": "/usr/bin:/bin"},
+            stdout=subprocess.PIPE,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    assert ended.stdout == b"started\n"
