@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ from contract import (
 )
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
-from sam3_runner.images import decode_image, encode_png, squash
+from sam3_runner.images.decoders import ImageDecoders
+from sam3_runner.images.mask_png import encode_png
+from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import union_mask
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
 from storage import StorageUnavailable, mask_key
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from sam3_runner import PredictResult
     from sam3_runner.checkpoint import Checkpoint
     from sam3_runner.client import RunnerClient
-    from sam3_runner.images import SquareImage
+    from sam3_runner.images.square import SquareImage
     from settings import Settings
     from storage import ObjectStore
 
@@ -49,8 +52,11 @@ logger = logging.getLogger("bentoml.sam3")
 DRAIN_S = 8.0
 """At a stop, the time to settle rows that are not settled yet: most hosts kill after ten."""
 
-IMAGE_SLOTS = 4
-"""Images that a worker holds as bytes or pixels at once: up to 150 MB each at 50 megapixels."""
+IMAGE_SLOTS = 8
+"""Files of images that a worker holds at once, `MAX_IMAGE_BYTES` each."""
+
+DECODERS = max(2, min(4, os.cpu_count() or 1))
+"""Processes a worker that decode: one may be busy with a large image for seconds."""
 
 UNION = "union"
 # What is beyond them is noise of float32; shorter answers read better.
@@ -91,13 +97,17 @@ class Pipeline:
     ) -> None:
         self._settings = settings
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
-        self._input_side_px = checkpoint.input_side_px
+        self._decoders = ImageDecoders(side_px=checkpoint.input_side_px, count=DECODERS)
         self._objects = objects
         self._outbox = outbox
         self._runner = runner
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._running: set[asyncio.Task[BatchResponse]] = set()
+
+    async def start(self) -> None:
+        """Start what the first task would wait for."""
+        await self._decoders.start()
 
     async def run(self, request: PredictRequest | BatchRequest, request_id: str) -> BatchResponse:
         """Do the task, or give its stored result when it is done already.
@@ -130,6 +140,7 @@ class Pipeline:
         await self._outbox.drain(DRAIN_S)
         await self._outbox.close()
         await self._objects.close()
+        await self._decoders.close()
 
     def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
         for name, text in request.texts_by_field.items():
@@ -176,16 +187,17 @@ class Pipeline:
 
     async def _attempt(self, attempt: Attempt) -> BatchResponse:
         """One attempt at a task that is on the file, to its end. Raises `Failure`."""
-        begun = asyncio.Event()
-        # Side by side: neither the row nor the image needs to wait for the other.
+        claimed, begun = asyncio.Event(), asyncio.Event()
+        # Side by side: neither the row nor the file needs to wait for the other.
         claiming = asyncio.create_task(self._claim(attempt, begun))
-        reading = asyncio.create_task(self._read_image(attempt, claiming, begun))
+        reading = asyncio.create_task(self._read_image(attempt, claimed, begun))
         for each in (claiming, reading):
             each.add_done_callback(_consume_exception)
         try:
             stored = await claiming
             if stored is not None:
                 return self._replay(stored, attempt.task)
+            claimed.set()
             return await self._settle(attempt, reading, begun)
         except Exception as error:  # every error is a failure to the caller; _failure knows them all
             raise _failure(error, attempt.task, attempt.request_id) from error
@@ -283,26 +295,24 @@ class Pipeline:
         return _Result(response, urls[-1], keys)
 
     async def _read_image(
-        self, attempt: Attempt, claiming: asyncio.Task[StoredResult | None], begun: asyncio.Event
+        self, attempt: Attempt, claimed: asyncio.Event, begun: asyncio.Event
     ) -> SquareImage:
         async with self._image_slots:
             data = await self._download(attempt.task)
-            if attempt.suspect:
-                # A death while the database is silent must not count against it.
-                await asyncio.shield(claiming)
+            # Only now: a repeat of a task that is done or running decodes nothing, and a death while the
+            # database is silent does not count against a suspect.
+            await claimed.wait()
             # From here on to the masks, a picture may cost a process its life.
             if not await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None):
                 raise ModelNotLoaded("the server is being stopped")
             begun.set()
-            return await asyncio.to_thread(self._decode, data)
+            file = await asyncio.to_thread(read_image_file, data, max_pixels=self._settings.max_image_pixels)
+            return await self._decoders.decode(file)
 
     async def _download(self, task: Task) -> bytes:
         return await self._objects.download_image(
             task.source_image_url, task.user_id, self._settings.max_image_bytes
         )
-
-    def _decode(self, data: bytes) -> SquareImage:
-        return squash(decode_image(data, max_pixels=self._settings.max_image_pixels), self._input_side_px)
 
     def _metadata(self, response: BatchResponse, prompts: tuple[str, ...]) -> dict[str, object]:
         return {

@@ -202,7 +202,8 @@ class SegmentationService:
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """Finish what an earlier server left behind."""
+        """Get ready, and finish what an earlier server left behind."""
+        await self._pipeline.start()
         self._recovery.start()
         when_told_to_stop(self._begin_to_stop)
 

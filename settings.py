@@ -137,7 +137,7 @@ class Settings(WeightsSettings, DataSettings):
         900.0, ge=0, description="a claimed task that waits longer for R2 or the model ends as error"
     )
     max_image_bytes: int = Field(10 * 1024 * 1024, ge=1, description="10 MB")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="50 megapixels")
+    max_image_pixels: int = Field(2**26, ge=1, description="67 megapixels: phones' 50 are up to 8192 x 6144")
     max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
 
     @field_validator("allowed_origins", "embedded_parts", "r2_image_url_bases", mode="before")

@@ -7,20 +7,13 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
-from sam3_runner import UnsupportedImage
-from sam3_runner.images import decode_image
-
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from PIL import Image
-
-MAX_PIXELS = 50_000_000
-"""The server's default."""
 
 Polygon = Annotated[list[float], Field(min_length=6)]
 
@@ -91,7 +84,7 @@ class Dataset:
         return {number: category["name"] for number, category in sorted(self.coco.cats.items())}
 
     def image(self, image_id: int) -> Image.Image:
-        """The picture as the server decodes it, turned as its EXIF orientation says.
+        """The picture in RGB, turned as its EXIF orientation says.
 
         Raises:
             DatasetError: it cannot be read, or is not of the size that is annotated.
@@ -99,8 +92,9 @@ class Dataset:
         facts = self.coco.imgs[image_id]
         path = self.folder / facts["file_name"]
         try:
-            image = decode_image(path.read_bytes(), max_pixels=MAX_PIXELS)
-        except (OSError, UnsupportedImage) as error:
+            with Image.open(path) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
             raise DatasetError(f"{path} cannot be read: {error}") from error
         if image.size != (facts["width"], facts["height"]):
             raise DatasetError(f"{path} is {image.size}, but annotated as {facts['width'], facts['height']}")

@@ -22,7 +22,7 @@ from PIL import Image
 
 from sam3_runner import SAM3Predictor
 from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
-from sam3_runner.images import squash
+from sam3_runner.images.square import to_square
 from sam3_runner.prompts import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Official:
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
         """As `Model` says."""
         self._processor.confidence_threshold = threshold
-        square = squash(image, self._processor.resolution)
+        square = to_square(image, self._processor.resolution)
         seen = image if self.own_resize else Image.fromarray(square.pixels)
         with _autocast(self._device, self.dtype):
             state = self._processor.set_image(seen)
@@ -167,7 +167,7 @@ class Transformers:
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
         """As `Model` says."""
         side_px: int = self.model.config.vision_config.backbone_config.image_size
-        pixels = torch.from_numpy(squash(image, side_px).pixels.copy()).to(self._device)
+        pixels = torch.from_numpy(to_square(image, side_px).pixels.copy()).to(self._device)
         tokens = self._tokenizer.encode([prompt])
         with _autocast(self._device, self.dtype):
             outputs: Any = self.model(

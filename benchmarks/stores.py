@@ -38,7 +38,7 @@ from benchmarks.pictures import FIRST_SEED, Scene
 from benchmarks.table import processor, record
 from results import Outbox, SqliteResults, Task, open_outbox
 from results.supabase import SupabaseResults
-from sam3_runner.images import encode_png
+from sam3_runner.images.mask_png import encode_png
 from storage import LocalFolder, mask_key
 from storage.r2 import R2Bucket
 from tests.services import database as databases

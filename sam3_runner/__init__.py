@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sam3_runner.errors import (
     DeadlineExceeded,
+    DecoderFailed,
     DeviceUnavailable,
     InferenceFailed,
     ModelNotLoaded,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeadlineExceeded",
+    "DecoderFailed",
     "DeviceUnavailable",
     "InferenceFailed",
     "Instance",

@@ -14,7 +14,7 @@ from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Error
 
 if TYPE_CHECKING:
-    from sam3_runner.images import SquareImage
+    from sam3_runner.images.square import SquareImage
     from sam3_runner.instances import PredictResult
     from sam3_runner.liveness import RunnerLife
 

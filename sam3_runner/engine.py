@@ -19,7 +19,7 @@ from prometheus_client import Histogram
 
 from sam3_runner.checkpoint import find_checkpoint, is_missing
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, SAM3Error
-from sam3_runner.images import SquareImage
+from sam3_runner.images.square import SquareImage
 
 if TYPE_CHECKING:
     from sam3_runner.checkpoint import HubSource

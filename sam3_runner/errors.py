@@ -5,7 +5,8 @@ SAM3Error
     DeviceUnavailable       the device is not there, or its memory is full
     ModelNotLoaded          asked before the weights were in, or after they failed to load
     RunnerStopped           the model's process died while it had the request
-    UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or more pixels than allowed
+    UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or over a limit
+    DecoderFailed           the processes that decode cannot work, whatever the image
     PromptTooLong           more tokens than the text encoder reads
     DeadlineExceeded        the caller's deadline passed before the work began
     InferenceFailed         the model failed on this image
@@ -33,7 +34,11 @@ class RunnerStopped(SAM3Error):
 
 
 class UnsupportedImage(SAM3Error):
-    """The bytes are no PNG, JPEG or WEBP, are damaged, or hold more pixels than allowed."""
+    """The bytes are no PNG, JPEG or WEBP, are damaged, or cost more than is allowed."""
+
+
+class DecoderFailed(SAM3Error):
+    """A process that decodes ended by itself: it cannot start, or has a bug."""
 
 
 class PromptTooLong(SAM3Error):

@@ -44,7 +44,8 @@ class Instance:
 
     Attributes:
         score: sigmoid(logit) x sigmoid(presence logit), above the threshold.
-        box: x0, y0, x1, y1 in px of the image, not rounded; the decoder's box, not the mask's.
+        box: x0, y0, x1, y1 in px of the image and inside of it, not rounded; the decoder's box, not the
+            mask's.
         area_px: pixels of the mask.
         mask: the mask, at the image's size.
         query: which of the decoder's queries found it, from 0: tells instances of two runs apart.

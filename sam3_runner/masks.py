@@ -25,7 +25,8 @@ def to_instances(
     Args:
         queries: (K,) int64, the decoder's queries that were kept.
         scores: (K,) fp32.
-        boxes: (K, 4) fp32, x0 y0 x1 y1 in 0..1.
+        boxes: (K, 4) fp32, x0 y0 x1 y1 in 0..1; what lies outside, as it does by some px where an object
+            is cut off by the image's edge, is clamped: annotation tools refuse such boxes.
         mask_logits: (K, h, w) fp32 on the model's mask grid. They are upsampled as logits (bilinear,
             corners not aligned) and cut at 0, as the official processor does.
         width: of the image in px.
@@ -33,7 +34,7 @@ def to_instances(
     """
     order = scores.argsort(descending=True)
     scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
-    pixel_boxes = (boxes * scale)[order].tolist()
+    pixel_boxes = (boxes.clamp(0.0, 1.0) * scale)[order].tolist()
     crops = _crops(mask_logits[order], width=width, height=height)
     return [
         Instance(score, (box[0], box[1], box[2], box[3]), area_px, crop, query)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, SCORE_THRESHOLD, Checkpoint, find_checkpoint
 from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
-from sam3_runner.images import SquareImage, squash, to_rgb
+from sam3_runner.images.decode import decode_square
+from sam3_runner.images.read import read_image_file
+from sam3_runner.images.square import SquareImage, to_square
 from sam3_runner.instances import Instance, PredictResult
 from sam3_runner.masks import to_instances
 from sam3_runner.model import (
@@ -32,12 +35,17 @@ from sam3_runner.weights import load_model
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL import Image
     from torch import Tensor
 
     from sam3_runner.layouts import Layout
 
 logger = logging.getLogger(__name__)
+
+Source = Image.Image | bytes | str | Path
+"""An image as Python users have it."""
+
+MAX_FILE_PIXELS = 2**26
+"""Of a file; the server's default."""
 
 PAIRS_PER_PASS = 16
 """(image, prompt) pairs decoded at once; bounds the memory of the fusion encoder."""
@@ -104,22 +112,30 @@ class SAM3Predictor:
         """Weights of the loaded model, counted."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
-    def predict(self, image: Image.Image, text_prompt: str) -> PredictResult:
-        """Every instance of `text_prompt` in `image` (any PIL mode), masks at the image's size.
+    def predict(self, image: Source, text_prompt: str) -> PredictResult:
+        """Every instance of `text_prompt` in `image`, masks at the image's size.
+
+        Args:
+            image: a PNG, JPEG or WEBP as its path or its bytes, which is read as the server reads it; or an
+                image of Pillow's, in any mode. One that Pillow opened is treated as its file would be:
+                turned by its EXIF, laid on white, converted from its colour profile.
+            text_prompt: a noun phrase.
 
         Raises:
             ModelNotLoaded: `load` was not called.
             PromptTooLong: more than 32 tokens.
+            UnsupportedImage: a file that the server would refuse.
+            OSError: the path cannot be read.
         """
         return self.predict_batch(image, [text_prompt])[0]
 
-    def predict_batch(self, image: Image.Image, prompts: Sequence[str]) -> list[PredictResult]:
+    def predict_batch(self, image: Source, prompts: Sequence[str]) -> list[PredictResult]:
         """One result a prompt, in their order; the image is encoded once. Raises as `predict`."""
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
         if not prompts:
             return []
-        square = squash(to_rgb(image), self.checkpoint.input_side_px)
+        square = _square(image, self.checkpoint.input_side_px)
         return self.segment([(square, prompts)])[0]
 
     @torch.inference_mode()
@@ -236,6 +252,13 @@ class SAM3Predictor:
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
+
+
+def _square(image: Source, side_px: int) -> SquareImage:
+    if isinstance(image, Image.Image):
+        return to_square(image, side_px)
+    data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return decode_square(read_image_file(data, max_pixels=MAX_FILE_PIXELS), side_px)
 
 
 def _default_weights_path() -> str:

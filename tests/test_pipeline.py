@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from results import Row
-    from sam3_runner.images import SquareImage
+    from sam3_runner.images.square import SquareImage
 
 pytestmark = pytest.mark.anyio
 

@@ -245,7 +245,7 @@ def test_bad_annotations(tmp_path: Path, annotation: dict[str, Any], sentence: s
     ("image", "sentence"),
     [
         ({"file_name": "no.png"}, "no.png is missing"),
-        ({"file_name": "truth.json"}, "truth.json cannot be read: the image is not"),
+        ({"file_name": "truth.json"}, "truth.json cannot be read: cannot identify"),
         ({"width": 9}, "annotated as (9, 64)"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, client
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineStatus, SegmentOutcome
-from sam3_runner.images import SquareImage
+from sam3_runner.images.square import SquareImage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

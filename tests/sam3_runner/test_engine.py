@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
-from sam3_runner.images import SquareImage
+from sam3_runner.images.square import SquareImage
 from tests.edge import wait_for
 
 if TYPE_CHECKING:

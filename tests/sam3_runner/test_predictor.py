@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sam3_runner import InferenceFailed, ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
-from sam3_runner.images import squash
+from sam3_runner.images.square import to_square
 from sam3_runner.instances import union_mask
 from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
 from sam3_runner.predictor import CACHED_TEXTS
@@ -81,7 +81,7 @@ def test_images_together_equal_images_alone(predictor: SAM3Predictor) -> None:
     """Images of different sizes, each with prompts of its own, share a pass and nothing else."""
     images = [picture(1, 112, 112), picture(2, 60, 300), picture(3, 333, 47)]
     prompts = [["cat"], ["red circle", "cat", "dog"], ["dog"]]
-    squares = [squash(image, 112) for image in images]
+    squares = [to_square(image, 112) for image in images]
     together = predictor.segment(list(zip(squares, prompts, strict=True)))
     for image, texts, results in zip(images, prompts, together, strict=True):
         for text, result in zip(texts, results, strict=True):
@@ -172,7 +172,7 @@ def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any,
     assert predictor.checkpoint is not None
     tokens = PromptTokenizer(predictor.checkpoint.tokenizer_file).encode([prompt])
     index = torch.tensor([0])
-    pixels = torch.from_numpy(squash(image, 112).pixels.copy()).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(to_square(image, 112).pixels.copy()).permute(2, 0, 1)[None]
     with torch.inference_mode():
         features = encode_image(predictor._model, pixels)
         text = encode_text(predictor._model, torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid))
@@ -265,7 +265,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_square_of_another_size(predictor: SAM3Predictor) -> None:
     """A square that is not the model's own is refused: the model would take it, and answer nonsense."""
     with pytest.raises(InferenceFailed, match="takes 112 px"):
-        predictor.segment([(squash(picture(0, 50, 50), 126), ["cat"])])
+        predictor.segment([(to_square(picture(0, 50, 50), 126), ["cat"])])
 
 
 def refuses(folder: Path, *parts: str) -> None:

@@ -1,0 +1,58 @@
+"""The pixels of an image file, by Pillow and imagecodecs, as the model's square."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import imagecodecs
+from PIL import Image
+
+from sam3_runner.images.image_file import damaged
+from sam3_runner.images.square import SquareImage, oriented_square
+
+if TYPE_CHECKING:
+    from sam3_runner.images.image_file import ImageFile
+
+
+def decode_square(file: ImageFile, side_px: int) -> SquareImage:
+    """Decode a file to the model's square. Raises `UnsupportedImage`: its pixels are damaged."""
+    return oriented_square(
+        decode(file),
+        side_px,
+        orientation=file.orientation,
+        icc_profile=file.icc_profile,
+        size=(file.width, file.height),
+    )
+
+
+def decode(file: ImageFile) -> Image.Image:
+    """The pixels as they are stored, in Pillow's mode for them. Raises `UnsupportedImage`, `MemoryError`."""
+    try:
+        return _decode_webp(file) if file.kind == "WEBP" else _decode_by_pillow(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and more
+        raise damaged("its pixels cannot be decoded") from error
+
+
+def _decode_by_pillow(file: ImageFile) -> Image.Image:
+    image = Image.open(io.BytesIO(file.data), formats=[file.kind])
+    if image.size != (file.width, file.height):
+        raise ValueError("the decoder sees another size")
+    if file.reduced:
+        image.draft(None, (file.width // 2, file.height // 2))
+    image.load()
+    return image
+
+
+def _decode_webp(file: ImageFile) -> Image.Image:
+    """By imagecodecs: Pillow decodes every WEBP as an animation, in twice the memory and the time."""
+    pixels = imagecodecs.webp_decode(file.data, hasalpha=True)
+    # Four bytes a pixel are what Pillow takes without a copy.
+    frame = Image.frombuffer("RGBA", pixels.shape[1::-1], pixels, "raw", "RGBA", 0, 1)
+    if frame.size == (file.width, file.height):
+        return frame
+    image = Image.new("RGBA", (file.width, file.height))
+    image.paste(frame, (file.frame_left, file.frame_top))
+    return image

@@ -1,0 +1,150 @@
+"""The API worker's side of the processes that decode.
+
+A stranger's pixels never meet a decoder in the worker itself: what takes too much time or memory, or crashes
+the decoder, ends one small process, and the worker starts another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import pickle
+import signal
+import struct
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sam3_runner.errors import DecoderFailed, UnsupportedImage
+from sam3_runner.images.square import SquareImage
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+
+    from sam3_runner.images.image_file import ImageFile
+
+logger = logging.getLogger("bentoml.sam3")
+
+ROOT = Path(__file__).parents[2]
+LENGTH = struct.Struct(">Q")
+"""Stands before everything that crosses, as in decoder.py: how many bytes follow."""
+LARGE_PX = 2**24
+"""Images of more pixels are decoded one at a time, so that their memory does not add up."""
+STREAM_LIMIT_BYTES = 2**22
+"""A square of SAM 3 waits in the pipe's buffer without stopping its decoder."""
+
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    # What is large goes back to the host when it is freed; glibc raises the threshold by itself otherwise.
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""All that a decoder gets: none of the server's secrets."""
+
+
+class ImageDecoders:
+    """Decodes images in processes of their own.
+
+    Args:
+        side_px: of the model's square.
+        count: processes at most, two or more: one may be busy with a large image.
+    """
+
+    def __init__(self, *, side_px: int, count: int) -> None:
+        self._side_px = side_px
+        self._places = asyncio.Semaphore(count)
+        self._large = asyncio.Semaphore(1)
+        self._idle: list[Process] = []
+
+    async def start(self) -> None:
+        """Start the first process, so that no image waits for it; the others start when they are needed."""
+        self._idle.append(await self._new_process())
+
+    async def decode(self, file: ImageFile) -> SquareImage:
+        """The model's square of a file. Cancelled, it ends the decoding before it gives its place free.
+
+        Raises:
+            UnsupportedImage: the pixels are damaged, or take too much time or memory, or crash a decoder.
+            DecoderFailed: the decoder cannot work, whatever the file.
+        """
+        large = file.width * file.height > LARGE_PX
+        async with self._large if large else contextlib.nullcontext(), self._places:
+            try:
+                return await self._decode_once(file)
+            except _Killed as killed:
+                if killed.by == signal.SIGPROF:
+                    raise UnsupportedImage("the image takes too much time to decode") from killed
+                logger.warning("a process that decodes was killed by signal %d; once more", killed.by)
+            try:
+                return await self._decode_once(file)
+            except _Killed as killed:
+                raise UnsupportedImage("the image cannot be decoded: it ends the decoder") from killed
+
+    async def close(self) -> None:
+        """End the processes; nothing is being decoded any more."""
+        while self._idle:
+            await _end(self._idle.pop())
+
+    async def _decode_once(self, file: ImageFile) -> SquareImage:
+        process = self._idle.pop() if self._idle else await self._new_process()
+        try:
+            head, pixels = await _exchange(process, file)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            code = await process.wait()
+            if code < 0:
+                raise _Killed(-code) from error
+            raise DecoderFailed(f"a process that decodes ended with {code}") from error
+        except BaseException:  # cancelled, above all: what it has begun must not go on
+            await _end(process)
+            raise
+        self._idle.append(process)
+        if "refusal" in head:
+            raise UnsupportedImage(head["refusal"])
+        square = np.frombuffer(pixels, np.uint8).reshape(self._side_px, self._side_px, 3)
+        return SquareImage(square, head["width"], head["height"])
+
+    async def _new_process(self) -> Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "sam3_runner.images.decoder", str(self._side_px)),
+            stdin=PIPE,
+            stdout=PIPE,
+            limit=STREAM_LIMIT_BYTES,
+            env=ENVIRONMENT,
+            # A terminal's Ctrl-C is for the server, which lets its tasks end.
+            start_new_session=True,
+        )
+
+
+class _Killed(Exception):
+    """A process was ended by a signal while it decoded."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__(f"killed by signal {by}")
+        self.by = by
+
+
+async def _exchange(process: Process, file: ImageFile) -> tuple[dict[str, Any], bytes]:
+    """What the process says of the file, and the square's bytes, unless it refuses the file."""
+    assert process.stdin is not None
+    packed = pickle.dumps(file)
+    process.stdin.writelines([LENGTH.pack(len(packed)), packed])
+    await process.stdin.drain()
+    head: dict[str, Any] = json.loads(await _receive(process))
+    return head, b"" if "refusal" in head else await _receive(process)
+
+
+async def _receive(process: Process) -> bytes:
+    assert process.stdout is not None
+    [length] = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
+    return await process.stdout.readexactly(length)
+
+
+async def _end(process: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()

@@ -1,0 +1,99 @@
+"""The pieces of a PNG (W3C PNG, third edition)."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TYPE_CHECKING
+
+from sam3_runner.errors import UnsupportedImage
+from sam3_runner.images.exif import orientation_of
+from sam3_runner.images.image_file import MAX_PROFILE_BYTES, ImageFile, damaged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEADER_BYTES = 13
+PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+"""Critical: their checksums count. Others are left out when theirs is wrong, as viewers do."""
+USED_CHUNKS = frozenset({*PIXEL_CHUNKS, b"tRNS", b"iCCP", b"eXIf"})
+
+MAX_CHUNKS = 20_000
+"""10 MB of IDAT chunks of 512 bytes; encoders write 8 KiB or more."""
+BYTES_PER_PIXEL = 4
+"""Pillow's memory for a pixel of any mode but grey."""
+
+
+def read_png(data: bytes) -> ImageFile:
+    """Read a PNG's pieces. Of an animation the default image counts.
+
+    Raises:
+        UnsupportedImage: it is cut off, a piece that the pixels need is damaged, or there are too many.
+    """
+    pixels = [SIGNATURE]
+    width = height = 0
+    orientation, icc_profile, has_pixels = 1, b"", False
+    for kind, start, end in _chunks(data):
+        body = data[start + 8 : end - 4]
+        if zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            if kind in PIXEL_CHUNKS:
+                raise damaged("a checksum is wrong")
+            continue
+        if kind == b"IHDR":
+            if len(body) != HEADER_BYTES:
+                raise damaged("its header is not one")
+            width, height = struct.unpack_from(">II", body)
+        if kind in {b"eXIf", b"iCCP"}:
+            # Behind the first pixels they count for no browser.
+            if not has_pixels and kind == b"eXIf":
+                orientation = orientation_of(body)
+            elif not has_pixels:
+                icc_profile = _profile(body)
+            continue
+        has_pixels |= kind == b"IDAT"
+        pixels.append(data[start:end])
+    if not has_pixels:
+        raise damaged("it has no pixels")
+    return ImageFile(
+        "PNG",
+        b"".join(pixels),
+        width,
+        height,
+        decode_bytes=width * height * BYTES_PER_PIXEL,
+        orientation=orientation,
+        icc_profile=icc_profile,
+    )
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each chunk that is used, up to IEND or the end of the file."""
+    position = len(SIGNATURE)
+    for _ in range(MAX_CHUNKS):
+        if position == len(data):
+            return
+        if position + 12 > len(data):
+            raise damaged("it ends early")
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            raise damaged("it ends early")
+        if position == len(SIGNATURE) and kind != b"IHDR":
+            raise damaged("it does not begin with its header")
+        if kind in USED_CHUNKS:
+            yield kind, position, end
+        if kind == b"IEND":
+            return
+        position = end
+    raise UnsupportedImage(f"the image is in more than {MAX_CHUNKS} chunks")
+
+
+def _profile(body: bytes) -> bytes:
+    """The colour profile of an iCCP chunk; empty where it cannot be unpacked, or is too long."""
+    _, _, packed = body.partition(b"\0")
+    unpacking = zlib.decompressobj()
+    try:
+        profile = unpacking.decompress(packed[1:], MAX_PROFILE_BYTES)
+    except zlib.error:
+        return b""
+    return profile if unpacking.eof else b""

@@ -1,0 +1,238 @@
+"""The processes that decode: what they cost, and what ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from sam3_runner import UnsupportedImage
+from sam3_runner.images.decode import decode_square
+from sam3_runner.images.decoder import MAX_DATA_BYTES
+from sam3_runner.images.decoders import ImageDecoders
+from sam3_runner.images.image_file import ImageFile
+from sam3_runner.images.read import read_image_file
+from tests.image_files import FORMATS, encoded, noise, png_of, with_scans
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sam3_runner.images.square import SquareImage
+
+SIDE_PX = 56
+POLL_S = 0.02
+TIMEOUT_S = 60.0
+
+
+def with_decoders(work: Callable[[ImageDecoders], Awaitable[Any]], *, count: int = 2) -> Any:
+    """What `work` gives, with decoders that are closed afterwards."""
+
+    async def run() -> Any:
+        decoders = ImageDecoders(side_px=SIDE_PX, count=count)
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                return await work(decoders)
+        finally:
+            await decoders.close()
+
+    return asyncio.run(run())
+
+
+def decoded(file: ImageFile) -> SquareImage:
+    square: SquareImage = with_decoders(lambda decoders: decoders.decode(file))
+    return square
+
+
+def file_of(kind: str) -> ImageFile:
+    return read_image_file(encoded(noise(200, 150), kind), max_pixels=10**6)
+
+
+@cache
+def slow(scans: int) -> ImageFile:
+    """A JPEG that the reader would refuse for its scans: about 20 ms each."""
+    image = Image.new("RGB", (4200, 4200))
+    return ImageFile(
+        "JPEG", with_scans(encoded(image, "JPEG", progressive=True), scans), *image.size, decode_bytes=0
+    )
+
+
+def processes() -> list[psutil.Process]:
+    """The living processes that decode for this one."""
+    found = []
+    for child in psutil.Process().children():
+        try:
+            if "sam3_runner.images.decoder" in child.cmdline():
+                found.append(child)
+        except psutil.Error:
+            continue  # it has just ended
+    return found
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """The first true value of `condition`."""
+    until_s = time.monotonic() + TIMEOUT_S
+    while not (value := condition()):
+        assert time.monotonic() < until_s
+        time.sleep(POLL_S)
+    return value
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_same_square(kind: str) -> None:
+    """A file decoded in another process gives the square that it gives here, and its size."""
+    here, there = decode_square(file_of(kind), SIDE_PX), decoded(file_of(kind))
+    assert np.array_equal(here.pixels, there.pixels)
+    assert (there.width, there.height) == (200, 150)
+
+
+def test_damaged_file() -> None:
+    """Damage is reported as it would be here, and the process goes on to the next file."""
+    whole = file_of("WEBP")
+    broken = ImageFile("WEBP", whole.data[:-400], whole.width, whole.height, decode_bytes=0)
+
+    async def work(decoders: ImageDecoders) -> None:
+        await decoders.start()
+        before = processes()
+        with pytest.raises(UnsupportedImage, match="damaged: its pixels cannot be decoded"):
+            await decoders.decode(broken)
+        assert (await decoders.decode(whole)).width == whole.width
+        assert processes() == before
+
+    with_decoders(work)
+
+
+def test_too_much_time() -> None:
+    """An image that decodes for minutes is ended after seconds, and its process with it."""
+    with pytest.raises(UnsupportedImage, match="too much time"):
+        decoded(slow(5000))
+    assert processes() == []
+
+
+def test_too_much_memory() -> None:
+    """An image that takes gigabytes is refused by the process's own limit."""
+    rows = bytes(2 * 200_000_000)
+    bomb = ImageFile("PNG", png_of(1, 200_000_000, rows), 1, 200_000_000, decode_bytes=0)
+    with pytest.raises(UnsupportedImage, match="too much memory"):
+        decoded(bomb)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the limits of another process")
+def test_limits_and_environment() -> None:
+    """A decoder has its memory bounded, and gets no secret of the server's."""
+
+    async def work(decoders: ImageDecoders) -> None:
+        await decoders.decode(file_of("PNG"))
+        [process] = processes()
+        assert process.rlimit(psutil.RLIMIT_DATA) == (MAX_DATA_BYTES, MAX_DATA_BYTES)
+        assert set(process.environ()) <= {
+            "PYTHONPATH",
+            "MALLOC_MMAP_THRESHOLD_",
+            "OPENBLAS_NUM_THREADS",
+            "LC_CTYPE",
+        }
+
+    with_decoders(work)
+
+
+def test_killed_decoder() -> None:
+    """A decoder that is killed, waiting or working, costs no task: the file is decoded again."""
+
+    async def work(decoders: ImageDecoders) -> None:
+        await decoders.start()
+        [waiting] = processes()
+        waiting.kill()
+        assert (await decoders.decode(file_of("PNG"))).width == 200
+        decoding = asyncio.create_task(decoders.decode(slow(60)))
+        [working] = await asyncio.to_thread(
+            wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
+        )
+        working.kill()
+        assert (await decoding).width == 4200
+
+    with_decoders(work)
+
+
+def test_file_that_kills() -> None:
+    """A file whose decoder dies twice is refused."""
+    done = threading.Event()
+
+    def kill_all() -> None:
+        while not done.wait(POLL_S):
+            for process in processes():
+                process.kill()
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(UnsupportedImage, match="it ends the decoder"):
+            decoded(file_of("JPEG"))
+    finally:
+        done.set()
+        killer.join()
+
+
+def test_cancelled_decoding_ends() -> None:
+    """What a cancelled request has begun does not go on."""
+
+    async def work(decoders: ImageDecoders) -> None:
+        decoding = asyncio.create_task(decoders.decode(slow(5000)))
+        [process] = await asyncio.to_thread(
+            wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
+        )
+        decoding.cancel()
+        await asyncio.wait({decoding})
+        assert not process.is_running()
+        assert (await decoders.decode(file_of("PNG"))).width == 200
+
+    with_decoders(work)
+
+
+def test_large_images_leave_room() -> None:
+    """Large images are decoded one after another, and a small one passes them."""
+    ended: list[str] = []
+
+    async def decode(decoders: ImageDecoders, name: str, file: ImageFile) -> None:
+        await decoders.decode(file)
+        ended.append(name)
+
+    async def work(decoders: ImageDecoders) -> None:
+        large = [asyncio.create_task(decode(decoders, "large", slow(60))) for _ in range(2)]
+        await asyncio.to_thread(wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4])
+        await decode(decoders, "small", file_of("PNG"))
+        await asyncio.gather(*large)
+
+    with_decoders(work)
+    assert ended.index("small") < 2
+    assert ended.count("large") == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_decoders_end_with_their_worker(how: signal.Signals) -> None:
+    """Whatever ends a worker ends its decoders."""
+    code = (
+        "import asyncio\n"
+        "from sam3_runner.images.decoders import ImageDecoders\n"
+        "async def main():\n"
+        "    await ImageDecoders(side_px=56, count=2).start()\n"
+        "    print('started', flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"started\n"
+        [decoder] = psutil.Process(worker.pid).children()
+        worker.send_signal(how)
+        worker.wait()
+    psutil.wait_procs([decoder], timeout=TIMEOUT_S)
+    assert not decoder.is_running()
