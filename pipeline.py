@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sam3_runner import PredictResult
     from sam3_runner.checkpoint import Checkpoint
     from sam3_runner.client import RunnerClient
+    from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.square import SquareImage
     from settings import Settings
     from storage import ObjectStore
@@ -56,7 +57,7 @@ IMAGE_SLOTS = 8
 """Files of images that a worker holds at once, `MAX_IMAGE_BYTES` each."""
 
 DECODERS = max(2, min(4, os.cpu_count() or 1))
-"""Processes a worker that decode: one may be busy with a large image for seconds."""
+"""Processes a worker that decode: one may be busy with a heavy image for seconds."""
 
 UNION = "union"
 # What is beyond them is noise of float32; shorter answers read better.
@@ -103,6 +104,7 @@ class Pipeline:
         self._runner = runner
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
+        self._heavy_turn = asyncio.Lock()
         self._running: set[asyncio.Task[BatchResponse]] = set()
 
     async def start(self) -> None:
@@ -298,16 +300,35 @@ class Pipeline:
         self, attempt: Attempt, claimed: asyncio.Event, begun: asyncio.Event
     ) -> SquareImage:
         async with self._image_slots:
-            data = await self._download(attempt.task)
+            data, file = await self._fetch(attempt.task)
             # Only now: a repeat of a task that is done or running decodes nothing, and a death while the
             # database is silent does not count against a suspect.
             await claimed.wait()
-            # From here on to the masks, a picture may cost a process its life.
-            if not await self._outbox.begin_work(attempt, _sha256(data) if attempt.suspect else None):
-                raise ModelNotLoaded("the server is being stopped")
-            begun.set()
-            file = await asyncio.to_thread(read_image_file, data, max_pixels=self._settings.max_image_pixels)
-            return await self._decoders.decode(file)
+            if not file.is_heavy:
+                return await self._decode(attempt, data, file, begun)
+            if not self._heavy_turn.locked():
+                async with self._heavy_turn:
+                    return await self._decode(attempt, data, file, begun)
+        # Those that wait for the heavy one before them leave their slots to others, and fetch again.
+        async with self._heavy_turn:
+            return await self._decode(attempt, *await self._fetch(attempt.task), begun)
+
+    async def _fetch(self, task: Task) -> tuple[bytes, ImageFile]:
+        """The image's bytes, and what they say of themselves."""
+        data = await self._download(task)
+        return data, await asyncio.to_thread(
+            read_image_file, data, max_pixels=self._settings.max_image_pixels
+        )
+
+    async def _decode(
+        self, attempt: Attempt, data: bytes, file: ImageFile, begun: asyncio.Event
+    ) -> SquareImage:
+        # From here on to the masks, a picture may cost a process its life.
+        sha256 = _sha256(data) if attempt.suspect else None
+        if not await self._outbox.begin_work(attempt, sha256, is_long=file.is_heavy):
+            raise ModelNotLoaded("the server is being stopped")
+        begun.set()
+        return await self._decoders.decode(file)
 
     async def _download(self, task: Task) -> bytes:
         return await self._objects.download_image(

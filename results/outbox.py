@@ -119,11 +119,11 @@ class Outbox:
         await self._forget(attempt, _named_by(claim))
         return claim
 
-    async def begin_work(self, attempt: Attempt, image_sha256: str | None) -> bool:
+    async def begin_work(self, attempt: Attempt, image_sha256: str | None, *, is_long: bool = False) -> bool:
         """Wait for the attempt's turn, then note that the work that may kill a process has begun.
 
         A task during whose work a process has died gets a turn of its own, with nothing beside it. False:
-        it gets none any more, since this process is to stop.
+        it gets none any more, since this process is to stop; nor does work that `is_long`.
         """
         # Without the file the work is worth more than the note.
         with contextlib.suppress(ResultsUnavailable):
@@ -134,7 +134,7 @@ class Outbox:
                 self._waiting_for_turn.add(attempt.attempt_id)
                 await asyncio.sleep(TURN_POLL_S)
             # Nothing is noted any more: should this process be killed now, its tasks are not to blame.
-            return not attempt.suspect
+            return not (attempt.suspect or is_long)
         return True
 
     async def begin_storing(self, attempt: Attempt, mask_keys: list[str]) -> None:

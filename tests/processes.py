@@ -77,7 +77,7 @@ def started_server(
 
 def children_of(server: LocalServer, service: str) -> list[psutil.Process]:
     """The living processes of one of the two services, `API_WORKER` or `RUNNER`."""
-    return [child for child in psutil.Process(server.pid).children() if _service_of(child) == service]
+    return [child for child in psutil.Process(server.pid).children() if service_of(child) == service]
 
 
 def runner_of(server: LocalServer) -> psutil.Process:
@@ -134,12 +134,22 @@ def run_alone(service: str, environment: Mapping[str, str]) -> Refusal:
     return Refusal(ended.returncode, ended.stdout)
 
 
-def _service_of(process: psutil.Process) -> str | None:
-    try:
-        words = process.cmdline()
-    except psutil.Error:  # it has just ended
-        return None
+def service_of(process: psutil.Process) -> str | None:
+    """Which of the two services this is a process of; None: of neither."""
+    words = _words(process)
     return words[words.index("--service-name") + 1] if "--service-name" in words else None
+
+
+def is_decoder(process: psutil.Process) -> bool:
+    """Whether this process decodes images for an API worker."""
+    return "sam3_runner.images.decoder" in _words(process)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def changed_environment(data_dir: Path, changes: Mapping[str, str | None]) -> dict[str, str]:

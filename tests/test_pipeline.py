@@ -10,10 +10,12 @@ from math import inf, nan
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import psutil
 import pytest
+from PIL import Image
 
 from contract import BatchRequest, Failure, PredictRequest
-from pipeline import Pipeline
+from pipeline import IMAGE_SLOTS, Pipeline
 from recovery import Recovery
 from results import Claim, Outbox, SqliteResults, StoredResult, Task, open_outbox
 from sam3_runner import Instance, MaskCrop, ModelNotLoaded, PredictResult, RunnerStopped
@@ -22,7 +24,8 @@ from sam3_runner.engine import EngineStatus
 from settings import Settings
 from storage import LocalFolder, StorageUnavailable
 from tests.drawn import scene
-from tests.edge import png_bytes, wait_for
+from tests.edge import image_bytes, png_bytes, wait_for
+from tests.processes import is_decoder
 
 if TYPE_CHECKING:
     import logging
@@ -394,3 +397,49 @@ async def test_masks_of_a_failed_task_are_deleted(bench: Bench, monkeypatch: pyt
         lambda: (list(masks.rglob("*.png")), bench.on_disk("unneeded_masks")),
         lambda left: left == ([], 0),
     )
+
+
+def heavy_image() -> bytes:
+    """A small file of 25 megapixels."""
+    return image_bytes(Image.new("RGB", (5000, 5000)), "JPEG")
+
+
+def decoder() -> psutil.Process:
+    """The process that decodes; there is one as long as one image is decoded at a time."""
+    [process] = [each for each in psutil.Process().children() if is_decoder(each)]
+    return process
+
+
+async def test_repeats_decode_nothing(bench: Bench) -> None:
+    """A task that is done is answered again without its image being decoded."""
+    bench.objects.put_upload(bench.image, heavy_image())
+    answer = await bench.send()
+    before_s = decoder().cpu_times().user
+    for _ in range(5):
+        assert await bench.send(bench.sent[0]) == answer
+    assert decoder().cpu_times().user - before_s < 0.1
+
+
+async def test_heavy_images_keep_nobody_waiting(bench: Bench) -> None:
+    """However many heavy images wait for their turn, an ordinary one is done beside them."""
+    ordinary = bench.image
+    bench.image = f"uploads/{USER}/heavy"
+    bench.objects.put_upload(bench.image, heavy_image())
+    heavy = [asyncio.create_task(bench.send()) for _ in range(2 * IMAGE_SLOTS)]
+    await asyncio.to_thread(wait_for, bench.on_disk, lambda begun: begun == len(heavy))
+    bench.image = ordinary
+    await bench.send()
+    assert len([each for each in heavy if not each.done()]) > IMAGE_SLOTS
+    await asyncio.gather(*heavy)
+
+
+async def test_stop_keeps_images_that_wait(bench: Bench) -> None:
+    """At a stop what is being decoded is done, and what waits for its turn is kept for the next server."""
+    bench.objects.put_upload(bench.image, heavy_image())
+    heavy = [asyncio.create_task(bench.send()) for _ in range(6)]
+    await asyncio.to_thread(wait_for, bench.on_disk, lambda begun: begun == len(heavy))
+    await bench.outbox.excuse()
+    answers = await asyncio.gather(*heavy, return_exceptions=True)
+    kept = [each for each in answers if isinstance(each, Failure)]
+    assert {(each.code, each.status) for each in kept} == {("MODEL_NOT_LOADED", 503)}
+    assert 3 < len(kept) == bench.on_disk()

@@ -33,8 +33,6 @@ logger = logging.getLogger("bentoml.sam3")
 ROOT = Path(__file__).parents[2]
 LENGTH = struct.Struct(">Q")
 """Stands before everything that crosses, as in decoder.py: how many bytes follow."""
-LARGE_PX = 2**24
-"""Images of more pixels are decoded one at a time, so that their memory does not add up."""
 STREAM_LIMIT_BYTES = 2**22
 """A square of SAM 3 waits in the pipe's buffer without stopping its decoder."""
 
@@ -52,13 +50,12 @@ class ImageDecoders:
 
     Args:
         side_px: of the model's square.
-        count: processes at most, two or more: one may be busy with a large image.
+        count: processes at most.
     """
 
     def __init__(self, *, side_px: int, count: int) -> None:
         self._side_px = side_px
         self._places = asyncio.Semaphore(count)
-        self._large = asyncio.Semaphore(1)
         self._idle: list[Process] = []
 
     async def start(self) -> None:
@@ -72,8 +69,7 @@ class ImageDecoders:
             UnsupportedImage: the pixels are damaged, or take too much time or memory, or crash a decoder.
             DecoderFailed: the decoder cannot work, whatever the file.
         """
-        large = file.width * file.height > LARGE_PX
-        async with self._large if large else contextlib.nullcontext(), self._places:
+        async with self._places:
             try:
                 return await self._decode_once(file)
             except _Killed as killed:

@@ -18,6 +18,9 @@ MAX_SIDE_PX = 65_535
 MAX_DECODE_BYTES = 405_000_000
 """What decoding one image may hold at once. With code and bands of pixels a process stays below 450 MB."""
 
+HEAVY_PX = 24_000_000
+"""Of `ImageFile.work_px`: a photo of 20 megapixels, a progressive one of 8. About half a second of a core."""
+
 MAX_PROFILE_BYTES = 4 * 2**20
 """Longer colour profiles are left out. Those of printers, the longest in use, have 0.5 to 3 MB."""
 
@@ -31,6 +34,7 @@ class ImageFile:
         data: the file without the pieces that its pixels do not need.
         width, height: px, as they are stored.
         decode_bytes: what decoding holds at once, without `data`.
+        scans: passes over the image in which its pixels are coded.
         orientation: EXIF's, 1 to 8; 1 where there is none, or none that can be read.
         icc_profile: the colour profile; empty where there is none, or none that can be read.
         reduced_bytes: the same as `decode_bytes` when a JPEG is decoded at half its size.
@@ -43,12 +47,21 @@ class ImageFile:
     width: int
     height: int
     decode_bytes: int
+    scans: int = 1
     orientation: int = 1
     icc_profile: bytes = b""
     reduced_bytes: int | None = None
     reduced: bool = False
     frame_left: int = 0
     frame_top: int = 0
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether decoding takes so long that such images should not keep others waiting.
+
+        A scan of a JPEG costs about a fifth of what making and resizing the pixels does.
+        """
+        return self.width * self.height * (5 + self.scans) > 5 * HEAVY_PX
 
 
 def damaged(detail: str) -> UnsupportedImage:

@@ -70,6 +70,7 @@ def read_jpeg(data: bytes) -> ImageFile:
         height,
         decode_bytes=held + pixels,
         reduced_bytes=held + pixels // 4,
+        scans=walk.scans,
         orientation=orientation_of(walk.exif),
         icc_profile=_profile(walk.profile_parts),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +22,12 @@ class Clock:
     """The wall clock of one server; does nothing where it cannot be set.
 
     Attributes:
-        is_wrong: it differs from this machine's now.
+        wrong_until_s: when it last differed from this machine's, by the monotonic clock; infinity while it
+            does.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.is_wrong = False
+        self.wrong_until_s = -math.inf
         self._file = folder / f"clock-{name}"
         self._file.write_bytes(struct.pack("l", 0))
         self._library = folder / f"wrong-clock-{name}.so"
@@ -41,13 +44,13 @@ class Clock:
     @contextlib.contextmanager
     def wrong_by(self, offset_s: int) -> Iterator[None]:
         """The clock is that much ahead until the end of the block."""
-        self.is_wrong = True
+        self.wrong_until_s = math.inf
         self._set(offset_s)
         try:
             yield
         finally:
             self._set(0)
-            self.is_wrong = False
+            self.wrong_until_s = time.monotonic()
 
     def _set(self, offset_s: int) -> None:
         with self._file.open("r+b") as file:  # the same file: the processes have mapped it

@@ -7,14 +7,14 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
+import psutil
+
 from tests.faults import clock
 from tests.faults.diary import drawn
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterator
-
-    import psutil
 
     from tests.faults.servers import Server
     from tests.faults.stage import Stage
@@ -51,6 +51,7 @@ class Harms:
         weights: list[tuple[int, Callable[[Server, random.Random], None]]] = [
             (3, self._kill_runner),
             (3, self._kill_worker),
+            (2, self._kill_decoder),
             (1, self._kill_supervisor),
             (2, self._kill_all),
             (2, self._stop_runner),
@@ -95,6 +96,12 @@ class Harms:
         if workers := server.workers():
             self._diary.fault("API worker killed", server.name)
             server.kill(rng.choice(workers))
+
+    def _kill_decoder(self, server: Server, rng: random.Random) -> None:
+        if decoders := server.decoders():
+            self._diary.fault("decoder killed", server.name)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rng.choice(decoders).kill()
 
     def _kill_supervisor(self, server: Server, _: random.Random) -> None:
         self._diary.fault("supervisor killed", server.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import psutil
 import local_server
 from local_server import clean_environment, server_command
 from tests.faults.clock import Clock
+from tests.processes import API_WORKER, is_decoder, service_of
 from tests.services.processes import free_ports, http_status, wait_until
 
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ class Server:
         self._environment |= self.clock.environment()
         self._process: subprocess.Popen[bytes] | None = None
         self._orphans: list[psutil.Process] = []
-        self._killed = self._may_refuse = False
+        self._killed = False
+        self._started_s = self._disk_full_until_s = -math.inf
         self._wanted = threading.Event()
         self._lock = threading.RLock()
         self._keeper: threading.Thread | None = None
@@ -137,9 +140,11 @@ class Server:
 
     def workers(self) -> list[psutil.Process]:
         """The API workers."""
-        runner = self.runner()
-        children = [each for each in self.processes()[1:] if each != runner]
-        return [each for each in children if _memory(each) > 60e6]
+        return [each for each in self.processes() if service_of(each) == API_WORKER]
+
+    def decoders(self) -> list[psutil.Process]:
+        """The processes that decode, of all API workers."""
+        return [each for each in self.processes() if is_decoder(each)]
 
     def kill_all(self) -> None:
         """SIGKILL to all processes as if at one moment: none may see another die."""
@@ -192,7 +197,7 @@ class Server:
     def full_disk(self) -> Iterator[None]:
         """No byte more fits into DATA_DIR until the end of the block."""
         filler = self.data_dir / "filler"
-        self._may_refuse = True
+        self._disk_full_until_s = math.inf
         try:
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 for size in (1 << 16, 1 << 12, 1):
@@ -202,7 +207,7 @@ class Server:
             yield
         finally:
             filler.unlink(missing_ok=True)
-            self._may_refuse = False
+            self._disk_full_until_s = time.monotonic()
 
     def _stop_keeping(self) -> None:
         self._wanted.clear()
@@ -226,7 +231,8 @@ class Server:
         last = self.log_path.read_text(errors="replace").splitlines()[-1:]
         text = f"server {self.name} ended by itself with status {self._process.returncode}: {last}"
         self._diary.fault("(refused start)", text)
-        if not self._may_refuse and not self.clock.is_wrong:
+        # What was wrong while it started may be healed by the time at which it says so.
+        if self._started_s > max(self._disk_full_until_s, self.clock.wrong_until_s):
             self._diary.violated("the server runs", text)
         time.sleep(1.0)
 
@@ -252,6 +258,7 @@ class Server:
         self.generation += 1
         self.starts += 1
         self.serving = self._killed = False
+        self._started_s = time.monotonic()
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 server_command(self._port),
@@ -276,10 +283,3 @@ def _is_gone(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() in _GONE
     except psutil.NoSuchProcess:
         return True
-
-
-def _memory(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0

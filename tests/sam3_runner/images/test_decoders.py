@@ -23,6 +23,7 @@ from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.image_file import ImageFile
 from sam3_runner.images.read import read_image_file
 from tests.image_files import FORMATS, encoded, noise, png_of, with_scans
+from tests.processes import is_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -68,14 +69,7 @@ def slow(scans: int) -> ImageFile:
 
 def processes() -> list[psutil.Process]:
     """The living processes that decode for this one."""
-    found = []
-    for child in psutil.Process().children():
-        try:
-            if "sam3_runner.images.decoder" in child.cmdline():
-                found.append(child)
-        except psutil.Error:
-            continue  # it has just ended
-    return found
+    return [child for child in psutil.Process().children() if is_decoder(child)]
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -195,25 +189,6 @@ def test_cancelled_decoding_ends() -> None:
         assert (await decoders.decode(file_of("PNG"))).width == 200
 
     with_decoders(work)
-
-
-def test_large_images_leave_room() -> None:
-    """Large images are decoded one after another, and a small one passes them."""
-    ended: list[str] = []
-
-    async def decode(decoders: ImageDecoders, name: str, file: ImageFile) -> None:
-        await decoders.decode(file)
-        ended.append(name)
-
-    async def work(decoders: ImageDecoders) -> None:
-        large = [asyncio.create_task(decode(decoders, "large", slow(60))) for _ in range(2)]
-        await asyncio.to_thread(wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4])
-        await decode(decoders, "small", file_of("PNG"))
-        await asyncio.gather(*large)
-
-    with_decoders(work)
-    assert ended.index("small") < 2
-    assert ended.count("large") == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

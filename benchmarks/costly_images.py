@@ -1,0 +1,257 @@
+"""What may one picture cost, and what does it cost others?
+
+Starts the real server (one API worker, demo checkpoint). First it sends each picture alone, honest ones of
+50 and 67 megapixels and costly ones, and notes the answer, the time of the request, and the highest resident
+memory of the worker and of its largest decoder. Then it sends forty costly pictures at once and, beside them,
+good requests one after another; at last it orders the stop while forty more are in work. Linux only.
+
+    python -m benchmarks.costly_images            # tables
+    python -m benchmarks.costly_images --record   # also appends to benchmarks/costly_images.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import statistics
+import struct
+import sys
+import tempfile
+import time
+import uuid
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image
+
+from benchmarks.pictures import FIRST_SEED, Scene
+from benchmarks.table import processor, record
+from local_server import LocalServer, local_server
+from storage import LocalFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+USER_ID = "bench"
+RESULTS = Path(__file__).parent / "costly_images.csv"
+AT_ONCE = 40
+GOOD_REQUESTS = 20
+TIMEOUT_S = 120.0
+
+
+@cache
+def photo(width: int, height: int) -> Image.Image:
+    """A picture with detail everywhere, as a camera's."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    """`image` as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def flat(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """A picture of one colour, which is a small file of any size."""
+    return Image.new(mode, (width, height))
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def with_chunks(chunk: bytes) -> bytes:
+    """A small PNG filled up to 9 MB with one chunk again and again."""
+    data = encoded(flat(100, 100), "PNG")
+    return data[:33] + chunk * (9_000_000 // len(chunk)) + data[33:]
+
+
+def with_segments(body: bytes) -> bytes:
+    """A small JPEG filled up to 9 MB with one EXIF segment again and again."""
+    segment = struct.pack(">HH", 0xFFE1, len(body) + 2) + body
+    data = encoded(flat(100, 100), "JPEG")
+    return data[:2] + segment * (9_000_000 // len(segment)) + data[2:]
+
+
+def with_scans(width: int, height: int, scans: int) -> bytes:
+    """A progressive JPEG that has its last scan again and again, `scans` in all."""
+    data = encoded(flat(width, height), "JPEG", progressive=True)
+    more = scans - data.count(b"\xff\xda")
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + data[-2:]
+
+
+PICTURES: dict[str, Callable[[], bytes]] = {
+    "JPEG 1280 x 720": lambda: encoded(photo(1280, 720), "JPEG"),
+    "JPEG 8160 x 6144": lambda: encoded(photo(8160, 6144), "JPEG"),
+    "JPEG 8192 x 8192": lambda: encoded(photo(8192, 8192), "JPEG"),
+    "progressive JPEG 8160 x 6144": lambda: encoded(photo(8160, 6144), "JPEG", progressive=True),
+    "progressive JPEG 8192 x 6144, 4:4:4": lambda: encoded(
+        photo(8192, 6144), "JPEG", progressive=True, subsampling=0
+    ),
+    "progressive JPEG 8192 x 8192": lambda: encoded(photo(8192, 8192), "JPEG", progressive=True),
+    "JPEG 8192 x 8192 of CMYK": lambda: encoded(flat(8192, 8192, "CMYK"), "JPEG"),
+    "WEBP 8160 x 6144": lambda: encoded(photo(8160, 6144), "WEBP", quality=60, method=0),
+    "lossless WEBP 8160 x 6144 with alpha": lambda: encoded(
+        flat(8160, 6144, "RGBA"), "WEBP", lossless=True, method=0
+    ),
+    "PNG 8192 x 8192 with alpha": lambda: encoded(flat(8192, 8192, "RGBA"), "PNG", compress_level=1),
+    "PNG 65535 x 1024": lambda: encoded(flat(65535, 1024), "PNG", compress_level=1),
+    "PNG 1024 x 65535": lambda: encoded(flat(1024, 65535), "PNG", compress_level=1),
+    "PNG 1 x 65535": lambda: encoded(flat(1, 65535), "PNG"),
+    "progressive JPEG 8160 x 6144, 39 scans": lambda: with_scans(8160, 6144, 39),
+    "progressive JPEG 4472 x 4472, 100 scans": lambda: with_scans(4472, 4472, 100),
+    "PNG 1 x 50,000,000": lambda: encoded(flat(1, 50_000_000, "1"), "PNG"),
+    "PNG 50,000,000 x 1": lambda: encoded(flat(50_000_000, 1, "1"), "PNG"),
+    "JPEG of 100,000 scans": lambda: with_scans(64, 64, 100_000)[: 9 * 2**20] + b"\xff\xd9",
+    "JPEG of odd EXIF segments": lambda: with_segments(b"Exif\0\0II*\0\0\0\0\0"),
+    "PNG of text keys": lambda: with_chunks(png_chunk(b"tEXt", b"key%d\0")),
+    "PNG of private chunks": lambda: with_chunks(png_chunk(b"prVt", b"")),
+    "PNG of empty IDAT chunks": lambda: with_chunks(png_chunk(b"IDAT", b"")),
+}
+CROWD = "progressive JPEG 4472 x 4472, 100 scans"
+"""Of what is decoded at all, the most work."""
+
+
+class Client:
+    """Calls the server for one user."""
+
+    def __init__(self, server: LocalServer) -> None:
+        self.server = server
+        self._http = httpx.Client(base_url=server.url, headers=server.headers, timeout=TIMEOUT_S)
+        self._objects = LocalFolder(server.data_dir / "storage")
+
+    def upload(self, data: bytes) -> str:
+        """The key of an image that is stored."""
+        key = f"uploads/{USER_ID}/{uuid.uuid4()}"
+        self._objects.put_upload(key, data)
+        return key
+
+    def ask(self, key: str) -> tuple[int, float]:
+        """Status and time in s of one request."""
+        body = {"image_url": key, "user_id": USER_ID, "task_id": str(uuid.uuid4()), "text_prompt": "circle"}
+        started_s = time.perf_counter()
+        status = self._http.post("/api/v1/predict", json=body).status_code
+        return status, time.perf_counter() - started_s
+
+
+def main() -> int:
+    """Measure, print, and record if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    parser.add_argument("--only", help="pictures whose name holds this")
+    arguments = parser.parse_args()
+    names = [name for name in PICTURES if (arguments.only or "") in name]
+    machine = {
+        "measured": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} x {processor()}",
+        "python": platform.python_version(),
+    }
+    with tempfile.TemporaryDirectory() as folder, local_server(Path(folder), {"API_WORKERS": "1"}) as server:
+        client = Client(server)
+        client.ask(client.upload(PICTURES["JPEG 1280 x 720"]()))
+        rows = [machine | row for row in _alone(client, names)]
+        _beside(client)
+        stopped_s = _stop_in_the_middle(client)
+    sys.stdout.write(f"the stop with {AT_ONCE} of them in work took {stopped_s:.1f} s\n")
+    if arguments.record:
+        record(RESULTS, rows)
+    return 0
+
+
+def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
+    """Each picture, three times; what the processes held at most."""
+    heads = ("MB", "status", "s", "worker MB", "decod. MB")
+    sys.stdout.write(f"{'picture':42} {' '.join(f'{head:>9}' for head in heads)}\n")
+    for name in names:
+        data = PICTURES[name]()
+        key = client.upload(data)
+        _forget_peaks(client.server)
+        asked = [client.ask(key) for _ in range(3)]
+        worker_mb, decoder_mb = _peaks_mb(client.server)
+        row = {
+            "picture": name,
+            "file_mb": round(len(data) / 1e6, 2),
+            "status": asked[0][0],
+            "request_s": round(statistics.median(elapsed_s for _, elapsed_s in asked), 2),
+            "worker_peak_mb": worker_mb,
+            "decoder_peak_mb": decoder_mb,
+        }
+        sys.stdout.write(f"{name:42} {' '.join(f'{value:>9}' for value in list(row.values())[1:])}\n")
+        sys.stdout.flush()
+        yield row
+
+
+def _beside(client: Client) -> None:
+    """A good request's time, alone and beside forty costly pictures."""
+    good, costly = client.upload(Scene(FIRST_SEED).jpeg), client.upload(PICTURES[CROWD]())
+    alone = [client.ask(good)[1] for _ in range(GOOD_REQUESTS)]
+    with ThreadPoolExecutor(AT_ONCE) as crowd:
+        costs = [crowd.submit(client.ask, costly) for _ in range(AT_ONCE)]
+        time.sleep(1.0)  # they are on their way; the measurement goes on while they are
+        beside: list[float] = []
+        while len(beside) < GOOD_REQUESTS and not all(cost.done() for cost in costs):
+            beside.append(client.ask(good)[1])
+        statuses = sorted({cost.result()[0] for cost in costs})
+    sys.stdout.write(
+        f"a good request: alone {statistics.median(alone):.2f} s, at most {max(alone):.2f} s\n"
+        f"beside {AT_ONCE} x {CROWD}: {statistics.median(beside):.2f} s, at most {max(beside):.2f} s "
+        f"({len(beside)} requests); answers to the others {statuses}\n"
+    )
+
+
+def _stop_in_the_middle(client: Client) -> float:
+    """Time in s from the order to stop to the end of the last process."""
+    costly = client.upload(PICTURES[CROWD]())
+    with ThreadPoolExecutor(AT_ONCE) as crowd:
+        for _ in range(AT_ONCE):
+            crowd.submit(client.ask, costly)
+        time.sleep(1.0)  # they are on their way
+        server = psutil.Process(client.server.pid)
+        processes = [server, *server.children(recursive=True)]
+        started_s = time.perf_counter()
+        server.terminate()
+        psutil.wait_procs(processes, timeout=TIMEOUT_S)
+        return time.perf_counter() - started_s
+
+
+def _worker_and_decoders(server: LocalServer) -> tuple[int, list[int]]:
+    """Their process ids."""
+    for child in psutil.Process(server.pid).children():
+        decoders = [each.pid for each in child.children() if "sam3_runner.images.decoder" in each.cmdline()]
+        if decoders:
+            return child.pid, decoders
+    raise RuntimeError("no process decodes")
+
+
+def _forget_peaks(server: LocalServer) -> None:
+    worker, decoders = _worker_and_decoders(server)
+    for pid in (worker, *decoders):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def _peaks_mb(server: LocalServer) -> tuple[int, int]:
+    worker, decoders = _worker_and_decoders(server)
+    return _peak_mb(worker), max(map(_peak_mb, decoders))
+
+
+def _peak_mb(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    [peak] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    return round(int(peak) / 1000)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
