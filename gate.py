@@ -56,7 +56,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        answer = _Answer(send, _request_id(headers))
+        answer = _Answer(send, request_id_of(headers))
         scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             self._check_key(scope, headers)
@@ -158,6 +158,7 @@ class _Answer:
         return b"x-request-id", self.request_id.encode()
 
 
-def _request_id(headers: dict[bytes, bytes]) -> str:
+def request_id_of(headers: dict[bytes, bytes]) -> str:
+    """The caller's X-Request-ID if it is a proper one, else a new id."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

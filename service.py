@@ -27,6 +27,7 @@ from starlette.routing import Match
 
 import data_lock
 import process_identity
+from connections import Connections
 from contract import (
     BatchRequest,
     BatchResponse,
@@ -108,6 +109,9 @@ def expected_checkpoint(settings: Settings) -> Checkpoint:
 
 settings, refusal = _settings_or_defaults()
 
+connections = Connections(settings.max_connections, settings.max_in_flight)
+connections.install()
+
 app = FastAPI(
     title="SAM3 inference backend",
     version=VERSION,
@@ -160,6 +164,7 @@ class SegmentationService:
 
     def __init__(self) -> None:
         _begin_to_serve(stop_first=True)
+        connections.bound()
         self._runner = RunnerClient(
             self.runner, RunnerLife(settings.data_dir / RUNNER_NOTE, process_identity.is_alive)
         )

@@ -132,6 +132,9 @@ class Settings(WeightsSettings, DataSettings):
     max_in_flight: int = Field(
         256, ge=1, description="requests an API worker works on at once; more are told 429"
     )
+    max_connections: int = Field(
+        1024, ge=16, description="an API worker holds at once; more close those that wait longest"
+    )
     request_timeout_s: float = Field(60.0, gt=0, le=600, description="from claim to answer")
     outage_limit_s: float = Field(
         900.0, ge=0, description="a claimed task that waits longer for R2 or the model ends as error"
