@@ -19,6 +19,7 @@ import psutil
 from bentoml._internal.utils import circus as bentoml_circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
+from prometheus_client import multiprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -39,14 +40,15 @@ STOP_AGAIN_S = 0.05
 def supervise() -> None:
     """Make BentoML's supervisor start every dead process anew, and remove the sockets between them last.
 
-    By default it looks every ten seconds, starts nothing anew in a container, and removes the sockets
-    first. Call it in the supervisor's process before it starts the others (private names of the pinned
-    bentoml 1.4.39).
+    By default it looks every ten seconds, starts nothing anew in a container, removes the sockets first,
+    and takes commands on a port of the loopback. Call it in the supervisor's process before it starts the
+    others (private names of the pinned bentoml 1.4.39).
     """
     start = bentoml_circus.Arbiter.start
 
     def start_supervised(arbiter: bentoml_circus.Arbiter, cb: Callable[[Any], Any] | None = None) -> None:
         _wait_by_monotonic_time(arbiter)
+        _take_no_commands(arbiter)
         _look_often(arbiter)
         for watcher in arbiter.watchers:
             watcher.respawn = True
@@ -55,6 +57,18 @@ def supervise() -> None:
 
     bentoml_circus.Arbiter.start = start_supervised  # type: ignore[method-assign, assignment]
     bentoml_circus.Arbiter.stop = _stop  # type: ignore[method-assign, assignment]
+
+
+def _take_no_commands(arbiter: bentoml_circus.Arbiter) -> None:
+    """Keep the supervisor's control and its events inside its process, where nobody else can reach them.
+
+    On their ports any process of the machine may ask for the environment, which holds the API key and the
+    stores' secrets, and may stop the server. Nothing but `bentoml serve --reload` uses them.
+    """
+    if any(arbiter.endpoint in str(watcher.cmd) for watcher in arbiter.watchers):
+        logger.warning("--reload has no effect: this server's supervisor takes no commands")
+    arbiter.endpoint = arbiter.ctrl.endpoint = "inproc://control"
+    arbiter.pubsub_endpoint = "inproc://events"
 
 
 def _wait_by_monotonic_time(arbiter: bentoml_circus.Arbiter) -> None:
@@ -104,6 +118,10 @@ def _stop(arbiter: bentoml_circus.Arbiter) -> object:
 
 
 def _tell_of_death(*, watcher: Watcher, process_pid: int, exit_code: int, **_: object) -> None:
+    # What it had in progress would be counted for ever.
+    multiprocess.mark_process_dead(  # type: ignore[no-untyped-call]
+        process_pid, watcher.env["PROMETHEUS_MULTIPROC_DIR"]
+    )
     if not watcher.is_stopping():
         logger.warning(
             "process %d (%s) ended with status %s: another is started", process_pid, watcher.name, exit_code

@@ -67,9 +67,10 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append("look")
         raise OSError("no more processes")
 
-    watcher = SimpleNamespace(respawn=False, hooks={}, spawn_process=lambda: 1.0)
+    watcher = SimpleNamespace(respawn=False, hooks={}, cmd="python", spawn_process=lambda: 1.0)
     arbiter: Any = SimpleNamespace(
         watchers=[watcher],
+        endpoint="tcp://127.0.0.1:1",
         ctrl=SimpleNamespace(check_delay=10_000),
         loop=SimpleNamespace(call_later=lambda _delay_s, call: later.append(call)),
         manage_watchers=manage_watchers,
