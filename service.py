@@ -41,6 +41,7 @@ from contract import (
     invalid_request,
 )
 from gate import Gate
+from metrics import count_by_route
 from pipeline import Pipeline
 from recovery import Recovery
 from results import OUTBOX_FILE, ResultsError, SqliteResults, open_outbox, salvage_attempts
@@ -129,6 +130,8 @@ if settings.allowed_origins:
         allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"],
         expose_headers=["X-Request-ID", "Retry-After"],
     )
+
+count_by_route(lambda: app.openapi()["paths"])
 
 # Gate checks the key; this tells the documentation that there is one.
 NEEDS_KEY = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))]

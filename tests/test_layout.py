@@ -22,6 +22,7 @@ ALLOWED = {
     "data_lock": {"process_identity", "settings"},
     "gate": {"contract"},
     "connections": {"contract", "gate"},
+    "metrics": set(),
     "contract": set(PACKAGES),
     "pipeline": {"contract", "settings", *PACKAGES},
     "recovery": {"contract", "pipeline", *PACKAGES},
@@ -31,6 +32,7 @@ ALLOWED = {
             "contract",
             "data_lock",
             "gate",
+            "metrics",
             "pipeline",
             "process_identity",
             "recovery",
@@ -52,8 +54,8 @@ VENDORS = {
     "botocore": {"storage"},
     "sqlite3": {"results"},
     "fastapi": {"service"},
-    "starlette": {"service"},
-    "bentoml": {"service", "sam3_runner"},
+    "starlette": {"service", "metrics"},
+    "bentoml": {"service", "metrics", "sam3_runner"},
 }
 """The only parts that may know each of these."""
 

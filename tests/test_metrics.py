@@ -1,0 +1,116 @@
+"""What /metrics says, and what strangers cannot make it say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.drawn import scene
+from tests.edge import PREDICT, Edge, png_bytes, wait_for
+from tests.processes import API_WORKER, children_of, kill, started_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from local_server import LocalServer
+
+pytestmark = pytest.mark.server
+
+OURS = {"/health", PREDICT, "/api/v1/predict/batch", "/api/v1/model/info"}
+BENTOML = {"/", "/docs.json", "/schema.json", "/livez", "/readyz", "/healthz", "/static_content/"}
+RUNNER = {"/segment", "/status"}
+ALL = OURS | BENTOML | RUNNER | {"other"}
+
+
+def scrape(server: LocalServer) -> str:
+    return httpx.get(f"{server.url}/metrics", timeout=60).raise_for_status().text
+
+
+def samples(server: LocalServer, name: str) -> list[tuple[dict[str, str], float]]:
+    """The labels and the value of each series of this name."""
+    return [
+        (sample.labels, sample.value)
+        for family in text_string_to_metric_families(scrape(server))
+        for sample in family.samples
+        if sample.name == name
+    ]
+
+
+def total(server: LocalServer, name: str, **labels: str) -> float:
+    """The sum over the series that have these labels."""
+    return sum(value for found, value in samples(server, name) if labels.items() <= found.items())
+
+
+def test_unknown_paths_make_no_series(server: LocalServer) -> None:
+    """Whatever paths and methods strangers think of, /metrics stays as small as it was."""
+    with httpx.Client(base_url=server.url) as stranger:
+
+        def ask(count: int) -> None:
+            for _ in range(count):
+                stranger.get(f"/{uuid4()}")
+                stranger.get(f"/api/v1/{uuid4()}", headers=server.headers)
+                stranger.get(f"/static_content/{uuid4()}")
+                stranger.request("PROPFIND", f"/health/{uuid4()}")
+
+        ask(10)  # both API workers have met each kind
+        before = scrape(server)
+        ask(100)
+        after = scrape(server)
+    assert len(after.splitlines()) <= len(before.splitlines()) + 60  # one status more, at most
+    endpoints = {
+        sample.labels["endpoint"]
+        for family in text_string_to_metric_families(after)
+        for sample in family.samples
+        if "endpoint" in sample.labels
+    }
+    assert endpoints <= ALL
+    assert total(server, "bentoml_service_request_total", endpoint="other") >= 300
+
+
+def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edge) -> None:
+    """A route's requests, their statuses and durations are at /metrics, and so are the runner's batches."""
+    count = "bentoml_service_request_total"
+    duration = "bentoml_service_request_duration_seconds_count"
+    batches = "bentoml_service_adaptive_batch_size_count"
+    good = {"endpoint": PREDICT, "http_response_code": "200", "runner_name": "sam3"}
+    refused = {"endpoint": PREDICT, "http_response_code": "401", "runner_name": "sam3"}
+    before = [total(server, count, **good), total(server, count, **refused), total(server, duration, **good)]
+    batches_before = total(server, batches)
+    edge.answer(png_bytes(scene(100).image), "circle")
+    httpx.post(f"{server.url}{PREDICT}", json={})
+    after = [total(server, count, **good), total(server, count, **refused), total(server, duration, **good)]
+    assert after == [value + 1 for value in before]
+    assert total(server, batches) > batches_before
+
+
+def test_in_progress_falls_to_zero(tmp_path: Path) -> None:
+    """What was in progress in a process that was killed is not counted for ever."""
+    name = "bentoml_service_request_in_progress"
+    with started_server(tmp_path, {"API_WORKERS": "1"}) as (server, _), Edge(server) as edge:
+        wait_for(lambda: _is_ready(server), bool)
+        [worker] = children_of(server, API_WORKER)
+        body = edge.body(edge.upload(png_bytes(scene(100).image)), "circle")
+
+        def half_a_body() -> Iterator[bytes]:
+            yield b"{"
+            assert total(server, name, endpoint=PREDICT) == 1
+            kill(worker)
+            yield b"}"
+
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"{server.url}{PREDICT}", content=half_a_body(), headers=server.headers)
+        wait_for(lambda: _is_ready(server), bool)
+        assert total(server, name, endpoint=PREDICT) == 0
+        assert edge.send(body).status_code == httpx.codes.OK
+
+
+def _is_ready(server: LocalServer) -> bool:
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=60).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
