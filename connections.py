@@ -34,13 +34,13 @@ MAX_HEAD_BYTES = 32 * 1024
 """URL and headers. nginx takes 32 KiB, Node.js 16; a Worker sends about 1."""
 FEED_BYTES = 16 * 1024
 """Handed to the parser at once, which tells of whole headers only: so much more it may hold."""
-MAX_PIPELINED = 16
-"""Requests that were sent before the first one's answer; hardly any client sends even two."""
 
 HEAD_TIMEOUT_S = 10.0
 """From the connection, or the first byte after an answer, to the end of the head. As long as a body has."""
 ANSWER_TIMEOUT_S = 30.0
 """A caller that takes less than 48 KiB of its answer (uvloop's buffer) in this time does not want it."""
+STOP_TIMEOUT_S = 5.0
+"""The longest of these waits once the server stops."""
 LINGER_S = 2.0
 """A caller that is refused while it sends gets so long to read why."""
 
@@ -65,7 +65,6 @@ TOO_LATE = Failure(
 )
 NOT_HTTP = Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, "what was sent is not an HTTP/1.1 request")
 NO_WEBSOCKET = Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, "this server does not speak WebSocket")
-TOO_MANY_PIPELINED = Failure("OVERLOADED", HTTPStatus.TOO_MANY_REQUESTS, "too many pipelined requests")
 FULL = Failure(
     "OVERLOADED",
     HTTPStatus.TOO_MANY_REQUESTS,
@@ -98,7 +97,7 @@ class Connections:
         """
         HTTP_PROTOCOLS["auto"] = self.protocol  # type: ignore[assignment] # uvicorn takes a callable too
 
-    def bound(self) -> None:
+    def apply(self) -> None:
         """From now on this process bounds its connections; others, such as the runner's, never call this."""
         self._bounded = True
         files = allow_open_files(self._max_connections + self._files_beside)
@@ -191,6 +190,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._all = all_connections
         self._phase: _Phase | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._longest_wait_s = ANSWER_TIMEOUT_S
         self._deaf = False
         self._head_bytes = 0
         self._held_bytes = 0
@@ -238,6 +238,8 @@ class BoundedProtocol(HttpToolsProtocol):
         return refusal is None
 
     def on_message_begin(self) -> None:
+        if self._in_work:
+            raise _Refused(NOT_HTTP)  # pipelined: never said, since the one in work has the last answer
         super().on_message_begin()
         self._head_begun = True
         self._head_bytes = 0
@@ -260,8 +262,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_begun = False
         if self.parser.should_upgrade() and self._get_upgrade() == b"websocket":
             raise _Refused(NO_WEBSOCKET)
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise _Refused(TOO_MANY_PIPELINED)
         super().on_headers_complete()
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # the parser reads nothing after it
@@ -293,10 +293,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         super().shutdown()
+        self._longest_wait_s = STOP_TIMEOUT_S
+        self._phase = None  # a wait that goes on gets its new timer
         self._review()
 
     def refuse(self, failure: Failure) -> None:
-        """Answer, and read nothing more. What is in work is finished first, and is then the last answer."""
+        """Answer, and read nothing more. A request in work is finished, and its answer is the last."""
         self._deaf = True
         if not self._in_work:
             self._say(failure)
@@ -352,7 +354,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
         if phase in TIMEOUTS_S:
-            self._timer = self.loop.call_later(TIMEOUTS_S[phase], self._end_wait)
+            timeout_s = min(TIMEOUTS_S[phase], self._longest_wait_s)
+            self._timer = self.loop.call_later(timeout_s, self._end_wait)
 
     def _find_phase(self) -> _Phase:
         if self.transport.is_closing():

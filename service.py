@@ -167,7 +167,7 @@ class SegmentationService:
 
     def __init__(self) -> None:
         _begin_to_serve(stop_first=True)
-        connections.bound()
+        connections.apply()
         self._runner = RunnerClient(
             self.runner, RunnerLife(settings.data_dir / RUNNER_NOTE, process_identity.is_alive)
         )

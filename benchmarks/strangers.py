@@ -4,7 +4,8 @@ Starts the server as it is (demo checkpoint, two API workers, 1,024 open files a
 shells allow) and does to it what anybody can who reaches its port:
 
 - headers: one connection sends up to 256 MB of small headers, for at most ten seconds;
-- idle: 900 connections, then 5,000, are opened and say nothing; how long does a caller wait who comes then;
+- idle: 900 connections, then 5,000, are opened and say nothing, then 5,000 that begin a request of 30 KB and
+  do not end it; how long does a caller wait who comes then, and what do the last ones hold;
 - metrics: 5,000 unknown paths, and 100 of 60,000 characters, are asked for; what does a scrape cost.
 
     python -m benchmarks.strangers            # table, and one line of JSON last
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STRANGERS_CSV = Path(__file__).parent / "strangers.csv"
+BEGIN = b"GET /health HTTP/1.1\r\nHost: test\r\n"
 OPEN_FILES = 1024
 HEADERS_BYTES = 256 * 2**20
 HEADERS_S = 10.0
@@ -58,6 +60,7 @@ def main() -> int:
             **_headers(server),
             **_idle(server, 900),
             **_idle(server, 5000),
+            **_begun(server, 5000),
             **_metrics(server),
         }
     sys.stdout.write("\n".join(f"{key:24} {value}" for key, value in row.items()) + "\n\n")
@@ -72,7 +75,7 @@ def _headers(server: LocalServer) -> dict[str, object]:
     block = b"".join(b"x-%d: y\r\n" % number for number in range(100_000))
     sent, started_s = 0, time.monotonic()
     with _peak_growth_mb(server) as growth_mb, _connect(server) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: test\r\n")
+        connection.sendall(BEGIN)
         try:
             while sent < HEADERS_BYTES and time.monotonic() - started_s < HEADERS_S:
                 sent += connection.send(block)
@@ -90,16 +93,30 @@ def _headers(server: LocalServer) -> dict[str, object]:
 
 def _idle(server: LocalServer, count: int) -> dict[str, object]:
     """Connections that say nothing, and one more that asks."""
-    with ExitStack() as idle:
-        for _ in tqdm(range(count), desc="idle connections", disable=None):
-            idle.enter_context(_connect(server))
+    return {f"beside_{count}_idle_ms": _wait_ms(server, count, b"")}
+
+
+def _begun(server: LocalServer, count: int) -> dict[str, object]:
+    """The same, with most of a large head sent on each."""
+    begun = BEGIN + b"".join(b"x-%02d: " % number + b"y" * 1000 + b"\r\n" for number in range(30))
+    with _peak_growth_mb(server) as growth_mb:
+        waited_ms = _wait_ms(server, count, begun)
+    return {f"beside_{count}_begun_ms": waited_ms, "begun_growth_mb": round(growth_mb[0])}
+
+
+def _wait_ms(server: LocalServer, count: int, begun: bytes) -> object:
+    with ExitStack() as crowd:
+        for _ in tqdm(range(count), desc="connections", disable=None):
+            try:
+                crowd.enter_context(_connect(server)).sendall(begun)
+            except OSError:
+                break  # nobody takes more
         asked_s = time.monotonic()
         try:
             httpx.get(f"{server.url}/health", timeout=CALLER_S).raise_for_status()
-            waited_ms: object = round((time.monotonic() - asked_s) * 1000)
         except httpx.HTTPError:
-            waited_ms = "shut out"
-    return {f"beside_{count}_idle_ms": waited_ms}
+            return "shut out"
+        return round((time.monotonic() - asked_s) * 1000)
 
 
 def _metrics(server: LocalServer) -> dict[str, object]:
