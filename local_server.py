@@ -111,7 +111,7 @@ def clean_environment(data_dir: Path, api_key: str) -> dict[str, str]:
         if name not in own and not name.startswith(OWN_PREFIXES)
     }
     return inherited | {
-        "ENV_FILE": str(data_dir / "no.env"),
+        "ENV_FILE": os.devnull,
         "SAM3_WEIGHTS_PATH": "demo",
         "DATA_DIR": str(data_dir),
         "API_SECRET_KEY": api_key,

@@ -52,7 +52,14 @@ from sam3_runner.engine import EngineConfig
 from sam3_runner.liveness import RunnerLife, leave_note
 from sam3_runner.runner import runner_service
 from sam3_runner.supervision import leave_with, supervise, when_told_to_stop
-from settings import Settings, SettingsError, freeze_settings, load_settings, make_demo_key
+from settings import (
+    Settings,
+    SettingsError,
+    freeze_settings,
+    load_settings,
+    make_demo_key,
+    overlooked_variables,
+)
 from storage import LocalFolder, StorageError
 
 if TYPE_CHECKING:
@@ -194,6 +201,8 @@ class SegmentationService:
             asyncio.run(check_stores(checked))
         except (SettingsError, WeightsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
+        for warning in overlooked_variables():
+            logger.warning("%s", warning)
         supervise()
         if is_missing(checked.sam3_weights_path):
             logger.info(

@@ -1,7 +1,7 @@
 """The only place that reads the environment: every variable typed, read once, validated.
 
 `.env.example` lists the same variables, and a test holds the two together. A wrong value stops the
-start with one sentence that names the variable and the mend.
+start with one sentence that names the variable, the fault and the mend.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ import re
 import secrets
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
-from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from setting_text import TextRefused, checked_url, cleaned, hint, read_env_file, rule, shown, split_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_Read = TypeVar("_Read", bound=BaseSettings)
+_Read = TypeVar("_Read", bound=BaseModel)
 
 R2_REQUIRED = ("r2_endpoint", "r2_access_key_id", "r2_secret_access_key")
 SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
@@ -30,17 +38,19 @@ SAM3_COMMIT = "3c879f39826c281e95690f02c7821c4de09afae7"
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
 """Variables that start so and are not ours are taken for slips of the pen."""
 
+CLOSE = 0.85
+"""Of difflib: a variable of the host that is so like one of ours gets a warning. API_WORKER and
+REQUEST_TIMEOUT do; XDG_DATA_DIRS, HF_TOKEN_PATH and Kubernetes' API_WORKERS_PORT do not."""
+
 
 class SettingsError(Exception):
     """A variable is missing or wrong; the message is the sentence to print."""
 
 
-class WeightsSettings(BaseSettings):
+class WeightsSettings(BaseModel):
     """Where the weights lie, and where they come from when they do not: all that a download needs."""
 
-    model_config = SettingsConfigDict(
-        env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
-    )
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     sam3_weights_path: str = Field(
         "weights/sam3.pt", description="the weights, or the word demo for the embedded demo checkpoint"
@@ -53,10 +63,10 @@ class WeightsSettings(BaseSettings):
         SAM3_COMMIT, description="a commit, tag or branch of it; a commit alone never changes"
     )
 
-    @field_validator("hf_token")
+    @field_validator("sam3_weights_path")
     @classmethod
-    def _strip(cls, value: SecretStr | None) -> SecretStr | None:
-        return SecretStr(value.get_secret_value().strip()) if value else None  # a file's last line break
+    def _expand_weights_home(cls, value: str) -> str:
+        return os.path.expanduser(value)  # noqa: PTH111 - it may be the word demo
 
     @field_validator("sam3_hf_repo")
     @classmethod
@@ -66,23 +76,26 @@ class WeightsSettings(BaseSettings):
         return value
 
 
-class DataSettings(BaseSettings):
+class DataSettings(BaseModel):
     """Where the server keeps its files: all that its operator's commands need."""
 
-    model_config = SettingsConfigDict(
-        env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
-    )
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     data_dir: Path = Field(
         Path("data"),
         description="of the outbox, which should outlive a restart, and of the embedded storage and results",
     )
 
+    @field_validator("data_dir")
+    @classmethod
+    def _expand_data_home(cls, value: Path) -> Path:
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - pathlib's raises where there is no home
+
 
 class Settings(WeightsSettings, DataSettings):
     """Every setting, with its default. The field's name in capitals is the variable's."""
 
-    model_config = SettingsConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
     env_file: Path = Field(Path(".env"), description="read beside the environment, which has the last word")
     app_env: Literal["development", "production"] = Field(
@@ -91,7 +104,7 @@ class Settings(WeightsSettings, DataSettings):
     api_secret_key: SecretStr | None = Field(
         None, description="keys that X-API-Key may hold, comma-separated: two while rotating"
     )
-    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+    allowed_origins: tuple[str, ...] = Field(
         (), description="CORS: origins of the Edge, comma-separated; none by default"
     )
 
@@ -110,7 +123,7 @@ class Settings(WeightsSettings, DataSettings):
     r2_secret_access_key: SecretStr | None = Field(None, description="of the same token")
     r2_bucket: str = Field("s3-images", description="holds uploads/ and masks/")
     r2_public_base_url: str | None = Field(None, description="where browsers read the bucket: mask URLs")
-    r2_image_url_bases: Annotated[tuple[str, ...], NoDecode] = Field(
+    r2_image_url_bases: tuple[str, ...] = Field(
         (), description="more URLs that image_url may start with, comma-separated; they name no bucket"
     )
     user_prefix_required: bool = Field(
@@ -125,7 +138,7 @@ class Settings(WeightsSettings, DataSettings):
     )
     supabase_mask_column: str | None = Field(None, description="default: found in the table at start")
 
-    embedded_parts: Annotated[tuple[Literal["storage", "results"], ...], NoDecode] = Field(
+    embedded_parts: tuple[Literal["storage", "results"], ...] = Field(
         (), description="storage, results: embedded parts that production may use, comma-separated"
     )
     api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
@@ -137,7 +150,10 @@ class Settings(WeightsSettings, DataSettings):
     )
     request_timeout_s: float = Field(60.0, gt=0, le=600, description="from claim to answer")
     outage_limit_s: float = Field(
-        900.0, ge=0, description="a claimed task that waits longer for R2 or the model ends as error"
+        900.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a claimed task that waits longer for R2 or the model ends as error",
     )
     max_image_bytes: int = Field(10 * 1024 * 1024, ge=1, description="10 MB")
     max_image_pixels: int = Field(2**26, ge=1, description="67 megapixels: phones' 50 are up to 8192 x 6144")
@@ -146,7 +162,7 @@ class Settings(WeightsSettings, DataSettings):
     @field_validator("allowed_origins", "embedded_parts", "r2_image_url_bases", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return _split_list(value) if isinstance(value, str) else value
+        return split_list(value) if isinstance(value, str) else value
 
     @field_validator("allowed_origins")
     @classmethod
@@ -159,18 +175,18 @@ class Settings(WeightsSettings, DataSettings):
     @field_validator("r2_endpoint", "r2_public_base_url", "supabase_url")
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
-        return _checked_url(value) if value else value
+        return checked_url(value) if value else value
 
     @field_validator("r2_image_url_bases")
     @classmethod
     def _are_urls(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_checked_url(value) for value in values)
+        return tuple(checked_url(value) for value in values)
 
     @field_validator("api_secret_key")
     @classmethod
     def _keys_are_long(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and any(len(key) < 16 for key in _split_list(value.get_secret_value())):
-            raise ValueError("each key must have 16 characters or more; `openssl rand -hex 32` makes one")
+        if value is not None and any(len(key) < 16 for key in split_list(value.get_secret_value())):
+            raise ValueError("must have 16 characters or more in each key: `openssl rand -hex 32` makes one")
         return value
 
     @model_validator(mode="after")
@@ -235,7 +251,7 @@ class Settings(WeightsSettings, DataSettings):
     @property
     def api_keys(self) -> tuple[str, ...]:
         """The keys that X-API-Key may hold; empty only in the demo, before it made one."""
-        return _split_list(self.api_secret_key.get_secret_value()) if self.api_secret_key else ()
+        return split_list(self.api_secret_key.get_secret_value()) if self.api_secret_key else ()
 
 
 def load_settings() -> Settings:
@@ -249,12 +265,9 @@ def freeze_settings() -> Settings:
     From then on the file plays no part: a process that is started anew has the settings that were checked,
     whatever the file says by then.
     """
-    checked = load_settings()
-    given = {name.upper() for name, value in os.environ.items() if value}
-    in_file = dotenv_values(Path(os.environ.get("ENV_FILE", ".env")).expanduser(), encoding="utf-8")
-    for name, value in in_file.items():
-        if value and name.upper() not in given:
-            os.environ[name.upper()] = value
+    values = _read()
+    checked = _checked(Settings, values)
+    os.environ.update(values)
     os.environ["ENV_FILE"] = os.devnull
     return checked
 
@@ -269,12 +282,18 @@ def load_data_settings() -> DataSettings:
     return _load(DataSettings)
 
 
-def _load(kind: type[_Read]) -> _Read:
-    _refuse_slips()
-    try:
-        return kind(_env_file=os.environ.get("ENV_FILE", ".env"))
-    except ValidationError as error:
-        raise SettingsError(_sentence(error)) from None  # the original holds values, secrets among them
+def overlooked_variables() -> list[str]:
+    """A sentence for each variable of the environment that may be a slip, and may as well be another's."""
+    found = []
+    for name in sorted(os.environ):
+        # A slip keeps the first letter; AWS_SECRET_ACCESS_KEY is no slip of R2_SECRET_ACCESS_KEY.
+        alike = [each for each in _names() if each[0] == name[:1].upper()]
+        close = get_close_matches(name.upper(), alike, n=1, cutoff=CLOSE)
+        if close and close[0] != name.upper():
+            found.append(
+                f"{name} is no setting of this server and has no effect; if {close[0]} is meant, correct it"
+            )
+    return found
 
 
 def make_demo_key() -> str:
@@ -284,31 +303,72 @@ def make_demo_key() -> str:
     return key
 
 
-def _refuse_slips() -> None:
-    known = [name.upper() for name in Settings.model_fields]
-    for name in os.environ:
+def _load(kind: type[_Read]) -> _Read:
+    return _checked(kind, _read())
+
+
+def _read() -> dict[str, str]:
+    """What the environment and the file say, cleaned: values that are not empty under names in capitals."""
+    known = _names()
+    # Windows and Compose files have other ways with capitals; of two spellings ours counts.
+    by_spelling = sorted(os.environ.items(), key=lambda variable: variable[0].isupper())
+    environment = {name.upper(): value for name, value in by_spelling}
+    _refuse_slips(environment, known)
+    given = {name: value for name, value in environment.items() if name in known and value.strip()}
+    try:
+        found = _read_file(environment.get("ENV_FILE", "").strip(), known) | given
+        return {
+            name: cleaned(name, value, secret=_is_secret(name))
+            for name, value in found.items()
+            if value.strip()
+        }
+    except TextRefused as error:
+        raise SettingsError(str(error)) from None
+
+
+def _read_file(chosen: str, known: set[str]) -> dict[str, str]:
+    path = Path(os.path.expanduser(chosen or ".env"))  # noqa: PTH111 - pathlib's raises where there is no home
+    if path.exists():
+        return read_env_file(path, known)
+    if chosen:  # who names a file wants what is in it
+        raise SettingsError(f"ENV_FILE {path} is not there: correct the path, or unset ENV_FILE")
+    return {}
+
+
+def _checked(kind: type[_Read], values: dict[str, str]) -> _Read:
+    of_kind = {name.lower(): value for name, value in values.items() if name.lower() in kind.model_fields}
+    try:
+        return kind.model_validate(of_kind)
+    except ValidationError as error:
+        raise SettingsError(
+            _sentence(error, values)
+        ) from None  # the original holds values, secrets among them
+
+
+def _refuse_slips(environment: Iterable[str], known: set[str]) -> None:
+    for name in environment:
         if name.startswith(OWN_PREFIXES) and name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "; .env.example lists what there is"
-            raise SettingsError(f"{name} is not a setting of this server{hint}")
+            raise SettingsError(f"{name} is not a setting of this server{hint(name, known)}")
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, values: dict[str, str]) -> str:
     first = error.errors(include_input=False, include_url=False)[0]
-    if first["type"] == "extra_forbidden":
-        return f"{str(first['loc'][0]).upper()} in .env is not a setting; .env.example lists what there is"
     reason = first["msg"].removeprefix("Value error, ")
-    return f"{str(first['loc'][0]).upper()}: {reason}" if first["loc"] else reason
+    if not first["loc"]:
+        return reason
+    field = str(first["loc"][0])
+    name = field.upper()
+    if first["type"] == "value_error":
+        return f"{name} {reason}"
+    return f"{name} must be {rule(name, Settings.model_fields[field])}{shown(values[name])}"
 
 
-def _checked_url(value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise ValueError("must start with https:// (http:// only for a local server)")
-    return value.rstrip("/")
+def _names() -> set[str]:
+    return {name.upper() for name in Settings.model_fields}
 
 
-def _split_list(value: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in value.split(",") if item.strip())
+def _is_secret(name: str) -> bool:
+    return SecretStr in get_args(Settings.model_fields[name.lower()].annotation)
 
 
 def _variables(names: Iterable[str]) -> str:

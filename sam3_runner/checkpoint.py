@@ -53,7 +53,8 @@ class HubSource:
     Attributes:
         repo: `owner/name` on the hub that HF_ENDPOINT names, by default huggingface.co.
         revision: a commit, tag or branch.
-        token: of an account that was given access; never shown.
+        token: of an account that was given access, printable ASCII (the HTTP client logs what it cannot
+            send); never shown.
     """
 
     repo: str

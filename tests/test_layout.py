@@ -17,7 +17,8 @@ SERVED = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (RO
 
 ALLOWED = {
     **{package: {package} for package in PACKAGES},
-    "settings": set(),
+    "setting_text": set(),
+    "settings": {"setting_text"},
     "process_identity": set(),
     "data_lock": {"process_identity", "settings"},
     "gate": {"contract"},

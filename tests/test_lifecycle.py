@@ -32,11 +32,11 @@ pytestmark = pytest.mark.server
 SECRET = "hush-hush-0123456789abcdef"
 
 R2 = {
-    "R2_ENDPOINT": "https://account.r2.cloudflarestorage.com",
+    "R2_ENDPOINT": "https://acc0.r2.cloudflarestorage.com",
     "R2_ACCESS_KEY_ID": SECRET,
     "R2_SECRET_ACCESS_KEY": SECRET,
 }
-SUPABASE = {"SUPABASE_URL": "https://project.supabase.co", "SUPABASE_SERVICE_KEY": SECRET}
+SUPABASE = {"SUPABASE_URL": "https://abcd.supabase.co", "SUPABASE_SERVICE_KEY": SECRET}
 
 REFUSALS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no key": ({"API_SECRET_KEY": None, "SAM3_WEIGHTS_PATH": str(DEMO_FOLDER)}, ["API_SECRET_KEY"]),

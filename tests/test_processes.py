@@ -263,7 +263,7 @@ def test_no_process_serves_on_defaults(tmp_path: Path, service: str) -> None:
     environment = changed_environment(tmp_path, {"API_SECRET_KEY": None, "API_WORKERS": "two"})
     ended = run_alone(service, environment | {"TMPDIR": os.fspath(tmp_path)})
     assert ended.status == 1
-    assert "cannot serve: API_WORKERS: " in ended.output
+    assert "cannot serve: API_WORKERS must be a whole number" in ended.output
     assert "Traceback" not in ended.output
 
 

@@ -16,6 +16,7 @@ from settings import (
     load_settings,
     load_weights_settings,
     make_demo_key,
+    overlooked_variables,
 )
 
 if TYPE_CHECKING:
@@ -27,11 +28,15 @@ EXAMPLE_LINE = re.compile(r"^# ([A-Z0-9_]+)=(\S*)", re.MULTILINE)
 KEY = "k" * 32
 SECRET = "hush-hush-0123456789abcdef"
 R2 = {
-    "R2_ENDPOINT": "https://account.r2.cloudflarestorage.com",
+    "R2_ENDPOINT": "https://acc0.r2.cloudflarestorage.com",
     "R2_ACCESS_KEY_ID": SECRET,
     "R2_SECRET_ACCESS_KEY": SECRET,
 }
-SUPABASE = {"SUPABASE_URL": "https://project.supabase.co", "SUPABASE_SERVICE_KEY": SECRET}
+MAKE_A_KEY = "`openssl rand -hex 32` makes one"
+ORIGINS = "must be origins such as https://app.example.com, without a path"
+HTTPS = "must start with https:// (http:// only for a local server)"
+NO_URL = "is not a URL: it must name a host, as in https://images.example.com"
+SUPABASE = {"SUPABASE_URL": "https://abcd.supabase.co", "SUPABASE_SERVICE_KEY": SECRET}
 
 
 @pytest.fixture(autouse=True)
@@ -146,38 +151,125 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "part"),
+    ("name", "value", "fault"),
     [
-        ("API_WORKERS", "two", "integer"),
-        ("API_WORKERS", "0", "greater"),
-        ("API_WORKERS", "2.5", "integer"),
-        ("API_WORKERS", "65", "less"),
-        ("SAM3_MAX_BATCH", "1", "greater"),
-        ("SAM3_CPU_THREADS", "-1", "greater"),
-        ("SAM3_DEVICE", "tpu", "cuda"),
-        ("SAM3_HF_REPO", "sam3", "owner/name"),
-        ("SAM3_HF_REPO", "https://huggingface.co/facebook/sam3", "owner/name"),
-        ("APP_ENV", "prod", "production"),
-        ("REQUEST_TIMEOUT_S", "0", "greater"),
-        ("REQUEST_TIMEOUT_S", "601", "less"),
-        ("REQUEST_TIMEOUT_S", "nan", ""),
-        ("MAX_BODY_BYTES", "1", "1024"),
-        ("MAX_IMAGE_BYTES", "10MB", "integer"),
-        ("EMBEDDED_PARTS", "everything", "storage"),
-        ("API_SECRET_KEY", "short", "16"),
-        ("API_SECRET_KEY", f"{KEY},short", "16"),
-        ("ALLOWED_ORIGINS", "*", "origins"),
-        ("ALLOWED_ORIGINS", "app.example.com", "origins"),
-        ("ALLOWED_ORIGINS", "https://app.example.com/", "origins"),
-        ("ALLOWED_ORIGINS", "https://a.example.com,https://b.example.com/path", "origins"),
-        ("R2_PUBLIC_BASE_URL", "pub.example.com", "https://"),
+        ("API_WORKERS", "two", "must be a whole number from 1 to 64, not 'two'"),
+        ("API_WORKERS", "0", "must be a whole number from 1 to 64, not '0'"),
+        ("API_WORKERS", "2.5", "must be a whole number from 1 to 64, not '2.5'"),
+        ("API_WORKERS", SECRET, "must be a whole number from 1 to 64"),
+        ("SAM3_MAX_BATCH", "1", "must be a whole number from 2 to 64, not '1'"),
+        ("SAM3_CPU_THREADS", "-1", "must be a whole number from 1 to 256, not '-1'"),
+        ("MAX_IN_FLIGHT", "-1", "must be a whole number, 1 or more, not '-1'"),
+        ("MAX_BODY_BYTES", "1", "must be a whole number of bytes, 1024 or more, not '1'"),
+        ("MAX_IMAGE_BYTES", "10MB", "must be a whole number of bytes, 1 or more, not '10MB'"),
+        ("MAX_IMAGE_PIXELS", "10,000,000", "must be a whole number of pixels, 1 or more, not '10,000,000'"),
+        ("REQUEST_TIMEOUT_S", "0", "must be a number of seconds above 0, at most 600, not '0'"),
+        ("REQUEST_TIMEOUT_S", "60s", "must be a number of seconds above 0, at most 600, not '60s'"),
+        ("REQUEST_TIMEOUT_S", "nan", "must be a number of seconds above 0, at most 600, not 'nan'"),
+        ("OUTAGE_LIMIT_S", "inf", "must be a number of seconds, 0 or more, not 'inf'"),
+        ("USER_PREFIX_REQUIRED", "ja", "must be true or false, not 'ja'"),
+        ("SAM3_DEVICE", "tpu", "must be cuda or cpu, not 'tpu'"),
+        ("APP_ENV", "prod", "must be development or production, not 'prod'"),
+        ("EMBEDDED_PARTS", "storage,all", "must be a list of storage or results, not 'storage,all'"),
+        ("SAM3_HF_REPO", "sam3", "must be owner/name, such as facebook/sam3"),
+        ("SAM3_HF_REPO", "https://huggingface.co/facebook/sam3", "must be owner/name, such as facebook/sam3"),
+        ("API_SECRET_KEY", "short", f"must have 16 characters or more in each key: {MAKE_A_KEY}"),
+        ("API_SECRET_KEY", f"{KEY},short", f"must have 16 characters or more in each key: {MAKE_A_KEY}"),
+        ("API_SECRET_KEY", "schlüssel-schlüssel", "must be ASCII without spaces: it is sent in a header"),
+        ("API_SECRET_KEY", "open sesame open sesame", "must be ASCII without spaces: it is sent in a header"),
+        ("ALLOWED_ORIGINS", "*", ORIGINS),
+        ("ALLOWED_ORIGINS", "app.example.com", ORIGINS),
+        ("ALLOWED_ORIGINS", "https://app.example.com/", ORIGINS),
+        ("ALLOWED_ORIGINS", "https://a.example.com,https://b.example.com/path", ORIGINS),
+        ("R2_PUBLIC_BASE_URL", "pub.example.com", HTTPS),
+        ("R2_IMAGE_URL_BASES", "https://a.example.com,b.example.com", HTTPS),
+        ("R2_PUBLIC_BASE_URL", "https://", NO_URL),
+        ("R2_PUBLIC_BASE_URL", "https://[::1", NO_URL),
+        ("R2_PUBLIC_BASE_URL", "https://pub.example.com:https", NO_URL),
+        ("R2_BUCKET", "s3-\nimages", "holds a line break or another control character: set it anew"),
     ],
 )
-def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, part: str) -> None:
-    """A value of the wrong kind or out of range is refused with the variable's name and the rule."""
-    sentence = refusal(monkeypatch, **{name: value})
-    assert sentence.startswith(name)
-    assert part in sentence
+def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
+    """One sentence of ours names the variable, what it may hold, and what it holds if that is no secret."""
+    assert refusal(monkeypatch, **{name: value}) == f"{name} {fault}"
+
+
+@pytest.mark.parametrize("name", ["API_WORKERS", "API_SECRET_KEY", "R2_BUCKET", "DATA_DIR"])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_are_no_part_of_a_value(monkeypatch: pytest.MonkeyPatch, name: str, quote: str) -> None:
+    """`docker run --env-file` leaves quotes where they are."""
+    sentence = refusal(monkeypatch, **{name: f"{quote}{SECRET}{quote}"})
+    assert sentence == f"{name} has quotes round its value, which count as a part of it: take them off"
+
+
+@pytest.mark.parametrize("space", [" ", "\r", "\n", "\r\n", "\t"])
+def test_space_round_a_value_is_not_meant(monkeypatch: pytest.MonkeyPatch, space: str) -> None:
+    """A file of Windows, or of a secret, ends in a line break; a value that is nothing else is none."""
+    padded = {
+        name: f" {value}{space}"
+        for name, value in {**R2, "API_SECRET_KEY": SECRET, "HF_TOKEN": SECRET}.items()
+    }
+    read = load(monkeypatch, **padded, DATA_DIR=f"data{space}", SAM3_DEVICE=f"cpu{space}", SUPABASE_URL=space)
+    assert (read.r2_endpoint, read.api_keys, read.data_dir) == (R2["R2_ENDPOINT"], (SECRET,), Path("data"))
+    assert (read.sam3_device, read.supabase_url) == ("cpu", None)
+    for secret in (read.r2_secret_access_key, read.hf_token):
+        assert secret is not None
+        assert secret.get_secret_value() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "placeholder"),
+    [
+        ("R2_ENDPOINT", "https://<ACCOUNT>.r2.cloudflarestorage.com", "<ACCOUNT>"),
+        ("R2_ENDPOINT", "https://ACCOUNT.r2.cloudflarestorage.com", "ACCOUNT"),
+        ("R2_ENDPOINT", "https://account-id.eu.r2.cloudflarestorage.com", "ACCOUNT-ID"),
+        ("R2_ENDPOINT", "https://...", "..."),
+        ("R2_PUBLIC_BASE_URL", "https://your-domain.example", "YOUR-DOMAIN"),
+        ("SUPABASE_URL", "https://PROJECT.supabase.co", "PROJECT"),
+        ("SUPABASE_URL", "https://{{ project }}.supabase.co", "{{ project }}"),
+        ("R2_BUCKET", "${BUCKET}", "${BUCKET}"),
+        ("DATA_DIR", "<folder>", "<folder>"),
+    ],
+)
+def test_placeholder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, placeholder: str
+) -> None:
+    """What a template left to be filled is told as that, before any service is asked for it."""
+    sentence = refusal(monkeypatch, **(R2 | SUPABASE | {name: value}))
+    assert sentence == f"{name} still has the placeholder {placeholder}: put the real value in its place"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["sb_secret_...", "hf_…", "<secret>", "your-key-here", "YOUR_KEY", "change-me-change-me", "${KEY}"],
+)
+@pytest.mark.parametrize("name", ["SUPABASE_SERVICE_KEY", "HF_TOKEN", "API_SECRET_KEY", "R2_ACCESS_KEY_ID"])
+def test_placeholder_of_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """A secret that is still to be filled in is told as that."""
+    sentence = refusal(monkeypatch, **(R2 | SUPABASE | {name: value}))
+    assert sentence == f"{name} still has a placeholder for its value: put the real one in its place"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("API_SECRET_KEY", "a<b>c...d${e}-0123456789"),
+        ("R2_PUBLIC_BASE_URL", "https://project.example.com"),
+        ("R2_PUBLIC_BASE_URL", "https://account.example.com/your-images"),
+        ("DATA_DIR", "my-account/data"),
+    ],
+)
+def test_real_values_are_no_placeholders(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """A random secret may hold any sign, and a host may be called so."""
+    load(monkeypatch, **{name: value})
+
+
+def test_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`~` is the home where no shell has put it in."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.env").write_text("DATA_DIR=~/data\nSAM3_WEIGHTS_PATH='~/w.pt'\n")
+    read = load(monkeypatch, ENV_FILE="~/my.env")
+    assert (read.data_dir, read.sam3_weights_path) == (tmp_path / "data", str(tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize(
@@ -188,20 +280,119 @@ def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value:
         ("SAM3_WEIGHT_PATH", "did you mean SAM3_WEIGHTS_PATH?"),
         ("API_SECRET", "did you mean API_SECRET_KEY?"),
         ("API_SECRET_KEYS", "did you mean API_SECRET_KEY?"),
+        ("r2_endpont", "did you mean R2_ENDPOINT?"),
         ("R2_QQQQQQQQ", ".env.example"),
     ],
 )
 def test_slip_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
     """A misspelt variable, which would be overlooked, stops the start with the name that was meant."""
     sentence = refusal(monkeypatch, **{name: SECRET})
-    assert sentence.startswith(name)
+    assert sentence.startswith(name.upper())
     assert hint in sentence
 
 
-def test_unknown_name_in_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In our own file any unknown name is a slip."""
-    (tmp_path / ".env").write_text(f"WORKERS={SECRET}\n")
-    assert "WORKERS" in refusal(monkeypatch)
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("API_WORKER", "API_WORKERS"),
+        ("MAX_IMAGE_BYTE", "MAX_IMAGE_BYTES"),
+        ("REQUEST_TIMEOUT", "REQUEST_TIMEOUT_S"),
+        ("allowed_origin", "ALLOWED_ORIGINS"),
+        ("ENVFILE", "ENV_FILE"),
+        ("DATADIR", "DATA_DIR"),
+        ("SUPBASE_URL", "SUPABASE_URL"),
+    ],
+)
+def test_likeness_is_told(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    """A variable without our prefix may be another program's: it stops nothing, and is told at the start."""
+    load(monkeypatch, **{name: SECRET})
+    assert overlooked_variables() == [
+        f"{name} is no setting of this server and has no effect; if {meant} is meant, correct it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DATA_DIRECTORY", "XDG_DATA_DIRS", "APP_NAME", "APP_HOME", "PGDATA", "HOSTNAME", "PORT", "WORKERS"),
+        *("HF_HOME", "HF_ENDPOINT", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "AWS_SECRET_ACCESS_KEY", "API_KEY"),
+        # What Kubernetes sets for a service that is called api-workers.
+        *("API_WORKERS_PORT", "API_WORKERS_SERVICE_HOST"),
+    ],
+)
+def test_variables_of_others_are_not_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Variables that a host has for itself are nobody's slips."""
+    monkeypatch.setenv(name, "1")
+    assert overlooked_variables() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("WORKERS=1", "WORKERS in .env, line 3 is not a setting of this server; did you mean API_WORKERS?"),
+        (
+            "DATA_DIRECTORY=/d",
+            "DATA_DIRECTORY in .env, line 3 is not a setting of this server; did you mean DATA_DIR?",
+        ),
+        ("PORT=80", "PORT in .env, line 3 is not a setting of this server; .env.example lists what there is"),
+        ("api_worker=2", ".env, line 3 is not a setting of this server; did you mean API_WORKERS?"),
+        # What may be the rest of a secret is not shown.
+        (SECRET, ".env, line 3 is not a setting of this server; .env.example lists what there is"),
+        ("HUSH0123", ".env, line 3 is not a setting of this server; .env.example lists what there is"),
+        ("API_WORKERS 2", ".env, line 3 cannot be read: write NAME=value there, and close each quote"),
+        ("API_WORKERS: 2", ".env, line 3 cannot be read: write NAME=value there, and close each quote"),
+        (
+            f"API_SECRET_KEY='{SECRET}",
+            ".env, line 3 cannot be read: write NAME=value there, and close each quote",
+        ),
+    ],
+)
+def test_wrong_line_in_the_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, sentence: str
+) -> None:
+    """In our own file any line that sets nothing of ours is a slip."""
+    (tmp_path / ".env").write_text(f"# ours\n\n{line}\nMAX_IN_FLIGHT=9\n")
+    assert refusal(monkeypatch) == sentence
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_file_of_any_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str, end: str) -> None:
+    """Windows' line ends and its mark of UTF-8 change no value; of two lines of one name the last counts."""
+    lines = ["API_WORKERS=3", "R2_BUCKET=bücket", "api_workers = 4 ", "", "# Ende"]
+    (tmp_path / ".env").write_bytes(end.join(lines).encode(encoding))
+    read = load(monkeypatch)
+    assert (read.api_workers, read.r2_bucket) == (4, "bücket")
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("API_WORKERS=3\n".encode("utf-16"), "is in UTF-16, or no text at all: save it in UTF-8"),
+        ("API_WORKERS=3\n".encode("utf-16-be"), "is in UTF-16, or no text at all: save it in UTF-8"),
+        ("API_WORKERS=3\n".encode("utf-32"), "is in UTF-16, or no text at all: save it in UTF-8"),
+        ("\n# für uns\n".encode("latin-1"), "is not in UTF-8 (line 2): save it in UTF-8"),
+        (None, "cannot be read (Is a directory): name a file that this server's user may read"),
+    ],
+)
+def test_file_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, fault: str
+) -> None:
+    """A file in another encoding, or that is none, is named with its fault."""
+    if content is None:
+        (tmp_path / ".env").mkdir()
+    else:
+        (tmp_path / ".env").write_bytes(content)
+    assert refusal(monkeypatch) == f"ENV_FILE .env {fault}"
+
+
+def test_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without .env the server starts; without the file that ENV_FILE names it would start on defaults."""
+    load(monkeypatch)
+    assert refusal(monkeypatch, ENV_FILE="my.env") == (
+        "ENV_FILE my.env is not there: correct the path, or unset ENV_FILE"
+    )
+    load(monkeypatch, ENV_FILE=os.devnull)
 
 
 @pytest.mark.parametrize("group", [R2, SUPABASE])

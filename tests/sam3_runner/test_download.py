@@ -72,7 +72,7 @@ def start(
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(target.parent),
-        "ENV_FILE": "none",
+        "ENV_FILE": os.devnull,
         "HF_ENDPOINT": url,
         "HF_TOKEN": token,
         "SAM3_HF_REPO": repo,
@@ -257,7 +257,7 @@ def test_progress_is_told(served: Hub, tmp_path: Path) -> None:
         ({"repo": "facebook/other"}, "there is no http://.*/facebook/other, or HF_TOKEN may not read it"),
         ({"revision": "v9"}, "has no revision v9: set SAM3_HF_REVISION to"),
         ({"HF_HUB_OFFLINE": "1"}, "sam3.pt is missing and HF_HUB_OFFLINE forbids to download it: unset it"),
-        ({"token": f"{TOKEN}\x7f"}, "^HF_TOKEN holds characters that no token has"),
+        ({"token": f"{TOKEN}\x7f"}, "^HF_TOKEN holds a line break or another control character"),
     ],
 )
 def test_refusal_says_what_to_do(
