@@ -33,6 +33,10 @@ def hold(data_dir: Path) -> None:
             f"DATA_DIR {data_dir} is in use by another server (pid {pid}); "
             "stop that one, or give this one a folder of its own"
         ) from None
+    except FileExistsError:
+        raise SettingsError(
+            f"DATA_DIR {data_dir} is not a folder: name one, or what may become one"
+        ) from None
     except OSError as error:
         raise SettingsError(
             f"DATA_DIR {data_dir} cannot be used ({error.strerror or error}): "

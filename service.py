@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -46,12 +45,20 @@ from pipeline import Pipeline
 from recovery import Recovery
 from results import OUTBOX_FILE, ResultsError, SqliteResults, open_outbox, salvage_attempts
 from sam3_runner import ModelNotLoaded, WeightsError
-from sam3_runner.checkpoint import SCORE_THRESHOLD, Checkpoint, HubSource, find_checkpoint, is_missing
+from sam3_runner.checkpoint import (
+    SCORE_THRESHOLD,
+    Checkpoint,
+    HubSource,
+    find_checkpoint,
+    is_missing,
+)
 from sam3_runner.client import RunnerClient
 from sam3_runner.engine import EngineConfig
 from sam3_runner.liveness import RunnerLife, leave_note
+from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.runner import runner_service
-from sam3_runner.supervision import leave_with, supervise, when_told_to_stop
+from sam3_runner.supervision import end_server, leave_with, supervise, when_told_to_stop
+from sam3_runner.weights_header import check_header
 from settings import (
     Settings,
     SettingsError,
@@ -93,7 +100,7 @@ def _begin_to_serve(*, stop_first: bool) -> None:
     """Never serve on defaults, nor without a supervisor. First of all in a process that serves."""
     if refusal is not None:
         logger.error("cannot serve: %s", refusal)
-        os._exit(1)
+        end_server()
     supervisor = data_lock.holder(settings.data_dir)
     if supervisor:
         leave_with(lambda: process_identity.is_parent(supervisor), stop_first=stop_first)
@@ -198,8 +205,13 @@ class SegmentationService:
             checked = freeze_settings()
             data_lock.hold(checked.data_dir)
             checkpoint = expected_checkpoint(checked)
+            if not is_missing(checked.sam3_weights_path):
+                check_header(checkpoint.weights_file)
+                PromptTokenizer(checkpoint.tokenizer_file)
             asyncio.run(check_stores(checked))
-        except (SettingsError, WeightsError, StorageError, ResultsError) as error:
+        except WeightsError as error:
+            sys.exit(f"cannot start: SAM3_WEIGHTS_PATH: {error}")
+        except (SettingsError, StorageError, ResultsError) as error:
             sys.exit(f"cannot start: {error}")
         for warning in overlooked_variables():
             logger.warning("%s", warning)
@@ -367,7 +379,13 @@ def open_storage(settings: Settings) -> ObjectStore:
     """The store that the settings name. Raises `SettingsError`, `StorageError`."""
     if settings.r2_endpoint is None:
         folder = settings.data_dir / "storage"
-        return LocalFolder(folder, user_prefix_required=settings.user_prefix_required)
+        try:
+            return LocalFolder(folder, user_prefix_required=settings.user_prefix_required)
+        except StorageError as error:
+            raise SettingsError(
+                f"DATA_DIR {settings.data_dir} cannot be used ({error}): let this server's user write to "
+                f"{folder}, or name another folder"
+            ) from None
     from storage.r2 import R2Bucket  # noqa: PLC0415 - 22 MB a process, for who uses R2
 
     assert settings.r2_access_key_id is not None

@@ -34,7 +34,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-from sam3_runner.errors import WeightsError
+from sam3_runner.errors import HubUnavailable, WeightsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,6 +55,7 @@ FOLDER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 TRIES = 5
 FIRST_WAIT_S = 0.5
 LOG_EVERY_S = 30.0
+TOO_BUSY = (408, 429)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKSUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 """The hub's ETags: the sha256 of a large file, git's own hash of a small one."""
@@ -117,6 +118,7 @@ def download(target: Path, source: HubSource, on_progress: OnProgress | None = N
         on_progress: told bytes that are there and bytes in all, of the files that were missing.
 
     Raises:
+        HubUnavailable: the hub or its store is away after five tries; what was fetched is kept.
         WeightsError: the sentence that says what to do; what was fetched is kept.
     """
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs URLs, and the store's are signed
@@ -130,7 +132,8 @@ def download(target: Path, source: HubSource, on_progress: OnProgress | None = N
             _check_room(folder, remotes)
             _fetch_all(remotes, source, on_progress or (lambda _done, _total: None))
     except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError, OSError) as error:
-        raise WeightsError(_sentence(error, target, source)) from error
+        kind = HubUnavailable if _may_pass(error) else WeightsError
+        raise kind(_sentence(error, target, source)) from error
 
 
 def _look_up(files: Mapping[str, Path], source: HubSource) -> list[_Remote]:
@@ -230,7 +233,7 @@ def _tried(once: Callable[[], _T]) -> _T:
 
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
+        return error.response.status_code in TOO_BUSY or error.response.status_code >= 500
     return isinstance(error, httpx2.NetworkError | httpx2.TimeoutException | httpx2.RemoteProtocolError)
 
 

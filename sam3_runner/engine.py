@@ -5,6 +5,7 @@ Knows nothing of BentoML; torch is imported by the loading thread, never at impo
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import threading
@@ -18,10 +19,19 @@ import numpy as np
 from prometheus_client import Histogram
 
 from sam3_runner.checkpoint import find_checkpoint, is_missing
-from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, SAM3Error
+from sam3_runner.errors import (
+    DeadlineExceeded,
+    DeviceFull,
+    HubUnavailable,
+    InferenceFailed,
+    ModelNotLoaded,
+    SAM3Error,
+)
 from sam3_runner.images.square import SquareImage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sam3_runner.checkpoint import HubSource
     from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
@@ -34,6 +44,12 @@ BATCH_REQUESTS = Histogram(
 BATCH_SECONDS = Histogram("sam3_batch_seconds", "Time of one pass of the model, masks included")
 
 WARM_UP_PROMPTS = ("warm up", "twice")
+
+LOADING = "the model is loading"
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
+"""Between tries to load, where the next one may do better: each wait is twice the one before."""
+MEMORY_PATIENCE_S = 300.0
+"""Tries go on so long while the GPU's memory is full: who has it may be a server that is just ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +131,19 @@ class Engine:
         self._config = config
         self._predictor: SAM3Predictor | None = None
         self._error: str | None = None
-        self._doing = "the model is loading"
+        self._doing = LOADING
         self._model_facts: dict[str, Any] = {}
 
-    def start(self) -> None:
-        """Load and warm up in the background; `ready` tells when it is done."""
-        threading.Thread(target=self._load, name="load-weights", daemon=True).start()
+    def start(self, on_failure: Callable[[], None] | None = None) -> None:
+        """Load and warm up in the background; `ready` tells when it is done.
+
+        While the hub is away it is tried again without end, and while the GPU's memory is full for five
+        minutes. Whatever else goes wrong will not pass by itself.
+
+        Args:
+            on_failure: is called, in the thread that loads, when the model will never be ready.
+        """
+        threading.Thread(target=self._load, args=(on_failure,), name="load-weights", daemon=True).start()
 
     @property
     def ready(self) -> bool:
@@ -147,15 +170,34 @@ class Engine:
         late = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
         return [next(done) if request.deadline_s > now_s else late for request in requests]
 
-    def _load(self) -> None:
+    def _load(self, on_failure: Callable[[], None] | None) -> None:
         try:
-            self._predictor = self._loaded_predictor()
+            self._predictor = self._patiently_loaded()
         except SAM3Error as error:
             self._error = str(error)
             logger.error("the model cannot be loaded: %s", error)  # noqa: TRY400 - the sentence says it all
         except Exception as error:  # the thread's end: whatever it is, the server must say so
             self._error = f"the model cannot be loaded: {type(error).__name__}"
             logger.exception("the model cannot be loaded")
+        if self._error is not None and on_failure is not None:
+            on_failure()
+
+    def _patiently_loaded(self) -> SAM3Predictor:
+        started_s = time.monotonic()
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                return self._loaded_predictor()
+            except HubUnavailable as error:
+                self._doing = str(error)
+            except DeviceFull as error:
+                if time.monotonic() - started_s > MEMORY_PATIENCE_S:
+                    raise
+                self._doing = str(error)
+            _give_memory_back()
+            logger.warning("the model is not loaded yet: %s; another try in %.0f s", self._doing, wait_s)
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     def _loaded_predictor(self) -> SAM3Predictor:
         import torch  # noqa: PLC0415 - only the runner's process may load it
@@ -166,6 +208,7 @@ class Engine:
             torch.set_num_threads(self._config.cpu_threads)
         if self._config.hub is not None and is_missing(self._config.weights_path):
             self._download(self._config.hub)
+        self._doing = LOADING
         started_s = time.monotonic()
         checkpoint = find_checkpoint(self._config.weights_path)
         predictor = SAM3Predictor(self._config.weights_path, self._config.device)
@@ -207,17 +250,27 @@ class Engine:
             )
 
         download(Path(self._config.weights_path), hub, tell)
-        self._doing = "the model is loading"
 
     def _warm_up(self, predictor: SAM3Predictor) -> None:
         """Run the smallest and the largest batch once, so that the first caller does not pay for it.
 
         On a CPU the smallest alone: there a batch of the full-size model takes minutes.
+
+        Raises:
+            DeviceFull: the memory has room for the weights, but not for such a batch.
         """
+        import torch  # noqa: PLC0415 - loaded already
+
         side_px = self._model_facts["input_side_px"]
         blank = SquareImage(np.zeros((side_px, side_px, 3), dtype=np.uint8), width=side_px, height=side_px)
         for images in (1, self._config.max_batch) if predictor.device.type == "cuda" else (1,):
-            predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
+            try:
+                predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
+            except torch.OutOfMemoryError as error:
+                raise DeviceFull(
+                    f"the memory of {predictor.device} is too full for a batch of {images}: free it, or set "
+                    "SAM3_MAX_BATCH lower"
+                ) from error
 
 
 def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
@@ -239,6 +292,14 @@ def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[Segme
     BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
     return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
+
+
+def _give_memory_back() -> None:
+    """Of a try to load that failed: others may need it, and so may the next try."""
+    import torch  # noqa: PLC0415 - loaded already
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _sha256(path: Path) -> str:

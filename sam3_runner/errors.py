@@ -2,7 +2,9 @@
 
 SAM3Error
     WeightsError            the checkpoint is missing, unreadable or not a SAM 3
-    DeviceUnavailable       the device is not there, or its memory is full
+        HubUnavailable          the hub that it should come from is away
+    DeviceUnavailable       the device is not there
+        DeviceFull              its memory is taken by others
     ModelNotLoaded          asked before the weights were in, or after they failed to load
     RunnerStopped           the model's process died while it had the request
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or over a limit
@@ -21,8 +23,16 @@ class WeightsError(SAM3Error):
     """The checkpoint is missing, unreadable or not a SAM 3; the message says what to do."""
 
 
+class HubUnavailable(WeightsError):
+    """The hub or its store does not answer, or not well; it may do so later."""
+
+
 class DeviceUnavailable(SAM3Error):
     """The device that was asked for is not there, or its memory is full."""
+
+
+class DeviceFull(DeviceUnavailable):
+    """The device's memory is too full for the model; others may give theirs back."""
 
 
 class ModelNotLoaded(SAM3Error):

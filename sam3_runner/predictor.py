@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, SCORE_THRESHOLD, Checkpoint, find_checkpoint
-from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
+from sam3_runner.errors import DeviceFull, DeviceUnavailable, InferenceFailed, ModelNotLoaded
 from sam3_runner.images.decode import decode_square
 from sam3_runner.images.read import read_image_file
 from sam3_runner.images.square import SquareImage, to_square
@@ -103,7 +103,7 @@ class SAM3Predictor:
             model, self.layout = load_model(checkpoint, self.device)
             optimize(model)
         except torch.OutOfMemoryError as error:
-            raise DeviceUnavailable(f"the memory of {self.device} is too full for the model") from error
+            raise DeviceFull(f"the memory of {self.device} is too full for the model") from error
         self._model = model
         self.checkpoint = checkpoint
 

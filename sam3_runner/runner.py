@@ -9,7 +9,7 @@ import bentoml
 from bentoml._internal.marshal import dispatcher
 
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
-from sam3_runner.supervision import outlive_siblings
+from sam3_runner.supervision import end_server, outlive_siblings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool, on_star
             on_start()
             outlive_siblings(timeout_s)
             self._engine = Engine(config)
-            self._engine.start()
+            self._engine.start(on_failure=end_server)
 
         def __is_ready__(self) -> bool:
             return self._engine.ready

@@ -1,20 +1,27 @@
 """The processes of one server: what dies is started anew, and a stop lets tasks in flight end.
 
+A process that could only fail again ends the server instead (`end_server`).
+
 BentoML's supervisor starts an API worker's and the runner's processes as its children. `supervise` is for
-its process; `outlive_siblings` and `leave_with` are for theirs.
+its process; the others are for theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import click
 import psutil
 from bentoml._internal.utils import circus as bentoml_circus
 from circus.arbiter import Arbiter
@@ -35,25 +42,44 @@ LOOK_S = 0.5
 LEAVE_S = 3.5
 """Time for what is in flight when the supervisor has died."""
 STOP_AGAIN_S = 0.05
+MAX_PORT = 65535
+HOPELESS = 78
+"""Exit status of a process that would fail again, however often it is started: EX_CONFIG of sysexits.h."""
+UNUSABLE = {
+    errno.EADDRINUSE: "stop the program that listens there, or name another port with --port (BENTOML_PORT)",
+    errno.EADDRNOTAVAIL: "name an address of this machine with --host (BENTOML_HOST)",
+    errno.EACCES: "name a port from 1024 on with --port (BENTOML_PORT), or give this server's user the right",
+}
+"""What to do about an address that cannot be listened on."""
 
 
 def supervise() -> None:
     """Make BentoML's supervisor start every dead process anew, and remove the sockets between them last.
 
     By default it looks every ten seconds, starts nothing anew in a container, removes the sockets first,
-    and takes commands on a port of the loopback. Call it in the supervisor's process before it starts the
-    others (private names of the pinned bentoml 1.4.39).
+    and takes commands on a port of the loopback. A port that cannot be had, and a process that leaves by
+    `end_server`, end the supervisor with a sentence. Call it in its process before it starts the others
+    (private names of the pinned bentoml 1.4.39).
     """
     start = bentoml_circus.Arbiter.start
 
     def start_supervised(arbiter: bentoml_circus.Arbiter, cb: Callable[[Any], Any] | None = None) -> None:
+        _refuse_port(arbiter)
         _wait_by_monotonic_time(arbiter)
         _take_no_commands(arbiter)
         _look_often(arbiter)
+        hopeless: list[str] = []
         for watcher in arbiter.watchers:
             watcher.respawn = True
-            watcher.hooks["after_reap"] = _tell_of_death
-        start(arbiter, cb)
+            watcher.hooks["after_reap"] = partial(_tell_of_death, hopeless)
+        try:
+            start(arbiter, cb)
+        except RuntimeError:  # "No active process found": the last one of its kind has left for good
+            if not hopeless:
+                raise
+        if hopeless:
+            arbiter.exit_stack.close()
+            sys.exit(f"cannot serve: {hopeless[0]} has ended for good, and said why above")
 
     bentoml_circus.Arbiter.start = start_supervised  # type: ignore[method-assign, assignment]
     bentoml_circus.Arbiter.stop = _stop  # type: ignore[method-assign, assignment]
@@ -117,15 +143,58 @@ def _stop(arbiter: bentoml_circus.Arbiter) -> object:
     return stopping
 
 
-def _tell_of_death(*, watcher: Watcher, process_pid: int, exit_code: int, **_: object) -> None:
+def _tell_of_death(
+    hopeless: list[str],
+    *,
+    watcher: Watcher,
+    arbiter: bentoml_circus.Arbiter,
+    process_pid: int,
+    exit_code: int,
+    **_: object,
+) -> None:
     # What it had in progress would be counted for ever.
     multiprocess.mark_process_dead(  # type: ignore[no-untyped-call]
         process_pid, watcher.env["PROMETHEUS_MULTIPROC_DIR"]
     )
-    if not watcher.is_stopping():
-        logger.warning(
-            "process %d (%s) ended with status %s: another is started", process_pid, watcher.name, exit_code
-        )
+    if watcher.is_stopping():
+        return
+    process = f"process {process_pid} ({watcher.name})"
+    if exit_code == HOPELESS:
+        hopeless.append(process)
+        watcher.respawn = False
+        if watcher.processes:  # without one the supervisor stops by itself
+            arbiter.loop.add_callback(_stop, arbiter)
+    else:
+        logger.warning("%s ended with status %s: another is started", process, exit_code)
+
+
+def _refuse_port(arbiter: bentoml_circus.Arbiter) -> None:
+    """Try the address that the supervisor is about to listen on, with its own options."""
+    command = click.get_current_context(silent=True)
+    asked = command.params.get("port") if command else None
+    if asked is not None and not 0 <= asked <= MAX_PORT:  # the system would take it modulo 65536
+        arbiter.exit_stack.close()
+        sys.exit(f"cannot start: --port (or BENTOML_PORT) must be at most {MAX_PORT}, not {asked}")
+    for theirs in arbiter.sockets.values():
+        if theirs.is_unix:
+            continue
+        with socket.socket(theirs.family, theirs.socktype) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind((theirs.host, theirs.port))
+                trial.listen()
+            except OSError as error:
+                arbiter.exit_stack.close()
+                mend = UNUSABLE.get(error.errno or 0, "name another with --port and --host")
+                sys.exit(
+                    f"cannot start: port {theirs.port} of {theirs.host} cannot be used "
+                    f"({error.strerror}): {mend}"
+                )
+
+
+def end_server() -> NoReturn:
+    """End this process, and with it the server: what is wrong was logged, and will not pass by itself."""
+    os._exit(HOPELESS)
 
 
 def outlive_siblings(timeout_s: float) -> None:

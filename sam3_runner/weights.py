@@ -17,6 +17,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 from sam3_runner.errors import WeightsError
 from sam3_runner.layouts import Layout, detector_state, find_layout
+from sam3_runner.weights_header import cut_short, file_kind, not_served
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +50,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Layou
         layout, _ = find_layout(stored)
         state = detector_state(stored)
     except WeightsError as error:
-        raise WeightsError(f"{path} cannot be served: {error}") from error
+        raise not_served(path, error) from error
     model = _empty_model(checkpoint)
     _check_fit(path, model.state_dict(), state)
     for name in list(state):
@@ -78,12 +79,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             in a file is ever run.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start.startswith(b"PK"):
-            return _unwrap(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        if start[8:] == b"{":
+        if file_kind(path) == "safetensors":
             return load_file(path)
+        return _unwrap(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {asked[1]}, and " if asked else ""
@@ -96,8 +94,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path} is refused: it is a TorchScript program, not weights; torch.save the model's "
                 "state_dict() instead"
             ) from error
-        raise WeightsError(f"{path} cannot be read, it may be cut short: {_first_line(error)}") from error
-    raise WeightsError(f"{path} {_what_it_is(start)}")
+        raise cut_short(path, error) from error
 
 
 def _unwrap(path: Path, stored: Any) -> dict[str, Tensor]:
@@ -138,17 +135,3 @@ def _listed(keys: set[str]) -> str:
     names = sorted(keys)
     more = f" and {len(names) - LISTED_KEYS} more" if len(names) > LISTED_KEYS else ""
     return ", ".join(names[:LISTED_KEYS]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _what_it_is(start: bytes) -> str:
-    if not start:
-        return "is empty"
-    if start.startswith(b"version "):
-        return "is a Git LFS pointer, not the weights: `git lfs pull` fetches them"
-    if start.startswith(b"\x80"):
-        return "is a bare pickle, which is not read; torch.save of torch 1.6 or newer writes what is"
-    return "is neither a torch nor a safetensors file"

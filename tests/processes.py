@@ -35,10 +35,10 @@ class Refusal:
     output: str
 
 
-def refused_start(data_dir: Path, changes: Mapping[str, str | None]) -> Refusal:
-    """Start the demo with `changes` to its environment (None removes), and wait for its end."""
+def refused_start(data_dir: Path, changes: Mapping[str, str | None], *arguments: str) -> Refusal:
+    """Start the demo with `changes` to its environment (None removes) and `arguments`; wait for its end."""
     ended = subprocess.run(
-        server_command(local_server._free_port()),
+        [*server_command(local_server._free_port()), *arguments],
         cwd=ROOT,
         env=changed_environment(data_dir, changes),
         stdin=subprocess.DEVNULL,

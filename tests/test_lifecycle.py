@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -42,10 +43,17 @@ REFUSALS: dict[str, tuple[dict[str, str | None], list[str]]] = {
     "no key": ({"API_SECRET_KEY": None, "SAM3_WEIGHTS_PATH": str(DEMO_FOLDER)}, ["API_SECRET_KEY"]),
     "short key": ({"API_SECRET_KEY": f"{SECRET},short"}, ["API_SECRET_KEY", "16"]),
     "half of R2": (R2 | {"R2_ENDPOINT": None}, ["R2_ENDPOINT missing", "R2_SECRET_ACCESS_KEY"]),
+    "placeholder": (
+        {**R2, "R2_ENDPOINT": "https://<ACCOUNT>.r2.cloudflarestorage.com"},
+        ["R2_ENDPOINT still has the placeholder <ACCOUNT>"],
+    ),
     "half of Supabase": ({"SUPABASE_SERVICE_KEY": SECRET}, ["SUPABASE_URL missing", "SUPABASE_SERVICE_KEY"]),
     "slip": ({"R2_ENDPONT": SECRET}, ["R2_ENDPONT", "did you mean R2_ENDPOINT?"]),
-    "bad number": ({"API_WORKERS": "two", "HF_TOKEN": SECRET}, ["API_WORKERS", "integer"]),
-    "zero workers": ({"API_WORKERS": "0"}, ["API_WORKERS", "greater"]),
+    "bad number": (
+        {"API_WORKERS": "two", "HF_TOKEN": SECRET},
+        ["API_WORKERS must be a whole number from 1 to 64, not 'two'"],
+    ),
+    "zero workers": ({"API_WORKERS": "0"}, ["API_WORKERS must be a whole number from 1 to 64, not '0'"]),
     "bad origin": ({"ALLOWED_ORIGINS": "*"}, ["ALLOWED_ORIGINS", "https://app.example.com"]),
     "no weights": ({"SAM3_WEIGHTS_PATH": "no/such/folder"}, ["no/such/folder", "SAM3_WEIGHTS_PATH=demo"]),
     "embedded in production": (
@@ -80,12 +88,69 @@ def test_start_is_refused(refusals: dict[str, Refusal], case: str) -> None:
     assert API_KEY not in refusal.output
 
 
+def test_file_in_utf16_is_refused(tmp_path: Path) -> None:
+    """A .env that Windows has saved as "Unicode" is refused with its name."""
+    env_file = tmp_path / "my.env"
+    env_file.write_text("API_WORKERS=1\n", encoding="utf-16")
+    refusal = refused_start(tmp_path, {"ENV_FILE": str(env_file)})
+    assert refusal.status != 0
+    assert f"cannot start: ENV_FILE {env_file} is in UTF-16" in refusal.output
+    assert "Traceback" not in refusal.output
+
+
+def test_files_of_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    """What stands in the way below DATA_DIR is told with the variable and the path."""
+    (tmp_path / "storage").write_text("a file")
+    refusal = refused_start(tmp_path, {})
+    assert refusal.status != 0
+    assert f"cannot start: DATA_DIR {tmp_path} cannot be used (the storage folder failed: " in refusal.output
+    assert f"write to {tmp_path / 'storage'}, or name another folder" in refusal.output
+
+
+@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_port_in_use_is_refused(tmp_path: Path, host: str, family: socket.AddressFamily) -> None:
+    """A port that another program listens on is named, before any process is started."""
+    try:
+        other = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        pytest.skip(f"no {host} on this machine: {error.strerror}")
+    with other:
+        port = other.getsockname()[1]
+        refusal = refused_start(tmp_path, {}, "--host", host, "--port", str(port))
+    assert refusal.status != 0
+    [sentence] = [line for line in refusal.output.splitlines() if "cannot start: " in line]
+    assert sentence.startswith(
+        f"cannot start: port {port} of {host} cannot be used (Address already in use): "
+    )
+    assert "--port" in sentence
+    assert "Traceback" not in refusal.output
+    assert "initialized" not in refusal.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("--host", "203.0.113.1"),
+            "cannot be used (Cannot assign requested address): name an address of this",
+        ),
+        (("--port", "70000"), "cannot start: --port (or BENTOML_PORT) must be at most 65535, not 70000"),
+    ],
+)
+def test_address_that_is_none_is_refused(tmp_path: Path, arguments: tuple[str, str], sentence: str) -> None:
+    """An address of another machine, or a port that there is not, is told as that."""
+    refusal = refused_start(tmp_path, {}, *arguments)
+    assert refusal.status != 0
+    assert sentence in refusal.output
+    assert "Traceback" not in refusal.output
+
+
 def test_start_without_a_tokenizer_is_refused(broken_checkpoint: Path, tmp_path: Path) -> None:
     """A weights folder that lacks a file is refused with the file's name."""
     (broken_checkpoint / "tokenizer.json").unlink()
     refusal = refused_start(tmp_path, {"SAM3_WEIGHTS_PATH": str(broken_checkpoint)})
     assert refusal.status != 0
-    assert f"cannot start: {broken_checkpoint} holds no tokenizer.json" in refusal.output
+    assert f"cannot start: SAM3_WEIGHTS_PATH: {broken_checkpoint} holds no tokenizer.json" in refusal.output
 
 
 def get(server: LocalServer, path: str) -> httpx.Response | None:
@@ -191,32 +256,6 @@ def test_loading(start: Start) -> None:
         check_not_loaded(start.edge, body, response)
     for _ in range(4):  # both API workers
         assert start.edge.ask(start.key, "circle").status_code == httpx.codes.OK
-
-
-def test_broken_weights(broken_checkpoint: Path, tmp_path: Path) -> None:
-    """With torn weights the server stays up, says so in /health and in its answers, and is never ready."""
-    weights = broken_checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100_000])
-    changes = {"SAM3_WEIGHTS_PATH": str(broken_checkpoint), "API_WORKERS": "1"}
-    with started_server(tmp_path / "data", changes) as (server, process), Edge(server) as edge:
-        ready = []
-
-        def status() -> str | None:
-            ready.append(is_ready(server))
-            health = get(server, "/health")
-            return None if health is None else str(health.json()["status"])
-
-        wait_for(status, lambda state: state == "error")
-        body = edge.body(edge.upload(png_bytes(scene(300).image)), "circle")
-        edge.insert_row(body)
-        response = edge.send(body)
-        check_not_loaded(edge, body, response)
-        assert "model.safetensors" in error_of(response)[2]
-        info = edge.http.get("/api/v1/model/info")
-        assert error_of(info)[:2] == (503, "MODEL_NOT_LOADED")
-        ready.append(is_ready(server))
-        assert not any(ready)
-        assert process.poll() is None
 
 
 def test_demo_makes_one_key_for_all_workers(start: Start) -> None:

@@ -155,7 +155,7 @@ class Bench:
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    settings = Settings(_env_file=None, sam3_weights_path="demo")
+    settings = Settings(sam3_weights_path="demo")
     rows, objects, model = Rows(tmp_path / "results.sqlite", 120), Folder(tmp_path / "objects"), Model()
     outbox = open_outbox(
         tmp_path / "outbox.sqlite",

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S
+from sam3_runner.supervision import HOPELESS
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.faults.clock import Clock
@@ -262,7 +263,7 @@ def test_no_process_serves_on_defaults(tmp_path: Path, service: str) -> None:
     """A process whose settings are wrong ends with the sentence, though the module may be imported so."""
     environment = changed_environment(tmp_path, {"API_SECRET_KEY": None, "API_WORKERS": "two"})
     ended = run_alone(service, environment | {"TMPDIR": os.fspath(tmp_path)})
-    assert ended.status == 1
+    assert ended.status == HOPELESS
     assert "cannot serve: API_WORKERS must be a whole number" in ended.output
     assert "Traceback" not in ended.output
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from local_server import local_server
 from sam3_runner.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, wait_for
-from tests.processes import started_server
+from tests.processes import Refusal, refused_start, started_server
 from tests.sam3_runner.official import as_official
 from tests.services.hub import TOKEN, hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from local_server import LocalServer
     from tests.services.hub import Hub
@@ -40,25 +42,83 @@ def health(server: LocalServer) -> dict[str, Any] | None:
     return answer
 
 
-def check_not_served(server: LocalServer, *parts: str) -> None:
-    """The server runs and says what is wrong: to /health, to /readyz, and to every caller."""
-    said = wait_for(lambda: health(server), lambda answer: answer and answer["status"] == "error")
-    assert said is not None
-    assert said["model_loaded"] is False
-    assert [part for part in parts if part not in said["detail"]] == []
-    assert httpx.get(f"{server.url}/readyz").status_code == 503
-    with Edge(server) as edge:
-        body = edge.body(edge.upload(b"x"), "red circle")
-        for answer in (edge.send(body), httpx.get(f"{server.url}/api/v1/model/info", headers=server.headers)):
-            status, code, message = error_of(answer)
-            assert (status, code, message) == (503, "MODEL_NOT_LOADED", said["detail"])
+def sentence_of(refusal: Refusal, beginning: str) -> str:
+    """The one line that refuses a start, after `beginning`; no traceback, and a status that says so."""
+    assert refusal.status != 0
+    assert "Traceback" not in refusal.output
+    [line] = [line for line in refusal.output.splitlines() if beginning in line]
+    return line.partition(beginning)[2]
+
+
+def wrong_file(kind: str, folder: Path) -> Path:
+    """A file that is no SAM 3's weights, and can be seen to be none."""
+    path = folder / "weights.pt"
+    if kind == "SAM 2":
+        save_file({"memory_attention.x": torch.zeros(1)}, path)
+    elif kind == "another zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("word/document.xml", "<xml/>")
+    else:
+        whole = WEIGHTS.read_bytes()
+        torn_zip = io.BytesIO()
+        torch.save({"x": torch.zeros(9)}, torn_zip)
+        contents = {
+            "empty": b"",
+            "web page": b"<!DOCTYPE html><title>Sign in</title>",
+            "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3450062241\n",
+            "torn safetensors": whole[: len(whole) // 2],
+            "torn zip": torn_zip.getvalue()[:-100],
+        }
+        path.write_bytes(contents[kind])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("empty", "is empty"),
+        ("web page", "is neither a torch nor a safetensors file"),
+        ("pointer", "is a Git LFS pointer, not the weights: `git lfs pull` fetches them"),
+        ("torn safetensors", "cannot be read, it may be cut short: "),
+        ("torn zip", "cannot be read, it may be cut short: "),
+        ("another zip", "is a zip file without weights in it"),
+        ("SAM 2", "cannot be served: it is a SAM 2 checkpoint: this server serves SAM 3"),
+    ],
+)
+def test_file_that_is_no_weights_is_refused(tmp_path: Path, kind: str, fault: str) -> None:
+    """What can be seen without reading the file is told before any process is started."""
+    path = wrong_file(kind, tmp_path)
+    refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(path)})
+    sentence = sentence_of(refusal, "cannot start: SAM3_WEIGHTS_PATH: ")
+    assert sentence.startswith(f"{path} {fault}")
+    assert "initialized" not in refusal.output
+
+
+def test_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    """A tokenizer that is none would end every process."""
+    folder = Path(shutil.copytree(DEMO_FOLDER, tmp_path / "sam3"))
+    (folder / "tokenizer.json").write_text("{}")
+    refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(folder)})
+    sentence = sentence_of(refusal, "cannot start: SAM3_WEIGHTS_PATH: ")
+    assert sentence.startswith(f"{folder / 'tokenizer.json'} is not a tokenizer: ")
+
+
+def test_weights_that_do_not_fit_end_the_server(tmp_path: Path) -> None:
+    """What only loading shows ends the server, instead of leaving it up for ever without a model."""
+    path = tmp_path / "sam3.pt"
+    torch.save(as_official(load_file(WEIGHTS)), path)  # of the demo's size, without its config.json
+    refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(path), "API_WORKERS": "1"})
+    assert f"{path} does not fit the model: " in sentence_of(refusal, "the model cannot be loaded: ")
+    assert refusal.output.splitlines()[-1].startswith("cannot serve: process ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_missing_gpu_is_told(tmp_path: Path) -> None:
+def test_missing_gpu_ends_the_server(tmp_path: Path) -> None:
     """SAM3_DEVICE=cuda without a GPU is told, not answered by a CPU in silence."""
-    with started_server(tmp_path, {"SAM3_DEVICE": "cuda", "API_WORKERS": "1"}) as (server, _):
-        check_not_served(server, "no CUDA GPU", "SAM3_DEVICE=cpu")
+    refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", "API_WORKERS": "1"})
+    sentence = sentence_of(refusal, "the model cannot be loaded: ")
+    assert "no CUDA GPU" in sentence
+    assert "SAM3_DEVICE=cpu" in sentence
 
 
 def test_official_file_is_served(tmp_path: Path) -> None:
@@ -127,9 +187,29 @@ def test_progress_of_the_download_is_told(tmp_path: Path, served: Hub) -> None:
         served.closing.set()
 
 
-def test_gated_weights_are_told(tmp_path: Path, served: Hub) -> None:
-    """Without access the server says whom to ask, and shows no token."""
+def test_gated_weights_end_the_server(tmp_path: Path, served: Hub) -> None:
+    """Without access the server says whom to ask, shows no token, and ends: access is given by hand."""
     served.granted = False
-    with started_server(tmp_path / "data", downloading(tmp_path / "sam3", served)) as (server, _):
-        check_not_served(server, "is gated", "facebook/sam3", "ask for it there")
-        assert TOKEN not in server.log_path.read_text()
+    refusal = refused_start(tmp_path / "data", downloading(tmp_path / "sam3", served))
+    sentence = sentence_of(refusal, "the model cannot be loaded: ")
+    assert [part for part in ("is gated", "facebook/sam3", "ask for it there") if part not in sentence] == []
+    assert TOKEN not in refusal.output
+
+
+def test_hub_that_is_away_is_waited_for(tmp_path: Path, served: Hub) -> None:
+    """The server stays, says why it is not ready to all who ask, and gets ready once the hub is back."""
+    served.failures = [503] * 1000
+    settings = downloading(tmp_path / "sam3", served)
+    with started_server(tmp_path / "data", settings) as (server, process), Edge(server) as edge:
+        said = wait_for(
+            lambda: health(server), lambda answer: answer and "answers 503" in answer.get("detail", "")
+        )
+        assert said is not None
+        assert (said["status"], said["model_loaded"]) == ("loading", False)
+        assert httpx.get(f"{server.url}/readyz").status_code == 503
+        status, code, message = error_of(edge.send(edge.body(edge.upload(b"x"), "red circle")))
+        assert (status, code) == (503, "MODEL_NOT_LOADED")
+        assert "answers 503" in message
+        assert process.poll() is None
+        served.failures.clear()
+        wait_for(lambda: health(server), lambda answer: answer and answer["status"] == "ok")

@@ -71,6 +71,7 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     arbiter: Any = SimpleNamespace(
         watchers=[watcher],
         endpoint="tcp://127.0.0.1:1",
+        sockets={},
         ctrl=SimpleNamespace(check_delay=10_000),
         loop=SimpleNamespace(call_later=lambda _delay_s, call: later.append(call)),
         manage_watchers=manage_watchers,
