@@ -297,7 +297,7 @@ def _sentence(error: Exception, target: Path, source: HubSource) -> str:
         case httpx2.HTTPError() | httpx2.InvalidURL():
             return (
                 f"the hub at {constants.ENDPOINT} or its store does not answer ({_reason(error)}): check "
-                f"network, DNS, proxy and HF_ENDPOINT; a new start goes on where this one ended, or {by_hand}"
+                f"network, DNS, proxy and HF_ENDPOINT (what was fetched is kept), or {by_hand}"
             )
         case OSError(errno=int()):
             return f"{target} cannot be written ({_reason(error)}): set SAM3_WEIGHTS_PATH to where it can"
@@ -315,7 +315,7 @@ def _refusal(error: HfHubHTTPError, source: HubSource) -> str:
         return f"{page} has no {name} at revision {source.revision}: check SAM3_HF_REPO"
     if status in (401, 403, 404) and str(url).startswith(f"{constants.ENDPOINT}/"):
         return _denial(error, page, has_token=source.token is not None)
-    return f"{url.host} answers {status} to the download from {page}: start again later"
+    return f"{url.host} answers {status} to the download from {page}: later it may not"
 
 
 def _denial(error: HfHubHTTPError, page: str, *, has_token: bool) -> str:

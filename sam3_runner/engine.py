@@ -28,6 +28,7 @@ from sam3_runner.errors import (
     SAM3Error,
 )
 from sam3_runner.images.square import SquareImage
+from sam3_runner.memory import telling_full_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -259,18 +260,14 @@ class Engine:
         Raises:
             DeviceFull: the memory has room for the weights, but not for such a batch.
         """
-        import torch  # noqa: PLC0415 - loaded already
-
         side_px = self._model_facts["input_side_px"]
         blank = SquareImage(np.zeros((side_px, side_px, 3), dtype=np.uint8), width=side_px, height=side_px)
         for images in (1, self._config.max_batch) if predictor.device.type == "cuda" else (1,):
-            try:
+            with telling_full_memory(
+                f"the memory of {predictor.device} is too full for a batch of {images} requests: free it, or "
+                "set SAM3_MAX_BATCH lower"
+            ):
                 predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
-            except torch.OutOfMemoryError as error:
-                raise DeviceFull(
-                    f"the memory of {predictor.device} is too full for a batch of {images}: free it, or set "
-                    "SAM3_MAX_BATCH lower"
-                ) from error
 
 
 def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:

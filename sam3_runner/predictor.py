@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, SCORE_THRESHOLD, Checkpoint, find_checkpoint
-from sam3_runner.errors import DeviceFull, DeviceUnavailable, InferenceFailed, ModelNotLoaded
+from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
 from sam3_runner.images.decode import decode_square
 from sam3_runner.images.read import read_image_file
 from sam3_runner.images.square import SquareImage, to_square
 from sam3_runner.instances import Instance, PredictResult
 from sam3_runner.masks import to_instances
+from sam3_runner.memory import telling_full_memory
 from sam3_runner.model import (
     Detections,
     ImageFeatures,
@@ -99,11 +100,9 @@ class SAM3Predictor:
             )
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
-        try:
+        with telling_full_memory(f"the memory of {self.device} is too full for the model: free it"):
             model, self.layout = load_model(checkpoint, self.device)
             optimize(model)
-        except torch.OutOfMemoryError as error:
-            raise DeviceFull(f"the memory of {self.device} is too full for the model") from error
         self._model = model
         self.checkpoint = checkpoint
 
