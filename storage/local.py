@@ -4,22 +4,28 @@ import asyncio
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
-from storage.errors import ImageUrlForbidden, ObjectNotFound, ObjectTooLarge, StorageUnavailable
+from storage.beneath import UNFINISHED, LinkInTheWay, open_folder
+from storage.errors import (
+    ImageUrlForbidden,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StorageError,
+    StorageUnavailable,
+)
 from storage.keys import checked_key, image_key, mask_in_url, percent_decoded
 
-# A killed process leaves such a file behind; no key may name it.
-_UNFINISHED: Final = ".unfinished"
 # What an open says when the folder has, or can have, no object of that name.
 _ABSENT: Final = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL),
+        # A socket (Linux, macOS), and a device without a driver.
+        *(errno.ENXIO, errno.EOPNOTSUPP, errno.ENODEV),
+    }
 )
-# Windows has no way to sync a folder.
-_FOLDER_FLAGS: Final[int | None] = getattr(os, "O_DIRECTORY", None)
 
 
 class LocalFolder:
@@ -47,7 +53,10 @@ class LocalFolder:
         )
 
     async def download_image(self, image_url: str, user_id: str, max_bytes: int) -> bytes:
-        """See ObjectStore. A symbolic link anywhere below the folder is ImageUrlForbidden."""
+        """See ObjectStore. A symbolic link anywhere below the folder is ImageUrlForbidden.
+
+        Only regular files are images: a FIFO, a socket or a device is ObjectNotFound, and is not waited for.
+        """
         return await asyncio.to_thread(self._read, self.key_of(image_url, user_id), max_bytes)
 
     async def upload_mask(self, mask: bytes, key: str) -> str:
@@ -90,77 +99,41 @@ class LocalFolder:
         return path.removeprefix(self._url_path)
 
     def _read(self, key: str, max_bytes: int) -> bytes:
-        path = self._root / key
-        if path.name.endswith(_UNFINISHED):
+        *folders, name = key.split("/")
+        if name.endswith(UNFINISHED):
             raise ObjectNotFound("no image is stored there")
-        if self._leaves_folder(path):
-            raise ImageUrlForbidden("image_url is not in the storage folder")
-        with _os_errors(absent=_ABSENT), path.open("rb") as file:
+        link = ImageUrlForbidden("image_url is not in the storage folder")
+        with (
+            _os_errors(absent=_ABSENT, link=link),
+            open_folder(self._root, folders) as folder,
+            folder.open_file(name) as file,
+        ):
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ObjectTooLarge(max_bytes)
         return data
 
     def _write(self, key: str, data: bytes) -> str:
-        path = self._root / checked_key(key)
-        if path.name.endswith(_UNFINISHED):
+        *folders, name = checked_key(key).split("/")
+        if name.endswith(UNFINISHED):
             raise ValueError("a key cannot end like an unfinished file")
-        if self._leaves_folder(path):
-            raise StorageUnavailable("a link stands in the way of the object")
-        with _os_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, data)
-            self._sync_folders(path.parent)
-        return path.as_uri()
+        with _os_errors(), open_folder(self._root, folders, make=True) as folder:
+            folder.write(name, data)
+        return self._root.joinpath(*folders, name).as_uri()
 
     def _delete(self, key: str) -> None:
-        path = self._root / checked_key(key)
-        if self._leaves_folder(path):
-            raise StorageUnavailable("a link stands in the way of the object")
-        with _os_errors():
-            path.unlink(missing_ok=True)
-
-    def _leaves_folder(self, path: Path) -> bool:
-        # Any link, not only one that points outside: a link to another user's upload is as bad.
-        return Path(os.path.realpath(path)) != path
-
-    def _sync_folders(self, folder: Path) -> None:
-        """Make the names durable up to the root; any folder on the way may be new."""
-        while True:
-            _sync_folder(folder)
-            if folder == self._root:
-                return
-            folder = folder.parent
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(uuid4().hex + _UNFINISHED)
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:  # a Ctrl-C leaves no litter either
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if _FOLDER_FLAGS is None:
-        return
-    descriptor = os.open(folder, os.O_RDONLY | _FOLDER_FLAGS)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        *folders, name = checked_key(key).split("/")
+        with _os_errors(), suppress(FileNotFoundError), open_folder(self._root, folders) as folder:
+            folder.remove(name)
 
 
 @contextmanager
-def _os_errors(*, absent: frozenset[int] = frozenset()) -> Iterator[None]:
+def _os_errors(*, absent: frozenset[int] = frozenset(), link: StorageError | None = None) -> Iterator[None]:
     """The only place where an OSError becomes one of ours; its text holds a path, so it goes to the cause."""
     try:
         yield
+    except LinkInTheWay as error:
+        raise (link or StorageUnavailable("a link stands in the way of the object")) from error
     except OSError as error:
         if error.errno in absent:
             raise ObjectNotFound("no image is stored there") from error

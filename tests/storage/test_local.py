@@ -1,12 +1,20 @@
 """What only the folder does."""
 
 import asyncio
+import itertools
 import os
+import socket
+import stat
 import subprocess
 import sys
+import threading
 import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +27,7 @@ from storage import (
     ObjectTooLarge,
     StorageError,
     StorageUnavailable,
+    beneath,
 )
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +114,160 @@ async def test_mask_does_not_follow_a_link(folder: LocalFolder, root: Path, tmp_
     with pytest.raises(StorageUnavailable):
         await folder.upload_mask(b"mask", "masks/user-1/task/0.png")
     assert not list((tmp_path / "outside").iterdir())
+
+
+def bind_socket(path: Path) -> None:
+    """Leave the file of a unix socket at `path`, which may be longer than such addresses are."""
+    here = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+SPECIAL_FILES: dict[str, Callable[[Path], None]] = {
+    "a FIFO": lambda path: os.mkfifo(path),  # noqa: PLW0108 - Windows has none
+    "a folder": Path.mkdir,
+    "a socket": bind_socket,
+    "a device": lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5)),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+def test_only_a_file_is_an_image(root: Path, kind: str) -> None:
+    """What is no regular file is not found, at once: nobody waits for its other end, nor reads for ever."""
+    (root / KEY).parent.mkdir(parents=True)
+    try:
+        SPECIAL_FILES[kind](root / KEY)
+    except PermissionError:
+        pytest.skip("only root may make devices")
+    asked = subprocess.run([sys.executable, "-c", READ, str(root)], check=False, timeout=60)
+    assert asked.returncode == 7
+
+
+READ = """
+import asyncio, sys
+from pathlib import Path
+from storage import LocalFolder, ObjectNotFound
+
+try:
+    asyncio.run(LocalFolder(Path(sys.argv[1])).download_image("uploads/user-1/cat", "user-1", 100))
+except ObjectNotFound:
+    sys.exit(7)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows opens by path alone")
+@pytest.mark.parametrize("swapped", ["the file", "its folder"])
+def test_link_that_is_swapped_in_is_not_read(
+    folder: LocalFolder, root: Path, tmp_path: Path, swapped: str
+) -> None:
+    """However often a name changes between an image and a link, what is read is the image."""
+    folder.put_upload(KEY, b"cat")
+    uploads = root / "uploads" / USER
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "cat").write_bytes(b"secret")
+    name, target = (uploads / "cat", outside / "cat") if swapped == "the file" else (uploads, outside)
+    done = threading.Event()
+
+    def swap() -> None:
+        aside, link = name.with_name("aside"), name.with_name("link")
+        while not done.is_set():
+            link.symlink_to(target)
+            name.rename(aside)
+            link.rename(name)
+            name.unlink()
+            aside.rename(name)
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    read: Counter[bytes] = Counter()
+    try:
+        for _ in range(3000):
+            with suppress(ImageUrlForbidden, ObjectNotFound):
+                read[folder._read(KEY, 100)] += 1
+    finally:
+        done.set()
+        swapping.join()
+    assert set(read) <= {b"cat"}
+    assert folder._read(KEY, 100) == b"cat"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows opens by path alone")
+def test_mask_goes_through_no_link_that_is_swapped_in(
+    folder: LocalFolder, root: Path, tmp_path: Path
+) -> None:
+    """However often a folder changes to a link, no mask is written, and none is deleted, outside."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "old.png").write_bytes(b"not ours")
+    name, done = root / "masks" / "user-1", threading.Event()
+
+    def swap() -> None:
+        for number in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
+            with suppress(OSError):  # a write has made the folder anew in between
+                name.rename(tmp_path / f"aside-{number}")
+                name.symlink_to(outside)
+                name.unlink()
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    try:
+        for _ in range(1000):
+            with suppress(StorageUnavailable):
+                folder._write("masks/user-1/0.png", b"mask")
+            with suppress(StorageUnavailable):
+                folder._delete("masks/user-1/old.png")
+    finally:
+        done.set()
+        swapping.join()
+    assert files_below(outside) == ["old.png"]
+
+
+async def test_folder_that_is_opened_by_path(
+    folder: LocalFolder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows: objects are written, read and deleted, and links that stand in the way are refused."""
+    monkeypatch.setattr(beneath, "_BY_DESCRIPTOR", False)
+    await folder.upload_mask(b"mask", "masks/user-1/0.png")
+    await folder.delete_mask("masks/user-1/0.png")
+    assert files_below(root) == []
+    folder.put_upload(KEY, b"cat")
+    assert await folder.download_image(KEY, USER, 100) == b"cat"
+    (tmp_path / "secret").write_bytes(b"secret")
+    (root / "uploads" / USER / "link").symlink_to(tmp_path / "secret")
+    (root / "uploads" / USER / "folder").symlink_to(tmp_path, target_is_directory=True)
+    for name in ("link", "folder/secret"):
+        with pytest.raises(ImageUrlForbidden):
+            await folder.download_image(f"uploads/{USER}/{name}", USER, 100)
+        with pytest.raises(StorageUnavailable):
+            await folder.upload_mask(b"mask", f"uploads/{USER}/{name}")
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+async def test_hard_link_is_the_file_it_names(folder: LocalFolder, root: Path) -> None:
+    """Who may link a file may read it, so a hard link is an image as any other."""
+    folder.put_upload("uploads/user-1/dog", b"dog")
+    (root / KEY).hardlink_to(root / "uploads/user-1/dog")
+    assert await folder.download_image(KEY, USER, 100) == b"dog"
+
+
+async def test_no_descriptor_is_left_open(folder: LocalFolder, root: Path, tmp_path: Path) -> None:
+    """Reads, writes and refusals close what they opened."""
+    folder.put_upload(KEY, b"cat")
+    (root / "uploads" / USER / "link").symlink_to(tmp_path)
+    before = psutil.Process().num_fds()
+    for name in ("cat", "none", "link", "cat/none", "link/none"):
+        with suppress(StorageError):
+            await folder.download_image(f"uploads/{USER}/{name}", USER, 100)
+        with suppress(StorageError):
+            await folder.upload_mask(b"mask", f"uploads/{USER}/{name}/0.png")
+    assert psutil.Process().num_fds() == before
 
 
 @given(text=st.text("aA./\\%25eEfFcC:~?# \0\u0301", max_size=30))
