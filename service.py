@@ -42,6 +42,7 @@ from contract import (
 from gate import Gate
 from metrics import count_by_route
 from pipeline import Pipeline
+from log_lines import escape_log_lines
 from recovery import Recovery
 from results import OUTBOX_FILE, ResultsError, SqliteResults, open_outbox, salvage_attempts
 from sam3_runner import ModelNotLoaded, WeightsError
@@ -85,6 +86,8 @@ RUNNER_NOTE = "runner.pid"
 
 
 # Retries are counted at /metrics; the stores log what fails in the end.
+escape_log_lines()
+
 stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.PrometheusOnRetryHook])
 
 
