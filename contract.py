@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Literal
 from uuid import UUID
@@ -11,12 +12,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 import results
 import sam3_runner
 import storage
+from sam3_runner.invisible import is_invisible, trimmed
 from sam3_runner.prompts import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_PROMPTS = 10
+MAX_PROMPT_CHARACTERS = 200
+"""As sent, before the ends are stripped."""
 RETRY_AFTER_S = 2
 """Told to callers that meet a full or loading server."""
 
@@ -33,20 +37,57 @@ class TaskGivenUpError(Exception):
     """The server's processes died too often while they worked on this task; it is not tried again."""
 
 
-def _is_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must hold more than white space")
-    if not text.isprintable():
-        raise ValueError("must hold no control characters")
-    return text
+PROMPT_RULE = (
+    "A noun phrase. Spaces and invisible marks (joiners, zero-width spaces, byte order marks) at its ends "
+    "are stripped; the rest is used, stored and answered as it was sent. One rule cannot stand in a schema: "
+    f"it has at most {CONTEXT_TOKENS} tokens, start and end token included, or is refused with 400 and both "
+    "numbers. An English word is one or two tokens, a character of other scripts or an emoji up to four."
+)
+PROMPT_PATTERN = (
+    r"^[^\u0000-\u001F\u007F-\u009F\u2028\u2029]*"
+    r"[^\u0000-\u0020\u007F-\u00A0\u00AD\u061C\u1680\u180E\u2000-\u200F"
+    r"\u2028-\u202F\u205F-\u206F\u3000\uFEFF]"
+    r"[^\u0000-\u001F\u007F-\u009F\u2028\u2029]*$"
+)
+"""For the description alone: no control characters, and something that is not stripped."""
+REFUSED_IN_PROMPTS = {
+    "Cc": "a control character",
+    "Cs": "half of a surrogate pair",
+    "Zl": "a line separator",
+    "Zp": "a paragraph separator",
+}
+"""By Unicode's category. All else is text, unassigned characters too: emoji are newer than our tables."""
+
+
+def _reason_against(text: str) -> str | None:
+    """What a prompt cannot hold, and holds: "holds a control character (U+000A)"."""
+    for character in text:
+        refused = REFUSED_IN_PROMPTS.get(unicodedata.category(character))
+        if refused:
+            return f"holds {refused} (U+{ord(character):04X})"
+    return None
+
+
+def _cleaned(text: str) -> str:
+    """The prompt as it is used, stored and answered: as it was sent, without spaces and marks at its ends."""
+    reason = _reason_against(text)
+    if reason:
+        raise ValueError(reason)
+    if is_invisible(text):
+        raise ValueError("must hold more than spaces and invisible characters")
+    return trimmed(text)
 
 
 Prompt = Annotated[
     str,
     Field(
-        min_length=1, max_length=200, description="a noun phrase, at most 32 tokens", examples=["red circle"]
+        min_length=1,
+        max_length=MAX_PROMPT_CHARACTERS,
+        description=PROMPT_RULE,
+        examples=["red circle"],
+        json_schema_extra={"pattern": PROMPT_PATTERN},
     ),
-    AfterValidator(_is_text),
+    AfterValidator(_cleaned),
 ]
 
 
@@ -159,7 +200,7 @@ class Limits(BaseModel):
     max_image_bytes: int
     max_image_pixels: int
     max_prompts: int = MAX_PROMPTS
-    max_prompt_characters: int = 200
+    max_prompt_characters: int = MAX_PROMPT_CHARACTERS
     max_prompt_tokens: int = CONTEXT_TOKENS
     image_formats: list[str] = ["image/png", "image/jpeg", "image/webp"]
 

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sam3_runner.errors import PromptTooLong, WeightsError
+from sam3_runner.invisible import trimmed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,7 @@ class PromptTokenizer:
 
     def count(self, text: str) -> int:
         """Tokens of `text`, start and end token included."""
-        return len(self._tokenizer.encode(clean_text(text)).ids)
+        return len(self._tokenizer.encode(_cleaned(text)).ids)
 
     def encode(self, texts: list[str]) -> TokenIds:
         """Encode `texts`, padded to 32 tokens; raises `PromptTooLong` for a text of more.
@@ -52,7 +53,7 @@ class PromptTokenizer:
         """
         ids = np.full((len(texts), CONTEXT_TOKENS), self._pad, dtype=np.int64)
         valid = np.zeros((len(texts), CONTEXT_TOKENS), dtype=np.bool_)
-        for row, encoding in enumerate(self._tokenizer.encode_batch([clean_text(text) for text in texts])):
+        for row, encoding in enumerate(self._tokenizer.encode_batch([_cleaned(text) for text in texts])):
             tokens = len(encoding.ids)
             if tokens > CONTEXT_TOKENS:
                 raise PromptTooLong(f"the prompt has {tokens} tokens; the model reads {CONTEXT_TOKENS}")
@@ -65,3 +66,8 @@ def clean_text(text: str) -> str:
     """Repair, unescape, collapse white space, lower: `_clean_lower` of the official tokenizer."""
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(repaired.split()).lower()
+
+
+def _cleaned(text: str) -> str:
+    # The official model makes tokens of a zero-width space at an end, which came there by a paste.
+    return clean_text(trimmed(text))

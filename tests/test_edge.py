@@ -120,8 +120,12 @@ def test_the_worker_fits_its_types() -> None:
 
 @pytest.mark.parametrize(
     ("via", "prompts"),
-    [("waitUntil", PICTURE.names[:1]), ("queue", PICTURE.names[:2])],
-    ids=["waitUntil", "queue"],
+    [
+        ("waitUntil", PICTURE.names[:1]),
+        ("queue", PICTURE.names[:2]),
+        ("waitUntil", [PICTURE.names[0].replace(" ", "\u00a0")]),
+    ],
+    ids=["waitUntil", "queue", "pasted"],
 )
 def test_a_user_gets_the_mask(sign_in: Callable[..., User], via: str, prompts: list[str]) -> None:
     """From upload to mask, by both ways, for one prompt and for several."""
@@ -233,6 +237,8 @@ def test_what_breaks_the_rules_is_refused_at_once(worker: Worker, sign_in: Calla
         {"image_key": "k"},
         {"image_key": "k", "prompts": []},
         {"image_key": "k", "text_prompt": " "},
+        {"image_key": "k", "text_prompt": "\u200b\u3000"},
+        {"image_key": "k", "text_prompt": "circle\n"},
     ):
         assert user.http.post("/tasks", json=body).status_code == httpx.codes.BAD_REQUEST
     assert user.http.get(f"/tasks/{uuid4()}").status_code == httpx.codes.NOT_FOUND

@@ -56,6 +56,19 @@ def test_cleaning(text: str, cleaned: str) -> None:
     assert TOKENIZER.encode([text]).ids.tolist() == TOKENIZER.encode([cleaned]).ids.tolist()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("black\u00a0circle", "black\u202fcircle", "black\u3000circle", "\ufeffblack circle"),
+        *("black circle\u200b", "\u200e black circle\u00ad\u3000"),
+    ],
+)
+def test_pasted_text_is_the_same_text(text: str) -> None:
+    """Spaces of other scripts, and what is invisible at the ends, make no difference to the model."""
+    assert TOKENIZER.encode([text]).ids.tolist() == TOKENIZER.encode(["black circle"]).ids.tolist()
+    assert TOKENIZER.count(text) == TOKENIZER.count("black circle")
+
+
 def test_thirty_two_tokens() -> None:
     """32 tokens, start and end included, are read; one more is refused with the number."""
     assert TOKENIZER.encode(["cat " * 30]).valid.all()

@@ -8,8 +8,8 @@ import { refuseIfFailed, signedIn, type SignedIn, TABLE, UUID } from "./supabase
 const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
 const MAX_IMAGE_BYTES = 10 * 1024 * 1024;
 const MAX_PROMPTS = 10;
-/** As the backend has it: 1 to 200 characters, no control characters. */
-const PROMPT = /^(?=.*\S)\P{C}{1,200}$/u;
+/** As the backend has it: 1 to 200 characters, one of them visible; no control characters, no line separators. */
+const PROMPT = /^(?=.*[^\p{Z}\p{Cf}])[^\p{Cc}\p{Cs}\p{Zl}\p{Zp}]{1,200}$/u;
 const KEY = /^\P{C}{1,1024}$/u;
 const DEAD_LETTERS = "sam3-tasks-dead";
 

@@ -1,0 +1,152 @@
+"""Prompts as people paste them: every script's spaces and joiners are text; only broken text is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from contract import PROMPT_PATTERN, Prompt
+from sam3_runner.invisible import is_invisible, trimmed
+from tests.drawn import scene
+from tests.edge import PREDICT, error_of, png_bytes
+
+if TYPE_CHECKING:
+    from tests.edge import Edge
+
+PROMPT = TypeAdapter[str](Prompt)
+PICTURE = scene(16)
+"""A black circle and a purple one."""
+
+
+@pytest.fixture(scope="module")
+def image_key(edge: Edge) -> str:
+    return edge.upload(png_bytes(PICTURE.image))
+
+
+@pytest.fixture(scope="module")
+def plain(edge: Edge, image_key: str) -> dict[str, Any]:
+    """The answer to the prompt as nobody pastes it."""
+    answer = edge.answer(image_key, "black circle")
+    assert len(answer["instances"]) == len(PICTURE.named("black circle"))
+    return answer
+
+
+LIKE_BLACK_CIRCLE: dict[str, tuple[str, str]] = {
+    "no-break space": ("black\u00a0circle", "black\u00a0circle"),
+    "narrow no-break space": ("black\u202fcircle", "black\u202fcircle"),
+    "thin space": ("black\u2009circle", "black\u2009circle"),
+    "ideographic space": ("black\u3000circle", "black\u3000circle"),
+    "Ogham space": ("black\u1680circle", "black\u1680circle"),
+    "byte order mark in front": ("\ufeffblack circle", "black circle"),
+    "zero-width space at the end": ("black circle\u200b", "black circle"),
+    "spaces at the ends": (" \u00a0black circle\u3000 ", "black circle"),
+    "marks and spaces at the ends": ("\u200e \u2060black circle\u200d \u00ad", "black circle"),
+}
+"""Prompts, and what becomes of them."""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("case", LIKE_BLACK_CIRCLE)
+def test_spaces_and_ends_make_no_difference(
+    edge: Edge, image_key: str, plain: dict[str, Any], case: str
+) -> None:
+    """It finds what "black circle" finds; labels and the row carry the text as sent, without its ends."""
+    sent, kept = LIKE_BLACK_CIRCLE[case]
+    body = edge.body(image_key, sent)
+    edge.insert_row(body)
+    response = edge.send(body)
+    assert response.status_code == httpx.codes.OK, response.text
+    answer = response.json()
+    assert answer["labels"] == [kept]
+    assert {instance["label"] for instance in answer["instances"]} == {kept}
+    assert [i | {"label": ""} for i in answer["instances"]] == [i | {"label": ""} for i in plain["instances"]]
+    row = edge.settled_row(body["task_id"])
+    assert (row.labels, row.metadata["prompts"]) == ([kept], [kept])
+    # The same text again, cleaned or not, is the same task.
+    for again in (sent, kept):
+        assert edge.send(edge.body(image_key, again, body["task_id"])).json() == answer
+
+
+TEXTS = {
+    "family emoji": "black circle \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "flag of England, which ends in a tag": "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067"
+    "\U000e007f",
+    "heart, which ends in a variation selector": "\u2764\ufe0f",
+    "Persian, with its joiner": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "Hindi, with its joiner": "\u0915\u094d\u200d\u0937",
+    "soft hyphen": "black\u00adcircle",
+    "right-to-left mark inside": "\u05d0\u200f\u05d1",
+    "unassigned, an emoji of the future": "\U0001fbff \U0001faff",
+    "private use": "\uf8ff",
+    "noncharacter": "a\uffff",
+    "Hangul filler before a letter": "\u3164a",
+}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_is_a_prompt(edge: Edge, image_key: str, case: str) -> None:
+    """Joiners, tags, and what Python's tables do not know are text, and stand in the row as sent."""
+    body = edge.body(image_key, [TEXTS[case], "black circle"])
+    response = edge.send(body)
+    assert response.status_code == httpx.codes.OK, response.text
+    assert edge.settled_row(body["task_id"]).metadata["prompts"] == [TEXTS[case], "black circle"]
+
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "NUL": ("a\0b", "holds a control character (U+0000)"),
+    "line feed at the end": ("black circle\n", "holds a control character (U+000A)"),
+    "tab": ("black\tcircle", "holds a control character (U+0009)"),
+    "escape": ("\x1b[2Kcircle", "holds a control character (U+001B)"),
+    "C1 control": ("a\u009bb", "holds a control character (U+009B)"),
+    "line separator": ("a\u2028b", "holds a line separator (U+2028)"),
+    "paragraph separator": ("a\u2029", "holds a paragraph separator (U+2029)"),
+    "half of a pair": ("a\ud83d", "holds half of a surrogate pair (U+D83D)"),
+    "spaces": (" \u00a0\u3000", "must hold more than spaces and invisible characters"),
+    "joiners": ("\u200d\u200c\ufeff", "must hold more than spaces and invisible characters"),
+    "fillers": ("\u3164\u2800\ufe0f", "must hold more than spaces and invisible characters"),
+    "tags": ("\U000e0067\U000e007f", "must hold more than spaces and invisible characters"),
+}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_text_is_refused(edge: Edge, image_key: str, case: str) -> None:
+    """The message names the character by its number, and never repeats the text; the row stays pending."""
+    text, reason = REFUSED[case]
+    body = edge.body(image_key, text)
+    response = edge.http.post(PREDICT, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert error_of(response) == (400, "INVALID_REQUEST", f"text_prompt: {reason}")
+    assert edge.row(body["task_id"]) is None
+
+
+def test_length_counts_as_sent() -> None:
+    """200 characters are taken and 201 refused, whatever of them is stripped."""
+    assert PROMPT.validate_python(" " * 100 + "a" + " " * 99) == "a"
+    with pytest.raises(ValidationError, match="at most 200"):
+        PROMPT.validate_python(" " * 100 + "a" + " " * 100)
+
+
+@given(text=st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), min_size=1, max_size=20))
+@settings(max_examples=500, deadline=None)
+def test_description_has_the_rule(text: str) -> None:
+    """The pattern in the description takes what is taken, and refuses what is refused."""
+    try:
+        taken = bool(PROMPT.validate_python(text))
+    except ValidationError:
+        taken = False
+    described = re.search(PROMPT_PATTERN.removesuffix("$") + r"\Z", text) is not None
+    # A pattern that knew all that is invisible would fill a page.
+    assert described == (taken or (is_invisible(text) and trimmed(text) != "" and not _has_controls(text)))
+
+
+def _has_controls(text: str) -> bool:
+    return any(unicodedata.category(character) in {"Cc", "Zl", "Zp"} for character in text)
