@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -16,13 +16,16 @@ from sam3_runner.invisible import is_invisible, trimmed
 from sam3_runner.prompts import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 MAX_PROMPTS = 10
 MAX_PROMPT_CHARACTERS = 200
 """As sent, before the ends are stripped."""
 RETRY_AFTER_S = 2
 """Told to callers that meet a full or loading server."""
+WENT_WRONG = "something went wrong on our side"
+MAX_SHOWN_NAME = 60
+"""Characters of an unknown field's name that its refusal repeats."""
 
 
 class OverloadedError(Exception):
@@ -99,7 +102,8 @@ class _Request(BaseModel):
         Field(
             min_length=1,
             max_length=2048,
-            description="where the Edge stored the image: a URL of our bucket, or its bare key",
+            description="where the Edge stored the image: a URL of our bucket, or its bare key. "
+            "What cannot be read as either is a 400",
             examples=["uploads/user-1/0b0f5c7e"],
         ),
     ]
@@ -265,6 +269,14 @@ ERRORS: dict[type[Exception], tuple[str, HTTPStatus]] = {
 }
 """Every error that a request can meet. What is not here is INTERNAL_ERROR, 500."""
 
+FRAMEWORK_ERRORS: dict[int, tuple[str, str]] = {
+    404: ("NOT_FOUND", "there is nothing at this path"),
+    405: ("METHOD_NOT_ALLOWED", "not with this method; the header Allow names those that work"),
+    500: ("INTERNAL_ERROR", WENT_WRONG),
+    503: ("MODEL_NOT_LOADED", "not ready; GET /health says why"),
+}
+"""What Starlette and BentoML say by themselves: of a path, a method, an exception, and at /readyz."""
+
 CODES_BY_STATUS: dict[int, str] = {
     400: "INVALID_REQUEST",
     401: "AUTH_REQUIRED, AUTH_INVALID",
@@ -272,7 +284,7 @@ CODES_BY_STATUS: dict[int, str] = {
     404: "IMAGE_NOT_FOUND, TASK_NOT_FOUND",
     409: "TASK_IN_PROGRESS",
     413: "FILE_TOO_LARGE",
-    415: "UNSUPPORTED_IMAGE",
+    415: "UNSUPPORTED_IMAGE, UNSUPPORTED_MEDIA_TYPE",
     429: "OVERLOADED (with Retry-After)",
     500: "INFERENCE_FAILED, INTERNAL_ERROR",
     502: "STORAGE_UNAVAILABLE, RESULTS_UNAVAILABLE",
@@ -285,13 +297,20 @@ class Failure(Exception):
     """An error as a caller sees it: `code`, `status`, a message without secrets, and when to come back."""
 
     def __init__(
-        self, code: str, status: HTTPStatus, message: str, *, retry_after_s: float | None = None
+        self,
+        code: str,
+        status: HTTPStatus,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.status = status
         self.message = message
         self.retry_after_s = retry_after_s
+        self._headers = dict(headers or {})
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -303,11 +322,13 @@ class Failure(Exception):
                 code, status = ERRORS[kind]
                 message = str(error) or "the request took too long"
                 return cls(code, status, message, retry_after_s=_retry_after_s(error, status))
-        return cls("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR, "something went wrong on our side")
+        return cls("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR, WENT_WRONG)
 
     def with_message(self, message: str) -> Failure:
         """The same failure, in other words."""
-        return Failure(self.code, self.status, message, retry_after_s=self.retry_after_s)
+        return Failure(
+            self.code, self.status, message, retry_after_s=self.retry_after_s, headers=self._headers
+        )
 
     def body(self, request_id: str) -> ErrorResponse:
         """The answer's body."""
@@ -315,8 +336,23 @@ class Failure(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After`, where it helps."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        """`Retry-After`, where it helps, and what this failure was made with."""
+        if self.retry_after_s is None:
+            return self._headers
+        return self._headers | {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+def framework_failure(status: int, allow: str | None) -> Failure:
+    """The failure that an answer of Starlette or BentoML is, from its status and its header `Allow`."""
+    known = HTTPStatus(status)
+    code, message = FRAMEWORK_ERRORS.get(known, (known.name, known.phrase))
+    return Failure(
+        code,
+        known,
+        message,
+        retry_after_s=RETRY_AFTER_S if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
+        headers={"Allow": allow} if allow else None,
+    )
 
 
 def _retry_after_s(error: Exception, status: HTTPStatus) -> float | None:
@@ -331,12 +367,37 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
     return {status: {"model": ErrorResponse, "description": CODES_BY_STATUS[status]} for status in statuses}
 
 
-def invalid_request(errors: Iterator[dict[str, object]]) -> Failure:
+def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
     """The failure of a request that does not fit its model: names the first field, never its value."""
     first = next(errors)
-    # A number right after "body" is where the JSON broke off, not a field.
-    location = [str(part) for part in first["loc"]][1:] if first["type"] != "json_invalid" else ["the body"]  # type: ignore[attr-defined]
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    if not location:
-        location, reason = ["the body"], "must be a JSON object, sent with Content-Type: application/json"
-    return Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, f"{'.'.join(location)}: {reason}")
+    location = [str(part)[:MAX_SHOWN_NAME] for part in first["loc"]][1:]
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        # The number right after "body" is where the JSON broke off, not a field.
+        reason = f"is not JSON: {first['ctx']['error']} (character {location.pop()})"
+    elif first["type"] == "string_unicode":
+        # Python reads a half of a pair that stands alone; nobody else can write it down again.
+        reason = _reason_against(first["input"]) or reason
+        reason = reason if location else f"the name of a field {reason}"
+    elif not location:
+        reason = "must be a JSON object, sent with Content-Type: application/json"
+    return invalid_body(f"{'.'.join(location) or 'the body'}: {reason}")
+
+
+def invalid_body(message: str) -> Failure:
+    """The failure of a request whose body breaks a rule."""
+    return Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, message)
+
+
+def unreadable_body(error: BaseException | None) -> Failure:
+    """The failure of a body that `json.loads` gave up with another error than that it is no JSON."""
+    match error:
+        case UnicodeDecodeError():
+            reason = f"is not {error.encoding.upper()} (byte {error.start})"
+        case RecursionError():
+            reason = "is nested too deeply"
+        case ValueError():
+            reason = "holds a number of too many digits"
+        case _:
+            reason = "cannot be read"
+    return invalid_body(f"the body: {reason}")

@@ -1,6 +1,7 @@
-"""What every request passes first: request id, API key, body limit, and the last net for errors.
+"""What every request passes first: request id, API key, body limit, one error body, and the last net.
 
-Plain ASGI, and never raises: an exception that leaves a middleware of BentoML hangs the client.
+Plain ASGI around all that is served, BentoML's own routes too, and never raises: an exception that leaves a
+middleware of BentoML hangs the client.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import uuid
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from contract import Failure
+from contract import Failure, framework_failure
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -32,12 +33,15 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 BODY_TIMEOUT_S = 10.0
 """64 KiB that take longer are an attack, or a line on which nothing works."""
 
-QUIET_PATHS = {"/health", "/livez", "/readyz", "/metrics"}
+UNENCODED = {b"content-encoding": {b"", b"identity"}, b"transfer-encoding": {b"chunked"}}
+"""Values of the headers under which a body's bytes are the body: chunks are the server's to put together."""
+QUIET_PATHS = {"/health", "/livez", "/healthz", "/readyz", "/metrics"}
 """Polled all day; not worth a log line."""
+LOGGED_PATH_CHARACTERS = 200
 
 
 class Gate:
-    """Outermost layer of the API.
+    """Outermost layer of the server.
 
     Args:
         app: what comes behind it.
@@ -52,15 +56,18 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other scopes pass."""
+        if scope["type"] == "lifespan":
+            # BentoML's own application, which cannot be had in another way.
+            scope["app"].router.redirect_slashes = False
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        answer = _Answer(send, request_id_of(headers))
+        answer = _Answer(send, request_id_of(headers), with_body=scope["method"] != "HEAD")
         scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             self._check_key(scope, headers)
-            await self._app(scope, await self._read_body(headers, receive), answer.send)
+            await self._app(_with_get_for_head(scope), await self._read_body(scope, receive), answer.send)
         except Failure as failure:
             await answer.fail(failure)
         except Exception as error:  # the last net: nothing behind it would answer the caller
@@ -70,7 +77,7 @@ class Gate:
             logger.info(
                 "%s %s %d %.0f ms request %s",
                 scope["method"],
-                scope["path"],
+                _path_as_sent(scope),
                 answer.status,
                 answer.elapsed_ms,
                 answer.request_id,
@@ -86,9 +93,10 @@ class Gate:
         if not any(hmac.compare_digest(given, key) for key in self._api_keys):
             raise Failure("AUTH_INVALID", HTTPStatus.UNAUTHORIZED, "the key in X-API-Key is not valid")
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """The body, read up to the limits of size and time, as a new `receive`."""
-        length = headers.get(b"content-length", b"0")
+        _refuse_encodings(scope)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
         try:
@@ -126,10 +134,12 @@ class Gate:
 
 
 class _Answer:
-    """Sends the answer of one request: adds the request id, remembers the status."""
+    """Sends the answer of one request: adds the request id, words plain-text errors, remembers the status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, *, with_body: bool) -> None:
         self._send = send
+        self._with_body = with_body
+        self._is_reworded = False
         self._started_s = time.monotonic()
         self.request_id = request_id
         self.status = 0
@@ -140,9 +150,15 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message = {**message, "headers": [*message["headers"], self._id_header]}
-        await self._send(message)
+            headers = dict(message["headers"])
+            self._is_reworded = message["status"] >= HTTPStatus.BAD_REQUEST and not _is_json(headers)
+            if self._is_reworded:
+                allow = headers.get(b"allow", b"").decode("latin-1")
+                await self.fail(framework_failure(message["status"], allow))
+            else:
+                await self._start(message["status"], message["headers"])
+        elif not self._is_reworded:
+            await self._send(message if self._with_body else {**message, "body": b""})
 
     async def fail(self, failure: Failure) -> None:
         if self.status:  # the answer has begun; nothing can be said any more
@@ -150,12 +166,45 @@ class _Answer:
         body = json.dumps(failure.body(self.request_id).model_dump()).encode()
         headers = [(name.lower().encode(), value.encode()) for name, value in failure.headers.items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self.send({"type": "http.response.start", "status": int(failure.status), "headers": headers})
-        await self.send({"type": "http.response.body", "body": body})
+        await self._start(int(failure.status), headers)
+        await self._send({"type": "http.response.body", "body": body if self._with_body else b""})
 
-    @property
-    def _id_header(self) -> tuple[bytes, bytes]:
-        return b"x-request-id", self.request_id.encode()
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        told = [(name, _with_head(value) if name == b"allow" else value) for name, value in headers]
+        told.append((b"x-request-id", self.request_id.encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": told})
+
+
+def _with_get_for_head(scope: Scope) -> Scope:
+    """HEAD is answered as GET is, on every route; the body is left out here."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
+
+def _with_head(allow: bytes) -> bytes:
+    methods = {method.strip() for method in allow.split(b",")}
+    return b", ".join(sorted(methods | {b"HEAD"} if b"GET" in methods else methods))
+
+
+def _is_json(headers: dict[bytes, bytes]) -> bool:
+    return headers.get(b"content-type", b"").startswith(b"application/json")
+
+
+def _refuse_encodings(scope: Scope) -> None:
+    for name, value in scope["headers"]:
+        if name in UNENCODED and value.strip().lower() not in UNENCODED[name]:
+            raise Failure(
+                "UNSUPPORTED_MEDIA_TYPE",
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                f"the body has a {name.decode().title()} that is not decoded here; send it as it is",
+                headers={"Accept-Encoding": "identity"},
+            )
+
+
+def _path_as_sent(scope: Scope) -> str:
+    """The path with its percent escapes: decoded, its spaces could feign the rest of a log line."""
+    path: str = scope["raw_path"].decode("latin-1")
+    return path if len(path) <= LOGGED_PATH_CHARACTERS else f"{path[:LOGGED_PATH_CHARACTERS]}..."
 
 
 def request_id_of(headers: dict[bytes, bytes]) -> str:

@@ -22,7 +22,6 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 import data_lock
 import process_identity
@@ -37,12 +36,14 @@ from contract import (
     PredictRequest,
     PredictResponse,
     error_responses,
+    framework_failure,
     invalid_request,
+    unreadable_body,
 )
 from gate import Gate
+from log_lines import escape_log_lines
 from metrics import count_by_route
 from pipeline import Pipeline
-from log_lines import escape_log_lines
 from recovery import Recovery
 from results import OUTBOX_FILE, ResultsError, SqliteResults, open_outbox, salvage_attempts
 from sam3_runner import ModelNotLoaded, WeightsError
@@ -85,9 +86,9 @@ RUNNER_NOTE = "runner.pid"
 """Says in DATA_DIR which process has the model."""
 
 
-# Retries are counted at /metrics; the stores log what fails in the end.
 escape_log_lines()
 
+# Retries are counted at /metrics; the stores log what fails in the end.
 stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.PrometheusOnRetryHook])
 
 
@@ -137,16 +138,9 @@ app = FastAPI(
     openapi_url="/docs.json",
     docs_url=None,
     redoc_url=None,
+    # A redirect from /health/ to /health would name this host, by http, behind any proxy.
+    redirect_slashes=False,
 )
-app.add_middleware(Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
-if settings.allowed_origins:
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=list(settings.allowed_origins),
-        allow_methods=["GET", "POST"],
-        allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"],
-        expose_headers=["X-Request-ID", "Retry-After"],
-    )
 
 count_by_route(lambda: app.openapi()["paths"])
 
@@ -302,12 +296,18 @@ class SegmentationService:
         )
 
 
-@app.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
-async def unknown_route(request: Request) -> None:
-    """Our own error body for what is no route; what is outside `/api` gets BentoML's."""
-    matches = [route.matches(request.scope)[0] for route in app.routes]
-    status = HTTPStatus.METHOD_NOT_ALLOWED if Match.PARTIAL in matches else HTTPStatus.NOT_FOUND
-    raise HTTPException(status)
+# Around BentoML's routes as well as ours; the first is the outermost, so that pages may read refusals too.
+if settings.allowed_origins:
+    SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
+        CORSMiddleware,
+        allow_origins=list(settings.allowed_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["X-API-Key", "X-Request-ID", "Content-Type"],
+        expose_headers=["X-Request-ID", "Retry-After"],
+    )
+SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
+    Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes
+)
 
 
 @app.get("/", include_in_schema=False)
@@ -337,10 +337,11 @@ async def answer_invalid(request: Request, error: RequestValidationError) -> JSO
 
 @app.exception_handler(HTTPException)
 async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
-    """What the framework refuses by itself: a wrong method, a body that cannot be parsed."""
-    status = HTTPStatus(error.status_code)
-    code = "INVALID_REQUEST" if status == HTTPStatus.BAD_REQUEST else status.name
-    return await answer_failure(request, Failure(code, status, str(error.detail)))
+    """What the framework refuses by itself: a body that it cannot read (the cause says why), a method."""
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        return await answer_failure(request, unreadable_body(error.__cause__))
+    allow = (error.headers or {}).get("Allow")
+    return await answer_failure(request, framework_failure(error.status_code, allow))
 
 
 def _openapi() -> dict[str, Any]:

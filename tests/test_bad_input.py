@@ -235,10 +235,10 @@ def test_wrong_method(edge: Edge, method: str, path: str) -> None:
 
 
 def test_broken_json_is_told(edge: Edge) -> None:
-    """JSON that breaks off is said to be broken, with no number in a field's place."""
+    """JSON that breaks off is said to be broken, and where, with no number in a field's place."""
     headers = {"Content-Type": "application/json"}
     _, _, message = error_of(edge.http.post(PREDICT, content=b'{"text_prompt": "a', headers=headers))
-    assert message == "the body: JSON decode error"
+    assert message == "the body: is not JSON: Unterminated string starting at (character 16)"
 
 
 def test_unknown_route(edge: Edge) -> None:

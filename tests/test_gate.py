@@ -1,0 +1,203 @@
+"""What every path has in common, BentoML's own too: the one error body, a request id, methods, encodings."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.edge import BATCH, PREDICT, error_of, wait_for
+from tests.processes import started_server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.edge import Edge
+
+pytestmark = pytest.mark.server
+
+INFO = "/api/v1/model/info"
+JSON = {"Content-Type": "application/json"}
+SERVED = {
+    **dict.fromkeys(("/", "/docs.json", "/health", "/livez", "/healthz", "/readyz", "/metrics"), "GET, HEAD"),
+    **dict.fromkeys((INFO, "/schema.json", "/static_content/swagger-ui.css"), "GET, HEAD"),
+    **dict.fromkeys((PREDICT, BATCH), "POST"),
+}
+"""Every path that is served, and its methods."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/nothing", "/favicon.ico", "/api", "/api/", "/api/v1", "/api/v1/anything", "/api/v1/%0ax"),
+        *("/health/", "/livez/", f"{PREDICT}/", f"/{INFO}", "/%2e%2e/etc/passwd", "/%ff%00", "/a%20b"),
+        *("/static_content", "/static_content/nothing", "/static_content/%00", "/static_content/%2e%2e/x"),
+        f"/static_content/{'x' * 5000}",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
+def test_unknown_path(edge: Edge, method: str, path: str) -> None:
+    """A path that is not served is a 404 in the one error body, and is never redirected."""
+    response = edge.http.request(method, path)
+    if path.startswith("/static_content/") and method != "GET":
+        assert error_of(response)[:2] == (405, "METHOD_NOT_ALLOWED")
+    else:
+        assert error_of(response)[:2] == (404, "NOT_FOUND")
+
+
+@pytest.mark.parametrize("path", SERVED)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
+def test_wrong_method_names_the_right_ones(edge: Edge, method: str, path: str) -> None:
+    """A method that a path is not served with is a 405 that names those that work."""
+    if method in SERVED[path]:
+        return
+    response = edge.http.request(method, path)
+    assert error_of(response)[:2] == (405, "METHOD_NOT_ALLOWED")
+    assert response.headers["Allow"] == SERVED[path]
+
+
+@pytest.mark.parametrize("path", [path for path, methods in SERVED.items() if "GET" in methods])
+def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
+    """HEAD works where GET does, with the same status and type."""
+    got, head = edge.http.get(path), edge.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Type"] == got.headers["Content-Type"]
+    assert int(head.headers["Content-Length"]) > 0
+    assert httpx.head(f"{edge.server.url}{PREDICT}").status_code == httpx.codes.UNAUTHORIZED
+    assert edge.http.head("/nothing").status_code == httpx.codes.NOT_FOUND
+
+
+@pytest.mark.parametrize("path", [*SERVED, "/nothing", "/api/v1/%0ax"])
+def test_every_answer_has_the_request_id(edge: Edge, path: str) -> None:
+    """The caller's request id is echoed on every path, and one is made where it is missing."""
+    given = str(uuid4())
+    assert edge.http.get(path, headers={"X-Request-ID": given}).headers["X-Request-ID"] == given
+    assert edge.http.get(path).headers["X-Request-ID"]
+
+
+def test_not_ready_is_told_as_every_error(tmp_path: Path) -> None:
+    """While the weights load, /readyz is a 503 in the one error body, which says when to come back."""
+    with started_server(tmp_path, {"API_WORKERS": "1"}) as (server, _process), httpx.Client() as client:
+        while True:
+            try:
+                response = client.get(f"{server.url}/readyz")
+                break
+            except httpx.TransportError:
+                pass  # not listening yet
+        assert error_of(response)[:2] == (503, "MODEL_NOT_LOADED")
+        assert response.headers["Retry-After"] == "2"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "zstd", "gzip, identity", "x", "identity, br"])
+def test_encoded_body_is_refused(edge: Edge, encoding: str) -> None:
+    """A body in an encoding is a 415 that says so, on every route, and is not read as if it had none."""
+    for path in (PREDICT, BATCH):
+        response = edge.http.post(path, content=b"{}", headers={**JSON, "Content-Encoding": encoding})
+        status, code, message = error_of(response)
+        assert (status, code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+        assert "Content-Encoding" in message
+        assert response.headers["Accept-Encoding"] == "identity"
+
+
+def test_encoded_transfer_is_refused(edge: Edge) -> None:
+    """The same for a transfer coding beyond chunks."""
+    address = urlsplit(edge.server.url)
+    head = (
+        *(f"POST {PREDICT} HTTP/1.1", "Host: test", f"X-API-Key: {edge.server.api_key}"),
+        *("Transfer-Encoding: gzip, chunked", "Connection: close", "", "0", "", ""),
+    )
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall("\r\n".join(head).encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 415 ")
+    assert b"Transfer-Encoding" in answer
+
+
+def test_identity_is_no_encoding(edge: Edge) -> None:
+    """`identity` means that there is no encoding."""
+    for value in ("identity", "Identity", ""):
+        response = edge.http.post(PREDICT, content=b"{}", headers={**JSON, "Content-Encoding": value})
+        assert error_of(response)[:2] == (400, "INVALID_REQUEST")
+
+
+SENTENCES: dict[str, tuple[bytes, str]] = {
+    "half a pair in a name": (
+        b'{"\\ud800": 1}',
+        "the body: the name of a field holds half of a surrogate pair (U+D800)",
+    ),
+    "broken off": (
+        b'{"image_url": "a',
+        "the body: is not JSON: Unterminated string starting at (character 14)",
+    ),
+    "two values": (b"{} {}", "the body: is not JSON: Extra data (character 3)"),
+    "not UTF-8": (b'{"image_url": "\xff"}', "the body: is not UTF-8 (byte 15)"),
+    "too deep": (b"[" * 60_000, "the body: is nested too deeply"),
+    "a number of 5,000 digits": (b"[" + b"9" * 5000 + b"]", "the body: holds a number of too many digits"),
+    "no object": (b"[]", "the body: must be a JSON object, sent with Content-Type: application/json"),
+    "NaN": (b"NaN", "the body: must be a JSON object, sent with Content-Type: application/json"),
+}
+
+
+@pytest.mark.parametrize("case", SENTENCES)
+def test_unreadable_body_is_told_as_what_it_is(edge: Edge, case: str) -> None:
+    """What is wrong with a body that cannot be read is said, without repeating any of it."""
+    content, sentence = SENTENCES[case]
+    response = edge.http.post(PREDICT, content=content, headers=JSON)
+    assert error_of(response) == (400, "INVALID_REQUEST", sentence)
+
+
+@pytest.mark.parametrize("field", ["image_url", "user_id", "task_id"])
+def test_half_a_pair_in_a_value(edge: Edge, field: str) -> None:
+    """A lone surrogate in any field is told as what it is."""
+    body = edge.body("uploads/user-1/none", "circle") | {field: "\udc00"}
+    response = edge.http.post(PREDICT, content=json.dumps(body), headers=JSON)
+    assert error_of(response)[2] == f"{field}: holds half of a surrogate pair (U+DC00)"
+
+
+def test_name_of_an_unknown_field_is_cut(edge: Edge) -> None:
+    """A field's name of 50,000 characters does not come back whole."""
+    body = edge.body("uploads/user-1/none", "circle") | {"k" * 50_000: 1}
+    status, _, message = error_of(edge.http.post(PREDICT, json=body))
+    assert status == httpx.codes.BAD_REQUEST
+    assert message.startswith("kkk")
+    assert len(message) < 200
+
+
+def test_byte_order_mark_before_json(edge: Edge) -> None:
+    """A byte order mark in front of the JSON changes nothing."""
+    body = b"\xef\xbb\xbf" + json.dumps(edge.body("uploads/user-1/none", "circle")).encode()
+    assert error_of(edge.http.post(PREDICT, content=body, headers=JSON))[:2] == (404, "IMAGE_NOT_FOUND")
+
+
+def lines_with(edge: Edge, mark: str) -> list[str]:
+    """The lines of the server's log that hold `mark`, once there is one; bytes beyond ASCII as surrogates."""
+
+    def read() -> list[str]:
+        log = edge.server.log_path.read_bytes().decode("ascii", "surrogateescape")
+        return [line for line in log.split("\n") if mark in line]
+
+    return wait_for(read, bool)
+
+
+def test_log_cannot_be_forged(edge: Edge) -> None:
+    """A path with line ends and terminal commands stays one line of the log, with its escapes as sent."""
+    mark = uuid4().hex
+    forged = f"/api/{mark}%0d%0a2026-01-01T00:00:00+0000%20forged{mark}%1b%5b2K%e2%80%ae%20200"
+    httpx.get(f"{edge.server.url}{forged}")
+    [line] = lines_with(edge, mark)
+    assert f"GET {forged} 401 " in line
+    assert line.isascii()
+    assert line.isprintable()
+
+
+def test_long_path_is_cut_in_the_log(edge: Edge) -> None:
+    """A path of 50,000 characters takes a line of the usual length."""
+    mark = uuid4().hex
+    edge.http.get(f"/{mark}/{'x' * 50_000}")
+    [line] = lines_with(edge, mark)
+    assert len(line) < 600
