@@ -1,0 +1,60 @@
+"""The server against its own description: schemathesis draws requests from /docs.json and checks answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from local_server import ROOT
+from tests.drawn import scene
+from tests.edge import png_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.edge import Edge
+
+pytestmark = pytest.mark.server
+
+CASES = 2000
+EXAMPLES_PER_ROUTE = "950"
+"""Two of the four routes take nothing, and so give a few cases only."""
+TIMEOUT_S = 900
+
+
+def test_server_is_as_it_describes_itself(edge: Edge, tmp_path: Path) -> None:
+    """What the description allows is served, what it forbids refused, and every answer is one it names."""
+    report_path = tmp_path / "report.json"
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{edge.server.url}/docs.json"),
+            *("--header", f"X-API-Key: {edge.server.api_key}"),
+            *("--max-examples", EXAMPLES_PER_ROUTE, "--seed", "1", "--generation-deterministic"),
+            *("--continue-on-failure", "--no-color"),
+            *("--request-timeout", "60", "--report", "json", "--report-json-path", str(report_path)),
+        ],
+        cwd=tmp_path,  # it leaves files there
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "SCHEMATHESIS_HOOKS": "tests.schema_hooks",
+            "TEST_IMAGE_KEY": edge.upload(png_bytes(scene(100).image)),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT_S,
+        check=False,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout
+    report = json.loads(report_path.read_text())
+    assert (report["failures"], report["errors"]) == ([], [])
+    assert report["test_cases"]["generated"] >= CASES
+    # Not only refusals: the model was asked, too.
+    for route in ("POST /api/v1/predict", "POST /api/v1/predict/batch"):
+        assert report["valid_rates"][route]["fuzzing"]["accepted"] > 0
