@@ -87,7 +87,7 @@ class ImageDecoders:
             await _end(self._idle.pop())
 
     async def _decode_once(self, file: ImageFile) -> SquareImage:
-        process = self._idle.pop() if self._idle else await self._new_process()
+        process = self._idle_process() or await self._new_process()
         try:
             head, pixels = await _exchange(process, file)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -103,6 +103,16 @@ class ImageDecoders:
             raise UnsupportedImage(head["refusal"])
         square = np.frombuffer(pixels, np.uint8).reshape(self._side_px, self._side_px, 3)
         return SquareImage(square, head["width"], head["height"])
+
+    def _idle_process(self) -> Process | None:
+        """One that waits for work and still lives."""
+        while self._idle:
+            process = self._idle.pop()
+            assert process.stdin is not None
+            # To write to one that has died while it waited would be a RuntimeError of uvloop's.
+            if process.returncode is None and not process.stdin.is_closing():
+                return process
+        return None
 
     async def _new_process(self) -> Process:
         return await asyncio.create_subprocess_exec(

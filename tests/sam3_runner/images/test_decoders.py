@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
+import uvloop
 from PIL import Image
 
 from sam3_runner import UnsupportedImage
@@ -46,7 +47,9 @@ def with_decoders(work: Callable[[ImageDecoders], Awaitable[Any]], *, count: int
         finally:
             await decoders.close()
 
-    return asyncio.run(run())
+    # The event loop of the server's workers.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
 
 
 def decoded(file: ImageFile) -> SquareImage:
@@ -145,6 +148,10 @@ def test_killed_decoder() -> None:
         await decoders.start()
         [waiting] = processes()
         waiting.kill()
+        assert (await decoders.decode(file_of("PNG"))).width == 200
+        [waiting] = processes()
+        waiting.kill()
+        await asyncio.to_thread(wait_for, lambda: not processes())
         assert (await decoders.decode(file_of("PNG"))).width == 200
         decoding = asyncio.create_task(decoders.decode(slow(60)))
         [working] = await asyncio.to_thread(
