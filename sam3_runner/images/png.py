@@ -67,17 +67,19 @@ def read_png(data: bytes) -> ImageFile:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each chunk that is used, up to IEND or the end of the file."""
-    position = len(SIGNATURE)
+    """Kind, start and end of each chunk that is used, up to IEND, or to where the file breaks off.
+
+    Behind its pixels a file may do so: whether they are whole is the decoder's to say.
+    """
+    position, has_pixels = len(SIGNATURE), False
     for _ in range(MAX_CHUNKS):
-        if position == len(data):
-            return
-        if position + 12 > len(data):
-            raise damaged("it ends early")
-        length, kind = struct.unpack_from(">I4s", data, position)
+        length, kind = struct.unpack(">I4s", data[position : position + 8].ljust(8, b"\0"))
         end = position + 12 + length
         if end > len(data):
+            if has_pixels and kind != b"IDAT":
+                return
             raise damaged("it ends early")
+        has_pixels |= kind == b"IDAT"
         if position == len(SIGNATURE) and kind != b"IHDR":
             raise damaged("it does not begin with its header")
         if kind in USED_CHUNKS:
