@@ -8,6 +8,7 @@ died, R2, the database or the model is away) is kept, and begun again by recover
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -59,6 +60,9 @@ IMAGE_SLOTS = 8
 DECODERS = max(2, min(4, os.cpu_count() or 1))
 """Processes a worker that decode: one may be busy with a heavy image for seconds."""
 
+LARGE_MASK_PX = 2**24
+"""Larger masks are encoded one at a time in a worker: each takes two bytes a pixel meanwhile."""
+
 UNION = "union"
 # What is beyond them is noise of float32; shorter answers read better.
 SCORE_DIGITS = 4
@@ -105,6 +109,7 @@ class Pipeline:
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._heavy_turn = asyncio.Lock()
+        self._large_mask = asyncio.Lock()
         self._running: set[asyncio.Task[BatchResponse]] = set()
 
     async def start(self) -> None:
@@ -280,7 +285,7 @@ class Pipeline:
         masks = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
             masks[UNION] = found
-        pngs = await asyncio.gather(*(asyncio.to_thread(_png, results) for results in masks.values()))
+        pngs = await asyncio.gather(*map(self._png, masks.values()))
         keys = [
             mask_key(task.user_id, task.task_id, name, png, attempt_id=attempt.attempt_id)
             for name, png in zip(masks, pngs, strict=True)
@@ -295,6 +300,12 @@ class Pipeline:
         response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
         # The last is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
+
+    async def _png(self, results: list[PredictResult]) -> bytes:
+        """The PNG of the union of all instances of `results`."""
+        is_large = results[0].image_width * results[0].image_height > LARGE_MASK_PX
+        async with self._large_mask if is_large else contextlib.nullcontext():
+            return await asyncio.to_thread(lambda: encode_png(union_mask(results)))
 
     async def _read_image(
         self, attempt: Attempt, claimed: asyncio.Event, begun: asyncio.Event
@@ -394,10 +405,6 @@ def _consume_exception(ended: asyncio.Task[Any]) -> None:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _png(results: list[PredictResult]) -> bytes:
-    return encode_png(union_mask(results))
 
 
 def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:

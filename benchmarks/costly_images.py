@@ -46,6 +46,8 @@ RESULTS = Path(__file__).parent / "costly_images.csv"
 AT_ONCE = 40
 GOOD_REQUESTS = 20
 TIMEOUT_S = 120.0
+COLOURS = ("red", "blue", "green", "yellow", "black", "white", "purple", "orange", "pink", "brown")
+TEN_PROMPTS = "JPEG 8192 x 8192, ten prompts"
 
 
 @cache
@@ -97,6 +99,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "JPEG 1280 x 720": lambda: encoded(photo(1280, 720), "JPEG"),
     "JPEG 8160 x 6144": lambda: encoded(photo(8160, 6144), "JPEG"),
     "JPEG 8192 x 8192": lambda: encoded(photo(8192, 8192), "JPEG"),
+    TEN_PROMPTS: lambda: encoded(photo(8192, 8192), "JPEG"),
     "progressive JPEG 8160 x 6144": lambda: encoded(photo(8160, 6144), "JPEG", progressive=True),
     "progressive JPEG 8192 x 6144, 4:4:4": lambda: encoded(
         photo(8192, 6144), "JPEG", progressive=True, subsampling=0
@@ -139,11 +142,12 @@ class Client:
         self._objects.put_upload(key, data)
         return key
 
-    def ask(self, key: str) -> tuple[int, float]:
-        """Status and time in s of one request."""
-        body = {"image_url": key, "user_id": USER_ID, "task_id": str(uuid.uuid4()), "text_prompt": "circle"}
+    def ask(self, key: str, prompts: int = 1) -> tuple[int, float]:
+        """Status and time in s of one request for many prompts."""
+        body = {"image_url": key, "user_id": USER_ID, "task_id": str(uuid.uuid4())}
+        words = [f"{colour} circle" for colour in COLOURS[:prompts]]
         started_s = time.perf_counter()
-        status = self._http.post("/api/v1/predict", json=body).status_code
+        status = self._http.post("/api/v1/predict/batch", json={**body, "prompts": words}).status_code
         return status, time.perf_counter() - started_s
 
 
@@ -173,13 +177,13 @@ def main() -> int:
 
 def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
     """Each picture, three times; what the processes held at most."""
-    heads = ("MB", "status", "s", "worker MB", "decod. MB")
+    heads = ("MB", "status", "s", "worker MB", "decod. MB", "after MB")
     sys.stdout.write(f"{'picture':42} {' '.join(f'{head:>9}' for head in heads)}\n")
     for name in names:
         data = PICTURES[name]()
         key = client.upload(data)
         _forget_peaks(client.server)
-        asked = [client.ask(key) for _ in range(3)]
+        asked = [client.ask(key, len(COLOURS) if name == TEN_PROMPTS else 1) for _ in range(3)]
         worker_mb, decoder_mb = _peaks_mb(client.server)
         row = {
             "picture": name,
@@ -188,6 +192,7 @@ def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
             "request_s": round(statistics.median(elapsed_s for _, elapsed_s in asked), 2),
             "worker_peak_mb": worker_mb,
             "decoder_peak_mb": decoder_mb,
+            "resident_after_mb": _resident_mb(client.server),
         }
         sys.stdout.write(f"{name:42} {' '.join(f'{value:>9}' for value in list(row.values())[1:])}\n")
         sys.stdout.flush()
@@ -245,6 +250,12 @@ def _forget_peaks(server: LocalServer) -> None:
 def _peaks_mb(server: LocalServer) -> tuple[int, int]:
     worker, decoders = _worker_and_decoders(server)
     return _peak_mb(worker), max(map(_peak_mb, decoders))
+
+
+def _resident_mb(server: LocalServer) -> int:
+    """Of the worker and its decoders together, once they have nothing to do."""
+    worker, decoders = _worker_and_decoders(server)
+    return round(sum(psutil.Process(pid).memory_info().rss for pid in (worker, *decoders)) / 1e6)
 
 
 def _peak_mb(pid: int) -> int:

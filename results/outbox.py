@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from functools import partial
@@ -46,6 +47,8 @@ MAX_MISSES: Final = 2
 """One outcome that is always refused must not hold up the others, but rows that are away must."""
 TURN_POLL_S: Final = 0.05
 UNNEEDED_MASK_PAUSE_S: Final = 60.0
+# At a stop, which most hosts turn into a kill after ten seconds.
+LONG_WORK_S: Final = 4.0
 NOTHING: Final = ""
 """What a row names that does not hold this attempt's result."""
 
@@ -78,7 +81,7 @@ class Outbox:
         self._waiting_for_turn: set[str] = set()
         # What is taken is known here before anybody may look for what was left.
         self._taking = asyncio.Lock()
-        self._is_stopping = False
+        self._is_stopping, self._long_work_until_s = False, math.inf
 
     async def note(self, task: Task, request_id: str) -> Attempt:
         """Put a task on the file, ahead of its claim; one that waits there already is begun by this process.
@@ -123,7 +126,8 @@ class Outbox:
         """Wait for the attempt's turn, then note that the work that may kill a process has begun.
 
         A task during whose work a process has died gets a turn of its own, with nothing beside it. False:
-        it gets none any more, since this process is to stop; nor does work that `is_long`.
+        it gets none any more, since this process is to stop; work that `is_long` gets one for
+        `LONG_WORK_S` from then on.
         """
         # Without the file the work is worth more than the note.
         with contextlib.suppress(ResultsUnavailable):
@@ -134,7 +138,7 @@ class Outbox:
                 self._waiting_for_turn.add(attempt.attempt_id)
                 await asyncio.sleep(TURN_POLL_S)
             # Nothing is noted any more: should this process be killed now, its tasks are not to blame.
-            return not (attempt.suspect or is_long)
+            return not attempt.suspect and (not is_long or time.monotonic() < self._long_work_until_s)
         return True
 
     async def begin_storing(self, attempt: Attempt, mask_keys: list[str]) -> None:
@@ -281,7 +285,8 @@ class Outbox:
 
     async def excuse(self) -> None:
         """This process is told to stop: should it be killed meanwhile, its tasks are not to blame."""
-        self._is_stopping = True
+        if not self._is_stopping:
+            self._is_stopping, self._long_work_until_s = True, time.monotonic() + LONG_WORK_S
         with contextlib.suppress(ResultsUnavailable):
             await self._attempts.excuse()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
 
 from tests.faults.stage import read_only
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 POISON_POLL_S = 0.002
 POLL_S = 0.05
-TO_THE_RUNNER_S = 0.03
-"""A picture is decoded and with the runner so long after its work has begun."""
+RUNNER_WORKS_S = 0.03
+"""CPU time by which one sees that the runner works; an image takes it three times as much or more."""
 PROBES = ("/health", "/livez", "/readyz")
 PROBE_PAUSE_S = 0.5
 PROBE_TIMEOUT_S = 15.0
@@ -73,9 +74,8 @@ class Watcher(threading.Thread):
             return  # a kill came too late; what is at work now is its stored answer
         runner = self._server.runner()
         if task.kind == "runner poison":
-            time.sleep(TO_THE_RUNNER_S)
             claimed = self._claimed(task)
-            if runner is None or not claimed or (task.task_id,) not in self._ask(_BEGUN):
+            if runner is None or not claimed or not self._is_with(runner, task):
                 return
             self._server.kill(runner)
             task.last_kill = claimed
@@ -84,6 +84,15 @@ class Watcher(threading.Thread):
         self._killed.add(task.task_id)
         task.kills += 1
         self._stage.diary.fault(f"{task.kind} kills", f"{self._server.name}, {task.task_id}")
+
+    def _is_with(self, runner: psutil.Process, task: Task) -> bool:
+        """Wait until the runner works, after the image was decoded; False when the task's work ends before."""
+        before_s = _cpu_s(runner)
+        while (task.task_id,) in self._ask(_BEGUN):
+            if _cpu_s(runner) > before_s + RUNNER_WORKS_S:
+                return True
+            time.sleep(POISON_POLL_S)
+        return False
 
     def _is_done(self, task: Task) -> bool:
         with contextlib.suppress(Exception):  # pg8000 has many words for a database that is away
@@ -116,6 +125,13 @@ class Watcher(threading.Thread):
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
         self._db = None
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        return float(process.cpu_times().user)
+    except psutil.Error:  # it has just ended, and works no more
+        return 0.0
 
 
 @dataclass
