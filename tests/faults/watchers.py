@@ -86,7 +86,7 @@ class Watcher(threading.Thread):
         self._stage.diary.fault(f"{task.kind} kills", f"{self._server.name}, {task.task_id}")
 
     def _is_with(self, runner: psutil.Process, task: Task) -> bool:
-        """Wait until the runner works, after the image was decoded; False when the task's work ends before."""
+        """Wait until the runner works, its image being decoded; False when the task's work ends before."""
         before_s = _cpu_s(runner)
         while (task.task_id,) in self._ask(_BEGUN):
             if _cpu_s(runner) > before_s + RUNNER_WORKS_S:
