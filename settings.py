@@ -35,6 +35,9 @@ SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
 SAM3_COMMIT = "3c879f39826c281e95690f02c7821c4de09afae7"
 """Of facebook/sam3 on the hub: its sam3.pt has 3,450,062,241 bytes and the sha256 9999e234...c3cf8c9e."""
 
+DEMO = "demo"
+"""In place of a path: the embedded demo checkpoint."""
+
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
 """Variables that start so and are not ours are taken for slips of the pen."""
 
@@ -246,7 +249,7 @@ class Settings(WeightsSettings, DataSettings):
     def is_demo(self) -> bool:
         """Everything is embedded: the demo checkpoint, a folder, SQLite, on a developer's machine."""
         embedded = not self.uses_r2 and not self.uses_supabase
-        return embedded and self.sam3_weights_path == "demo" and self.app_env == "development"
+        return embedded and self.sam3_weights_path == DEMO and self.app_env == "development"
 
     @property
     def api_keys(self) -> tuple[str, ...]:
@@ -263,13 +266,17 @@ def freeze_settings() -> Settings:
     """Read as `load_settings` does, and leave what was read where child processes find it. Raises the same.
 
     From then on the file plays no part: a process that is started anew has the settings that were checked,
-    whatever the file says by then.
+    whatever the file says by then. Paths are absolute from then on: the processes of a built Bento run in
+    another folder than the one in which it was started.
     """
     values = _read()
     checked = _checked(Settings, values)
+    values["DATA_DIR"] = str(checked.data_dir.absolute())
+    if checked.sam3_weights_path != DEMO:
+        values["SAM3_WEIGHTS_PATH"] = str(Path(checked.sam3_weights_path).absolute())
     os.environ.update(values)
     os.environ["ENV_FILE"] = os.devnull
-    return checked
+    return _checked(Settings, values)
 
 
 def load_weights_settings() -> WeightsSettings:

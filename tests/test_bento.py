@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
+from local_server import LocalServer, _free_port, _wait_until_ready, clean_environment, stop
 from settings import OWN_PREFIXES, Settings
+from tests.drawn import scene
+from tests.edge import Edge, png_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,3 +77,40 @@ def test_bento_is_for_production(bento: Path) -> None:
     locked = (bento / "env" / "python" / "requirements.txt").read_text()
     assert "torch==2.13.0" in locked
     assert "bentoml==1.4.39" in locked
+
+
+def test_bento_keeps_its_files_in_one_folder(bento: Path, tmp_path: Path) -> None:
+    """A built Bento that is served from anywhere has its relative paths there, in all of its processes."""
+    port, api_key = _free_port(), "0123456789abcdef"
+    environment = clean_environment(tmp_path / "data", api_key) | {
+        "APP_ENV": "production",
+        "EMBEDDED_PARTS": "storage,results",
+        "DATA_DIR": "data",
+    }
+    (tmp_path / "data").mkdir()
+    url, log_path = f"http://127.0.0.1:{port}", tmp_path / "server.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bentoml", "serve", str(bento)),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_ready(process, url, log_path)
+        with Edge(LocalServer(url, api_key, tmp_path / "data", log_path, process.pid, ready_s=0.0)) as edge:
+            assert edge.ask(png_bytes(scene(100).image), "circle").status_code == httpx.codes.OK
+    finally:
+        stop(process)
+    assert {"outbox.sqlite", "results.sqlite", "storage"} <= {
+        path.name for path in (tmp_path / "data").iterdir()
+    }
+    assert not [name for name in files_below(bento / "src") if name.endswith(".sqlite")]

@@ -135,6 +135,31 @@ def test_frozen_settings_outlive_their_file(
 
 
 @pytest.mark.usefixtures("_environment_is_put_back")
+@pytest.mark.parametrize("given", [{}, {"DATA_DIR": "state", "SAM3_WEIGHTS_PATH": "models/sam3.pt"}])
+def test_frozen_paths_are_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str]
+) -> None:
+    """A process that is started in another folder has the same files."""
+    monkeypatch.setenv("API_SECRET_KEY", KEY)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    frozen = freeze_settings()
+    monkeypatch.chdir("/")
+    read = load_settings()
+    assert read.data_dir == frozen.data_dir == tmp_path / given.get("DATA_DIR", "data")
+    weights = tmp_path / given.get("SAM3_WEIGHTS_PATH", "weights/sam3.pt")
+    assert read.sam3_weights_path == frozen.sam3_weights_path == str(weights)
+
+
+@pytest.mark.usefixtures("_environment_is_put_back")
+def test_the_demo_is_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The word for the embedded checkpoint stays as it is."""
+    monkeypatch.setenv("SAM3_WEIGHTS_PATH", "demo")
+    assert freeze_settings().is_demo
+
+
+@pytest.mark.usefixtures("_environment_is_put_back")
 def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
     """A file that is refused leaves nothing in the environment."""
     (tmp_path / ".env").write_text(f"API_SECRET_KEY={KEY}\nAPI_WORKERS=two\n")
