@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import pickle
 import signal
 import struct
@@ -37,7 +38,8 @@ STREAM_LIMIT_BYTES = 2**22
 """A square of SAM 3 waits in the pipe's buffer without stopping its decoder."""
 
 ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
+    # What this process can import, however it came by it.
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
     # What is large goes back to the host when it is freed; glibc raises the threshold by itself otherwise.
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "OPENBLAS_NUM_THREADS": "1",
