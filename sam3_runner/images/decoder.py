@@ -7,6 +7,7 @@ no secret and no connection, and the kernel ends it when an image takes more tha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import pickle
 import signal
@@ -22,6 +23,8 @@ from sam3_runner.images.image_file import MAX_DECODE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from sam3_runner.images.image_file import ImageFile
 
 LENGTH = struct.Struct(">Q")
 """Stands before everything that crosses: how many bytes follow."""
@@ -40,9 +43,10 @@ def main() -> None:
     _limit_memory()
     files, answers = sys.stdin.buffer, sys.stdout.buffer
     while packed := _receive(files):
+        file: ImageFile = pickle.loads(packed)  # noqa: S301 - from our own worker
         try:
             with _limited_time():
-                square = decode_square(pickle.loads(packed), side_px)  # noqa: S301 - from our own worker
+                square = decode_square(file, side_px)
         except UnsupportedImage as refusal:
             _send(answers, json.dumps({"refusal": str(refusal)}).encode())
         except MemoryError:
@@ -50,6 +54,8 @@ def main() -> None:
         else:
             _send(answers, json.dumps({"width": square.width, "height": square.height}).encode())
             _send(answers, square.pixels.data)
+        if file.is_heavy:
+            _give_memory_back()
 
 
 def _receive(stream: BinaryIO) -> bytes:
@@ -82,6 +88,12 @@ def _limited_time() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _give_memory_back() -> None:
+    """Give freed memory back to the host: glibc keeps it in case, other libraries have no such call."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":

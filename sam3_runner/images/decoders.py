@@ -40,8 +40,6 @@ STREAM_LIMIT_BYTES = 2**22
 ENVIRONMENT = {
     # What this process can import, however it came by it.
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-    # What is large goes back to the host when it is freed; glibc raises the threshold by itself otherwise.
-    "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "OPENBLAS_NUM_THREADS": "1",
 }
 """All that a decoder gets: none of the server's secrets."""

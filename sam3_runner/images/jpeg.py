@@ -27,8 +27,8 @@ MAX_SEGMENTS = 2_000
 """A 50-megapixel photo with thumbnails, profiles and editor data has about a hundred."""
 MAX_SCANS = 100
 """Progressive encoders write 10 to 20; each may visit every coefficient of the image."""
-MAX_SCANNED_PIXELS = 2_000_000_000
-"""Scans times pixels: 30 scans of 2**26 pixels."""
+MAX_SCANNED_PIXELS = 1_500_000_000
+"""Scans times pixels: 30 scans of 50 megapixels, which take a second and a half more than one."""
 BYTES_PER_PIXEL = 4
 BYTES_PER_COEFFICIENT = 2
 

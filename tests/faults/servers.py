@@ -21,7 +21,7 @@ from tests.processes import API_WORKER, is_decoder, service_of
 from tests.services.processes import free_ports, http_status, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.faults.diary import Diary
@@ -146,19 +146,24 @@ class Server:
         """The processes that decode, of all API workers."""
         return [each for each in self.processes() if is_decoder(each)]
 
-    def kill_all(self) -> None:
-        """SIGKILL to all processes as if at one moment: none may see another die."""
+    def kill_all(self, if_still: Callable[[], bool] = lambda: True) -> bool:
+        """SIGKILL to all processes as if at one moment: none may see another die.
+
+        Once they are stopped, `if_still` says whether they are to be killed, or may go on; so does this.
+        """
         with self._lock:
+            processes = [*self.processes(), *self._orphans]
+            _send(signal.SIGSTOP, processes)
+            if not if_still():
+                _send(signal.SIGCONT, processes)
+                return False
             self._killed, self.serving = True, False
             self.generation += 1
-            processes = [*self.processes(), *self._orphans]
-            for number in (signal.SIGSTOP, signal.SIGKILL):
-                for process in processes:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.send_signal(number)
+            _send(signal.SIGKILL, processes)
             if self._process is not None:
                 self._process.wait()
             wait_until(lambda: all(map(_is_gone, processes)), 20.0)
+        return True
 
     def kill_supervisor(self) -> None:
         """SIGKILL to the supervisor alone; its children must leave by themselves."""
@@ -276,6 +281,12 @@ def _mount(folder: Path) -> bool:
         return False
     command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def _send(number: signal.Signals, processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _is_gone(process: psutil.Process) -> bool:

@@ -79,8 +79,8 @@ class Watcher(threading.Thread):
                 return
             self._server.kill(runner)
             task.last_kill = claimed
-        else:
-            self._server.kill_all()
+        elif not self._server.kill_all(lambda: (task.task_id,) in self._ask(_BEGUN)):
+            return  # its work has ended while the database was asked
         self._killed.add(task.task_id)
         task.kills += 1
         self._stage.diary.fault(f"{task.kind} kills", f"{self._server.name}, {task.task_id}")
