@@ -31,7 +31,7 @@ LENGTH = struct.Struct(">Q")
 
 MAX_CPU_S = 5.0
 """For one image, of all threads. An honest one of 50 megapixels takes 0.8 to 2 s of a server's core."""
-MAX_DATA_BYTES = MAX_DECODE_BYTES + 200_000_000
+MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
 """Of private memory as the kernel counts it: libraries and threads reserve more than they use."""
 
 
@@ -41,27 +41,37 @@ def main() -> None:
     # Ours was checked by the file's header, and may be higher.
     Image.MAX_IMAGE_PIXELS = None
     _limit_memory()
-    files, answers = sys.stdin.buffer, sys.stdout.buffer
-    while packed := _receive(files):
-        file: ImageFile = pickle.loads(packed)  # noqa: S301 - from our own worker
-        try:
-            with _limited_time():
-                square = decode_square(file, side_px)
-        except UnsupportedImage as refusal:
-            _send(answers, json.dumps({"refusal": str(refusal)}).encode())
-        except MemoryError:
-            _send(answers, json.dumps({"refusal": "the image takes too much memory to decode"}).encode())
-        else:
-            _send(answers, json.dumps({"width": square.width, "height": square.height}).encode())
-            _send(answers, square.pixels.data)
-        if file.is_heavy:
-            _give_memory_back()
+    while _decode_next(sys.stdin.buffer, sys.stdout.buffer, side_px):
+        pass
 
 
-def _receive(stream: BinaryIO) -> bytes:
-    """The next message; empty when there will be none."""
+def _decode_next(files: BinaryIO, answers: BinaryIO, side_px: int) -> bool:
+    """Decode one file; False when there will be no more. Nothing of it is left when this returns."""
+    file = _receive(files)
+    if file is None:
+        return False
+    try:
+        with _limited_time():
+            square = decode_square(file, side_px)
+    except UnsupportedImage as refusal:
+        _send(answers, json.dumps({"refusal": str(refusal)}).encode())
+    except MemoryError:
+        _send(answers, json.dumps({"refusal": "the image takes too much memory to decode"}).encode())
+    else:
+        _send(answers, json.dumps({"width": square.width, "height": square.height}).encode())
+        _send(answers, square.pixels.data)
+    if file.is_heavy:
+        _give_memory_back()
+    return True
+
+
+def _receive(stream: BinaryIO) -> ImageFile | None:
+    """The next file; None when there will be none."""
     head = stream.read(LENGTH.size)
-    return stream.read(*LENGTH.unpack(head)) if len(head) == LENGTH.size else b""
+    if len(head) < LENGTH.size:
+        return None
+    file: ImageFile = pickle.loads(stream.read(*LENGTH.unpack(head)))  # noqa: S301 - from our own worker
+    return file
 
 
 def _send(stream: BinaryIO, message: bytes | memoryview) -> None:
