@@ -19,6 +19,7 @@ import statistics
 import struct
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import zlib
@@ -26,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import numpy as np
@@ -46,6 +47,7 @@ RESULTS = Path(__file__).parent / "costly_images.csv"
 AT_ONCE = 40
 GOOD_REQUESTS = 20
 TIMEOUT_S = 120.0
+POLL_S = 0.005
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "purple", "orange", "pink", "brown")
 TEN_PROMPTS = "JPEG 8192 x 8192, ten prompts"
 
@@ -67,7 +69,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def blocks(width: int, height: int) -> Image.Image:
     """A picture of blocks, each of another colour and transparency: lossless, and yet no large file."""
-    levels = np.random.default_rng(0).integers(0, 256, (height // 48, width // 48, 4), dtype=np.uint8)
+    levels = np.random.default_rng(0).integers(0, 256, (height // 160, width // 160, 4), dtype=np.uint8)
     return Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
 
 
@@ -114,7 +116,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "JPEG 8192 x 8192 of CMYK": lambda: encoded(flat(8192, 8192, "CMYK"), "JPEG"),
     "WEBP 8160 x 6144": lambda: encoded(photo(8160, 6144), "WEBP", quality=60, method=0),
     "lossless WEBP 7680 x 5760 with alpha": lambda: encoded(
-        blocks(7680, 5760), "WEBP", lossless=True, method=0
+        blocks(7680, 5760), "WEBP", lossless=True, method=2
     ),
     "PNG 8192 x 8192 with alpha": lambda: encoded(flat(8192, 8192, "RGBA"), "PNG", compress_level=1),
     "PNG 65535 x 1024": lambda: encoded(flat(65535, 1024), "PNG", compress_level=1),
@@ -188,16 +190,15 @@ def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
     for name in names:
         data = PICTURES[name]()
         key = client.upload(data)
-        _forget_peaks(client.server)
-        asked = [client.ask(key, len(COLOURS) if name == TEN_PROMPTS else 1) for _ in range(3)]
-        worker_mb, decoder_mb = _peaks_mb(client.server)
+        with _Peaks(client.server) as peaks:
+            asked = [client.ask(key, len(COLOURS) if name == TEN_PROMPTS else 1) for _ in range(3)]
         row = {
             "picture": name,
             "file_mb": round(len(data) / 1e6, 2),
             "status": asked[0][0],
             "request_s": round(statistics.median(elapsed_s for _, elapsed_s in asked), 2),
-            "worker_peak_mb": worker_mb,
-            "decoder_peak_mb": decoder_mb,
+            "worker_peak_mb": peaks.worker_mb,
+            "decoder_peak_mb": peaks.decoder_mb,
             "resident_after_mb": _resident_mb(client.server),
         }
         sys.stdout.write(f"{name:42} {' '.join(f'{value:>9}' for value in list(row.values())[1:])}\n")
@@ -238,36 +239,53 @@ def _stop_in_the_middle(client: Client) -> float:
         return time.perf_counter() - started_s
 
 
-def _worker_and_decoders(server: LocalServer) -> tuple[int, list[int]]:
-    """Their process ids."""
-    for child in psutil.Process(server.pid).children():
-        decoders = [each.pid for each in child.children() if "sam3_runner.images.decoder" in each.cmdline()]
-        if decoders:
-            return child.pid, decoders
-    raise RuntimeError("no process decodes")
+class _Peaks(threading.Thread):
+    """Watches what the worker and its decoders hold at most, until it is stopped."""
+
+    def __init__(self, server: LocalServer) -> None:
+        super().__init__(daemon=True)
+        self._worker = _worker(server)
+        self._done = threading.Event()
+        self.worker_mb = self.decoder_mb = 0
+
+    def __enter__(self) -> Self:
+        for process in (self._worker, *self._worker.children()):
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look again and again: a process that decodes a heavy image ends with it."""
+        while not self._done.wait(POLL_S):
+            self.worker_mb = _peak_mb(self._worker)
+            self.decoder_mb = max([self.decoder_mb, *map(_peak_mb, self._worker.children())])
 
 
-def _forget_peaks(server: LocalServer) -> None:
-    worker, decoders = _worker_and_decoders(server)
-    for pid in (worker, *decoders):
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
-
-
-def _peaks_mb(server: LocalServer) -> tuple[int, int]:
-    worker, decoders = _worker_and_decoders(server)
-    return _peak_mb(worker), max(map(_peak_mb, decoders))
+def _worker(server: LocalServer) -> psutil.Process:
+    [worker] = [
+        child
+        for child in psutil.Process(server.pid).children()
+        if "sam3" in child.cmdline()  # the service's name; the runner's is another
+    ]
+    return worker
 
 
 def _resident_mb(server: LocalServer) -> int:
     """Of the worker and its decoders together, once they have nothing to do."""
-    worker, decoders = _worker_and_decoders(server)
-    return round(sum(psutil.Process(pid).memory_info().rss for pid in (worker, *decoders)) / 1e6)
+    worker = _worker(server)
+    return round(sum(process.memory_info().rss for process in (worker, *worker.children())) / 1e6)
 
 
-def _peak_mb(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    [peak] = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-    return round(int(peak) / 1000)
+def _peak_mb(process: psutil.Process) -> int:
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:  # it has just ended
+        return 0
+    return round(sum(int(line.split()[1]) / 1000 for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ no secret and no connection, and the kernel ends it when an image takes more tha
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import pickle
 import signal
@@ -60,8 +59,6 @@ def _decode_next(files: BinaryIO, answers: BinaryIO, side_px: int) -> bool:
     else:
         _send(answers, json.dumps({"width": square.width, "height": square.height}).encode())
         _send(answers, square.pixels.data)
-    if file.is_heavy:
-        _give_memory_back()
     return True
 
 
@@ -98,12 +95,6 @@ def _limited_time() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _give_memory_back() -> None:
-    """Give freed memory back to the host: glibc keeps it in case, other libraries have no such call."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,6 @@ STREAM_LIMIT_BYTES = 2**22
 ENVIRONMENT = {
     # What this process can import, however it came by it.
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-    # Pillow's pixels of a large image lie in blocks that malloc gives back at once, and not in its heap.
-    "PILLOW_BLOCK_SIZE": "64m",
     "OPENBLAS_NUM_THREADS": "1",
 }
 """All that a decoder gets: none of the server's secrets."""
@@ -89,7 +87,9 @@ class ImageDecoders:
             await _end(self._idle.pop())
 
     async def _decode_once(self, file: ImageFile) -> SquareImage:
-        process = self._idle_process() or await self._new_process()
+        # A heavy image has a process of its own: what others left does not add to its memory, and all of it
+        # goes back to the host for certain.
+        process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
         try:
             head, pixels = await _exchange(process, file)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
@@ -100,7 +100,10 @@ class ImageDecoders:
         except BaseException:  # cancelled, above all: what it has begun must not go on
             await _end(process)
             raise
-        self._idle.append(process)
+        if file.is_heavy:
+            await _end(process)
+        else:
+            self._idle.append(process)
         if "refusal" in head:
             raise UnsupportedImage(head["refusal"])
         square = np.frombuffer(pixels, np.uint8).reshape(self._side_px, self._side_px, 3)
