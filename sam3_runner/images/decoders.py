@@ -40,6 +40,9 @@ STREAM_LIMIT_BYTES = 2**22
 ENVIRONMENT = {
     # What this process can import, however it came by it.
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    # glibc would take each band's memory from the kernel anew, page by page: 58 ms an image instead of 22.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**26),
     "OPENBLAS_NUM_THREADS": "1",
 }
 """All that a decoder gets: none of the server's secrets."""

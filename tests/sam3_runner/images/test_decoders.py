@@ -133,6 +133,8 @@ def test_limits_and_environment() -> None:
         assert process.rlimit(psutil.RLIMIT_DATA) == (MAX_DATA_BYTES, MAX_DATA_BYTES)
         assert set(process.environ()) <= {
             "PYTHONPATH",
+            "MALLOC_MMAP_THRESHOLD_",
+            "MALLOC_TRIM_THRESHOLD_",
             "OPENBLAS_NUM_THREADS",
             "LC_CTYPE",
         }
