@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 USER_ID = "bench"
 RESULTS = Path(__file__).parent / "costly_images.csv"
 AT_ONCE = 40
+REPEATS = 24
 GOOD_REQUESTS = 20
 TIMEOUT_S = 120.0
 POLL_S = 0.005
@@ -150,9 +151,9 @@ class Client:
         self._objects.put_upload(key, data)
         return key
 
-    def ask(self, key: str, prompts: int = 1) -> tuple[int, float]:
-        """Status and time in s of one request for many prompts."""
-        body = {"image_url": key, "user_id": USER_ID, "task_id": str(uuid.uuid4())}
+    def ask(self, key: str, prompts: int = 1, task_id: str | None = None) -> tuple[int, float]:
+        """Status and time in s of one request for many prompts, of a new task or a known one."""
+        body = {"image_url": key, "user_id": USER_ID, "task_id": task_id or str(uuid.uuid4())}
         words = [f"{colour} circle" for colour in COLOURS[:prompts]]
         started_s = time.perf_counter()
         status = self._http.post("/api/v1/predict/batch", json={**body, "prompts": words}).status_code
@@ -175,6 +176,7 @@ def main() -> int:
         client = Client(server)
         client.ask(client.upload(PICTURES["JPEG 1280 x 720"]()))
         rows = [machine | row for row in _alone(client, names)]
+        _repeats(client)
         _beside(client)
         stopped_s = _stop_in_the_middle(client)
     sys.stdout.write(f"the stop with {AT_ONCE} of them in work took {stopped_s:.1f} s\n")
@@ -204,6 +206,21 @@ def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
         sys.stdout.write(f"{name:42} {' '.join(f'{value:>9}' for value in list(row.values())[1:])}\n")
         sys.stdout.flush()
         yield row
+
+
+def _repeats(client: Client) -> None:
+    """What it costs to ask again, many at once, for a task of 50 megapixels that is done."""
+    key, task_id = client.upload(PICTURES["JPEG 8160 x 6144"]()), str(uuid.uuid4())
+    client.ask(key, task_id=task_id)
+    started_s = time.perf_counter()
+    with _Peaks(client.server) as peaks, ThreadPoolExecutor(REPEATS) as crowd:
+        asked = list(crowd.map(lambda _: client.ask(key, task_id=task_id), range(REPEATS)))
+    took_s = time.perf_counter() - started_s
+    sys.stdout.write(
+        f"{REPEATS} repeats at once of a done task of 50 megapixels: {took_s:.2f} s, "
+        f"answers {sorted({status for status, _ in asked})}; worker {peaks.worker_mb} MB, "
+        f"decoder {peaks.decoder_mb} MB at most\n"
+    )
 
 
 def _beside(client: Client) -> None:

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
@@ -233,6 +233,7 @@ def _client(
     )
     client.meta.events.register("before-send.s3", _drop_expect)
     client.meta.events.register("before-call.s3", _stay_in_region)
+    client.meta.events.register("before-parse.s3", _refuse_cut_errors)
     return client
 
 
@@ -244,6 +245,13 @@ def _drop_expect(request: Any, **_: object) -> None:
 def _stay_in_region(params: dict[str, Any], **_: object) -> None:
     # At a redirect boto3 would ask HeadBucket for the region, whose redirect asks again, without an end.
     params["context"]["s3_redirect"]["redirected"] = True
+
+
+def _refuse_cut_errors(response_dict: dict[str, Any], **_: object) -> None:
+    # boto3 takes a refusal whose body was cut off for one of a server that speaks no S3.
+    body, length = response_dict["body"], response_dict["headers"].get("Content-Length", "")
+    if isinstance(body, bytes) and length.isdigit() and len(body) < int(length):
+        raise IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
 
 
 def _raw_body(body: object) -> AbstractContextManager["BaseHTTPResponse"]:

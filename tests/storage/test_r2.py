@@ -519,7 +519,13 @@ async def test_check_finds_a_token_that_only_reads(seaweedfs: S3Service, proxy: 
             await bucket.check()
 
 
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
+CUT_REFUSALS: dict[str, Callable[[FaultProxy, int], None]] = {
+    f"refusal cut after {count} bytes": lambda proxy, n, count=count: proxy.cut_next(n, after_bytes=count)  # type: ignore[misc]
+    for count in (0, 20)
+}
+
+
+@pytest.mark.parametrize("fault", (PASSING | CUT_REFUSALS).values(), ids=(PASSING | CUT_REFUSALS).keys())
 async def test_check_of_a_store_that_is_away(
     fault: Callable[[FaultProxy, int], None], seaweedfs: S3Service, proxy: FaultProxy
 ) -> None:
