@@ -83,6 +83,10 @@ def test_tasks_of_a_dead_runner_are_done_without_their_callers(edge: Edge) -> No
     wait_for(lambda: on_file(edge.server, "count(*) FROM attempts"), lambda left: left == [(0,)])
 
 
+RUNNER_WORKS_S = 0.03
+"""CPU time by which one sees that the runner works; an image takes it three times as much or more."""
+
+
 class Killer:
     """Kills the model's process whenever the work on one task begins."""
 
@@ -101,18 +105,30 @@ class Killer:
         self._stopped.set()
         self._thread.join()
 
+    def _is_with(self, runner: psutil.Process) -> bool:
+        """Wait until the runner works: before that the task's image is decoded elsewhere."""
+        before_s = runner.cpu_times().user
+        while is_at_work(self._server, self._task_id):
+            if runner.cpu_times().user > before_s + RUNNER_WORKS_S:
+                return True
+            time.sleep(0.002)
+        return False
+
     def _watch(self) -> None:
         while not self._stopped.wait(0.001):
             if is_at_work(self._server, self._task_id):
                 with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-                    runner_of(self._server).send_signal(signal.SIGKILL)
+                    runner = runner_of(self._server)
+                    if not self._is_with(runner):
+                        continue
+                    runner.send_signal(signal.SIGKILL)
                     self.kills += 1
                 # Until the server has noticed.
                 wait_for(lambda: is_at_work(self._server, self._task_id), lambda at_work: not at_work)
 
 
 def test_task_that_kills_the_runner_is_given_up_alone(edge: Edge) -> None:
-    """A task that kills the runner ends as an error after four deaths; its neighbours are done."""
+    """A task that kills the runner ends as an error after three deaths alone; its neighbours are done."""
     drawn = scene(601)
     key = edge.upload(png_bytes(drawn.image))
     poison, *neighbours = [edge.body(key, drawn.names[0]) for _ in range(5)]
@@ -122,7 +138,8 @@ def test_task_that_kills_the_runner_is_given_up_alone(edge: Edge) -> None:
         row = edge.settled_row(poison["task_id"], RESTARTS_TIMEOUT_S)
         assert row.status == "error"
         assert "stopped 3 times while it worked on this task alone" in str(row.metadata["error_message"])
-        assert killer.kills == 4
+        # The first is beside its neighbours; another may come while the runner works for one of them.
+        assert killer.kills in {4, 5}
         for body in neighbours:
             assert edge.settled_row(body["task_id"], RESTARTS_TIMEOUT_S).status == "done"
         wait_until_ready(edge)
