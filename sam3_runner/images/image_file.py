@@ -19,7 +19,7 @@ MAX_DECODE_BYTES = 405_000_000
 """What decoding one image may hold at once. With code and bands of pixels a process stays below 450 MB."""
 
 HEAVY_PX = 24_000_000
-"""Of `ImageFile.work_px`: a photo of 20 megapixels, a progressive one of 8. About half a second of a core."""
+"""What `is_heavy` compares with: a photo of 20 megapixels, a progressive one of 8. Half a second of a core."""
 
 MAX_PROFILE_BYTES = 4 * 2**20
 """Longer colour profiles are left out. Those of printers, the longest in use, have 0.5 to 3 MB."""
