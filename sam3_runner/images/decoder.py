@@ -10,7 +10,6 @@ import contextlib
 import json
 import pickle
 import signal
-import struct
 import sys
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -18,15 +17,12 @@ from PIL import Image
 
 from sam3_runner.errors import UnsupportedImage
 from sam3_runner.images.decode import decode_square
-from sam3_runner.images.image_file import MAX_DECODE_BYTES
+from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sam3_runner.images.image_file import ImageFile
-
-LENGTH = struct.Struct(">Q")
-"""Stands before everything that crosses: how many bytes follow."""
 
 PIPE_BYTES = 2**20
 """The most that Linux gives to everybody."""

@@ -13,7 +13,6 @@ import logging
 import os
 import pickle
 import signal
-import struct
 import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
+from sam3_runner.images.image_file import LENGTH
 from sam3_runner.images.square import SquareImage
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bentoml.sam3")
 
 ROOT = Path(__file__).parents[2]
-LENGTH = struct.Struct(">Q")
-"""Stands before everything that crosses, as in decoder.py: how many bytes follow."""
 STREAM_LIMIT_BYTES = 2**22
 """A square of SAM 3 waits in the pipe's buffer without stopping its decoder."""
 

@@ -7,6 +7,7 @@ that it would do with metadata can fail or take time.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,8 +19,11 @@ MAX_SIDE_PX = 65_535
 MAX_DECODE_BYTES = 405_000_000
 """What decoding one image may hold at once. With code and bands of pixels a process stays below 450 MB."""
 
+LENGTH = struct.Struct(">Q")
+"""Stands before all that crosses between a worker and a decoder: how many bytes follow."""
+
 HEAVY_PX = 24_000_000
-"""What `is_heavy` compares with: a photo of 20 megapixels, a progressive one of 8. Half a second of a core."""
+"""What `is_heavy` compares with: a photo of 20 megapixels, a progressive one of 8. Half a core's second."""
 
 MAX_PROFILE_BYTES = 4 * 2**20
 """Longer colour profiles are left out. Those of printers, the longest in use, have 0.5 to 3 MB."""
