@@ -26,7 +26,7 @@ _ASKED = "sam3.asked"
 def count_by_route(paths: Callable[[], Iterable[str]]) -> None:
     """Make BentoML's metrics know only its own routes and `paths`, and count the rest as `other`.
 
-    Call it before the service is served (a private name of the pinned bentoml 1.4.39).
+    Call it before the service is served (a private name of the pinned bentoml 1.4.40).
 
     Args:
         paths: of the mounted application's routes; asked for once, at the first request.

@@ -145,7 +145,7 @@ def _heard(call: asyncio.Task[Any]) -> None:
 
 
 def _use_fresh_connections(proxy: Any) -> None:
-    """Make BentoML's client open a connection a call (private names of the pinned bentoml 1.4.39).
+    """Make BentoML's client open a connection a call (private names of the pinned bentoml 1.4.40).
 
     Its pool keeps idle connections for 15 s, the runner's server closes them after 5: calls that meet a
     closing one fail, several in a row when the worker was busy. On a unix socket a new one is cheap.

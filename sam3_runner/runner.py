@@ -84,5 +84,5 @@ class BoundedOptimizer(dispatcher.Optimizer):
 
 
 def bound_batch_wait() -> None:
-    """Make BentoML's dispatchers use `BoundedOptimizer` (a private name of the pinned bentoml 1.4.39)."""
+    """Make BentoML's dispatchers use `BoundedOptimizer` (a private name of the pinned bentoml 1.4.40)."""
     dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc]

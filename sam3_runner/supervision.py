@@ -59,7 +59,7 @@ def supervise() -> None:
     By default it looks every ten seconds, starts nothing anew in a container, removes the sockets first,
     and takes commands on a port of the loopback. A port that cannot be had, and a process that leaves by
     `end_server`, end the supervisor with a sentence. Call it in its process before it starts the others
-    (private names of the pinned bentoml 1.4.39).
+    (private names of the pinned bentoml 1.4.40).
     """
     start = bentoml_circus.Arbiter.start
 

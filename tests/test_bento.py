@@ -76,7 +76,7 @@ def test_bento_is_for_production(bento: Path) -> None:
     assert "production" in description
     locked = (bento / "env" / "python" / "requirements.txt").read_text()
     assert "torch==2.13.0" in locked
-    assert "bentoml==1.4.39" in locked
+    assert "bentoml==1.4.40" in locked
 
 
 def test_bento_keeps_its_files_in_one_folder(bento: Path, tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""Build the server's image: the Bento, its packages' wheels, then podman or docker over both.
+
+    make image                                   # CUDA 13.0, on python:3.12-slim
+    make image VARIANT=cpu
+    make image VARIANT=cpu BASE_IMAGE=localhost/base PYTHON_VERSION=3.11
+
+The wheels are downloaded by this machine's pip, so its index and its certificates apply, and kept in
+build/image/; the image's own build needs no network but for its base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.image.variants import PYTHON_VERSIONS, VARIANTS, Variant, entries
+from version import VERSION
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+WORK = ROOT / "build" / "image"
+_GLIBC = ("2_28", "2_27", "2_26", "2_24", "2_17", "2_12", "2_5")
+"""manylinux tags that wheels of the locks have; the base's glibc is 2.36 or newer."""
+
+
+def main() -> None:
+    """Build what the command line says. Ends with a sentence and status 1 where a step fails."""
+    options = _options()
+    variant = VARIANTS[options.variant]
+    tool = find_tool()
+    context = WORK / f"{variant.name}-py{options.python}"
+    tag = options.tag or f"localhost/sam3:{VERSION}-{variant.name}"
+    try:
+        print(f"== 1/3 the Bento, from {revision()}", flush=True)
+        put_bento(build_bento(), context)
+        print(f"== 2/3 its packages, {variant.lock.name}", flush=True)
+        download_wheels(variant, options.python, context)
+        print(f"== 3/3 {tag}, by {tool}", flush=True)
+        build_image(tool, variant, context, tag, options.base)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"no image: {' '.join(map(str, error.cmd[:4]))} ... ended with {error.returncode}")
+    print(describe(tool, tag))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Build the server's image.")
+    parser.add_argument("--variant", choices=VARIANTS, default="cu130", help="which PyTorch (default: cu130)")
+    parser.add_argument("--python", choices=PYTHON_VERSIONS, default=PYTHON_VERSIONS[0], help="the base's Python")
+    parser.add_argument("--base", help="an image with that Python, in place of the pinned python:3.12-slim")
+    parser.add_argument("--tag", help="the image's name (default: localhost/sam3:VERSION-VARIANT)")
+    return parser.parse_args()
+
+
+def find_tool() -> str:
+    """podman or docker; CONTAINER_TOOL names another one that takes the same words."""
+    named = os.environ.get("CONTAINER_TOOL")
+    for tool in [named] if named else ["podman", "docker"]:
+        if shutil.which(tool):
+            return tool
+    sys.exit(f"no image: {named or 'podman or docker'} is needed to build one")
+
+
+def revision() -> str:
+    """The commit, and whether the tree differs from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return described.stdout.strip()
+
+
+def build_bento() -> Path:
+    """Build the Bento in a store of its own. Returns its folder."""
+    home = WORK / "bentoml"
+    name = f"{VERSION}-{revision()}"
+    folder = home / "bentos" / "sam3" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run(
+        [sys.executable, "-m", "bentoml", "build", "--version", name, "--output", "tag"],
+        cwd=ROOT,
+        env={**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"},
+        check=True,
+    )
+    return folder
+
+
+def put_bento(bento: Path, context: Path) -> None:
+    """Lay the Bento into the build's context, in place of an older one."""
+    shutil.rmtree(context / "bento", ignore_errors=True)
+    shutil.copytree(bento, context / "bento")
+
+
+def download_wheels(variant: Variant, python: str, context: Path) -> None:
+    """Put the wheels of the variant's lock, each with its hash checked, into the context."""
+    lock = variant.lock.read_text()
+    (context / "requirements.txt").write_text(lock)
+    is_torch = {entry: entry.startswith("torch==") for entry in entries(lock)}
+    # Apart, since PyTorch's index has old versions of others' packages too.
+    for name, of_torch, index in (("others", False, None), ("torch", True, variant.torch_index)):
+        listed = context / f"{name}.txt"
+        listed.write_text("".join(entry for entry, is_its in is_torch.items() if is_its is of_torch))
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+                *("--require-hashes", "--no-deps", "--only-binary", ":all:", "--python-version", python),
+                *(word for glibc in _GLIBC for word in ("--platform", f"manylinux_{glibc}_x86_64")),
+                *("--platform", "manylinux2014_x86_64", "--platform", "linux_x86_64"),
+                *(("--index-url", index, "--retries", "1") if index else ()),
+                *("--dest", str(context / "wheels"), "--requirement", str(listed)),
+            ],
+            check=True,
+        )
+
+
+def build_image(tool: str, variant: Variant, context: Path, tag: str, base: str | None) -> None:
+    """Run the Dockerfile over the context, and see that the image is there: a failed step can end with 0."""
+    labels = {
+        "org.opencontainers.image.title": "sam3",
+        "org.opencontainers.image.version": VERSION,
+        "org.opencontainers.image.revision": revision(),
+        "org.opencontainers.image.licenses": "Apache-2.0",
+        "sam3.torch": torch_version(variant),
+        "sam3.cuda": variant.cuda or "none",
+    }
+    subprocess.run(
+        [
+            *(tool, "build", "--file", str(HERE / "Dockerfile"), "--tag", tag),
+            *("--build-arg", f"DEVICE={variant.device}"),
+            *(("--build-arg", f"BASE_IMAGE={base}") if base else ()),
+            *(word for label in labels.items() for word in ("--label", "=".join(label))),
+            str(context),
+        ],
+        check=True,
+    )
+    subprocess.run([tool, "image", "inspect", tag], stdout=subprocess.DEVNULL, check=True)
+
+
+def torch_version(variant: Variant) -> str:
+    """The version of PyTorch in the variant's lock."""
+    [entry] = [entry for entry in entries(variant.lock.read_text()) if entry.startswith("torch==")]
+    return entry.removeprefix("torch==").split()[0]
+
+
+def describe(tool: str, tag: str) -> str:
+    """The image's name and size, and what runs it."""
+    size_bytes = int(
+        subprocess.run(
+            [tool, "image", "inspect", "--format", "{{.Size}}", tag],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    return f"{tag}: {size_bytes / 1e9:.2f} GB; how to run it: docs/operations.md"
+
+
+if __name__ == "__main__":
+    main()

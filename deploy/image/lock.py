@@ -1,0 +1,65 @@
+"""Write the locks of the image's variants: every package with the hashes of its wheels.
+
+    python -m deploy.image.lock           # cu130 from PyPI's metadata, and cpu from it
+    python -m deploy.image.lock cu129     # needs PyTorch's own index; not run by us yet
+
+Versions are those of requirements.lock, so that the image holds what the tests ran with.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.image.variants import PYTHON_VERSIONS, VARIANTS, entries
+
+ROOT = Path(__file__).parent.parent.parent
+TORCH_CPU = """torch==2.13.0+cpu \\
+    --hash=sha256:4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2 \\
+    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+"""
+"""Its wheels for Python 3.12 and 3.11 on manylinux_2_28_x86_64, as download.pytorch.org/whl/cpu lists them."""
+_ONLY_WITH_CUDA = re.compile(r"^(nvidia-(?!ml-py)|cuda-|triton)")
+
+
+def main() -> None:
+    """Lock the variants of the command line; without any, those that need PyPI alone."""
+    names = sys.argv[1:] or ["cu130", "cpu"]
+    for name in names:
+        variant = VARIANTS[name]
+        if name == "cpu":
+            variant.lock.write_text(without_cuda(VARIANTS["cu130"].lock.read_text()))
+        else:
+            resolve(variant.lock, variant.torch_index)
+        print(f"{variant.lock.relative_to(ROOT)}: {len(entries(variant.lock.read_text()))} packages")
+
+
+def resolve(lock: Path, torch_index: str | None) -> None:
+    """Let uv resolve pyproject.toml for the image's Python, with the versions of requirements.lock."""
+    # With hashes, and versions that are given, no other index can slip in another file.
+    more = ["--index", torch_index, "--index-strategy", "unsafe-best-match"] if torch_index else []
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "-c", "requirements.lock"),
+            *("--python-version", PYTHON_VERSIONS[0], "--python-platform", "x86_64-manylinux_2_28"),
+            *("--only-binary", ":all:", "--generate-hashes", "--no-header", "--no-annotate"),
+            *("--no-emit-index-url", "--quiet", *more, "--output-file", str(lock)),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
+
+
+def without_cuda(lock: str) -> str:
+    """The lock of PyTorch's CPU build: that of a CUDA build without what only CUDA needs."""
+    return "".join(
+        TORCH_CPU if entry.startswith("torch==") else entry
+        for entry in entries(lock)
+        if not _ONLY_WITH_CUDA.match(entry)
+    )
+
+
+if __name__ == "__main__":
+    main()
