@@ -7,7 +7,7 @@ PORT ?= 3000
 NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
 # Node.js knows only its own certificates; a network's own are among the system's.
 export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
-SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks examples tests
+SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks deploy examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
 
@@ -53,8 +53,13 @@ official: $(VENV)/dev ## Install Meta's own code (SAM License), to compare with 
 	rm official.in
 
 .PHONY: build
-build: $(VENV)/run ## Build the Bento
+build: $(VENV)/dev ## Build the Bento
 	BENTOML_DO_NOT_TRACK=True $(BIN)/python -m bentoml build
+
+.PHONY: image
+image: $(VENV)/dev ## Build the server's image by podman or docker (VARIANT=cu130, cu129 or cpu; BASE_IMAGE=, TAG=)
+	$(BIN)/python -m deploy.image.build $(if $(VARIANT),--variant $(VARIANT)) $(if $(TAG),--tag $(TAG)) \
+		$(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
 
 .PHONY: train
 train: $(VENV)/dev ## Train the demo checkpoint anew (needs a GPU)
@@ -65,13 +70,14 @@ evaluate: $(VENV)/dev ## Score the demo checkpoint through the served path; writ
 	$(BIN)/python -m training.evaluate
 
 .PHONY: lock
-lock: $(VENV)/dev ## Compile pyproject.toml into the two lock files
+lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	$(PIP_COMPILE) --output-file requirements.lock pyproject.toml
 	@# torch's CPU build calls itself 2.13.0+cpu; the lock must also fit the CUDA build.
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock
 	(echo '-c requirements.lock'; $(BIN)/python -m dependency_groups dev) > dev.in
 	$(PIP_COMPILE) --output-file requirements-dev.lock dev.in
 	rm dev.in
+	$(BIN)/python -m deploy.image.lock
 
 $(VENV)/run: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=...")'

@@ -49,14 +49,16 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build the server's image.")
     parser.add_argument("--variant", choices=VARIANTS, default="cu130", help="which PyTorch (default: cu130)")
-    parser.add_argument("--python", choices=PYTHON_VERSIONS, default=PYTHON_VERSIONS[0], help="the base's Python")
+    parser.add_argument(
+        "--python", choices=PYTHON_VERSIONS, default=PYTHON_VERSIONS[0], help="the base's Python"
+    )
     parser.add_argument("--base", help="an image with that Python, in place of the pinned python:3.12-slim")
     parser.add_argument("--tag", help="the image's name (default: localhost/sam3:VERSION-VARIANT)")
     return parser.parse_args()
 
 
 def find_tool() -> str:
-    """podman or docker; CONTAINER_TOOL names another one that takes the same words."""
+    """Which of podman and docker is here; CONTAINER_TOOL names another one that takes the same words."""
     named = os.environ.get("CONTAINER_TOOL")
     for tool in [named] if named else ["podman", "docker"]:
         if shutil.which(tool):

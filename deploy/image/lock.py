@@ -20,7 +20,7 @@ TORCH_CPU = """torch==2.13.0+cpu \\
     --hash=sha256:4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2 \\
     --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 """
-"""Its wheels for Python 3.12 and 3.11 on manylinux_2_28_x86_64, as download.pytorch.org/whl/cpu lists them."""
+"""Its wheels for Python 3.12 and 3.11 on x86_64 Linux, as download.pytorch.org/whl/cpu lists them."""
 _ONLY_WITH_CUDA = re.compile(r"^(nvidia-(?!ml-py)|cuda-|triton)")
 
 

@@ -1,0 +1,208 @@
+"""Kills processes of a container while tasks are in work, and looks for lost tasks.
+
+    python -m tests.deploy.container_kills --kills 50
+
+As root, with podman, debootstrap and bubblewrap; builds the image first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from tests.deploy.containers import built_image, container
+from tests.drawn import scene
+from tests.edge import Edge, png_bytes, wait_for
+from tests.processes import API_WORKER, RUNNER, children_of, is_decoder, kill
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import psutil
+
+    from tests.deploy.containers import Container, Image
+
+KINDS = ("runner", "API worker", "decoder", "container")
+CALLERS = 4
+SETTLE_S = 180.0
+"""For the last tasks after the last kill: those that met several are done one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One kill, and how long nothing could be asked after it."""
+
+    kind: str
+    back_s: float
+
+
+@dataclass(slots=True)
+class Report:
+    """What was seen.
+
+    Attributes:
+        kills: in their order.
+        tasks: that were sent.
+        lost: tasks that were not done at the end, with the status of their row.
+    """
+
+    kills: list[Kill] = field(default_factory=list)
+    tasks: int = 0
+    lost: list[tuple[str, str]] = field(default_factory=list)
+
+
+def kill_and_watch(image: Image, folder: Path, *, kills: int, seed: int) -> Report:
+    """Run the image, send tasks without a pause, kill `kills` processes of every kind in turn."""
+    rng, report = random.Random(seed), Report()  # noqa: S311 - a drawn order, no secret
+    with ExitStack() as stack:
+        started = stack.enter_context(container(image, folder, {}))
+        callers = Callers()
+        for number in range(kills):
+            kind = KINDS[number % len(KINDS)]
+            with callers.calling(started):
+                # In the middle of work, not in front of it.
+                callers.wait_for_answers(3)
+                time.sleep(rng.uniform(0.0, 0.3))
+                killed_s = time.monotonic()
+                if kind == "container":
+                    os.kill(started.server.pid, signal.SIGKILL)
+                else:
+                    kill(rng.choice(_processes(started, kind)))
+            if kind == "container":
+                stack.close()
+                started = stack.enter_context(container(image, folder, {}))
+            _wait_for_an_answer(started)
+            report.kills.append(Kill(kind, time.monotonic() - killed_s))
+        report.tasks = len(callers.bodies)
+        report.lost = list(_not_done(started, callers.bodies))
+    return report
+
+
+def _processes(started: Container, kind: str) -> list[psutil.Process]:
+    """The living processes of one kind, at least one."""
+    workers = children_of(started.server, API_WORKER)
+    if kind == "runner":
+        return children_of(started.server, RUNNER)
+    if kind == "API worker":
+        return workers
+    return [child for worker in workers for child in worker.children() if is_decoder(child)]
+
+
+def _wait_for_an_answer(started: Container) -> None:
+    """Until a new task is done at once."""
+    with Edge(started.server) as edge:
+
+        def status() -> int | None:
+            try:
+                return edge.ask(png_bytes(scene(1).image), "circle").status_code
+            except httpx.TransportError:
+                return None
+
+        wait_for(status, lambda answered: answered == httpx.codes.OK)
+
+
+def _not_done(started: Container, bodies: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Send what no server ever read again, as the Edge does, wait for all, and yield what is not done."""
+    with Edge(started.server) as edge:
+        for body in bodies:
+            row = edge.row(body["task_id"])
+            if row and row.status == "pending":
+                edge.send(body)
+        for body in bodies:
+            row = edge.settled_row(body["task_id"], SETTLE_S)
+            if row.status != "done":
+                yield body["task_id"], f"{row.status}: {row.metadata.get('error')}"
+
+
+class Callers:
+    """Several callers that send one task after the other.
+
+    Attributes:
+        bodies: the tasks that were sent.
+        answered: how many of them were answered with 200.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.answered = 0
+        self._lock = threading.Lock()
+
+    def calling(self, started: Container) -> _Calling:
+        """Send tasks to a container until the end of the block."""
+        return _Calling(self, started)
+
+    def wait_for_answers(self, count: int) -> None:
+        """Until so many more tasks were done."""
+        wanted = self.answered + count
+        wait_for(lambda: self.answered, lambda answered: answered >= wanted)
+
+    def call(self, edge: Edge, ended: threading.Event) -> None:
+        """Send tasks until `ended`."""
+        while not ended.is_set():
+            number = len(self.bodies)
+            body = edge.body(edge.upload(png_bytes(scene(number % 20).image)), "circle")
+            edge.insert_row(body)
+            with self._lock:
+                self.bodies.append(body)
+            try:
+                answer = edge.send(body)
+            except httpx.TransportError:
+                continue  # its process was killed; the row says what became of it
+            with self._lock:
+                self.answered += answer.status_code == httpx.codes.OK
+
+
+class _Calling:
+    def __init__(self, callers: Callers, started: Container) -> None:
+        self._callers, self._started = callers, started
+        self._ended = threading.Event()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        pool = self._stack.enter_context(ThreadPoolExecutor(CALLERS))
+        edges = [self._stack.enter_context(Edge(self._started.server)) for _ in range(CALLERS)]
+        self._calls = [pool.submit(self._callers.call, edge, self._ended) for edge in edges]
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        try:
+            for call in self._calls:
+                call.result()
+        finally:
+            self._stack.close()
+
+
+def main() -> None:
+    """Build, kill, and print what was seen."""
+    parser = argparse.ArgumentParser(description="Kill processes of a container, and look for lost tasks.")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, built_image(Path(name)) as image:
+        report = kill_and_watch(image, Path(name) / "container", kills=options.kills, seed=options.seed)
+    print(f"{report.tasks} tasks, {len(report.kills)} kills, {len(report.lost)} tasks lost")
+    for kind in KINDS:
+        backs = [kill.back_s for kill in report.kills if kill.kind == kind]
+        if backs:
+            print(
+                f"  {kind}: {len(backs)} kills, back after {median(backs):.1f} s, at most {max(backs):.1f} s"
+            )
+    for task_id, state in report.lost:
+        print(f"  lost: {task_id}, {state}")
+
+
+if __name__ == "__main__":
+    main()

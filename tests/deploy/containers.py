@@ -1,0 +1,199 @@
+"""The server's image, really built, and containers of it, where neither Docker nor a registry can be reached.
+
+The base comes from debootstrap, podman builds in chroot isolation, and bubblewrap runs: the image's own root
+(read-only), user, environment and entrypoint, its own process ids, an empty /tmp, the folders /data, /weights.
+The network is the host's, on loopback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from local_server import ROOT, LocalServer, _free_port, _wait_until_ready
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+API_KEY = "0123456789abcdef0123456789abcdef"
+USER_ID = 1034
+BUILD_TIMEOUT_S = 1200.0
+STOP_TIMEOUT_S = 60.0
+_TOOLS = ("podman", "debootstrap", "bwrap", "setpriv")
+
+
+def missing_tools() -> str | None:
+    """What this machine lacks to build and run the image."""
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"no {', '.join(missing)} (apt-get install podman buildah debootstrap bubblewrap)"
+    return None if os.geteuid() == 0 else "not root: the image is built without a container engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that was built.
+
+    Attributes:
+        tag: its name.
+        root: its file system, mounted.
+        config: what it says of itself: Env, User, Entrypoint, Labels.
+        size_bytes: unpacked.
+    """
+
+    tag: str
+    root: Path
+    config: dict[str, Any]
+    size_bytes: int
+
+
+@contextmanager
+def built_image(folder: Path) -> Iterator[Image]:
+    """The CPU variant of this tree, built by `make image` into a store of its own below `folder`."""
+    environment = os.environ | {
+        "CONTAINERS_STORAGE_CONF": str(_write_store(folder)),
+        # No user namespaces, no cgroups: a chroot is what every machine has.
+        "BUILDAH_ISOLATION": "chroot",
+        "CONTAINER_TOOL": "podman",
+    }
+    base, tag = "localhost/base:3.11", "localhost/sam3:test"
+    _run(["deploy/image/local_base.sh", base], environment)
+    make = f"make image VARIANT=cpu PYTHON_VERSION=3.11 BASE_IMAGE={base} TAG={tag}"
+    _run([*make.split(), f"PYTHON={sys.executable}"], environment)
+    [inspected] = json.loads(_run(["podman", "image", "inspect", tag], environment))
+    root = Path(_run(["podman", "image", "mount", tag], environment).strip())
+    try:
+        yield Image(tag, root, inspected["Config"], inspected["Size"])
+    finally:
+        _run(["podman", "image", "umount", "--all", "--force"], environment)
+        # podman binds its folder onto itself, which would stay mounted.
+        subprocess.run(["umount", str(folder / "store" / "overlay")], stderr=subprocess.DEVNULL, check=False)
+
+
+def _write_store(folder: Path) -> Path:
+    config = folder / "storage.conf"
+    config.write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/store"\nrunroot = "{folder}/run"\n'
+    )
+    return config
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> str:
+    ended = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=BUILD_TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{command}\n{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
+    return ended.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container that was started.
+
+    Attributes:
+        server: how to reach it; `server.pid` is its process 1, seen from outside.
+        monitor: the process that waits for it, and ends with its exit status.
+    """
+
+    server: LocalServer
+    monitor: subprocess.Popen[bytes]
+
+    def log(self) -> str:
+        """What it has written."""
+        return self.server.log_path.read_text(errors="replace")
+
+    def stop(self) -> int:
+        """Ask it to end, as `docker stop` does. Returns its exit status."""
+        if self.monitor.poll() is None:
+            os.kill(self.server.pid, signal.SIGTERM)
+        return self.monitor.wait(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def container(
+    image: Image, folder: Path, changes: Mapping[str, str | None], *, ready: bool = True
+) -> Iterator[Container]:
+    """Run the image until the end of the block, on the demo checkpoint and embedded stores in `folder`/data.
+
+    Args:
+        image: to be run.
+        folder: gets data/, weights/ and the log; data/ and weights/ are made, the image's user's, if missing.
+        changes: to the environment that it is given; None removes.
+        ready: wait until it is; else only until its first process runs.
+    """
+    for name in ("data", "weights"):
+        if not (folder / name).exists():
+            (folder / name).mkdir(parents=True)
+            os.chown(folder / name, USER_ID, USER_ID)
+    port = _free_port()
+    given = {
+        "SAM3_WEIGHTS_PATH": "demo",
+        "EMBEDDED_PARTS": "storage,results",
+        "API_SECRET_KEY": API_KEY,
+        "BENTOML_HOST": "127.0.0.1",
+        "PORT": str(port),
+        **changes,
+    }
+    log_path, url = folder / "container.log", f"http://127.0.0.1:{port}"
+    started_s = time.monotonic()
+    with log_path.open("ab") as log:
+        monitor = subprocess.Popen(
+            run_command(image, folder, {name: value for name, value in given.items() if value is not None}),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        if ready:
+            _wait_until_ready(monitor, url, log_path)
+        ready_s = time.monotonic() - started_s
+        pid = _first_process(monitor)
+        yield Container(LocalServer(url, API_KEY, folder / "data", log_path, pid, ready_s), monitor)
+    finally:
+        # Its process 1 ends with it, and all others with that one.
+        monitor.kill()
+        monitor.wait()
+
+
+def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[str]:
+    """The command line of bubblewrap for the image, as its configuration says."""
+    environment = dict(entry.split("=", 1) for entry in image.config["Env"]) | dict(given)
+    return [
+        *("bwrap", "--ro-bind", str(image.root), "/", "--proc", "/proc", "--dev", "/dev"),
+        *("--perms", "1777", "--tmpfs", "/tmp", "--perms", "1777", "--tmpfs", "/dev/shm"),  # noqa: S108
+        *("--bind", str(folder / "data"), "/data", "--bind", str(folder / "weights"), "/weights"),
+        *("--ro-bind", "/etc/hosts", "/etc/hosts", "--ro-bind", "/etc/resolv.conf", "/etc/resolv.conf"),
+        *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--die-with-parent"),
+        *("--new-session", "--clearenv", "--chdir", image.config["WorkingDir"]),
+        *(word for item in environment.items() for word in ("--setenv", *item)),
+        # bubblewrap cannot change the user without a namespace of users.
+        *("setpriv", "--reuid", str(USER_ID), "--regid", str(USER_ID), "--clear-groups"),
+        *("--no-new-privs", "--bounding-set=-all", *image.config["Entrypoint"]),
+    ]
+
+
+def _first_process(monitor: subprocess.Popen[bytes]) -> int:
+    """The container's process 1; the monitor's own id when it has ended already."""
+    try:
+        children = psutil.Process(monitor.pid).children()
+    except psutil.NoSuchProcess:
+        children = []
+    return children[0].pid if children else monitor.pid

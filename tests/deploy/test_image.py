@@ -1,0 +1,210 @@
+"""The image: built by `make image`, run from its own entrypoint as its own user, on a read-only root."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image as Pictures
+
+from deploy.image.build import revision
+from tests.deploy import containers
+from tests.deploy.container_kills import KINDS, kill_and_watch
+from tests.deploy.containers import Container, Image, built_image, container, missing_tools
+from tests.drawn import scene
+from tests.edge import Edge, png_bytes, wait_for
+from tests.tiers import need
+from version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_IMAGE_BYTES = 1_600_000_000
+STOP_S = 10.0
+BACK_S = 30.0
+"""From a kill of a process to the next answer, at most."""
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    """The CPU variant, built once (about three minutes)."""
+    need(missing_tools())
+    with built_image(tmp_path_factory.mktemp("image")) as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def running(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    """A container that only documented variables were given to."""
+    with container(image, tmp_path_factory.mktemp("container"), {}) as started:
+        yield started
+
+
+@pytest.fixture
+def edge(running: Container) -> Iterator[Edge]:
+    """The caller of `running`."""
+    with Edge(running.server) as caller:
+        yield caller
+
+
+def test_image_answers(running: Container, edge: Edge) -> None:
+    """A task is done in the container: mask, row and outbox lie on its volume, and belong to its user."""
+    drawn = scene(7)
+    answer = edge.answer(png_bytes(drawn.image), drawn.names[0])
+    data_dir = running.server.data_dir
+    assert answer["mask_url"].startswith("file:///data/storage/masks/")
+    stored = data_dir / answer["mask_url"].removeprefix("file:///data/")
+    with Pictures.open(stored) as mask:
+        assert mask.size == drawn.image.size
+        assert np.asarray(mask).any()
+    assert edge.settled_row(answer["task_id"]).status == "done"
+    assert {"outbox.sqlite", "results.sqlite"} <= {path.name for path in data_dir.iterdir()}
+    assert stored.stat().st_uid == containers.USER_ID
+
+
+def test_image_describes_itself(image: Image) -> None:
+    """The labels say which version, commit and PyTorch it holds; the PyTorch inside agrees."""
+    labels = image.config["Labels"]
+    assert labels["org.opencontainers.image.version"] == VERSION
+    assert labels["org.opencontainers.image.revision"] == revision()
+    [found] = image.root.glob("app/.venv/lib/python3.*/site-packages/torch/version.py")
+    inside = found.read_text()
+    assert f"'{labels['sam3.torch']}'" in inside
+    assert labels["sam3.cuda"] == "none"
+    assert re.search(r"^cuda.* = None$", inside, re.MULTILINE)
+
+
+def test_image_is_small(image: Image) -> None:
+    """The CPU variant stays below its mark."""
+    assert image.size_bytes <= MAX_IMAGE_BYTES
+
+
+def test_image_holds_nothing_needless(image: Image) -> None:
+    """No compiler, package installer, cache, test of ours, repository, setting or key is in it."""
+    commands = {
+        path.name
+        for folder in ("usr/bin", "usr/sbin", "usr/local/bin", "app/.venv/bin")
+        if (image.root / folder).is_dir()
+        for path in (image.root / folder).iterdir()
+    }
+    assert "python3" in commands
+    assert not commands & {"cc", "gcc", "g++", "ld", "make", "git", "uv", "gpg"}
+    assert not [path for path in (image.root / "app/.venv/bin").iterdir() if path.name.startswith("pip")]
+    source = image.root / "home/bentoml/bento/src"
+    assert {"service.py", "sam3_runner"} <= {path.name for path in source.iterdir()}
+    assert not {"tests", "training", "benchmarks", ".git", ".env", "data"} & {
+        path.name for path in source.iterdir()
+    }
+    for cache in ("root/.cache", "var/lib/apt/lists", "var/cache/apt/archives"):
+        assert not [
+            path for path in (image.root / cache).glob("**/*") if path.is_file() and path.name != "lock"
+        ]
+
+
+def test_image_holds_no_secret(image: Image) -> None:
+    """It holds no key; its user can change no file, and no program its user."""
+    names = {entry.split("=", 1)[0] for entry in image.config["Env"]}
+    assert not [name for name in names if re.search(r"KEY|SECRET|TOKEN|PASSWORD", name)]
+    private, writable, setuid = [], [], []
+    for folder, _, files in os.walk(image.root):
+        for name in files:
+            path = Path(folder, name)
+            state = path.lstat()
+            if stat.S_ISREG(state.st_mode):
+                if state.st_mode & (stat.S_ISUID | stat.S_ISGID):
+                    setuid.append(path)
+                if state.st_uid == containers.USER_ID and not str(path).startswith(
+                    str(image.root / "home/bentoml/.")
+                ):
+                    writable.append(path)
+                if state.st_size < 2**20 and b"PRIVATE KEY-----\n" in path.read_bytes():
+                    private.append(path)
+            assert name not in {".env", ".netrc", ".git-credentials", "pip.conf"}
+    assert (setuid, writable) == ([], [])
+    # An example's key that a package carries is public.
+    assert [path for path in private if "site-packages" not in path.parts] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"API_SECRET_KEY": None}, "API_SECRET_KEY"),
+        ({"EMBEDDED_PARTS": None}, "EMBEDDED_PARTS"),
+        (
+            {"EMBEDDED_PARTS": "results", "R2_ENDPOINT": "https://a.r2.cloudflarestorage.com"},
+            "R2_ACCESS_KEY_ID",
+        ),
+        ({"SAM3_DEVICE": "cuda"}, "SAM3_DEVICE"),
+        ({"SAM3_WEIGHTS_PATH": None}, "SAM3_WEIGHTS_PATH"),
+        ({"DATA_DIR": "/nowhere"}, "DATA_DIR"),
+    ],
+)
+def test_container_refuses(
+    image: Image, tmp_path: Path, changes: dict[str, str | None], sentence: str
+) -> None:
+    """What cannot work is one sentence that names the variable, and an exit status that is not 0."""
+    with container(image, tmp_path, changes, ready=False) as started:
+        assert started.monitor.wait(60) == 1
+        [line] = [line for line in started.log().splitlines() if line.startswith("cannot start: ")]
+        assert sentence in line
+        assert "Traceback" not in started.log()
+
+
+def test_volume_of_another_user(image: Image, tmp_path: Path) -> None:
+    """A volume that root owns, as a fresh one is: the sentence names variable, folder and user."""
+    (tmp_path / "data").mkdir(mode=0o755)
+    with container(image, tmp_path, {}, ready=False) as started:
+        assert started.monitor.wait(60) == 1
+        [line] = [line for line in started.log().splitlines() if line.startswith("cannot start: ")]
+        assert "DATA_DIR" in line
+        assert "/data" in line
+        assert str(containers.USER_ID) in line
+
+
+def test_stop_in_a_burst(image: Image, tmp_path: Path) -> None:
+    """SIGTERM: every task that was begun is done or kept, the rest refused; the exit status is 0."""
+    with (
+        container(image, tmp_path, {}) as started,
+        Edge(started.server) as edge,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        bodies = [edge.body(edge.upload(png_bytes(scene(n).image)), "circle") for n in range(32)]
+        for body in bodies:
+            edge.insert_row(body)
+        answers = [pool.submit(_status_of, edge, body) for body in bodies]
+        wait_for(lambda: started.log().count("/api/v1/predict 200"), lambda count: count >= 2)
+        began_s = time.monotonic()
+        assert started.stop() == 0
+        stopped_s = time.monotonic() - began_s
+        statuses = [answer.result() for answer in answers]
+    assert stopped_s < STOP_S
+    rows = [edge.row(body["task_id"]) for body in bodies]
+    assert {row.status for row in rows if row} <= {"done", "pending"}
+    assert [row.status for row, status in zip(rows, statuses, strict=True) if row and status == 200] == [
+        "done"
+    ] * statuses.count(200)
+    assert statuses.count(httpx.codes.OK) > 0
+
+
+def _status_of(edge: Edge, body: dict[str, object]) -> int | None:
+    try:
+        return edge.send(body).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_what_dies_comes_back(image: Image, tmp_path: Path) -> None:
+    """Each kind of process is killed amid tasks: the container answers again, and no task is lost."""
+    report = kill_and_watch(image, tmp_path, kills=len(KINDS), seed=1)
+    assert [kill.kind for kill in report.kills] == list(KINDS)
+    assert max(kill.back_s for kill in report.kills) < BACK_S
+    assert report.tasks > 0
+    assert report.lost == []
