@@ -23,8 +23,11 @@ from version import VERSION
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WORK = ROOT / "build" / "image"
-_GLIBC = ("2_28", "2_27", "2_26", "2_24", "2_17", "2_12", "2_5")
-"""manylinux tags that wheels of the locks have; the base's glibc is 2.36 or newer."""
+PLATFORMS = (
+    *(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
+    *("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"),
+)
+"""What wheels may be made for: glibc 2.28 (of which PyTorch's are) and older."""
 
 
 def main() -> None:
@@ -112,8 +115,7 @@ def download_wheels(variant: Variant, python: str, context: Path) -> None:
             [
                 *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
                 *("--require-hashes", "--no-deps", "--only-binary", ":all:", "--python-version", python),
-                *(word for glibc in _GLIBC for word in ("--platform", f"manylinux_{glibc}_x86_64")),
-                *("--platform", "manylinux2014_x86_64", "--platform", "linux_x86_64"),
+                *(word for platform in PLATFORMS for word in ("--platform", platform)),
                 *(("--index-url", index, "--retries", "1") if index else ()),
                 *("--dest", str(context / "wheels"), "--requirement", str(listed)),
             ],

@@ -18,5 +18,6 @@ rm -rf "$root.log" "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/list
 for file in hosts hostname resolv.conf; do : >"$root/etc/$file"; done
 if [ -n "$prefix" ]; then
     cp -a "$prefix"/. "$root/usr/local/"
+    chroot "$root" ldconfig
 fi
 tar -C "$root" -c . | podman import --quiet - "$name"

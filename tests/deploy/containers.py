@@ -1,7 +1,7 @@
 """The server's image, really built, and containers of it, where neither Docker nor a registry can be reached.
 
 The base comes from debootstrap, podman builds in chroot isolation, and bubblewrap runs: the image's own root
-(read-only), user, environment and entrypoint, its own process ids, an empty /tmp, the folders /data, /weights.
+(read-only), user, environment and entrypoint, own process ids, an empty /tmp, the folders /data and /weights.
 The network is the host's, on loopback.
 """
 
