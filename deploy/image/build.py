@@ -34,6 +34,8 @@ def main() -> None:
     """Build what the command line says. Ends with a sentence and status 1 where a step fails."""
     options = _options()
     variant = VARIANTS[options.variant]
+    if not variant.lock.exists():
+        sys.exit(f"no image: {variant.lock.name} is missing: run python -m deploy.image.lock {variant.name}")
     tool = find_tool()
     context = WORK / f"{variant.name}-py{options.python}"
     tag = options.tag or f"localhost/sam3:{VERSION}-{variant.name}"
