@@ -61,6 +61,34 @@ image: $(VENV)/dev ## Build the server's image by podman or docker (VARIANT=cu13
 	$(BIN)/python -m deploy.image.build $(if $(VARIANT),--variant $(VARIANT)) $(if $(TAG),--tag $(TAG)) \
 		$(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
 
+.PHONY: audit
+audit: audit-secrets audit-licences audit-workflows audit-advisories ## Look for secrets, licences that are not allowed, unsafe workflows and known vulnerabilities
+
+# In all that is committed, now or before, and in what is not ignored. The words are keys of runs that are over, in README.md.
+.PHONY: audit-secrets
+audit-secrets: $(VENV)/dev
+	git ls-files -coz --exclude-standard | xargs -0 $(BIN)/kingfisher scan --quiet --no-validate --no-update-check \
+		--skip-word 80d5d47814b1c426d282a8c5348fa76e --skip-word 66c414190e50d8f4b764c58597b3f64c .git
+
+.PHONY: audit-licences
+audit-licences: $(VENV)/dev
+	$(BIN)/python -m deploy.release.licences requirements.lock
+
+.PHONY: audit-workflows
+audit-workflows: $(VENV)/dev
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github
+
+# Asks PyPI for each package; one that PyPI cannot speak of fails too.
+.PHONY: audit-advisories
+audit-advisories: $(VENV)/dev
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement requirements.lock
+
+.PHONY: release
+release: $(VENV)/dev ## Test, build and describe release VERSION=x.y.z (VARIANTS=..., CHECK_ONLY=1); pushes nothing
+	$(BIN)/python -m deploy.release $(or $(VERSION),$(error name the version: make release VERSION=x.y.z)) \
+		$(if $(VARIANTS),--variants $(VARIANTS)) $(if $(IMAGE),--image $(IMAGE)) \
+		$(if $(SKIP),--skip $(SKIP)) $(if $(CHECK_ONLY),--check-only)
+
 .PHONY: train
 train: $(VENV)/dev ## Train the demo checkpoint anew (needs a GPU)
 	$(BIN)/python -m training.train

@@ -70,6 +70,7 @@ from settings import (
     overlooked_variables,
 )
 from storage import LocalFolder, StorageError
+from version import VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +80,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bentoml.sam3")
 
-VERSION = "0.1.0"
 STOP_MARGIN_S = 15.0
 """BentoML's own timeout lies this far behind ours, which settles the row and says what happened."""
 RUNNER_NOTE = "runner.pid"

@@ -1,0 +1,95 @@
+"""What must hold before anything is built: a clean tree, one version, a changelog that has it, a free tag."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?")
+"""Versions that Python, git and container registries all take as they stand."""
+_SECTION = re.compile(r"^## ", re.MULTILINE)
+_DATED = re.compile(r"\[(?P<version>[^\]]+)\] - \d{4}-\d{2}-\d{2}")
+
+
+class NoRelease(Exception):
+    """Says in a sentence why there is no release, and what to do."""
+
+
+def refusals(root: Path, version: str) -> list[str]:
+    """Why `version` cannot be released from the repository at `root`: sentences, none when it can.
+
+    Args:
+        root: the repository's folder.
+        version: what is to be released, as in 1.2.3.
+    """
+    if not _VERSION.fullmatch(version):
+        return [f"VERSION={version} is no version: name one such as 1.2.3 or 1.2.3rc1"]
+    return [
+        *_uncommitted(root),
+        *_other_version(root, version),
+        *_changelog(root, version),
+        *_tagged_elsewhere(root, version),
+    ]
+
+
+def _uncommitted(root: Path) -> Iterator[str]:
+    changed = [line[3:] for line in git(root, "status", "--porcelain").splitlines()]
+    if changed:
+        some = ", ".join(changed[:5])
+        yield f"the tree differs from its commit in {some}: commit or remove {_them(changed)}"
+
+
+def _them(things: list[str]) -> str:
+    return "it" if len(things) == 1 else f"these {len(things)}"
+
+
+def _other_version(root: Path, version: str) -> Iterator[str]:
+    ours = runpy.run_path(str(root / "version.py"))["VERSION"]
+    if ours != version:
+        yield f"VERSION={version}, but version.py says {ours}: change it there, in a commit"
+
+
+def _changelog(root: Path, version: str) -> Iterator[str]:
+    """The section of `version` has lines, and nothing is left under Unreleased."""
+    sections: dict[str, str] = {}
+    for section in _SECTION.split((root / "CHANGELOG.md").read_text(encoding="utf-8"))[1:]:
+        title, _, lines = section.partition("\n")
+        dated = _DATED.fullmatch(title.strip())
+        sections[dated["version"] if dated else title.strip()] = lines
+    if not sections.get(version, "").strip():
+        yield (
+            f"CHANGELOG.md has no lines under '## [{version}] - YYYY-MM-DD': move those of Unreleased there, "
+            "with today's date"
+        )
+    elif sections.get("[Unreleased]", "").strip():
+        yield f"CHANGELOG.md still has lines under Unreleased: move them to {version}, which contains them"
+
+
+def _tagged_elsewhere(root: Path, version: str) -> Iterator[str]:
+    """A tag on this very commit is fine: the workflow builds from the tag."""
+    tag = tag_of(version)
+    if git(root, "tag", "--list", tag).strip() and git(root, "rev-list", "-n1", tag) != head(root):
+        yield f"the tag {tag} names another commit: raise the version, a release never changes"
+
+
+def tag_of(version: str) -> str:
+    """The git tag of a version."""
+    return f"v{version}"
+
+
+def head(root: Path) -> str:
+    """The commit that is checked out."""
+    return git(root, "rev-parse", "HEAD")
+
+
+def git(root: Path, *words: str) -> str:
+    """What git prints, without the last line's end."""
+    return subprocess.run(
+        ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+    ).stdout.rstrip("\n")
