@@ -1,4 +1,4 @@
-"""Make a release: test everything, build the Bento and the images, describe what they hold. Pushes nothing.
+"""Make a release: test everything, build the images and the Bento, describe what they hold. Pushes nothing.
 
     make release VERSION=1.2.3                   # everything, to dist/1.2.3/
     make release VERSION=1.2.3 VARIANTS=cpu      # one variant of the image
@@ -41,9 +41,9 @@ def main() -> None:
     folder.mkdir(parents=True)
     try:
         _try_out(options.skip)
-        export_bento(options.version, folder)
         for variant in options.variants:
             make_image(root, options.version, variant, folder)
+        export_bento(options.version, folder)
     except subprocess.CalledProcessError as error:
         sys.exit(f"no release: {' '.join(map(str, error.cmd[:5]))} ended with status {error.returncode}")
     except NoRelease as error:
