@@ -1,7 +1,7 @@
 """Make a release: test everything, build the images and the Bento, describe what they hold. Pushes nothing.
 
     make release VERSION=1.2.3                   # everything, to dist/1.2.3/
-    make release VERSION=1.2.3 VARIANTS=cpu      # one variant of the image
+    make release VERSION=1.2.3 VARIANTS=cpu      # one variant of the image; make image's variables work too
     make release VERSION=1.2.3 CHECK_ONLY=1      # only says whether it can be released
     make release VERSION=1.2.3 SKIP=tests        # a rehearsal; also SKIP=audit, SKIP="tests audit"
 
@@ -16,9 +16,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from deploy.image.build import find_tool
+from deploy.image.variants import PYTHON_VERSIONS
 from deploy.release import licences, sbom
 from deploy.release.refusals import NoRelease, head, refusals, tag_of
 
@@ -43,7 +44,7 @@ def main() -> None:
         _try_out(options.skip)
         for variant in options.variants:
             make_image(root, options.version, variant, folder)
-        export_bento(options.version, folder)
+        export_bento(root, options.version, folder)
     except subprocess.CalledProcessError as error:
         sys.exit(f"no release: {' '.join(map(str, error.cmd[:5]))} ended with status {error.returncode}")
     except NoRelease as error:
@@ -87,18 +88,6 @@ def _make(*targets: str, **variables: str) -> None:
     )
 
 
-def export_bento(version: str, folder: Path) -> None:
-    """Build the Bento in a store of its own, and write it to the release's folder as one file."""
-    with tempfile.TemporaryDirectory() as home:
-        store = {"BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True"}
-        _make("build", **store)
-        subprocess.run(
-            [sys.executable, "-m", "bentoml", "export", "sam3:latest", str(folder / f"sam3-{version}.bento")],
-            env=os.environ | store,
-            check=True,
-        )
-
-
 def make_image(root: Path, version: str, variant: str, folder: Path) -> None:
     """Build one variant of the image; write its archive, its bill of materials and its licences.
 
@@ -106,36 +95,30 @@ def make_image(root: Path, version: str, variant: str, folder: Path) -> None:
         CalledProcessError: make or the container tool failed.
         NoRelease: the build left no wheels, or a package must not be passed on.
     """
-    _make("image", VARIANT=variant)
+    tag = f"localhost/sam3:{version}-{variant}"
+    _make("image", VARIANT=variant, TAG=tag)
     name = f"sam3-{version}-{variant}"
     bill = folder / f"{name}.cdx.json"
-    sbom.of_wheels(wheels_of(root, variant), root, version, bill)
+    context = (
+        root / "build" / "image" / f"{variant}-py{os.environ.get('PYTHON_VERSION') or PYTHON_VERSIONS[0]}"
+    )
+    sbom.of_wheels(context / "wheels", context / "requirements.txt", root, version, bill)
     packages = licences.packages_of(bill)
     refused = licences.refusals(packages)
     if refused:
         raise NoRelease("; ".join(refused))
     licences.write_list(packages, folder / f"{name}-licences.csv")
-    archive = str(folder / f"{name}.tar")
-    subprocess.run([container_tool(), "save", "--output", archive, image_of(version, variant)], check=True)
+    subprocess.run([find_tool(), "save", "--output", str(folder / f"{name}.tar"), tag], check=True)
 
 
-def image_of(version: str, variant: str) -> str:
-    """The name that `make image` gives to a variant."""
-    return f"localhost/sam3:{version}-{variant}"
-
-
-def wheels_of(root: Path, variant: str) -> Path:
-    """The folder of the wheels that `make image` built a variant from."""
-    found = [*(root / "build" / "image").glob(f"{variant}-py*/wheels")]
-    if len(found) != 1:
-        folders = f"{len(found)} folders build/image/{variant}-py*/wheels"
-        raise NoRelease(f"{folders}, and make image leaves one: remove build/image")
-    return found[0]
-
-
-def container_tool() -> str:
-    """Podman or docker, or what CONTAINER_TOOL names."""
-    return os.environ.get("CONTAINER_TOOL") or ("podman" if shutil.which("podman") else "docker")
+def export_bento(root: Path, version: str, folder: Path) -> None:
+    """Write the Bento that the images were made from as one file."""
+    store = root / "build" / "image" / "bentoml"
+    subprocess.run(
+        [sys.executable, "-m", "bentoml", "export", "sam3:latest", str(folder / f"sam3-{version}.bento")],
+        env=os.environ | {"BENTOML_HOME": str(store), "BENTOML_DO_NOT_TRACK": "True"},
+        check=True,
+    )
 
 
 def write_checksums(folder: Path) -> None:

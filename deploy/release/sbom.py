@@ -19,34 +19,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZipFile
 
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 from pip_requirements_parser import RequirementsFile
 
 from deploy.release.refusals import NoRelease
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from packaging.specifiers import SpecifierSet
 
 
-def of_wheels(wheels: Path, root: Path, version: str, out: Path) -> None:
-    """Write the bill of the wheels in a folder.
+def of_wheels(wheels: Path, lock: Path, root: Path, version: str, out: Path) -> None:
+    """Write the bill of the wheels that a lock names.
 
     Args:
-        wheels: the folder.
+        wheels: the folder where they lie, maybe beside others.
+        lock: requirements, each with its version.
         root: of the project; its pyproject.toml describes what the packages are for.
         version: of the project.
         out: the JSON file to write.
 
     Raises:
-        NoRelease: there is no wheel.
+        NoRelease: a wheel is missing.
     """
-    found = sorted(wheels.glob("*.whl"))
-    if not found:
-        raise NoRelease(f"there are no wheels in {wheels}, where make image leaves them: run it again")
+    found = {parse_wheel_filename(wheel.name)[:2]: wheel for wheel in wheels.glob("*.whl")}
     with tempfile.TemporaryDirectory() as folder:
         packages = _empty_environment(Path(folder))
-        for wheel in found:
+        for name, wanted in _packages_of(lock):
+            [exact] = wanted
+            wheel = found.get((canonicalize_name(name), Version(exact.version)))
+            if wheel is None:
+                raise NoRelease(f"there is no wheel of {name}{wanted} in {wheels}: run make image again")
             with ZipFile(wheel) as archive:
-                about = [name for name in archive.namelist() if name.partition("/")[0].endswith(".dist-info")]
+                about = [file for file in archive.namelist() if file.partition("/")[0].endswith(".dist-info")]
                 archive.extractall(packages, about)
         _describe(Path(folder), root, version, out, validate=True)
 
@@ -67,11 +74,19 @@ def of_installed(lock: Path, root: Path, version: str, out: Path) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         packages = _empty_environment(Path(folder))
-        for requirement in RequirementsFile.from_file(str(lock)).requirements:
-            if requirement.marker is None or requirement.marker.evaluate():
-                about = _about(str(requirement.name), requirement.specifier, lock)
-                shutil.copytree(about, packages / about.name)
+        for name, wanted in _packages_of(lock):
+            about = _about(name, wanted, lock)
+            shutil.copytree(about, packages / about.name)
         _describe(Path(folder), root, version, out, validate=False)
+
+
+def _packages_of(lock: Path) -> Iterator[tuple[str, SpecifierSet]]:
+    """Names and versions of what a lock asks for on this platform."""
+    if not lock.is_file():
+        raise NoRelease(f"{lock} is missing: make image writes it")
+    for requirement in RequirementsFile.from_file(str(lock)).requirements:
+        if requirement.marker is None or requirement.marker.evaluate():
+            yield requirement.name, requirement.specifier
 
 
 def _about(name: str, wanted: SpecifierSet, lock: Path) -> Path:

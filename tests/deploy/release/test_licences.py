@@ -50,8 +50,9 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         write_wheel(wheels, f"viral_{index}", metadata)
     for name, metadata in REVIEWED.items():
         write_wheel(wheels, name, metadata)
-    bill = wheels / "sbom.cdx.json"
-    sbom.of_wheels(wheels, ROOT, "1.2.3", bill)
+    bill, lock = wheels / "sbom.cdx.json", wheels / "requirements.txt"
+    lock.write_text("".join(f"{wheel.name.partition('-')[0]}==1.0\n" for wheel in wheels.glob("*.whl")))
+    sbom.of_wheels(wheels, lock, ROOT, "1.2.3", bill)
     packages = licences.packages_of(bill)
     assert len(packages) == len(ALLOWED) + len(REFUSED) + len(REVIEWED)
     return {sentence.partition(" 1.0 states ")[0]: sentence for sentence in licences.refusals(packages)}

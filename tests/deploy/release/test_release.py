@@ -23,14 +23,12 @@ ROOT = Path(__file__).parent.parent.parent.parent
 MAKEFILE = f"""
 check test audit:
 \ttest "$@" != "$(BROKEN)"
-build:
-\t{sys.executable} -m bentoml build
 image:
 \ttest image != "$(BROKEN)"
 \tmkdir -p build/image
-\tcp -r wheels build/image/wheels && mkdir build/image/$(VARIANT)-py3.12
-\tmv build/image/wheels build/image/$(VARIANT)-py3.12/wheels
-\tpodman build --quiet --tag localhost/sam3:{VERSION}-$(VARIANT) --file Dockerfile .
+\tcp -r context build/image/$(VARIANT)-py3.12
+\tpodman build --quiet --tag $(TAG) --file Dockerfile .
+\tBENTOML_HOME=$(CURDIR)/build/image/bentoml {sys.executable} -m bentoml build
 """
 
 
@@ -142,8 +140,11 @@ def buildable(project: Path) -> Path:
     )
     (project / "bentofile.yaml").write_text("service: service:Service\nname: sam3\ninclude: [service.py]\n")
     (project / "Dockerfile").write_text("FROM scratch\nCOPY version.py /version.py\n")
-    (project / "wheels").mkdir()
-    write_wheel(project / "wheels", "polite", "License-Expression: MIT")
+    (project / "context" / "wheels").mkdir(parents=True)
+    (project / "context" / "requirements.txt").write_text("polite==1.0\n")
+    write_wheel(project / "context" / "wheels", "polite", "License-Expression: MIT")
+    # Left there by a build of an older lock.
+    write_wheel(project / "context" / "wheels", "old", "License-Expression: MIT")
     commit(project)
     return project
 
@@ -198,9 +199,19 @@ def test_failed_target_ends_the_release(buildable: Path, target: str) -> None:
     assert "git push" not in made.stdout
 
 
+def test_missing_wheel_ends_the_release(buildable: Path) -> None:
+    """The bill of materials names all that the image's lock does, or there is none."""
+    (buildable / "context" / "requirements.txt").write_text("polite==2.0\n")
+    commit(buildable)
+    made = release(buildable, VERSION, "--variants", "cpu", "--skip", "tests", "audit")
+    assert made.returncode == 1
+    assert "no release: there is no wheel of polite==2.0 in " in made.stderr
+
+
 def test_licence_that_is_not_allowed_ends_the_release(buildable: Path) -> None:
     """A package under the AGPL among the image's wheels."""
-    write_wheel(buildable / "wheels", "viral", "License-Expression: AGPL-3.0-only")
+    write_wheel(buildable / "context" / "wheels", "viral", "License-Expression: AGPL-3.0-only")
+    (buildable / "context" / "requirements.txt").write_text("polite==1.0\nviral==1.0\n")
     commit(buildable)
     made = release(buildable, VERSION, "--variants", "cpu", "--skip", "tests", "audit")
     assert made.returncode == 1
