@@ -58,6 +58,7 @@ def test_bento_is_whole(bento: Path) -> None:
     for package in ("sam3_runner", "storage", "results"):
         served = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert served <= held
+    assert {"LICENSE", "NOTICE"} <= held
     names = ("config.json", "model.safetensors", "tokenizer.json")
     folder = "sam3_runner/demo_checkpoint"
     _, different, missing = filecmp.cmpfiles(ROOT / folder, bento / "src" / folder, names, shallow=False)

@@ -25,6 +25,7 @@ from version import VERSION
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_NVIDIA = "LicenseRef-NVIDIA-Proprietary"
 ALLOWED = frozenset(
     {
         "0BSD",
@@ -44,9 +45,10 @@ ALLOWED = frozenset(
         "PSF-2.0",
         "Python-2.0",
         "Zlib",
-        # CUDA's libraries: the CUDA Toolkit's licence lets an application pass them on (its attachment A).
-        "LicenseRef-NVIDIA-Proprietary",
-        # Classifiers that name no one SPDX licence; each that they may mean is above.
+        # NVIDIA's libraries for CUDA. The licence in each wheel lets an application pass them on that does more
+        # than they do, under terms that agree with it (its sections on grant and on distribution).
+        _NVIDIA,
+        # Classifiers that name no one SPDX licence; what they commonly mean is above.
         "License :: OSI Approved :: Apache Software License",
         "License :: OSI Approved :: BSD License",
         "License :: OSI Approved :: Mozilla Public License 2.0 (MPL 2.0)",
@@ -77,10 +79,13 @@ class Review:
 REVIEWS = {
     "transformers": Review(_NOTHING, "Apache-2.0", "its LICENSE; its licence field is free text"),
     "simple-di": Review(_NOTHING, "Apache-2.0", "its LICENSE; its licence field is free text"),
-    "cuda-toolkit": Review(_NOTHING, "LicenseRef-NVIDIA-Proprietary", "holds no file, only asks for others"),
-    "nvidia-cusparselt-cu13": Review(_NOTHING, "LicenseRef-NVIDIA-Proprietary", "its licence field"),
-    "nvidia-cufile": Review(_OTHER, "LicenseRef-NVIDIA-Proprietary", "its licence field"),
+    "cuda-toolkit": Review(_NOTHING, _NVIDIA, "holds no file, only asks for the packages below"),
+    "nvidia-cusparselt-cu13": Review(_NOTHING, _NVIDIA, "its nvidia/cusparselt/LICENSE.txt"),
     "nvidia-nvtx": Review(_OTHER, "Apache-2.0", "its License.txt and its licence field"),
+    **{
+        f"nvidia-{library}": Review(_OTHER, _NVIDIA, "its License.txt and its licence field")
+        for library in ("cuda-cupti", "cuda-nvrtc", "cufft", "cufile", "curand", "cusolver", "cusparse")
+    },
 }
 
 

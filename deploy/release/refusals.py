@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_VERSION = re.compile(r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?")
-"""Versions that Python, git and container registries all take as they stand."""
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _SECTION = re.compile(r"^## ", re.MULTILINE)
 _DATED = re.compile(r"\[(?P<version>[^\]]+)\] - \d{4}-\d{2}-\d{2}")
 
@@ -29,7 +28,7 @@ def refusals(root: Path, version: str) -> list[str]:
         version: what is to be released, as in 1.2.3.
     """
     if not _VERSION.fullmatch(version):
-        return [f"VERSION={version} is no version: name one such as 1.2.3 or 1.2.3rc1"]
+        return [f"VERSION={version} is no version: name one such as 1.2.3"]
     return [
         *_uncommitted(root),
         *_other_version(root, version),

@@ -37,12 +37,25 @@ def release(project: Path, *options: str, **variables: str) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, "-m", "deploy.release", *(options or (VERSION,))],
         cwd=project,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | variables,
+        env=os.environ | _environment(project.parent) | variables,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Our code, podman, and a store of images that goes away with the test."""
+    storage = folder / "storage.conf"
+    storage.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/store"\nrunroot = "{folder}/run"\n')
+    return {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "CONTAINER_TOOL": "podman",
+        "CONTAINERS_STORAGE_CONF": str(storage),
+        "BUILDAH_ISOLATION": "chroot",
+    }
 
 
 def check(project: Path, version: str = VERSION) -> subprocess.CompletedProcess[str]:
@@ -125,7 +138,7 @@ def test_tag_of_this_commit_is_no_fault(project: Path) -> None:
 
 @pytest.mark.parametrize("version", ["1.2", "v1.2.3", "1.2.3-rc1", "1.2.3; id"])
 def test_other_versions_are_refused(project: Path, version: str) -> None:
-    """What Python, git and a registry would not all read the same way."""
+    """Three numbers, which Python, git and registries read the same way."""
     assert f"VERSION={version} is no version" in check(project, version).stderr
 
 
