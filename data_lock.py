@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import filelock
 
 import process_identity
 from settings import SettingsError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from volumes import check_writable, unwritable
 
 LOCK = "server.lock"
 HOLDER = "server.pid"
@@ -20,9 +18,13 @@ _held: list[filelock.BaseFileLock] = []
 
 
 def hold(data_dir: Path) -> None:
-    """Take the folder for this process. Raises `SettingsError` when another one has it."""
+    """Take the folder for this process, and make it where it is missing.
+
+    Raises:
+        SettingsError: another process has it, or this one cannot write there.
+    """
+    check_writable("DATA_DIR", data_dir)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
         # A soft lock would outlive a killed server.
         lock = filelock.FileLock(data_dir / LOCK, blocking=False, fallback_to_soft=False)
         lock.acquire()
@@ -33,15 +35,8 @@ def hold(data_dir: Path) -> None:
             f"DATA_DIR {data_dir} is in use by another server (pid {pid}); "
             "stop that one, or give this one a folder of its own"
         ) from None
-    except FileExistsError:
-        raise SettingsError(
-            f"DATA_DIR {data_dir} is not a folder: name one, or what may become one"
-        ) from None
     except OSError as error:
-        raise SettingsError(
-            f"DATA_DIR {data_dir} cannot be used ({error.strerror or error}): "
-            "let this server's user write there, or name another folder"
-        ) from None
+        raise unwritable("DATA_DIR", Path(error.filename or data_dir), error) from None
     _held.append(lock)
 
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from contract import (
 )
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
+from sam3_runner.cpu_share import cpu_share
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
@@ -57,7 +57,7 @@ DRAIN_S = 8.0
 IMAGE_SLOTS = 8
 """Files of images that a worker holds at once, `MAX_IMAGE_BYTES` each."""
 
-DECODERS = max(2, min(4, os.cpu_count() or 1))
+DECODERS = max(2, min(4, cpu_share().threads))
 """Processes a worker that decode: one may be busy with a heavy image for seconds."""
 
 LARGE_MASK_PX = 2**24

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,10 @@ from sam3_runner.checkpoint import (
     is_missing,
 )
 from sam3_runner.client import RunnerClient
+from sam3_runner.cpu_share import cpu_share
 from sam3_runner.engine import EngineConfig
+from sam3_runner.errors import DeviceUnavailable
+from sam3_runner.gpu import check_gpu
 from sam3_runner.liveness import RunnerLife, leave_note
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.runner import runner_service
@@ -65,12 +69,14 @@ from settings import (
     Settings,
     SettingsError,
     freeze_settings,
+    limit_threads,
     load_settings,
     make_demo_key,
     overlooked_variables,
 )
 from storage import LocalFolder, StorageError
 from version import VERSION
+from volumes import check_writable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -200,9 +206,12 @@ class SegmentationService:
         """Check everything once, before any process starts; say what will be used."""
         try:
             checked = freeze_settings()
+            check_device(checked)
             data_lock.hold(checked.data_dir)
             checkpoint = expected_checkpoint(checked)
-            if not is_missing(checked.sam3_weights_path):
+            if is_missing(checked.sam3_weights_path):
+                check_writable("SAM3_WEIGHTS_PATH", checkpoint.weights_file.parent)
+            else:
                 check_header(checkpoint.weights_file)
                 PromptTokenizer(checkpoint.tokenizer_file)
             asyncio.run(check_stores(checked))
@@ -213,6 +222,10 @@ class SegmentationService:
         for warning in overlooked_variables():
             logger.warning("%s", warning)
         supervise()
+        share = cpu_share()
+        threads = checked.sam3_cpu_threads or share.threads
+        limit_threads(threads)
+        logger.info("CPU: %s, threads of the model: %d", share, threads)
         if is_missing(checked.sam3_weights_path):
             logger.info(
                 "weights: %s, to be downloaded from %s", checkpoint.weights_file, checked.sam3_hf_repo
@@ -229,6 +242,9 @@ class SegmentationService:
     @bentoml.on_startup
     async def start(self) -> None:
         """Get ready, and finish what an earlier server left behind."""
+        # asyncio's own would have as many threads as the host has cores, and four.
+        threads = ThreadPoolExecutor(cpu_share().threads + 4, thread_name_prefix="blocking")
+        asyncio.get_running_loop().set_default_executor(threads)
         await self._pipeline.start()
         self._recovery.start()
         when_told_to_stop(self._begin_to_stop)
@@ -358,11 +374,25 @@ def _openapi() -> dict[str, Any]:
 app.openapi = _openapi  # type: ignore[method-assign]
 
 
+def check_device(settings: Settings) -> None:
+    """Refuse a GPU that is asked for and cannot be used, with `SettingsError`; log why none will be used."""
+    if settings.sam3_device == "cpu":
+        return
+    try:
+        check_gpu()
+    except DeviceUnavailable as error:
+        if settings.sam3_device == "cuda":
+            raise SettingsError(f"SAM3_DEVICE=cuda: {error}, or set SAM3_DEVICE=cpu") from None
+        logger.info("the model runs on the CPU: %s", error)
+
+
 async def check_stores(settings: Settings) -> None:
     """Prove that the stores can be used, or are only away; take up what a dead server left behind.
 
     Raises `SettingsError`, `StorageError`, `ResultsError`.
     """
+    if not settings.uses_r2:
+        check_writable("DATA_DIR", storage_folder(settings))
     objects, rows = open_storage(settings), open_results(settings)
     logger.info("storage: %s", objects.describe())
     logger.info("results: %s", rows.describe())
@@ -379,17 +409,15 @@ async def check_stores(settings: Settings) -> None:
         await objects.close()
 
 
+def storage_folder(settings: Settings) -> Path:
+    """Of images and masks, where no R2 is set."""
+    return settings.data_dir / "storage"
+
+
 def open_storage(settings: Settings) -> ObjectStore:
     """The store that the settings name. Raises `SettingsError`, `StorageError`."""
     if settings.r2_endpoint is None:
-        folder = settings.data_dir / "storage"
-        try:
-            return LocalFolder(folder, user_prefix_required=settings.user_prefix_required)
-        except StorageError as error:
-            raise SettingsError(
-                f"DATA_DIR {settings.data_dir} cannot be used ({error}): let this server's user write to "
-                f"{folder}, or name another folder"
-            ) from None
+        return LocalFolder(storage_folder(settings), user_prefix_required=settings.user_prefix_required)
     from storage.r2 import R2Bucket  # noqa: PLC0415 - 22 MB a process, for who uses R2
 
     assert settings.r2_access_key_id is not None

@@ -113,7 +113,10 @@ class Settings(WeightsSettings, DataSettings):
 
     sam3_device: Literal["cuda", "cpu"] | None = Field(None, description="default: cuda if there is one")
     sam3_cpu_threads: int | None = Field(
-        None, ge=1, le=256, description="of the model, where it runs on the CPU; default: one a core"
+        None,
+        ge=1,
+        le=256,
+        description="of the model, where it runs on the CPU; default: one a core that it may use",
     )
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
 
@@ -279,6 +282,15 @@ def freeze_settings() -> Settings:
     return _checked(Settings, values)
 
 
+def limit_threads(threads: int) -> None:
+    """Let OpenMP and numpy's BLAS start so many threads in each child process, unless the operator said.
+
+    By default they start one for each core of the host, whatever part of it a container has.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
+
+
 def load_weights_settings() -> WeightsSettings:
     """The same, where nothing is served and so neither keys nor stores are needed."""
     return _load(WeightsSettings)
@@ -335,7 +347,11 @@ def _read() -> dict[str, str]:
 
 def _read_file(chosen: str, known: set[str]) -> dict[str, str]:
     path = Path(os.path.expanduser(chosen or ".env"))  # noqa: PTH111 - pathlib's raises where there is no home
-    if path.exists():
+    try:
+        is_there = path.exists()
+    except PermissionError:  # which reading it reports
+        is_there = True
+    if is_there:
         return read_env_file(path, known)
     if chosen:  # who names a file wants what is in it
         raise SettingsError(f"ENV_FILE {path} is not there: correct the path, or unset ENV_FILE")

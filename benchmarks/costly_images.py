@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import platform
 import statistics
 import struct
@@ -35,7 +34,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.pictures import FIRST_SEED, Scene
-from benchmarks.table import processor, record
+from benchmarks.table import machine_name, record
 from local_server import LocalServer, local_server
 from storage import LocalFolder
 
@@ -169,7 +168,7 @@ def main() -> int:
     names = [name for name in PICTURES if (arguments.only or "") in name]
     machine = {
         "measured": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} x {processor()}",
+        "machine": machine_name(),
         "python": platform.python_version(),
     }
     with tempfile.TemporaryDirectory() as folder, local_server(Path(folder), {"API_WORKERS": "1"}) as server:

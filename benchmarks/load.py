@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.table import processor, record
+from benchmarks.table import machine_name, record
 from sam3_runner import SAM3Error
 from sam3_runner.checkpoint import find_checkpoint
 from sam3_runner.engine import Engine, EngineConfig
@@ -70,7 +70,7 @@ def _measure(weights: str, device: str | None, runs: int) -> dict[str, object]:
         ready_s = [alone.submit(_start_engine, weights, device).result() for _ in range(runs)]
     return {
         "device": loads[0]["device"],
-        "host": f"{psutil.cpu_count()} x {processor()}",
+        "host": machine_name(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),

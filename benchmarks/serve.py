@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -34,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.pictures import FIRST_SEED, Scene
-from benchmarks.table import processor, record
+from benchmarks.table import machine_name, record
 from local_server import LocalServer, local_server
 from storage import LocalFolder
 
@@ -54,7 +53,7 @@ def main() -> int:
     ten_ms = [ms for run in runs for ms in run["ten_ms"]]
     report: dict[str, object] = {
         "measured": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} x {processor()}",
+        "machine": machine_name(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "runs": arguments.runs,

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import io
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import process_identity
 from benchmarks.pictures import FIRST_SEED, Scene
-from benchmarks.table import processor, record
+from benchmarks.table import machine_name, record
 from results import Outbox, SqliteResults, Task, open_outbox
 from results.supabase import SupabaseResults
 from sam3_runner.images.mask_png import encode_png
@@ -230,7 +229,7 @@ def _row(name: str, runs: list[tuple[Tier, float]]) -> dict[str, object]:
     whole_ms = step_ms["added"]
     return {
         "measured": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} x {processor()}",
+        "machine": machine_name(),
         "stores": name,
         "runs": len(runs),
         "tasks": len(whole_ms),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import socket
 import sys
@@ -33,7 +32,7 @@ import httpx
 import psutil
 from tqdm import tqdm
 
-from benchmarks.table import processor, record
+from benchmarks.table import machine_name, record
 from local_server import LocalServer, local_server
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def main() -> int:
         _allow_all_files()
         row = {
             "measured": datetime.now(UTC).date().isoformat(),
-            "machine": f"{os.cpu_count()} x {processor()}",
+            "machine": machine_name(),
             "server": arguments.server,
             **_headers(server),
             **_idle(server, 900),

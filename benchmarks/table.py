@@ -6,6 +6,8 @@ import csv
 import platform
 from pathlib import Path
 
+from sam3_runner.cpu_share import cpu_share
+
 
 def processor() -> str:
     """The name of this machine's processor."""
@@ -13,6 +15,11 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def machine_name() -> str:
+    """The cores that a benchmark may use here, and the processor."""
+    return f"{cpu_share().threads} x {processor()}"
 
 
 def record(path: Path, rows: list[dict[str, object]]) -> None:

@@ -80,8 +80,18 @@ def find_checkpoint(weights_path: str, *, to_be_downloaded: bool = False) -> Che
         to_be_downloaded: what is not there yet is described as what it will be: Meta's own SAM 3.
 
     Raises:
-        WeightsError: there is none, or files are missing.
+        WeightsError: there is none, files are missing, or it lies in a folder that is closed to this process.
     """
+    try:
+        return _found(weights_path, to_be_downloaded=to_be_downloaded)
+    except PermissionError as error:
+        raise WeightsError(
+            f"{error.filename} cannot be read ({error.strerror}): let this server's user enter the folders "
+            "above it, or name another place"
+        ) from error
+
+
+def _found(weights_path: str, *, to_be_downloaded: bool) -> Checkpoint:
     if weights_path == "demo":
         return _folder(DEMO_FOLDER, name="demo", demo=True)
     path = Path(weights_path)

@@ -19,6 +19,7 @@ import numpy as np
 from prometheus_client import Histogram
 
 from sam3_runner.checkpoint import find_checkpoint, is_missing
+from sam3_runner.cpu_share import cpu_share
 from sam3_runner.errors import (
     DeadlineExceeded,
     DeviceFull,
@@ -60,7 +61,8 @@ class EngineConfig:
     Attributes:
         weights_path: as `SAM3Predictor` takes it.
         device: `cuda`, `cpu`, or None for cuda if there is one.
-        cpu_threads: threads of one operation where the model runs on the CPU; None: one a core.
+        cpu_threads: threads of one operation where the model runs on the CPU; None: one a core
+            that this process may use.
         max_batch: most requests in one pass.
         hub: brings the weights if nothing lies at their path; None: that is an error.
     """
@@ -205,8 +207,7 @@ class Engine:
 
         from sam3_runner.predictor import SAM3Predictor  # noqa: PLC0415
 
-        if self._config.cpu_threads is not None:
-            torch.set_num_threads(self._config.cpu_threads)
+        torch.set_num_threads(self._config.cpu_threads or cpu_share().threads)
         if self._config.hub is not None and is_missing(self._config.weights_path):
             self._download(self._config.hub)
         self._doing = LOADING

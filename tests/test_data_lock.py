@@ -44,9 +44,7 @@ def test_holder_of_nothing(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
     """A file in the folder's place, or above it, is refused in a sentence."""
     (tmp_path / "data").write_text("a file")
-    with pytest.raises(SettingsError, match=f"DATA_DIR {tmp_path / 'data'} is not a folder: name one"):
+    with pytest.raises(SettingsError, match=f"DATA_DIR: {tmp_path / 'data'} is not a folder: move it away"):
         data_lock.hold(tmp_path / "data")
-    with pytest.raises(
-        SettingsError, match=r"DATA_DIR .* cannot be used \(Not a directory\): let this server"
-    ):
+    with pytest.raises(SettingsError, match=r"DATA_DIR: .* cannot be written \(Not a directory\)"):
         data_lock.hold(tmp_path / "data" / "below")

@@ -1,0 +1,67 @@
+"""Can this installation's PyTorch use a GPU here? Asked of NVIDIA's driver itself, without loading torch.
+
+So the start refuses in a second what the model's process would find out only after it has loaded torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
+
+from sam3_runner.errors import DeviceUnavailable
+
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""NVIDIA's driver branch that each major version of CUDA needs, whatever its minor version."""
+
+
+def check_gpu() -> None:
+    """Raise `DeviceUnavailable`, with what to do, unless torch can use a GPU here."""
+    built_for = _cuda_of_torch()
+    if built_for is None:
+        raise DeviceUnavailable("PyTorch here is built without CUDA: install its CUDA build")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise DeviceUnavailable(
+            "there is no NVIDIA driver here (libcuda.so.1): give the container a GPU (--gpus all)"
+        ) from None
+    _refuse_old(driver, built_for)
+    _ask(driver, "cuInit", 0)
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version that torch is built for, from the one small file of it that says so."""
+    torch = find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    version: str | None = runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"]
+    return version
+
+
+def _refuse_old(driver: ctypes.CDLL, built_for: str) -> None:
+    supported = ctypes.c_int()
+    _ask(driver, "cuDriverGetVersion", ctypes.byref(supported))
+    needed = int(built_for.partition(".")[0])
+    if supported.value // 1000 < needed:
+        branch = OLDEST_DRIVER.get(needed)
+        raise DeviceUnavailable(
+            f"PyTorch here is built for CUDA {built_for}"
+            + (f", which needs NVIDIA driver {branch} or newer" if branch else "")
+            + f"; this host's driver supports CUDA {supported.value // 1000}.{supported.value % 1000 // 10}: "
+            f"use the image of an older CUDA line, or a host with a newer driver"
+        )
+
+
+def _ask(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
+    """Call a function of the driver that returns a status, which is not 0 where there is no GPU."""
+    status = getattr(driver, function)(*arguments)
+    if status != 0:
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(status, ctypes.byref(name))
+        reason = name.value.decode() if name.value else f"error {status}"
+        raise DeviceUnavailable(
+            f"NVIDIA's driver shows no GPU here ({function}: {reason}): give the container one (--gpus all, "
+            f"CUDA_VISIBLE_DEVICES)"
+        )

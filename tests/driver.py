@@ -1,0 +1,55 @@
+"""NVIDIA drivers that are none: a libcuda.so.1 that says what a test wants, and a torch built for a CUDA."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from tests.tiers import need
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NO_DEVICE = 100
+"""CUDA_ERROR_NO_DEVICE, which cuInit returns where no GPU is visible."""
+
+_SOURCE = """
+#include <stddef.h>
+int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
+int cuInit(unsigned flags) { return STATUS; }
+int cuGetErrorName(int error, const char **name) {
+    *name = error == 100 ? "CUDA_ERROR_NO_DEVICE" : NULL;
+    return *name ? 0 : 1;
+}
+"""
+
+
+def fake_driver(folder: Path, version: int, status: int = 0) -> dict[str, str]:
+    """The environment of a process that finds such a driver.
+
+    Args:
+        folder: gets the library.
+        version: what cuDriverGetVersion says, 12040 for CUDA 12.4.
+        status: what cuInit returns.
+    """
+    compiler = shutil.which("cc") if sys.platform.startswith("linux") else None
+    need(None if compiler else "no C compiler for Linux (apt-get install gcc libc6-dev)")
+    source = folder / "driver.c"
+    source.write_text(_SOURCE)
+    library = ["-shared", "-fPIC", f"-DVERSION={version}", f"-DSTATUS={status}", "-o"]
+    subprocess.run([str(compiler), *library, str(folder / "libcuda.so.1"), str(source)], check=True)
+    return {"LD_LIBRARY_PATH": str(folder)}
+
+
+def torch_built_for(folder: Path, cuda: str | None) -> dict[str, str]:
+    """The environment of a process that finds a torch of this CUDA before the real one, and cannot import it.
+
+    The start reads its version alone.
+    """
+    package = folder / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise ImportError("this torch is only a version")\n')
+    (package / "version.py").write_text(f"__version__ = '2.13.0'\ncuda = {cuda!r}\n")
+    return {"PYTHONPATH": str(folder)}

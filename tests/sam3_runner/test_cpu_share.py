@@ -1,0 +1,149 @@
+"""What part of the host's CPU a process may use: read from cgroups as kernels and containers lay them out."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sam3_runner.cpu_share import CpuShare, cpu_share, quota_cores
+from tests.cgroups import cpu_quota
+
+ROOT = Path(__file__).parents[2]
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups and affinity are Linux's")
+
+V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
+V1_CPU = "36 32 0:33 {root} /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct"
+V1_MEMORY = "37 32 0:34 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory"
+OTHERS = "22 27 0:21 / /proc rw,relatime shared:5 - proc proc rw\n24 27 0:6 / /mnt rw - tmpfs  rw,mode=755"
+
+V2 = "/sys/fs/cgroup"
+V1 = "/sys/fs/cgroup/cpu,cpuacct"
+
+LAYOUTS: dict[str, tuple[str, str, dict[str, str], float]] = {
+    "version 2, a container of its own namespace": (
+        "0::/",
+        V2_MOUNT,
+        {f"{V2}/cpu.max": "250000 100000\n"},
+        2.5,
+    ),
+    "version 2, no quota": ("0::/", V2_MOUNT, {f"{V2}/cpu.max": "max 100000\n"}, math.inf),
+    "version 2, the controller is off": ("0::/", V2_MOUNT, {}, math.inf),
+    "version 2, a service of the host": (
+        "0::/system.slice/sam3.service",
+        V2_MOUNT,
+        {f"{V2}/system.slice/sam3.service/cpu.max": "50000 100000"},
+        0.5,
+    ),
+    "version 2, a parent is tighter": (
+        "0::/pod/container",
+        V2_MOUNT,
+        {
+            f"{V2}/pod/container/cpu.max": "800000 100000",
+            f"{V2}/pod/cpu.max": "300000 100000",
+            f"{V2}/other/cpu.max": "1000 100000",
+        },
+        3.0,
+    ),
+    "version 2, a cgroup outside of the namespace": (
+        "0::/../sibling",
+        V2_MOUNT,
+        {f"{V2}/cpu.max": "150000 100000", "/sys/fs/sibling/cpu.max": "1000 100000"},
+        1.5,
+    ),
+    "version 1, a container": (
+        "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc",
+        f"{V1_MEMORY}\n{V1_CPU.format(root='/docker/abc')}",
+        {f"{V1}/cpu.cfs_quota_us": "125000\n", f"{V1}/cpu.cfs_period_us": "50000\n"},
+        2.5,
+    ),
+    "version 1, a service of the host": (
+        "3:cpu,cpuacct:/a/b",
+        V1_CPU.format(root="/"),
+        {
+            f"{V1}/a/b/cpu.cfs_quota_us": "-1",
+            f"{V1}/a/b/cpu.cfs_period_us": "100000",
+            f"{V1}/a/cpu.cfs_quota_us": "400000",
+            f"{V1}/a/cpu.cfs_period_us": "100000",
+        },
+        4.0,
+    ),
+    "version 1, no quota": (
+        "3:cpu,cpuacct:/",
+        V1_CPU.format(root="/"),
+        {f"{V1}/cpu.cfs_quota_us": "-1", f"{V1}/cpu.cfs_period_us": "100000"},
+        math.inf,
+    ),
+    "version 1 beside version 2": (
+        "3:cpu,cpuacct:/x\n0::/y",
+        f"{V1_CPU.format(root='/')}\n30 23 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw",
+        {f"{V1}/x/cpu.cfs_quota_us": "200000", f"{V1}/x/cpu.cfs_period_us": "100000"},
+        2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quota_is_found(tmp_path: Path, layout: str) -> None:
+    """The tightest quota of the process' own cgroup and of those above it counts, and nobody else's."""
+    own, mounts, files, cores = LAYOUTS[layout]
+    files = {"/proc/self/cgroup": own + "\n", "/proc/self/mountinfo": f"{OTHERS}\n{mounts}\n"} | files
+    for name, content in files.items():
+        path = tmp_path / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert quota_cores(tmp_path) == cores
+
+
+def test_no_linux_has_no_quota(tmp_path: Path) -> None:
+    """Without /proc there are no cgroups."""
+    assert quota_cores(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "said"),
+    [
+        (0.2, 1, "0.2 of 64 cores"),
+        (2.5, 3, "2.5 of 64 cores"),
+        (64, 64, "64 of 64 cores"),
+        (7 / 3, 3, "2.33 of 64 cores"),
+    ],
+)
+def test_threads_of_a_share(cores: float, threads: int, said: str) -> None:
+    """A part of a core needs a thread too."""
+    share = CpuShare(cores, 64)
+    assert share.threads == threads
+    assert str(share) == said
+
+
+def share_of_a_child(setup: str = "") -> list[float]:
+    """Cores and threads of a process that runs `setup` first."""
+    code = (
+        f"import os\n{setup}\nfrom sam3_runner.cpu_share import cpu_share\n"
+        "share = cpu_share(); print(share.cores, share.threads)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [float(word) for word in ended.stdout.split()]
+
+
+@LINUX
+def test_affinity_counts() -> None:
+    """A process that is bound to one core has one, whatever the host has."""
+    assert share_of_a_child("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})") == [1.0, 1.0]
+
+
+@LINUX
+def test_real_quota_counts() -> None:
+    """The kernel's own files, for a process in a cgroup with a quota and in one below it."""
+    with cpu_quota(0.75):
+        assert share_of_a_child() == [0.75, 1.0]
+
+
+def test_this_process() -> None:
+    """What is found here is no more than the host has."""
+    share = cpu_share()
+    assert 0 < share.cores <= share.host_cores == os.cpu_count()
