@@ -41,16 +41,17 @@ def _cuda_of_torch() -> str | None:
 
 
 def _refuse_old(driver: ctypes.CDLL, built_for: str) -> None:
-    supported = ctypes.c_int()
-    _ask(driver, "cuDriverGetVersion", ctypes.byref(supported))
+    version = ctypes.c_int()
+    _ask(driver, "cuDriverGetVersion", ctypes.byref(version))
+    major, minor = version.value // 1000, version.value % 1000 // 10
     needed = int(built_for.partition(".")[0])
-    if supported.value // 1000 < needed:
+    if major < needed:
         branch = OLDEST_DRIVER.get(needed)
         raise DeviceUnavailable(
             f"PyTorch here is built for CUDA {built_for}"
             + (f", which needs NVIDIA driver {branch} or newer" if branch else "")
-            + f"; this host's driver supports CUDA {supported.value // 1000}.{supported.value % 1000 // 10}: "
-            f"use the image of an older CUDA line, or a host with a newer driver"
+            + f"; this host's driver supports CUDA {major}.{minor}: use an image of the CUDA {major} line, "
+            "or a host with a newer driver"
         )
 
 
@@ -63,5 +64,5 @@ def _ask(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         reason = name.value.decode() if name.value else f"error {status}"
         raise DeviceUnavailable(
             f"NVIDIA's driver shows no GPU here ({function}: {reason}): give the container one (--gpus all, "
-            f"CUDA_VISIBLE_DEVICES)"
+            "CUDA_VISIBLE_DEVICES)"
         )
