@@ -17,7 +17,7 @@ import local_server
 from local_server import POLL_S, ROOT, LocalServer, clean_environment, server_command, stop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 API_KEY = "0123456789abcdef0123456789abcdef"
@@ -35,10 +35,21 @@ class Refusal:
     output: str
 
 
-def refused_start(data_dir: Path, changes: Mapping[str, str | None], *arguments: str) -> Refusal:
-    """Start the demo with `changes` to its environment (None removes) and `arguments`; wait for its end."""
+def refused_start(
+    data_dir: Path, changes: Mapping[str, str | None], *arguments: str, under: Sequence[str] = ()
+) -> Refusal:
+    """Start the demo with `changes` to its environment (None removes) and `arguments`; wait for its end.
+
+    A process that is left behind holds the output open, and so is a timeout here.
+
+    Args:
+        data_dir: of the server.
+        changes: to the demo's environment.
+        arguments: of `bentoml serve`.
+        under: a command that runs the server's.
+    """
     ended = subprocess.run(
-        [*server_command(local_server._free_port()), *arguments],
+        [*under, *server_command(local_server._free_port()), *arguments],
         cwd=ROOT,
         env=changed_environment(data_dir, changes),
         stdin=subprocess.DEVNULL,
@@ -49,6 +60,14 @@ def refused_start(data_dir: Path, changes: Mapping[str, str | None], *arguments:
         text=True,
     )
     return Refusal(ended.returncode, ended.stdout)
+
+
+def sentence_of(refusal: Refusal, beginning: str) -> str:
+    """The one line that refuses a start, after `beginning`; no traceback, and a status that says so."""
+    assert refusal.status != 0
+    assert "Traceback" not in refusal.output
+    [line] = [line for line in refusal.output.splitlines() if beginning in line]
+    return line.partition(beginning)[2]
 
 
 @contextmanager

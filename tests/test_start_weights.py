@@ -18,7 +18,7 @@ from local_server import local_server
 from sam3_runner.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, wait_for
-from tests.processes import Refusal, refused_start, started_server
+from tests.processes import refused_start, sentence_of, started_server
 from tests.sam3_runner.official import as_official
 from tests.services.hub import TOKEN, hub
 
@@ -40,14 +40,6 @@ def health(server: LocalServer) -> dict[str, Any] | None:
     except httpx.TransportError:
         return None
     return answer
-
-
-def sentence_of(refusal: Refusal, beginning: str) -> str:
-    """The one line that refuses a start, after `beginning`; no traceback, and a status that says so."""
-    assert refusal.status != 0
-    assert "Traceback" not in refusal.output
-    [line] = [line for line in refusal.output.splitlines() if beginning in line]
-    return line.partition(beginning)[2]
 
 
 def wrong_file(kind: str, folder: Path) -> Path:
@@ -110,15 +102,6 @@ def test_weights_that_do_not_fit_end_the_server(tmp_path: Path) -> None:
     refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(path), "API_WORKERS": "1"})
     assert f"{path} does not fit the model: " in sentence_of(refusal, "the model cannot be loaded: ")
     assert refusal.output.splitlines()[-1].startswith("cannot serve: process ")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_missing_gpu_ends_the_server(tmp_path: Path) -> None:
-    """SAM3_DEVICE=cuda without a GPU is told, not answered by a CPU in silence."""
-    refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", "API_WORKERS": "1"})
-    sentence = sentence_of(refusal, "the model cannot be loaded: ")
-    assert "no CUDA GPU" in sentence
-    assert "SAM3_DEVICE=cpu" in sentence
 
 
 def test_official_file_is_served(tmp_path: Path) -> None:

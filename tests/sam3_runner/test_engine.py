@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,13 +15,13 @@ from prometheus_client import REGISTRY
 from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
 from sam3_runner.images.square import SquareImage
+from tests.cgroups import cpu_quota
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sam3_runner.checkpoint import Checkpoint
 
+ROOT = Path(__file__).parents[2]
 SIDE_PX = 112
 
 
@@ -135,3 +138,23 @@ def test_status_tells_the_models_facts(engine: Engine, tiny_checkpoint: Checkpoi
     assert 2 * status.parameters == pytest.approx(status.weights_bytes, rel=0.02)
     assert (status.input_side_px, status.device, status.dtype) == (SIDE_PX, "cpu", "float32")
     assert (status.gpu_name, status.vram_used_bytes, status.vram_total_bytes) == (None, None, None)
+
+
+THREADS = """
+import sys, time, torch
+from sam3_runner.engine import Engine, EngineConfig
+engine = Engine(EngineConfig("demo", "cpu"))
+engine.start()
+while engine.status().state == "loading":
+    time.sleep(0.1)
+print(engine.status().state, torch.get_num_threads())
+"""
+
+
+def test_threads_follow_the_quota() -> None:
+    """Torch itself counts the cores that a process may run on, and knows nothing of a quota."""
+    with cpu_quota(0.75):
+        ended = subprocess.run(
+            [sys.executable, "-c", THREADS], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+    assert ended.stdout.split() == ["ok", "1"]
