@@ -15,6 +15,9 @@ from sam3_runner.errors import DeviceUnavailable
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """NVIDIA's driver branch that each major version of CUDA needs, whatever its minor version."""
 
+NO_DEVICE = 100
+"""CUDA_ERROR_NO_DEVICE."""
+
 
 def check_gpu() -> None:
     """Raise `DeviceUnavailable`, with what to do, unless torch can use a GPU here."""
@@ -62,7 +65,8 @@ def _ask(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         name = ctypes.c_char_p()
         driver.cuGetErrorName(status, ctypes.byref(name))
         reason = name.value.decode() if name.value else f"error {status}"
-        raise DeviceUnavailable(
-            f"NVIDIA's driver shows no GPU here ({function}: {reason}): give the container one (--gpus all, "
-            "CUDA_VISIBLE_DEVICES)"
-        )
+        if status == NO_DEVICE:
+            mend = "give the container one (--gpus all, CUDA_VISIBLE_DEVICES)"
+        else:
+            mend = "look at nvidia-smi on the host, or use another host"
+        raise DeviceUnavailable(f"NVIDIA's driver shows no GPU here ({function}: {reason}): {mend}")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
 import bentoml
+import pynvml
 from bentoml._internal.marshal import dispatcher
+from bentoml._internal.resource import NvidiaGpuResource
 
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
 from sam3_runner.supervision import end_server, outlive_siblings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = logging.getLogger("bentoml.sam3")
 
 MAX_BATCH_WAIT_S = 0.005
 """Longest time that an idle runner waits for company: batches form while it is busy, not by waiting."""
@@ -30,6 +35,7 @@ def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool, on_star
         on_start: is called first in the runner's process, and may end it.
     """
     bound_batch_wait()
+    count_no_gpus_on_nvml_errors()
 
     @bentoml.service(
         name="sam3_runner",
@@ -86,3 +92,22 @@ class BoundedOptimizer(dispatcher.Optimizer):
 def bound_batch_wait() -> None:
     """Make BentoML's dispatchers use `BoundedOptimizer` (a private name of the pinned bentoml 1.4.40)."""
     dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc]
+
+
+def count_no_gpus_on_nvml_errors() -> None:
+    """Let BentoML count no GPU where NVML fails, as it does where there is none.
+
+    It counts before any check of ours, whatever the device; after an upgrade of the host's driver NVML no
+    longer fits it, and the start would end in a traceback (a private name of the pinned bentoml 1.4.39).
+    """
+    count = NvidiaGpuResource.from_system
+
+    def count_or_none() -> list[int]:
+        try:
+            gpus: list[int] = count()
+        except pynvml.NVMLError as error:
+            logger.warning("GPUs cannot be counted: %s", error)
+            return []
+        return gpus
+
+    NvidiaGpuResource.from_system = staticmethod(count_or_none)  # type: ignore[method-assign, assignment]

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE, which cuInit returns where no GPU is visible."""
+MISMATCH, NVML_MISMATCH = 803, 18
+"""The driver's library and NVML are of another version than the kernel's driver, as after its upgrade."""
 
-_SOURCE = """
+_DRIVER = """
 #include <stddef.h>
 int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
 int cuInit(unsigned flags) { return STATUS; }
@@ -23,6 +25,12 @@ int cuGetErrorName(int error, const char **name) {
     *name = error == 100 ? "CUDA_ERROR_NO_DEVICE" : NULL;
     return *name ? 0 : 1;
 }
+"""
+
+
+_NVML = """
+int nvmlInitWithFlags(unsigned flags) { return STATUS; }
+int nvmlShutdown(void) { return 0; }
 """
 
 
@@ -34,13 +42,24 @@ def fake_driver(folder: Path, version: int, status: int = 0) -> dict[str, str]:
         version: what cuDriverGetVersion says, 12040 for CUDA 12.4.
         status: what cuInit returns.
     """
+    return _library(folder / "libcuda.so.1", _DRIVER, f"-DVERSION={version}", f"-DSTATUS={status}")
+
+
+def fake_nvml(folder: Path, status: int) -> dict[str, str]:
+    """The environment of a process whose NVML cannot be initialised: `status` is why."""
+    return _library(folder / "libnvidia-ml.so.1", _NVML, f"-DSTATUS={status}")
+
+
+def _library(path: Path, source: str, *options: str) -> dict[str, str]:
     compiler = shutil.which("cc") if sys.platform.startswith("linux") else None
     need(None if compiler else "no C compiler for Linux (apt-get install gcc libc6-dev)")
-    source = folder / "driver.c"
-    source.write_text(_SOURCE)
-    library = ["-shared", "-fPIC", f"-DVERSION={version}", f"-DSTATUS={status}", "-o"]
-    subprocess.run([str(compiler), *library, str(folder / "libcuda.so.1"), str(source)], check=True)
-    return {"LD_LIBRARY_PATH": str(folder)}
+    subprocess.run(
+        [str(compiler), "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(path)],
+        input=source,
+        text=True,
+        check=True,
+    )
+    return {"LD_LIBRARY_PATH": str(path.parent)}
 
 
 def torch_built_for(folder: Path, cuda: str | None) -> dict[str, str]:

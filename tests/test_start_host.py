@@ -16,7 +16,7 @@ import torch
 
 from sam3_runner.cpu_share import cpu_share
 from tests.cgroups import cpu_quota
-from tests.driver import NO_DEVICE, fake_driver, torch_built_for
+from tests.driver import MISMATCH, NO_DEVICE, NVML_MISMATCH, fake_driver, fake_nvml, torch_built_for
 from tests.processes import refused_start, sentence_of
 
 if TYPE_CHECKING:
@@ -159,6 +159,15 @@ def test_driver_without_a_gpu_is_refused(tmp_path: Path) -> None:
     refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", **changes})
     said = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
     assert said.startswith("NVIDIA's driver shows no GPU here (cuInit: CUDA_ERROR_NO_DEVICE): ")
+
+
+def test_driver_of_another_version_is_refused(tmp_path: Path) -> None:
+    """The host's driver was upgraded under the container: BentoML asks NVML before us, and may not fail."""
+    changes = fake_driver(tmp_path, 13000, MISMATCH) | fake_nvml(tmp_path, NVML_MISMATCH)
+    changes |= torch_built_for(tmp_path, "13.0")
+    refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", **changes})
+    said = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
+    assert said.startswith("NVIDIA's driver shows no GPU here (cuInit: error 803): look at nvidia-smi")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
