@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import psutil
@@ -67,15 +68,15 @@ class Volumes:
         return sentence_of(ended, "cannot start: ")
 
 
-def can_be_another_user() -> bool:
-    found = shutil.which(AS_IMAGE[0])
-    return found is not None and subprocess.run([*AS_IMAGE, "true"], check=False).returncode == 0
+def can_run(*under: str) -> bool:
+    """Whether such a command can run another here."""
+    return bool(shutil.which(under[0])) and subprocess.run([*under, "true"], check=False).returncode == 0
 
 
 @pytest.fixture
 def volumes(tmp_path: Path) -> Iterator[Volumes]:
     """Below the test's folder."""
-    if os.geteuid() == 0 and not can_be_another_user():
+    if os.geteuid() == 0 and not can_run(*AS_IMAGE):
         pytest.skip("no user namespaces here: root may write everywhere")
     made = Volumes(tmp_path)
     yield made
@@ -125,6 +126,20 @@ def test_files_of_another_user_are_refused(volumes: Volumes) -> None:
     said = volumes.refusal()
     assert said.startswith(f"DATA_DIR: {lock} cannot be written (Permission denied): ")
     assert f"`chown -R {volumes.uid} {volumes.own}`" in said
+
+
+def test_read_only_volume_is_refused(tmp_path: Path) -> None:
+    """A volume that is mounted for reading is not mended by an owner."""
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    under = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path))
+    if not can_run(*under):
+        pytest.skip("nothing can be mounted here")
+    with tempfile.TemporaryDirectory() as home:
+        refusal = refused_start(tmp_path, {"BENTOML_HOME": home}, under=under)
+    assert sentence_of(refusal, "cannot start: ") == (
+        f"DATA_DIR: {tmp_path} cannot be written (Read-only file system): mount it writable, or name another "
+        "folder"
+    )
 
 
 def has_driver() -> bool:
