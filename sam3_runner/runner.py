@@ -98,7 +98,7 @@ def count_no_gpus_on_nvml_errors() -> None:
     """Let BentoML count no GPU where NVML fails, as it does where there is none.
 
     It counts before any check of ours, whatever the device; after an upgrade of the host's driver NVML no
-    longer fits it, and the start would end in a traceback (a private name of the pinned bentoml 1.4.39).
+    longer fits it, and the start would end in a traceback (a private name of the pinned bentoml 1.4.40).
     """
     count = NvidiaGpuResource.from_system
 
