@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -193,15 +194,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, built_image(Path(name)) as image:
         report = kill_and_watch(image, Path(name) / "container", kills=options.kills, seed=options.seed)
-    print(f"{report.tasks} tasks, {len(report.kills)} kills, {len(report.lost)} tasks lost")
+    sys.stdout.write(describe(report))
+
+
+def describe(report: Report) -> str:
+    """The report as text, a line a kind of kill and a line a lost task."""
+    lines = [f"{report.tasks} tasks, {len(report.kills)} kills, {len(report.lost)} tasks lost"]
     for kind in KINDS:
         backs = [kill.back_s for kill in report.kills if kill.kind == kind]
         if backs:
-            print(
+            lines.append(
                 f"  {kind}: {len(backs)} kills, back after {median(backs):.1f} s, at most {max(backs):.1f} s"
             )
-    for task_id, state in report.lost:
-        print(f"  lost: {task_id}, {state}")
+    lines += [f"  lost: {task_id}, {state}" for task_id, state in report.lost]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
