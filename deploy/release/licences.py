@@ -45,8 +45,8 @@ ALLOWED = frozenset(
         "PSF-2.0",
         "Python-2.0",
         "Zlib",
-        # NVIDIA's libraries for CUDA. The licence in each wheel lets an application pass them on that does more
-        # than they do, under terms that agree with it (its sections on grant and on distribution).
+        # NVIDIA's libraries for CUDA. The licence in each wheel allows to pass them on in an application that
+        # adds much to them, under terms that agree with it (its sections on grant and on distribution).
         _NVIDIA,
         # Classifiers that name no one SPDX licence; what they commonly mean is above.
         "License :: OSI Approved :: Apache Software License",
