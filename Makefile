@@ -85,7 +85,8 @@ audit-advisories: $(VENV)/dev
 
 .PHONY: release
 release: $(VENV)/dev ## Test, build and describe release VERSION=x.y.z (VARIANTS=..., CHECK_ONLY=1); pushes nothing
-	$(BIN)/python -m deploy.release $(or $(VERSION),$(error name the version: make release VERSION=x.y.z)) \
+	$(if $(VERSION),,$(error name the version: make release VERSION=x.y.z))
+	$(BIN)/python -m deploy.release "$$VERSION" \
 		$(if $(VARIANTS),--variants $(VARIANTS)) $(if $(IMAGE),--image $(IMAGE)) \
 		$(if $(SKIP),--skip $(SKIP)) $(if $(CHECK_ONLY),--check-only)
 
