@@ -78,10 +78,10 @@ audit-licences: $(VENV)/dev
 audit-workflows: $(VENV)/dev
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
-# Asks PyPI for each package; one that PyPI cannot speak of fails too.
+# Asks PyPI for each package of the image, CUDA's among them; one that PyPI has no answer for fails too.
 .PHONY: audit-advisories
 audit-advisories: $(VENV)/dev
-	$(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement requirements.lock
+	$(BIN)/pip-audit --strict --disable-pip --progress-spinner off --requirement deploy/image/requirements-cu130.lock
 
 .PHONY: release
 release: $(VENV)/dev ## Test, build and describe release VERSION=x.y.z (VARIANTS=..., CHECK_ONLY=1); pushes nothing
