@@ -19,6 +19,7 @@ from deploy.image.build import revision
 from tests.deploy import containers
 from tests.deploy.container_kills import KINDS, kill_and_watch
 from tests.deploy.containers import Container, Image, built_image, container, missing_tools
+from tests.deploy.smoke_run import smoke
 from tests.drawn import scene
 from tests.edge import Edge, png_bytes, wait_for
 from tests.tiers import need
@@ -68,6 +69,13 @@ def test_image_answers(running: Container, edge: Edge) -> None:
     assert edge.settled_row(answer["task_id"]).status == "done"
     assert {"outbox.sqlite", "results.sqlite"} <= {path.name for path in data_dir.iterdir()}
     assert stored.stat().st_uid == containers.USER_ID
+
+
+def test_smoke_script_passes(running: Container) -> None:
+    """The script that a deployment is tested with passes against the container and its volume."""
+    data_dir = str(running.server.data_dir)
+    ended = smoke(running.server.url, {"API_SECRET_KEY": running.server.api_key, "DATA_DIR": data_dir})
+    assert ended.status == 0, ended.output
 
 
 def test_image_describes_itself(image: Image) -> None:
