@@ -1,6 +1,6 @@
 """Send one real task to a running server, and check all that it leaves: the answer, the row and the mask.
 
-    python deploy/smoke.py https://sam3.example.com --env-file /etc/sam3/smoke.env --user-id UUID
+    .venv/bin/python deploy/smoke.py https://sam3.example.com --env-file /etc/sam3/smoke.env --user-id UUID
 
 The variables are the server's own, from `--env-file` or the environment: API_SECRET_KEY; R2_* and SUPABASE_*,
 or DATA_DIR where the server's stores are embedded. SUPABASE_SERVICE_KEY must be a key that may insert and

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "operations.md"
 VAST = [".venv/vastai/bin/python", "deploy/vast/vast.py"]
-SMOKE = ["python", "deploy/smoke.py"]
+SMOKE = [".venv/bin/python", "deploy/smoke.py"]
 HOST = re.compile(r"https://sam3-(blue|green)\.example\.com|http://127\.0\.0\.1:3000")
 
 
@@ -53,7 +53,11 @@ def test_smoke_tests(server: LocalServer, tmp_path: Path) -> None:
     """Each call of the smoke script passes against a server with embedded stores."""
     file = tmp_path / "smoke.env"
     file.write_text(f"API_SECRET_KEY={server.api_key}\nDATA_DIR={server.data_dir}\n")
-    values = {"python": sys.executable, "/etc/sam3/smoke.env": str(file), "SMOKE_USER": "smoke-of-the-page"}
+    values = {
+        ".venv/bin/python": sys.executable,
+        "/etc/sam3/smoke.env": str(file),
+        "SMOKE_USER": "smoke-of-the-page",
+    }
     lines = lines_of(*SMOKE)
     assert lines
     for line in lines:
