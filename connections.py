@@ -328,7 +328,9 @@ class BoundedProtocol(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {failure.status.value} {failure.status.phrase}".encode()]
         lines += [name + b": " + value for name, value in headers]
         self.transport.write(b"\r\n".join([*lines, b"", body]))
-        logger.info("refused unread: %d request %s", failure.status, request_id)
+        logger.info(
+            "refused unread: %d request %s", failure.status, request_id, extra={"request_id": request_id}
+        )
         # A close while the caller sends would reach it as a reset, and the answer be lost.
         if self.transport.can_write_eof():
             self.transport.write_eof()

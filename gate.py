@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import re
 import time
 import uuid
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from contract import Failure, framework_failure
+from log_lines import log_ids
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
@@ -35,8 +37,12 @@ BODY_TIMEOUT_S = 10.0
 
 UNENCODED = {b"content-encoding": {b"", b"identity"}, b"transfer-encoding": {b"chunked"}}
 """Values of the headers under which a body's bytes are the body: chunks are the server's to put together."""
-QUIET_PATHS = {"/health", "/livez", "/healthz", "/readyz", "/metrics"}
-"""Polled all day; not worth a log line."""
+PROBES = {"/health", "/livez", "/healthz", "/readyz"}
+"""Open to everyone: hosts ask them all day, and they give nothing away."""
+QUIET_PATHS = PROBES | {"/metrics"}
+"""Polled all day; not worth a log line, unless they are refused."""
+FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-real-ip", b"cf-connecting-ip"}
+"""Headers of a request that came through a proxy or a tunnel, whose address is not the caller's."""
 LOGGED_PATH_CHARACTERS = 200
 
 
@@ -46,11 +52,21 @@ class Gate:
     Args:
         app: what comes behind it.
         api_keys: any of them opens `/api/`.
+        access: who may read all but `/api/` and the probes: everyone, who has a key, or also who is on this
+            machine.
         max_body_bytes: longer bodies are refused before they are read whole.
     """
 
-    def __init__(self, app: App, *, api_keys: tuple[str, ...], max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        api_keys: tuple[str, ...],
+        access: Literal["open", "key", "loopback"],
+        max_body_bytes: int,
+    ) -> None:
         self._app = app
+        self._access = access
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
 
@@ -65,33 +81,46 @@ class Gate:
         headers = dict(scope["headers"])
         answer = _Answer(send, request_id_of(headers), with_body=scope["method"] != "HEAD")
         scope.setdefault("state", {})["request_id"] = answer.request_id
+        with log_ids(request_id=answer.request_id):
+            await self._serve(scope, receive, headers, answer)
+            if scope["path"] not in QUIET_PATHS or answer.status == HTTPStatus.UNAUTHORIZED:
+                _log_access(scope, answer)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, headers: dict[bytes, bytes], answer: _Answer
+    ) -> None:
         try:
-            self._check_key(scope, headers)
+            self._check_access(scope, headers)
             await self._app(_with_get_for_head(scope), await self._read_body(scope, receive), answer.send)
         except Failure as failure:
             await answer.fail(failure)
         except Exception as error:  # the last net: nothing behind it would answer the caller
             logger.exception("request %s failed", answer.request_id)
             await answer.fail(Failure.of(error))
-        if scope["path"] not in QUIET_PATHS:
-            logger.info(
-                "%s %s %d %.0f ms request %s",
-                scope["method"],
-                _path_as_sent(scope),
-                answer.status,
-                answer.elapsed_ms,
-                answer.request_id,
-            )
 
-    def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        # A preflight carries no key by its nature.
-        if not scope["path"].startswith("/api/") or scope["method"] == "OPTIONS":
-            return
-        given = headers.get(b"x-api-key")
+    def _check_access(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Raise `Failure` for who may not have the path. What is not known to be open is closed."""
+        path = scope["path"]
+        if path.startswith("/api/"):
+            # A preflight carries no key by its nature.
+            if scope["method"] != "OPTIONS":
+                self._check_key(headers.get(b"x-api-key"), "X-API-Key")
+        elif path not in PROBES and not self._is_open_to(scope, headers):
+            # Prometheus sends its credentials in this way.
+            scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+            token = bearer.strip() if scheme.lower() == b"bearer" else None
+            self._check_key(headers.get(b"x-api-key", token), "X-API-Key or Authorization: Bearer")
+
+    def _is_open_to(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+        return self._access == "open" or (
+            self._access == "loopback" and not FORWARDED & headers.keys() and _is_on_this_machine(scope)
+        )
+
+    def _check_key(self, given: bytes | None, header: str) -> None:
         if given is None:
-            raise Failure("AUTH_REQUIRED", HTTPStatus.UNAUTHORIZED, "the header X-API-Key is missing")
+            raise Failure("AUTH_REQUIRED", HTTPStatus.UNAUTHORIZED, f"the header {header} is missing")
         if not any(hmac.compare_digest(given, key) for key in self._api_keys):
-            raise Failure("AUTH_INVALID", HTTPStatus.UNAUTHORIZED, "the key in X-API-Key is not valid")
+            raise Failure("AUTH_INVALID", HTTPStatus.UNAUTHORIZED, f"the key in {header} is not valid")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """The body, read up to the limits of size and time, as a new `receive`."""
@@ -174,6 +203,27 @@ class _Answer:
         told = [(name, _with_head(value) if name == b"allow" else value) for name, value in headers]
         told.append((b"x-request-id", self.request_id.encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": told})
+
+
+def _log_access(scope: Scope, answer: _Answer) -> None:
+    path, elapsed_ms = _path_as_sent(scope), round(answer.elapsed_ms)
+    logger.info(
+        "%s %s %d %d ms request %s",
+        *(scope["method"], path, answer.status, elapsed_ms, answer.request_id),
+        extra={
+            "method": scope["method"],
+            "path": path,
+            "status": answer.status,
+            "duration_ms": elapsed_ms,
+        },
+    )
+
+
+def _is_on_this_machine(scope: Scope) -> bool:
+    try:
+        return ipaddress.ip_address((scope.get("client") or ("",))[0]).is_loopback
+    except ValueError:  # a unix socket has no address
+        return False
 
 
 def _with_get_for_head(scope: Scope) -> Scope:

@@ -1,10 +1,36 @@
-"""Log lines that no stranger can forge. Knows nothing of who logs what."""
+"""Log lines that no stranger can forge, as text or as JSON. Knows nothing of who logs what."""
 
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 import traceback
-from typing import Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pythonjsonlogger.json import JsonFormatter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+BENTOML_LOGGERS = ("bentoml", "uvicorn.error", "circus")
+"""Those that BentoML gives handlers of their own; what `uvicorn.error` is given appears twice."""
+
+_IDS: ContextVar[dict[str, str]] = ContextVar("log_ids", default={})  # noqa: B039 - never changed in place
+
+
+@contextmanager
+def log_ids(**ids: str) -> Iterator[None]:
+    """Put `request_id` and `task_id` on every JSON event of the block, and of the tasks that it starts."""
+    token = _IDS.set(_IDS.get() | ids)
+    try:
+        yield
+    finally:
+        _IDS.reset(token)
 
 
 def escape_log_lines() -> None:
@@ -14,6 +40,26 @@ def escape_log_lines() -> None:
     of them looks like a record.
     """
     logging.setLogRecordFactory(_EscapedRecord)
+
+
+def log_as_json() -> None:
+    """Write one JSON object a line from now on: what is logged, warned of, raised or printed in this process.
+
+    Call it after BentoML has set up its own log; a second call changes nothing.
+    """
+    if isinstance(sys.stderr, _PrintedLines):
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_JsonEvents())
+    logging.getLogger().handlers = [handler]
+    for name in BENTOML_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+    logging.captureWarnings(capture=True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+    sys.stdout = _PrintedLines(sys.stdout, handler, "stdout", logging.INFO)
+    sys.stderr = _PrintedLines(sys.stderr, handler, "stderr", logging.ERROR)
 
 
 def escaped(text: str) -> str:
@@ -36,3 +82,55 @@ class _EscapedRecord(logging.LogRecord):
 
     def getMessage(self) -> str:  # noqa: N802 - logging's name
         return escaped(super().getMessage().rstrip("\n"))
+
+
+class _JsonEvents(JsonFormatter):
+    """An event's fields: time (UTC), level, logger, pid, message, ids, what the call added, exception."""
+
+    def __init__(self) -> None:
+        super().__init__(rename_fields={"exc_info": "exception"})
+
+    def add_fields(
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
+    ) -> None:
+        log_data["time"] = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        log_data |= {"level": record.levelname, "logger": record.name, "pid": record.process}
+        log_data["message"] = record.message
+        log_data |= _IDS.get()
+        super().add_fields(log_data, record, message_dict)
+
+
+class _PrintedLines:
+    """Stands for stdout or stderr: each line that is printed there becomes an event."""
+
+    def __init__(self, stream: TextIO, handler: logging.Handler, name: str, level: int) -> None:
+        self._stream, self._handler, self._name, self._level = stream, handler, name, level
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.strip():
+                record = logging.makeLogRecord({"name": self._name, "levelno": self._level, "msg": line})
+                record.levelname = logging.getLevelName(self._level)
+                # Straight to the stream: a handler that fails prints to stderr, which would come back here.
+                self._stream.write(f"{self._handler.format(record)}\n")
+        self._stream.flush()
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    logging.getLogger("uncaught").critical("this process ends by an error", exc_info=(kind, error, where))
+
+
+def _log_uncaught_in_thread(uncaught: threading.ExceptHookArgs) -> None:
+    if uncaught.exc_value is not None:
+        name = uncaught.thread.name if uncaught.thread else "a thread"
+        logging.getLogger("uncaught").critical("%s ends by an error", name, exc_info=uncaught.exc_value)

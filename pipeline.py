@@ -26,6 +26,7 @@ from contract import (
     TaskGivenUpError,
     TaskMismatchError,
 )
+from log_lines import log_ids
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
 from sam3_runner.cpu_share import cpu_share
@@ -133,11 +134,15 @@ class Pipeline:
         except Exception as error:  # every error is a failure to the caller; _failure knows them all
             raise _failure(error, task, request_id) from error
         # Shielded: a caller that hangs up ends its request, not the task.
-        return await asyncio.shield(self._start(self._begin(task, request_id)))
+        with log_ids(request_id=request_id, task_id=task.task_id):
+            work = self._start(self._begin(task, request_id))
+        return await asyncio.shield(work)
 
     async def run_again(self, attempt: Attempt) -> BatchResponse:
         """Begin an attempt again that was kept. Raises `Failure`, and nothing else."""
-        return await asyncio.shield(self._start(self._attempt(attempt)))
+        with log_ids(request_id=attempt.request_id, task_id=attempt.task.task_id):
+            work = self._start(self._attempt(attempt))
+        return await asyncio.shield(work)
 
     async def close(self) -> None:
         """Let the running tasks end, then close the stores."""
@@ -393,7 +398,12 @@ def _failure(error: Exception, task: Task, request_id: str) -> Failure:
     """The failure that `error` is to a caller. One that no table knows is logged, once."""
     failure = Failure.of(error)
     if failure.code == "INTERNAL_ERROR" and failure is not error:
-        logger.error("task %s failed (request %s)", task.task_id, request_id, exc_info=error)
+        logger.error(
+            "task %s failed (request %s)",
+            *(task.task_id, request_id),
+            exc_info=error,
+            extra={"request_id": request_id, "task_id": task.task_id},
+        )
     return failure
 
 

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from contract import Failure
+from log_lines import log_ids
 from results import ResultsUnavailable
 from storage import StorageUnavailable
 
@@ -116,11 +117,12 @@ class Recovery:
 
     async def _run(self, attempt: Attempt) -> None:
         task_id, request_id = attempt.task.task_id, attempt.request_id
-        logger.info("task %s is begun again (request %s)", task_id, request_id)
-        try:
-            await self._pipeline.run_again(attempt)
-        except Failure as failure:
-            logger.warning("task %s, begun again, met %s (request %s)", task_id, failure.code, request_id)
+        with log_ids(request_id=request_id, task_id=task_id):
+            logger.info("task %s is begun again (request %s)", task_id, request_id)
+            try:
+                await self._pipeline.run_again(attempt)
+            except Failure as failure:
+                logger.warning("task %s, begun again, met %s (request %s)", task_id, failure.code, request_id)
         self._one_is_done.set()
 
     async def _end_stale(self) -> None:

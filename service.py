@@ -8,6 +8,7 @@ row settled -> answer. Errors climb untouched and become answers by one table (c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ from contract import (
     unreadable_body,
 )
 from gate import Gate
-from log_lines import escape_log_lines
+from log_lines import escape_log_lines, log_as_json
 from metrics import count_by_route
 from pipeline import Pipeline
 from recovery import Recovery
@@ -70,6 +71,7 @@ from settings import (
     SettingsError,
     freeze_settings,
     limit_threads,
+    load_log_settings,
     load_settings,
     make_demo_key,
     overlooked_variables,
@@ -106,8 +108,16 @@ def _settings_or_defaults() -> tuple[Settings, SettingsError | None]:
         return Settings.model_construct(), error
 
 
+def _set_up_log() -> None:
+    """In every process of the server, after BentoML's own, and before it can log anything of ours."""
+    with contextlib.suppress(SettingsError):  # who reads all settings reports it
+        if load_log_settings().logs_json:
+            log_as_json()
+
+
 def _begin_to_serve(*, stop_first: bool) -> None:
     """Never serve on defaults, nor without a supervisor. First of all in a process that serves."""
+    _set_up_log()
     if refusal is not None:
         logger.error("cannot serve: %s", refusal)
         end_server()
@@ -204,6 +214,7 @@ class SegmentationService:
     @staticmethod
     def announce() -> None:
         """Check everything once, before any process starts; say what will be used."""
+        _set_up_log()
         try:
             checked = freeze_settings()
             check_device(checked)
@@ -322,7 +333,10 @@ if settings.allowed_origins:
         expose_headers=["X-Request-ID", "Retry-After"],
     )
 SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
-    Gate, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes
+    Gate,
+    api_keys=settings.api_keys,
+    access=settings.metrics_and_docs_access,
+    max_body_bytes=settings.max_body_bytes,
 )
 
 

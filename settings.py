@@ -95,15 +95,30 @@ class DataSettings(BaseModel):
         return Path(os.path.expanduser(value))  # noqa: PTH111 - pathlib's raises where there is no home
 
 
-class Settings(WeightsSettings, DataSettings):
+class LogSettings(BaseModel):
+    """How the log is written: known even where another setting is wrong, which the log has to report."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    app_env: Literal["development", "production"] = Field(
+        "development", description="production refuses embedded parts that are not asked for by name"
+    )
+    log_format: Literal["text", "json"] | None = Field(
+        None, description="text or json, one event a line; default: json when APP_ENV=production, else text"
+    )
+
+    @property
+    def logs_json(self) -> bool:
+        """The log is JSON."""
+        return (self.log_format or ("json" if self.app_env == "production" else "text")) == "json"
+
+
+class Settings(WeightsSettings, DataSettings, LogSettings):
     """Every setting, with its default. The field's name in capitals is the variable's."""
 
     model_config = ConfigDict(extra="forbid")
 
     env_file: Path = Field(Path(".env"), description="read beside the environment, which has the last word")
-    app_env: Literal["development", "production"] = Field(
-        "development", description="production refuses embedded parts that are not asked for by name"
-    )
     api_secret_key: SecretStr | None = Field(
         None, description="keys that X-API-Key may hold, comma-separated: two while rotating"
     )
@@ -164,6 +179,12 @@ class Settings(WeightsSettings, DataSettings):
     max_image_bytes: int = Field(10 * 1024 * 1024, ge=1, description="10 MB")
     max_image_pixels: int = Field(2**26, ge=1, description="67 megapixels: phones' 50 are up to 8192 x 6144")
     max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
+    metrics_and_docs: Literal["open", "key", "loopback"] | None = Field(
+        None,
+        description="who may read /metrics and the documentation: open (everyone), key (X-API-Key or "
+        "Authorization: Bearer), loopback (a key, or a caller on this machine; not behind a tunnel or a "
+        "proxy); default: key when APP_ENV=production, else open",
+    )
 
     @field_validator("allowed_origins", "embedded_parts", "r2_image_url_bases", mode="before")
     @classmethod
@@ -255,6 +276,11 @@ class Settings(WeightsSettings, DataSettings):
         return embedded and self.sam3_weights_path == DEMO and self.app_env == "development"
 
     @property
+    def metrics_and_docs_access(self) -> Literal["open", "key", "loopback"]:
+        """Who may read `/metrics` and the documentation."""
+        return self.metrics_and_docs or ("key" if self.app_env == "production" else "open")
+
+    @property
     def api_keys(self) -> tuple[str, ...]:
         """The keys that X-API-Key may hold; empty only in the demo, before it made one."""
         return split_list(self.api_secret_key.get_secret_value()) if self.api_secret_key else ()
@@ -299,6 +325,11 @@ def load_weights_settings() -> WeightsSettings:
 def load_data_settings() -> DataSettings:
     """The same, for a command beside the server."""
     return _load(DataSettings)
+
+
+def load_log_settings() -> LogSettings:
+    """The same, for the log alone, which is there before the rest is known."""
+    return _load(LogSettings)
 
 
 def overlooked_variables() -> list[str]:

@@ -246,14 +246,22 @@ class Outbox:
             minutes = self._outage_limit_s / 60
             message = f"{lease.reason}; given up after waiting {minutes:.0f} minutes"
             if await self._attempts.end_waiting(attempt.attempt_id, Outcome("error", error_message=message)):
-                logger.warning("task %s is given up after %.0f minutes", attempt.task.task_id, minutes)
+                logger.warning(
+                    "task %s is given up after %.0f minutes",
+                    *(attempt.task.task_id, minutes),
+                    extra=_log_ids(attempt),
+                )
             return
         try:
             claim = await self._rows.claim(attempt.task, attempt.attempt_id)
         except ResultsUnavailable as error:
-            logger.warning("the lease of task %s is not renewed now: %s", attempt.task.task_id, error)
+            logger.warning(
+                "the lease of task %s is not renewed now: %s",
+                *(attempt.task.task_id, error),
+                extra=_log_ids(attempt),
+            )
         except ResultsError as error:
-            logger.warning("a waiting task is dropped: %s", error)
+            logger.warning("a waiting task is dropped: %s", error, extra=_log_ids(attempt))
             await self._forget(attempt, NOTHING)
         else:
             if isinstance(claim, StoredResult):
@@ -316,7 +324,9 @@ class Outbox:
             await self._settle(attempt, outcome)
         except ResultsUnavailable as error:
             logger.warning(
-                "task %s is %s; its row is settled later: %s", attempt.task.task_id, outcome.status, error
+                "task %s is %s; its row is settled later: %s",
+                *(attempt.task.task_id, outcome.status, error),
+                extra=_log_ids(attempt),
             )
             with contextlib.suppress(ResultsUnavailable):
                 await self._attempts.postpone_delivery(attempt.attempt_id)
@@ -330,14 +340,20 @@ class Outbox:
             await self._attempts.postpone_delivery(attempt.attempt_id)
             return False
         except (AttemptLost, TaskNotFound) as error:
-            logger.warning("a kept outcome is dropped: %s", error)
+            logger.warning("a kept outcome is dropped: %s", error, extra=_log_ids(attempt))
         except ResultsError as error:
-            logger.exception("task %s: its outcome cannot be stored", attempt.task.task_id)
+            logger.exception(
+                "task %s: its outcome cannot be stored", attempt.task.task_id, extra=_log_ids(attempt)
+            )
             await self._attempts.set_outcome(
                 attempt.attempt_id, Outcome("error", error_message=str(error)), hold_s=0
             )
         else:
-            logger.info("task %s: its row is settled as %s", attempt.task.task_id, attempt.outcome.status)
+            logger.info(
+                "task %s: its row is settled as %s",
+                *(attempt.task.task_id, attempt.outcome.status),
+                extra=_log_ids(attempt),
+            )
         return True
 
     async def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
@@ -416,3 +432,8 @@ def open_outbox(
 def _named_by(stored: StoredResult) -> str:
     """Text that holds the keys of the masks of a done row: another attempt's, or this one's."""
     return f"{stored.mask_url} {stored.metadata}"
+
+
+def _log_ids(attempt: Attempt) -> dict[str, str]:
+    """Fields of an event, where logs are JSON."""
+    return {"request_id": attempt.request_id, "task_id": attempt.task.task_id}

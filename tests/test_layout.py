@@ -23,13 +23,13 @@ ALLOWED = {
     "log_lines": set(),
     "volumes": {"settings"},
     "data_lock": {"process_identity", "settings", "volumes"},
-    "gate": {"contract"},
+    "gate": {"contract", "log_lines"},
     "connections": {"contract", "gate"},
     "metrics": set(),
     "version": set(),
     "contract": set(PACKAGES),
-    "pipeline": {"contract", "settings", *PACKAGES},
-    "recovery": {"contract", "pipeline", *PACKAGES},
+    "pipeline": {"contract", "log_lines", "settings", *PACKAGES},
+    "recovery": {"contract", "log_lines", "pipeline", *PACKAGES},
     "service": {
         *(
             "connections",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -63,3 +67,85 @@ def test_plain_text_stays(log: io.StringIO) -> None:
     logger.info("%s\n", "café 猫 🔴")
     assert lines(log)[0].endswith("café 猫 🔴")
     assert escaped("C:\\data") == "C:\\data"
+
+
+JSON_LOG = """
+import logging, sys, threading, warnings
+from bentoml._internal.log import configure_server_logging
+from log_lines import escape_log_lines, log_as_json, log_ids
+configure_server_logging()
+escape_log_lines()
+log_as_json()
+logging.getLogger("uvicorn.error").warning("of uvicorn")
+logging.getLogger("circus").warning("of circus")
+logging.getLogger("bentoml.serve").info("of bentoml")
+logging.getLogger("other").info("not heard")
+with log_ids(request_id="r-1"):
+    with log_ids(task_id="t-1"):
+        logging.getLogger("bentoml.sam3").info("%s\\n", sys.argv[1], extra={"status": 200})
+    logging.getLogger("bentoml.sam3").info("without a task")
+try:
+    raise ValueError(sys.argv[1])
+except ValueError:
+    logging.getLogger("bentoml.sam3").exception("with an exception")
+warnings.warn("a warning")
+print("printed", end=" ")
+print("in two steps")
+def fail():
+    raise KeyError("in a thread")
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+END
+"""
+
+
+def json_log(end: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status and the events of a process that logs as the server does, and then ends."""
+    ended = subprocess.run(
+        [sys.executable, "-c", JSON_LOG.replace("END", end), FORGED.replace("\ud800", "")],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    return ended.returncode, [json.loads(line) for line in ended.stdout.decode("ascii").splitlines()]
+
+
+def test_json_is_one_event_a_line() -> None:
+    """Each event is one line, once, whatever logger, warning, thread, print or exception it comes from."""
+    status, events = json_log("raise RuntimeError('the end')")
+    assert status == 1
+    assert [(event["level"], event["logger"], event["message"]) for event in events] == [
+        ("WARNING", "uvicorn.error", "of uvicorn"),
+        ("WARNING", "circus", "of circus"),
+        ("INFO", "bentoml.serve", "of bentoml"),
+        ("INFO", "bentoml.sam3", escaped(FORGED.replace("\ud800", ""))),
+        ("INFO", "bentoml.sam3", "without a task"),
+        ("ERROR", "bentoml.sam3", "with an exception"),
+        ("WARNING", "py.warnings", events[6]["message"]),
+        ("INFO", "stdout", "printed in two steps"),
+        ("CRITICAL", "uncaught", events[8]["message"]),
+        ("CRITICAL", "uncaught", "this process ends by an error"),
+    ]
+    assert "a warning" in events[6]["message"]
+    assert "KeyError: 'in a thread'" in events[8]["exception"]
+    assert events[9]["exception"].endswith("RuntimeError: the end")
+    assert events[5]["exception"].startswith("Traceback (most recent call last):")
+
+
+def test_json_has_the_ids_of_what_it_is_about() -> None:
+    """An event has the ids of the request and the task in whose block it was logged, and its own fields."""
+    status, events = json_log("sys.exit('cannot start: a sentence')")
+    assert status == 1
+    of_task, of_request, without = events[3], events[4], events[5]
+    assert (of_task["request_id"], of_task["task_id"], of_task["status"]) == ("r-1", "t-1", 200)
+    assert of_request["request_id"] == "r-1"
+    assert "task_id" not in of_request
+    assert "request_id" not in without
+    last = events[-1]
+    assert (last["level"], last["logger"], last["message"]) == (
+        *("ERROR", "stderr"),
+        "cannot start: a sentence",
+    )

@@ -1,0 +1,181 @@
+"""What APP_ENV=production closes to strangers, and how it logs."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from local_server import local_server
+from tests.drawn import scene
+from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
+from tests.processes import API_WORKER, children_of, kill, refused_start, runner_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from local_server import LocalServer
+
+pytestmark = pytest.mark.server
+
+PRODUCTION = {"APP_ENV": "production", "EMBEDDED_PARTS": "storage,results", "API_WORKERS": "2"}
+CLOSED = ("/", "/docs.json", "/schema.json", "/static_content/swagger-ui.css", "/metrics")
+PROBES = ("/health", "/livez", "/healthz", "/readyz")
+FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "CF-Connecting-IP")
+
+
+@pytest.fixture(scope="module")
+def production(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """The server in production, over its embedded parts."""
+    with local_server(tmp_path_factory.mktemp("production"), PRODUCTION) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """A server that trusts callers on this machine."""
+    changes = {"METRICS_AND_DOCS": "loopback", "API_WORKERS": "1"}
+    with local_server(tmp_path_factory.mktemp("loopback"), changes) as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", [*CLOSED, "/nothing", "/static_content/nothing", "//metrics"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+def test_production_is_closed_without_a_key(production: LocalServer, method: str, path: str) -> None:
+    """Without a key, nothing but the probes says anything: not even that a path is not served."""
+    response = httpx.request(method, f"{production.url}{path}")
+    assert response.status_code == httpx.codes.UNAUTHORIZED
+    if method != "HEAD":
+        wanted = "the header X-API-Key or Authorization: Bearer is missing"
+        assert error_of(response) == (401, "AUTH_REQUIRED", wanted)
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_production_opens_to_a_key(production: LocalServer, path: str) -> None:
+    """A key opens the metrics and the documentation, in either header."""
+    for headers in (production.headers, {"Authorization": f"Bearer {production.api_key}"}):
+        assert httpx.get(f"{production.url}{path}", headers=headers).status_code == httpx.codes.OK
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"X-API-Key": "x" * 32}, {"Authorization": f"Bearer {'x' * 32}"}, {"Authorization": "Bearer"}],
+)
+def test_wrong_key_is_refused(production: LocalServer, headers: dict[str, str]) -> None:
+    """A wrong key opens nothing, in either header."""
+    response = httpx.get(f"{production.url}/metrics", headers=headers)
+    assert error_of(response)[:2] == (401, "AUTH_INVALID")
+
+
+def test_other_credentials_are_no_key(production: LocalServer) -> None:
+    """Only Bearer is read from Authorization, and only for the metrics and the documentation."""
+    basic = {"Authorization": f"Basic {production.api_key}"}
+    bearer = {"Authorization": f"Bearer {production.api_key}"}
+    metrics = httpx.get(f"{production.url}/metrics", headers=basic)
+    predict = httpx.post(f"{production.url}{PREDICT}", headers=bearer, json={})
+    assert error_of(metrics)[:2] == error_of(predict)[:2] == (401, "AUTH_REQUIRED")
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_probes_stay_open(production: LocalServer, path: str) -> None:
+    """Hosts may ask for the state without a key."""
+    assert httpx.get(f"{production.url}{path}").status_code == httpx.codes.OK
+
+
+def test_loopback_trusts_this_machine_alone(loopback: LocalServer) -> None:
+    """`loopback` opens to callers on this machine, but not to those of a proxy or a tunnel."""
+    for path in CLOSED:
+        assert httpx.get(f"{loopback.url}{path}").status_code == httpx.codes.OK
+    for name in FORWARDED:
+        for value in ("203.0.113.7", "127.0.0.1"):
+            response = httpx.get(f"{loopback.url}/metrics", headers={name: value})
+            assert error_of(response)[:2] == (401, "AUTH_REQUIRED")
+            keyed = httpx.get(f"{loopback.url}/metrics", headers={name: value, **loopback.headers})
+            assert keyed.status_code == httpx.codes.OK
+
+
+def events(server: LocalServer) -> list[dict[str, Any]]:
+    """The server's log; every line of it must be one JSON object."""
+    return [json.loads(line) for line in server.log_path.read_text().splitlines()]
+
+
+def test_events_of_a_request_have_its_ids(production: LocalServer) -> None:
+    """An event has the ids of its request and its task, and nothing private."""
+    request_id, task_id = str(uuid4()), str(uuid4())
+    with Edge(production, "user-of-the-log") as edge:
+        body = edge.body(edge.upload(png_bytes(scene(101).image), "private-image"), "circle", task_id)
+        edge.insert_row(body)
+        edge.http.headers.update({"X-Request-ID": request_id, "User-Agent": "private-agent"})
+        with _rows_away(production):
+            assert edge.send(body).status_code == httpx.codes.BAD_GATEWAY
+        assert edge.settled_row(task_id).status == "done"
+        gone = body | {"image_url": "uploads/user-of-the-log/private-gone", "task_id": str(uuid4())}
+        assert edge.send(gone).status_code == httpx.codes.NOT_FOUND
+    about = wait_for(
+        lambda: [event for event in events(production) if event.get("request_id") == request_id],
+        lambda found: {"status", "task_id"} <= {name for event in found for name in event},
+    )
+    [access] = [event for event in about if event.get("status") == httpx.codes.BAD_GATEWAY]
+    assert (access["method"], access["path"]) == ("POST", PREDICT)
+    assert isinstance(access["duration_ms"], int)
+    assert task_id in {event.get("task_id") for event in about}
+    text = production.log_path.read_text()
+    for private in ("user-of-the-log", "private-image", "private-gone", "circle", "private-agent"):
+        assert private not in text
+
+
+@contextmanager
+def _rows_away(server: LocalServer) -> Iterator[None]:
+    """Nobody else may write to the rows."""
+    with closing(sqlite3.connect(server.data_dir / "results.sqlite")) as rows:
+        rows.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def test_refused_metrics_are_logged(production: LocalServer) -> None:
+    """Scrapes make no line of the log, but who is refused does."""
+    mark = uuid4().hex
+    httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"scrape-{mark}", **production.headers})
+    httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"stranger-{mark}"})
+    found = wait_for(
+        lambda: [each for each in events(production) if mark in each.get("request_id", "")], bool
+    )
+    assert [event["request_id"] for event in found] == [f"stranger-{mark}"]
+
+
+def test_log_is_json(production: LocalServer) -> None:
+    """Every process writes one JSON object an event, with its time, level, logger and message."""
+    runner, workers = runner_of(production), children_of(production, API_WORKER)
+    kill(runner)
+    logged = wait_for(
+        lambda: events(production),
+        lambda found: any("another is started" in each["message"] for each in found),
+    )
+    for event in logged:
+        assert {"time", "level", "logger", "pid", "message"} <= event.keys()
+        assert event["time"].endswith("+00:00")
+    pids = {production.pid, runner.pid, *(worker.pid for worker in workers)}
+    assert pids <= {event["pid"] for event in logged}
+
+
+def test_refused_start_is_an_event(tmp_path: Path) -> None:
+    """A start that is refused says so in JSON as well."""
+    refusal = refused_start(tmp_path, {"APP_ENV": "production"})
+    said = [json.loads(line) for line in refusal.output.splitlines()]
+    assert refusal.status == 1
+    assert said[-1]["message"].startswith("cannot start: R2_ACCESS_KEY_ID")
+    assert said[-1]["level"] == "ERROR"
+
+
+def test_format_is_a_setting(tmp_path: Path) -> None:
+    """LOG_FORMAT chooses, whatever APP_ENV says."""
+    refusal = refused_start(tmp_path, {"APP_ENV": "production", "LOG_FORMAT": "text"})
+    assert refusal.output.startswith("cannot start: ")
+    refusal = refused_start(tmp_path, {"LOG_FORMAT": "json", "API_WORKERS": "none"})
+    assert json.loads(refusal.output.splitlines()[-1])["message"].startswith("cannot start: API_WORKERS")
