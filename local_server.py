@@ -73,7 +73,7 @@ def local_server(
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     port = port or _free_port()
-    api_key = secrets.token_hex(16)
+    api_key = (environment or {}).get("API_SECRET_KEY", secrets.token_hex(16))
     log_path = data_dir / "server.log"
     url = f"http://127.0.0.1:{port}"
     started_s = time.monotonic()

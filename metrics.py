@@ -1,6 +1,7 @@
-"""What /metrics counts by: the routes that there are, so that strangers cannot make series of their own.
+"""Metrics of the API workers, and what BentoML's own count by: the routes that there are.
 
-BentoML's metrics name the path that was asked for, and keep every one for ever.
+BentoML's metrics name the path that was asked for, and keep every one for ever: strangers could make series
+of their own. sam3_runner/metrics.py has those of the model's side, results/outbox.py those of the outbox.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bentoml._internal.server.http import instruments
+from prometheus_client import Counter, Gauge
 from starlette.routing import Mount, Route
 
 if TYPE_CHECKING:
@@ -18,6 +20,25 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+TASKS = Counter(
+    "sam3_tasks",
+    "Runs of tasks by how they ended: done, replayed, error, kept, given_up, or refused before they began; "
+    "code is the error's",
+    ["outcome", "code"],
+)
+TASKS_IN_FLIGHT = Gauge("sam3_tasks_in_flight", "Tasks that are worked on", multiprocess_mode="livesum")
+PROCESS_STARTS = Counter("sam3_process_starts", "Starts of the server's processes", ["process"])
+
+# What alerts look at begins at 0, so that the first of its kind is seen.
+for _outcome in ("done", "replayed"):
+    TASKS.labels(_outcome, "")
+for _code in (
+    *("INFERENCE_FAILED", "INTERNAL_ERROR", "DEADLINE_EXCEEDED"),
+    *("STORAGE_UNAVAILABLE", "RESULTS_UNAVAILABLE"),
+):
+    TASKS.labels("error", _code)
+TASKS.labels("refused", "OVERLOADED")
 
 OTHER = "other"
 _ASKED = "sam3.asked"

@@ -27,6 +27,7 @@ from contract import (
     TaskMismatchError,
 )
 from log_lines import log_ids
+from metrics import TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
 from sam3_runner.cpu_share import cpu_share
@@ -34,6 +35,7 @@ from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import union_mask
+from sam3_runner.metrics import stage
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
 from storage import StorageUnavailable, mask_key
 
@@ -132,7 +134,7 @@ class Pipeline:
             self._check_tokens(request)
             await self._check_capacity()
         except Exception as error:  # every error is a failure to the caller; _failure knows them all
-            raise _failure(error, task, request_id) from error
+            raise _refused(_failure(error, task, request_id)) from error
         # Shielded: a caller that hangs up ends its request, not the task.
         with log_ids(request_id=request_id, task_id=task.task_id):
             work = self._start(self._begin(task, request_id))
@@ -173,6 +175,8 @@ class Pipeline:
         running = asyncio.create_task(work)
         self._running.add(running)
         running.add_done_callback(self._running.discard)
+        TASKS_IN_FLIGHT.inc()
+        running.add_done_callback(lambda _: TASKS_IN_FLIGHT.dec())
         running.add_done_callback(_consume_exception)
         return running
 
@@ -182,7 +186,7 @@ class Pipeline:
             await self._refuse_given_up(task)
             attempt = await self._outbox.note(task, request_id)
         except Exception as error:  # every error is a failure to the caller; _failure knows them all
-            raise _failure(error, task, request_id) from error
+            raise _refused(_failure(error, task, request_id)) from error
         return await self._attempt(attempt)
 
     async def _refuse_given_up(self, task: Task) -> None:
@@ -208,7 +212,9 @@ class Pipeline:
         try:
             stored = await claiming
             if stored is not None:
-                return self._replay(stored, attempt.task)
+                response = self._replay(stored, attempt.task)
+                TASKS.labels("replayed", "").inc()
+                return response
             claimed.set()
             return await self._settle(attempt, reading, begun)
         except Exception as error:  # every error is a failure to the caller; _failure knows them all
@@ -219,7 +225,8 @@ class Pipeline:
 
     async def _claim(self, attempt: Attempt, begun: asyncio.Event) -> StoredResult | None:
         try:
-            return await self._outbox.claim(attempt)
+            with stage("claim"):
+                return await self._outbox.claim(attempt)
         except Exception as error:  # all but the known ones end the attempt
             if Failure.of(error).code != "INTERNAL_ERROR":
                 raise
@@ -233,17 +240,19 @@ class Pipeline:
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 result = await self._work(attempt, reading)
-            await self._outbox.update_result(
-                attempt,
-                result.mask_url,
-                _labels(result.response),
-                self._metadata(result.response, attempt.task.prompts),
-                result.mask_keys,
-            )
+            with stage("settle"):
+                await self._outbox.update_result(
+                    attempt,
+                    result.mask_url,
+                    _labels(result.response),
+                    self._metadata(result.response, attempt.task.prompts),
+                    result.mask_keys,
+                )
         except (AttemptLost, TaskNotFound):
             raise  # the row is another attempt's, or gone: there is nothing to end
         except Exception as error:  # whatever it is, the row must end, or the task be kept
             raise await self._end_without_result(attempt, error, begun) from error
+        TASKS.labels("done", "").inc()
         return result.response
 
     async def _end_without_result(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> Failure:
@@ -251,10 +260,12 @@ class Pipeline:
         failure = _failure(error, attempt.task, attempt.request_id)
         try:
             back = await self._keep(attempt, error, begun)
+            TASKS.labels("kept" if back else "error", failure.code).inc()
             if back:
                 return failure.with_message(f"{failure.message}; the task is kept, and done when {back}")
             await self._outbox.end_as_error(attempt, failure.message)
         except TaskGivenUpError as given_up:
+            TASKS.labels("given_up", failure.code).inc()
             return Failure.of(given_up)
         except (AttemptLost, TaskNotFound) as lost:
             logger.warning("task %s failed with %s; %s", attempt.task.task_id, failure.code, lost)
@@ -286,17 +297,26 @@ class Pipeline:
     async def _work(self, attempt: Attempt, reading: asyncio.Task[SquareImage]) -> _Result:
         task = attempt.task
         deadline_s = time.monotonic() + self._settings.request_timeout_s
-        found, inference_ms = await self._runner.segment(await reading, list(task.prompts), deadline_s)
+        square = await reading
+        with stage("segment"):
+            found, inference_ms = await self._runner.segment(
+                square,
+                list(task.prompts),
+                deadline_s,
+                log_ids={"request_id": attempt.request_id, "task_id": task.task_id},
+            )
         masks = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
             masks[UNION] = found
-        pngs = await asyncio.gather(*map(self._png, masks.values()))
+        with stage("encode_masks"):
+            pngs = await asyncio.gather(*map(self._png, masks.values()))
         keys = [
             mask_key(task.user_id, task.task_id, name, png, attempt_id=attempt.attempt_id)
             for name, png in zip(masks, pngs, strict=True)
         ]
         await self._outbox.begin_storing(attempt, keys)
-        urls = await asyncio.gather(*map(self._objects.upload_mask, pngs, keys))
+        with stage("store"):
+            urls = await asyncio.gather(*map(self._objects.upload_mask, pngs, keys))
         answers = [
             _answer(task.task_id, url, result, round(inference_ms / len(found), 1))
             for url, result in zip(urls[: len(found)], found, strict=True)
@@ -344,12 +364,14 @@ class Pipeline:
         if not await self._outbox.begin_work(attempt, sha256, is_long=file.is_heavy):
             raise ModelNotLoaded("the server is being stopped")
         begun.set()
-        return await self._decoders.decode(file)
+        with stage("decode"):
+            return await self._decoders.decode(file)
 
     async def _download(self, task: Task) -> bytes:
-        return await self._objects.download_image(
-            task.source_image_url, task.user_id, self._settings.max_image_bytes
-        )
+        with stage("fetch"):
+            return await self._objects.download_image(
+                task.source_image_url, task.user_id, self._settings.max_image_bytes
+            )
 
     def _metadata(self, response: BatchResponse, prompts: tuple[str, ...]) -> dict[str, object]:
         return {
@@ -404,6 +426,12 @@ def _failure(error: Exception, task: Task, request_id: str) -> Failure:
             exc_info=error,
             extra={"request_id": request_id, "task_id": task.task_id},
         )
+    return failure
+
+
+def _refused(failure: Failure) -> Failure:
+    """The same; counts a task that was not begun."""
+    TASKS.labels("refused", failure.code).inc()
     return failure
 
 

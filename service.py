@@ -44,7 +44,7 @@ from contract import (
 )
 from gate import Gate
 from log_lines import escape_log_lines, log_as_json
-from metrics import count_by_route
+from metrics import PROCESS_STARTS, count_by_route
 from pipeline import Pipeline
 from recovery import Recovery
 from results import OUTBOX_FILE, ResultsError, SqliteResults, open_outbox, salvage_attempts
@@ -115,9 +115,10 @@ def _set_up_log() -> None:
             log_as_json()
 
 
-def _begin_to_serve(*, stop_first: bool) -> None:
+def _begin_to_serve(process: str, *, stop_first: bool) -> None:
     """Never serve on defaults, nor without a supervisor. First of all in a process that serves."""
     _set_up_log()
+    PROCESS_STARTS.labels(process).inc()
     if refusal is not None:
         logger.error("cannot serve: %s", refusal)
         end_server()
@@ -127,7 +128,7 @@ def _begin_to_serve(*, stop_first: bool) -> None:
 
 
 def _begin_to_run_the_model() -> None:
-    _begin_to_serve(stop_first=False)
+    _begin_to_serve("runner", stop_first=False)
     leave_note(settings.data_dir / RUNNER_NOTE, process_identity.current())
 
 
@@ -193,7 +194,7 @@ class SegmentationService:
     runner = bentoml.depends(Sam3Runner)
 
     def __init__(self) -> None:
-        _begin_to_serve(stop_first=True)
+        _begin_to_serve("api_worker", stop_first=True)
         connections.apply()
         self._runner = RunnerClient(
             self.runner, RunnerLife(settings.data_dir / RUNNER_NOTE, process_identity.is_alive)

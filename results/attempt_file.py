@@ -401,6 +401,11 @@ class AttemptFile:
         rows = await self._execute(f"SELECT {_GIVEN_UP} FROM given_up ORDER BY given_up_at DESC")
         return [_given_up(*row) for row in rows]
 
+    async def count_given_up(self) -> int:
+        """How many tasks are given up."""
+        [[count]] = await self._execute("SELECT count(*) FROM given_up")
+        return int(count)
+
     async def forgive(self, task_id: str) -> bool:
         """Let a task that was given up be tried again when it is sent again; False when there is none."""
         return bool(

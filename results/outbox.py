@@ -55,6 +55,9 @@ NOTHING: Final = ""
 # "mostrecent": the processes share the file, and so the number.
 DEPTH = Gauge("sam3_outbox_depth", "Outcomes that wait for the database", multiprocess_mode="mostrecent")
 WAITING = Gauge("sam3_tasks_waiting", "Tasks that wait to be begun again", multiprocess_mode="mostrecent")
+GIVEN_UP = Gauge(
+    "sam3_tasks_given_up", "Tasks that killed too often and are refused", multiprocess_mode="mostrecent"
+)
 
 
 class Outbox:
@@ -225,6 +228,7 @@ class Outbox:
                 break
         DEPTH.set(await self._attempts.count_undelivered())
         WAITING.set(await self._attempts.count_waiting())
+        GIVEN_UP.set(await self._attempts.count_given_up())
 
     async def renew_leases(self, *, model_is_there: bool) -> None:
         """Renew the leases of claimed tasks that wait; end those that have waited too long.

@@ -12,6 +12,7 @@ from bentoml.exceptions import BentoMLException
 
 from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Error
+from sam3_runner.metrics import MODEL_READY, trace_parent
 
 if TYPE_CHECKING:
     from sam3_runner.images.square import SquareImage
@@ -49,11 +50,18 @@ class RunnerClient:
         self._asking: asyncio.Task[None] | None = None
 
     async def segment(
-        self, image: SquareImage, prompts: list[str], deadline_s: float
+        self,
+        image: SquareImage,
+        prompts: list[str],
+        deadline_s: float,
+        *,
+        log_ids: dict[str, str] | None = None,
     ) -> tuple[list[PredictResult], float]:
         """One result a prompt, and the time in ms of the model's pass that they shared.
 
-        It is sent once: an image that kills the runner must not kill its successor.
+        It is sent once: an image that kills the runner must not kill its successor. BentoML hands the trace
+        on in a header, but a batch has many: ours crosses with the request, as `log_ids` do, the fields of
+        what the runner logs of it.
 
         Raises:
             ModelNotLoaded, PromptTooLong, InferenceFailed: as the runner says; ModelNotLoaded also when
@@ -64,7 +72,13 @@ class RunnerClient:
         identity = self._life.look()
         if identity is None:
             raise ModelNotLoaded(self._life.absence)
-        request = SegmentRequest(image=image, prompts=prompts, deadline_s=deadline_s)
+        request = SegmentRequest(
+            image=image,
+            prompts=prompts,
+            deadline_s=deadline_s,
+            log_ids=log_ids or {},
+            trace_parent=trace_parent(),
+        )
         [packed] = await self._while_alive(identity, "segment", [pickle.dumps(request)])
         outcome: SegmentOutcome = pickle.loads(packed)  # noqa: S301 - from our own process
         if outcome.error is not None:
@@ -77,6 +91,11 @@ class RunnerClient:
 
         `error` when it lives but does not answer.
         """
+        status = await self._latest_status()
+        MODEL_READY.set(status.state == "ok")
+        return status
+
+    async def _latest_status(self) -> EngineStatus:
         identity = self._life.look()
         if identity is not None and (identity != self._status_of or time.monotonic() >= self._status_until_s):
             # One question for all who wait: in a burst, one each would drown the runner.

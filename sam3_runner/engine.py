@@ -11,12 +11,11 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from prometheus_client import Histogram
 
 from sam3_runner.checkpoint import find_checkpoint, is_missing
 from sam3_runner.cpu_share import cpu_share
@@ -30,6 +29,15 @@ from sam3_runner.errors import (
 )
 from sam3_runner.images.square import SquareImage
 from sam3_runner.memory import telling_full_memory
+from sam3_runner.metrics import (
+    BATCH_FALLBACKS,
+    BATCH_REQUESTS,
+    BATCH_SECONDS,
+    GPU_MEMORY_BYTES,
+    StageTime,
+    add_spans,
+    observe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,11 +47,6 @@ if TYPE_CHECKING:
     from sam3_runner.predictor import SAM3Predictor
 
 logger = logging.getLogger("bentoml.sam3")
-
-BATCH_REQUESTS = Histogram(
-    "sam3_batch_requests", "Requests that shared one pass of the model", buckets=(1, 2, 4, 8, 16, 32, 64)
-)
-BATCH_SECONDS = Histogram("sam3_batch_seconds", "Time of one pass of the model, masks included")
 
 WARM_UP_PROMPTS = ("warm up", "twice")
 
@@ -81,11 +84,17 @@ class SegmentRequest:
     Attributes:
         prompts: texts of at most 32 tokens.
         deadline_s: on the clock of `time.monotonic`, which all processes of a host share.
+        sent_s: when it was sent, on that clock.
+        log_ids: fields of what is logged of it.
+        trace_parent: the trace that it is a part of; empty where it is not traced.
     """
 
     image: SquareImage
     prompts: list[str]
     deadline_s: float
+    sent_s: float = field(default_factory=time.monotonic)
+    log_ids: dict[str, str] = field(default_factory=dict)
+    trace_parent: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,23 +282,37 @@ class Engine:
 
 def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
     """Run a batch; if it fails, each request alone, so that only the culprit fails."""
+    from sam3_runner.pass_clock import PassClock  # noqa: PLC0415 - brings torch
+
     started_s = time.monotonic()
+    clock = PassClock(predictor.device)
     try:
-        results = predictor.segment([(request.image, request.prompts) for request in requests])
+        results = predictor.segment([(request.image, request.prompts) for request in requests], clock)
     except Exception as error:  # torch raises what it likes; the others of the batch must not suffer
         if len(requests) > 1:
+            BATCH_FALLBACKS.inc()
             logger.warning(
                 "a batch of %d failed (%s); running each alone", len(requests), type(error).__name__
             )
             return [outcome for request in requests for outcome in _run(predictor, [request])]
         if isinstance(error, SAM3Error):
             return [SegmentOutcome(error=error)]
-        logger.exception("inference failed")
+        logger.exception("inference failed", extra=requests[0].log_ids)
         return [SegmentOutcome(error=InferenceFailed("the model failed on this image"))]
     elapsed_s = time.monotonic() - started_s
     BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
+    _record(requests, started_s, clock.times())
     return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
+
+
+def _record(requests: list[SegmentRequest], started_s: float, times: list[StageTime]) -> None:
+    """Count the stages of a pass once, and put them into the trace of each request that shared it."""
+    observe(times)
+    for request in requests:
+        queue = StageTime("queue", request.sent_s, started_s)
+        observe([queue])
+        add_spans(request.trace_parent, [queue, *times], len(requests))
 
 
 def _give_memory_back() -> None:
@@ -307,12 +330,19 @@ def _sha256(path: Path) -> str:
 
 def _vram(predictor: SAM3Predictor) -> dict[str, Any]:
     if predictor.device.type != "cuda":
+        _show_memory(0, 0)
         return {}
     import torch  # noqa: PLC0415 - loaded already
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(predictor.device)
+    _show_memory(total_bytes - free_bytes, total_bytes)
     return {
         "gpu_name": torch.cuda.get_device_name(predictor.device),
         "vram_used_bytes": total_bytes - free_bytes,
         "vram_total_bytes": total_bytes,
     }
+
+
+def _show_memory(used_bytes: int, total_bytes: int) -> None:
+    GPU_MEMORY_BYTES.labels("used").set(used_bytes)
+    GPU_MEMORY_BYTES.labels("total").set(total_bytes)

@@ -19,6 +19,7 @@ from sam3_runner.images.square import SquareImage, to_square
 from sam3_runner.instances import Instance, PredictResult
 from sam3_runner.masks import to_instances
 from sam3_runner.memory import telling_full_memory
+from sam3_runner.metrics import TEXTS
 from sam3_runner.model import (
     Detections,
     ImageFeatures,
@@ -30,6 +31,7 @@ from sam3_runner.model import (
     encode_text,
 )
 from sam3_runner.optimize import optimize
+from sam3_runner.pass_clock import PassClock
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.weights import load_model
 
@@ -90,6 +92,7 @@ class SAM3Predictor:
         self._model: Any = None
         self._tokenizer: PromptTokenizer | None = None
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._clock = PassClock(torch.device("cpu"))
 
     def load(self) -> None:
         """Read the weights and move them to the device. Raises `WeightsError`, `DeviceUnavailable`."""
@@ -138,16 +141,24 @@ class SAM3Predictor:
         return self.segment([(square, prompts)])[0]
 
     @torch.inference_mode()
-    def segment(self, requests: Sequence[tuple[SquareImage, Sequence[str]]]) -> list[list[PredictResult]]:
+    def segment(
+        self, requests: Sequence[tuple[SquareImage, Sequence[str]]], clock: PassClock | None = None
+    ) -> list[list[PredictResult]]:
         """Several images at once, each with its own prompts: one list of results an image.
 
         Images are encoded in one pass, each distinct text once, and all pairs are decoded together.
+
+        Args:
+            requests: images and prompts.
+            clock: is told of the stages.
         """
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
         self._check_sides([square for square, _ in requests])
+        self._clock = clock or PassClock(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            images = encode_image(self._model, self._pixels([square for square, _ in requests]))
+            with self._clock.stage("encode_image"):
+                images = encode_image(self._model, self._pixels([square for square, _ in requests]))
             pairs = [(row, prompt) for row, (_, prompts) in enumerate(requests) for prompt in prompts]
             texts = list(dict.fromkeys(prompt for _, prompt in pairs))
             text = self._encode_texts(texts)
@@ -170,13 +181,14 @@ class SAM3Predictor:
         requests: Sequence[tuple[SquareImage, Sequence[str]]],
     ) -> list[PredictResult]:
         image_index = self._index([row for row, _ in pairs])
-        detections = decode_prompts(
-            self._model, images, text, image_index, self._index([texts.index(prompt) for _, prompt in pairs])
-        )
+        text_index = self._index([texts.index(prompt) for _, prompt in pairs])
+        with self._clock.stage("decode_prompts"):
+            detections = decode_prompts(self._model, images, text, image_index, text_index)
         presence = detections.presence_logits.sigmoid()
         scores = detections.logits.sigmoid() * presence[:, None]
         squares = [requests[row][0] for row, _ in pairs]
-        found = self._draw(images, detections, image_index, scores, squares)
+        with self._clock.stage("draw_masks"):
+            found = self._draw(images, detections, image_index, scores, squares)
         return [
             PredictResult(
                 prompt=prompt,
@@ -221,10 +233,13 @@ class SAM3Predictor:
         """Features of distinct texts, in their order; texts seen before come from the cache."""
         assert self._tokenizer is not None
         unseen = [text for text in texts if text not in self._texts]
+        TEXTS.labels("hit").inc(len(texts) - len(unseen))
+        TEXTS.labels("miss").inc(len(unseen))
         if unseen:
             tokens = self._tokenizer.encode(unseen)
             ids, valid = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid)
-            encoded = encode_text(self._model, ids.to(self.device), valid.to(self.device))
+            with self._clock.stage("encode_text"):
+                encoded = encode_text(self._model, ids.to(self.device), valid.to(self.device))
             self._texts.update(zip(unseen, zip(encoded.tokens, encoded.valid, strict=True), strict=True))
         for text in texts:
             self._texts.move_to_end(text)

@@ -28,7 +28,7 @@ ALLOWED = {
     "metrics": set(),
     "version": set(),
     "contract": set(PACKAGES),
-    "pipeline": {"contract", "log_lines", "settings", *PACKAGES},
+    "pipeline": {"contract", "log_lines", "metrics", "settings", *PACKAGES},
     "recovery": {"contract", "log_lines", "pipeline", *PACKAGES},
     "service": {
         *(
@@ -63,6 +63,7 @@ VENDORS = {
     "fastapi": {"service"},
     "starlette": {"service", "metrics"},
     "bentoml": {"service", "metrics", "sam3_runner"},
+    "opentelemetry": {"sam3_runner"},
 }
 """The only parts that may know each of these."""
 

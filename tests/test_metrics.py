@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sam3_runner.metrics import STAGES
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
 from tests.processes import API_WORKER, children_of, kill, started_server
@@ -86,6 +88,44 @@ def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edg
     after = [total(server, count, **good), total(server, count, **refused), total(server, duration, **good)]
     assert after == [value + 1 for value in before]
     assert total(server, batches) > batches_before
+
+
+def test_every_stage_of_a_task_is_measured(server: LocalServer, edge: Edge) -> None:
+    """A task adds one to each stage, the runner's included, and to the prompts that were looked up."""
+
+    def counted() -> dict[str, float]:
+        stages = {stage: total(server, "sam3_stage_seconds_count", stage=stage) for stage in STAGES}
+        texts = {cache: total(server, "sam3_texts_total", cache=cache) for cache in ("hit", "miss")}
+        return stages | texts
+
+    image = png_bytes(scene(100).image)
+    edge.answer(image, "circle")
+    before = counted()
+    edge.answer(image, ["circle", f"number {uuid4().int % 10**6}"])
+    assert counted() == {name: count + 1 for name, count in before.items()}
+
+
+def test_tasks_are_counted_by_how_they_end(server: LocalServer, edge: Edge) -> None:
+    """A task counts as done, its repeat as replayed, and one that ends as error under its code."""
+
+    def counted() -> list[float]:
+        ends = [("done", ""), ("replayed", ""), ("error", "IMAGE_NOT_FOUND")]
+        return [total(server, "sam3_tasks_total", outcome=outcome, code=code) for outcome, code in ends]
+
+    before = counted()
+    body = edge.body(edge.upload(png_bytes(scene(100).image)), "circle")
+    for _ in range(2):
+        assert edge.send(body).status_code == httpx.codes.OK
+    assert edge.ask("uploads/user-1/gone", "circle").status_code == httpx.codes.NOT_FOUND
+    assert counted() == [count + 1 for count in before]
+
+
+def test_state_is_measured(server: LocalServer) -> None:
+    """The model is there, and nothing is in work, waits or was given up."""
+    assert total(server, "sam3_model_ready") == 1
+    for name in ("sam3_tasks_in_flight", "sam3_tasks_waiting", "sam3_tasks_given_up", "sam3_outbox_depth"):
+        assert samples(server, name)
+        wait_for(partial(total, server, name), lambda count: count == 0)
 
 
 def test_in_progress_falls_to_zero(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
 from sam3_runner.images.image_file import LENGTH
 from sam3_runner.images.square import SquareImage
+from sam3_runner.metrics import DECODER_KILLS
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -74,12 +75,14 @@ class ImageDecoders:
             try:
                 return await self._decode_once(file)
             except _Killed as killed:
+                DECODER_KILLS.inc()
                 if killed.by == signal.SIGPROF:
                     raise UnsupportedImage("the image takes too much time to decode") from killed
                 logger.warning("a process that decodes was killed by signal %d; once more", killed.by)
             try:
                 return await self._decode_once(file)
             except _Killed as killed:
+                DECODER_KILLS.inc()
                 raise UnsupportedImage("the image cannot be decoded: it ends the decoder") from killed
 
     async def close(self) -> None:

@@ -825,6 +825,15 @@ async def test_depths_are_metrics(machine: Machine) -> None:
     assert REGISTRY.get_sample_value("sam3_tasks_waiting") == 0
 
 
+async def test_given_up_tasks_are_a_metric(machine: Machine) -> None:
+    """sam3_tasks_given_up counts the tasks that are refused until an operator forgives them."""
+    outbox = await given_up(machine, task := new_task())
+    assert REGISTRY.get_sample_value("sam3_tasks_given_up") == 1
+    await outbox.forgive(task.task_id)
+    await outbox.deliver_due()
+    assert REGISTRY.get_sample_value("sam3_tasks_given_up") == 0
+
+
 async def test_metadata_that_is_no_json_is_refused(machine: Machine) -> None:
     """NaN is refused before anything is written, and the attempt may still end as an error."""
     outbox = machine.process()

@@ -64,13 +64,15 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
 
 
 def test_bad_item_fails_alone(engine: Engine) -> None:
-    """An image of a wrong size fails as InferenceFailed; its neighbours get their results."""
+    """An image of a wrong size fails as InferenceFailed; its neighbours get their results; it is counted."""
+    before = REGISTRY.get_sample_value("sam3_batch_fallbacks_total") or 0
     good, bad, other = engine.segment([request("cat"), request("cat", side_px=70), request("dog")])
     assert isinstance(bad.error, InferenceFailed)
     assert bad.results is None
     for outcome in (good, other):
         assert outcome.error is None
         assert outcome.results
+    assert REGISTRY.get_sample_value("sam3_batch_fallbacks_total") == before + 1
 
 
 def test_callers_fault_is_told_apart(engine: Engine) -> None:

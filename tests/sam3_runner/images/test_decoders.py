@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 import uvloop
 from PIL import Image
 
@@ -165,8 +166,9 @@ def test_killed_decoder() -> None:
 
 
 def test_file_that_kills() -> None:
-    """A file whose decoder dies twice is refused."""
+    """A file whose decoder dies twice is refused, and both deaths are counted."""
     done = threading.Event()
+    before = REGISTRY.get_sample_value("sam3_decoder_kills_total") or 0
 
     def kill_all() -> None:
         while not done.wait(POLL_S):
@@ -181,6 +183,7 @@ def test_file_that_kills() -> None:
     finally:
         done.set()
         killer.join()
+    assert REGISTRY.get_sample_value("sam3_decoder_kills_total") == before + 2
 
 
 def test_cancelled_decoding_ends() -> None:

@@ -1,0 +1,119 @@
+"""What the model's side and its callers measure: metrics, and the stages of a task as spans of its trace.
+
+Every label has few values, all known here; each series begins at 0, so that rates are right from the start.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from opentelemetry import propagate, trace
+from prometheus_client import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+STAGES: Final = (
+    *("claim", "fetch", "decode", "segment", "encode_masks", "store", "settle"),  # in an API worker
+    *("queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"),  # in the runner
+)
+"""`segment` is the call of the runner: it holds the runner's five."""
+
+_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+STAGE_SECONDS = Histogram("sam3_stage_seconds", "Time of one stage of a task", ["stage"], buckets=_BUCKETS_S)
+BATCH_REQUESTS = Histogram(
+    "sam3_batch_requests", "Requests that shared one pass of the model", buckets=(1, 2, 4, 8, 16, 32, 64)
+)
+BATCH_SECONDS = Histogram(
+    "sam3_batch_seconds", "Time of one pass of the model, masks included", buckets=_BUCKETS_S
+)
+BATCH_FALLBACKS = Counter(
+    "sam3_batch_fallbacks", "Batches that failed together, and whose requests were run each alone"
+)
+TEXTS = Counter("sam3_texts", "Distinct prompts of passes, by whether their encoding was cached", ["cache"])
+DECODER_KILLS = Counter("sam3_decoder_kills", "Image decoders that were killed, by a limit or by a crash")
+
+# "mostrecent": one runner; an API worker knows of the model what all know.
+MODEL_READY = Gauge("sam3_model_ready", "1 while the model answers, else 0", multiprocess_mode="mostrecent")
+GPU_MEMORY_BYTES = Gauge(
+    "sam3_gpu_memory_bytes",
+    "Memory of the model's GPU: used by all processes, and in total; 0 on a CPU",
+    ["kind"],
+    multiprocess_mode="mostrecent",
+)
+
+for _stage in STAGES:
+    STAGE_SECONDS.labels(_stage)
+for _cache in ("hit", "miss"):
+    TEXTS.labels(_cache)
+
+# Does nothing until the process has a tracer provider.
+_tracer = trace.get_tracer("sam3")
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """When a stage ran, on the clock of `time.monotonic`."""
+
+    stage: str
+    begin_s: float
+    end_s: float
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Time a stage of a task: one observation, and one span where the task is traced."""
+    span = _tracer.start_span(name)
+    # An error's own words may hold what is private; its kind does not.
+    with (
+        STAGE_SECONDS.labels(name).time(),
+        trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False),
+    ):
+        try:
+            yield
+        except Exception as error:
+            span.set_status(trace.StatusCode.ERROR, type(error).__name__)
+            raise
+
+
+def trace_parent() -> dict[str, str]:
+    """The trace that the caller is in, to be sent to another process; empty where it is not traced."""
+    carrier: dict[str, str] = {}
+    if trace.get_current_span().is_recording():
+        propagate.inject(carrier)
+    return carrier
+
+
+def observe(times: Iterable[StageTime]) -> None:
+    """Count the stages of one pass of the model, each once, however many parts it had."""
+    totals: dict[str, float] = {}
+    for each in times:
+        totals[each.stage] = totals.get(each.stage, 0.0) + each.end_s - each.begin_s
+    for name, seconds in totals.items():
+        STAGE_SECONDS.labels(name).observe(seconds)
+
+
+def add_spans(parent: Mapping[str, str], times: Iterable[StageTime], batch_requests: int) -> None:
+    """Put stages that are over into the trace that `trace_parent` gave, in another process.
+
+    Args:
+        parent: what it gave; nothing is added to an empty one.
+        times: of the stages.
+        batch_requests: how many requests shared the pass.
+    """
+    if not parent:
+        return
+    context = propagate.extract(parent)
+    epoch_s = time.time() - time.monotonic()
+    for each in times:
+        span = _tracer.start_span(
+            each.stage,
+            context,
+            attributes={"sam3.batch_requests": batch_requests},
+            start_time=round((each.begin_s + epoch_s) * 1e9),
+        )
+        span.end(round((each.end_s + epoch_s) * 1e9))
