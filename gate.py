@@ -14,14 +14,16 @@ import logging
 import re
 import time
 import uuid
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 
 from contract import Failure, framework_failure
 from log_lines import log_ids
+from tracing import root_span
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
+    from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 
     Scope = MutableMapping[str, Any]
     Message = MutableMapping[str, Any]
@@ -91,7 +93,8 @@ class Gate:
     ) -> None:
         try:
             self._check_access(scope, headers)
-            await self._app(_with_get_for_head(scope), await self._read_body(scope, receive), answer.send)
+            with _span(scope, headers, answer):
+                await self._app(_with_get_for_head(scope), await self._read_body(scope, receive), answer.send)
         except Failure as failure:
             await answer.fail(failure)
         except Exception as error:  # the last net: nothing behind it would answer the caller
@@ -217,6 +220,21 @@ def _log_access(scope: Scope, answer: _Answer) -> None:
             "duration_ms": elapsed_ms,
         },
     )
+
+
+@contextmanager
+def _span(scope: Scope, headers: dict[bytes, bytes], answer: _Answer) -> Iterator[None]:
+    """A span of a request to `/api/`, whose caller has a key: strangers start no traces."""
+    if not scope["path"].startswith("/api/"):
+        yield
+        return
+    parent = {"traceparent": headers.get(b"traceparent", b"").decode("latin-1")}
+    name = f"{scope['method']} {_path_as_sent(scope)}"
+    with root_span(name, parent, **{"sam3.request_id": answer.request_id}) as span:
+        try:
+            yield
+        finally:
+            span.set_attribute("http.response.status_code", answer.status)
 
 
 def _is_on_this_machine(scope: Scope) -> bool:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ class _JsonEvents(JsonFormatter):
         log_data |= {"level": record.levelname, "logger": record.name, "pid": record.process}
         log_data["message"] = record.message
         log_data |= _IDS.get()
+        span = trace.get_current_span().get_span_context()
+        if span.trace_flags.sampled:
+            log_data["trace_id"] = trace.format_trace_id(span.trace_id)
         super().add_fields(log_data, record, message_dict)
 
 

@@ -17,6 +17,7 @@ from contract import Failure
 from log_lines import log_ids
 from results import ResultsUnavailable
 from storage import StorageUnavailable
+from tracing import root_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -117,7 +118,10 @@ class Recovery:
 
     async def _run(self, attempt: Attempt) -> None:
         task_id, request_id = attempt.task.task_id, attempt.request_id
-        with log_ids(request_id=request_id, task_id=task_id):
+        with (
+            log_ids(request_id=request_id, task_id=task_id),
+            root_span("begin again", {}, **{"sam3.request_id": request_id}),
+        ):
             logger.info("task %s is begun again (request %s)", task_id, request_id)
             try:
                 await self._pipeline.run_again(attempt)

@@ -77,6 +77,7 @@ from settings import (
     overlooked_variables,
 )
 from storage import LocalFolder, StorageError
+from tracing import trace_to
 from version import VERSION
 from volumes import check_writable
 
@@ -119,6 +120,8 @@ def _begin_to_serve(process: str, *, stop_first: bool) -> None:
     """Never serve on defaults, nor without a supervisor. First of all in a process that serves."""
     _set_up_log()
     PROCESS_STARTS.labels(process).inc()
+    if settings.otel_exporter_otlp_endpoint is not None:
+        trace_to(settings.otel_exporter_otlp_endpoint, process=process, version=VERSION)
     if refusal is not None:
         logger.error("cannot serve: %s", refusal)
         end_server()

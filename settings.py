@@ -186,6 +186,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         "proxy); default: key when APP_ENV=production, else open",
     )
 
+    otel_exporter_otlp_endpoint: str | None = Field(
+        None,
+        description="of a collector that takes traces by OTLP over HTTP, as http://HOST:4318; default: none",
+    )
+
     @field_validator("allowed_origins", "embedded_parts", "r2_image_url_bases", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -199,7 +204,7 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
                 raise ValueError("must be origins such as https://app.example.com, without a path")
         return origins
 
-    @field_validator("r2_endpoint", "r2_public_base_url", "supabase_url")
+    @field_validator("r2_endpoint", "r2_public_base_url", "supabase_url", "otel_exporter_otlp_endpoint")
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
         return checked_url(value) if value else value

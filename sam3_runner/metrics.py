@@ -51,8 +51,7 @@ for _stage in STAGES:
 for _cache in ("hit", "miss"):
     TEXTS.labels(_cache)
 
-# Does nothing until the process has a tracer provider.
-_tracer = trace.get_tracer("sam3")
+_tracer: trace.Tracer = trace.NoOpTracer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,12 @@ class StageTime:
     stage: str
     begin_s: float
     end_s: float
+
+
+def trace_with(tracer: trace.Tracer) -> None:
+    """Make spans of the stages from now on; without a tracer there are none."""
+    global _tracer  # noqa: PLW0603 - as OpenTelemetry's own provider, but ours alone
+    _tracer = tracer
 
 
 @contextmanager

@@ -23,13 +23,14 @@ ALLOWED = {
     "log_lines": set(),
     "volumes": {"settings"},
     "data_lock": {"process_identity", "settings", "volumes"},
-    "gate": {"contract", "log_lines"},
+    "gate": {"contract", "log_lines", "tracing"},
     "connections": {"contract", "gate"},
     "metrics": set(),
+    "tracing": {"sam3_runner"},
     "version": set(),
     "contract": set(PACKAGES),
     "pipeline": {"contract", "log_lines", "metrics", "settings", *PACKAGES},
-    "recovery": {"contract", "log_lines", "pipeline", *PACKAGES},
+    "recovery": {"contract", "log_lines", "pipeline", "tracing", *PACKAGES},
     "service": {
         *(
             "connections",
@@ -42,6 +43,7 @@ ALLOWED = {
             "process_identity",
             "recovery",
             "settings",
+            "tracing",
             "version",
             "volumes",
         ),
@@ -63,7 +65,7 @@ VENDORS = {
     "fastapi": {"service"},
     "starlette": {"service", "metrics"},
     "bentoml": {"service", "metrics", "sam3_runner"},
-    "opentelemetry": {"sam3_runner"},
+    "opentelemetry": {"log_lines", "sam3_runner", "tracing"},
 }
 """The only parts that may know each of these."""
 

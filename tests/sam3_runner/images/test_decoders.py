@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import pytest
-from prometheus_client import REGISTRY
 import uvloop
 from PIL import Image
+from prometheus_client import REGISTRY
 
 from sam3_runner import UnsupportedImage
 from sam3_runner.images.decode import decode_square

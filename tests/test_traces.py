@@ -1,0 +1,147 @@
+"""Traces: an API worker's and the runner's spans of a request are one trace, and hold nothing private."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from local_server import LocalServer, local_server
+from tests.drawn import scene
+from tests.edge import PREDICT, Edge, png_bytes, wait_for
+from tests.services.collector import Collector, Span, collector
+from tests.services.processes import free_ports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.server
+
+IN_WORKER = {"claim", "fetch", "decode", "segment", "encode_masks", "store", "settle"}
+IN_RUNNER = {"queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"}
+SOON = {"OTEL_BSP_SCHEDULE_DELAY": "100"}
+"""Spans leave after 0.1 s, not 5."""
+
+
+@pytest.fixture(scope="module")
+def collected() -> Iterator[Collector]:
+    """A collector that the module's server sends to."""
+    with collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory, collected: Collector) -> Iterator[LocalServer]:
+    """A server with two API workers that traces."""
+    changes = {"OTEL_EXPORTER_OTLP_ENDPOINT": collected.endpoint, "LOG_FORMAT": "json"} | SOON
+    with local_server(tmp_path_factory.mktemp("traced"), changes) as server:
+        yield server
+
+
+def ask(server: LocalServer, trace_id: str, sampled: str = "01") -> httpx.Response:
+    """A good request in a trace of its caller's, for a prompt that nobody has asked for."""
+    with Edge(server, "user-of-the-trace") as edge:
+        edge.http.headers["traceparent"] = f"00-{trace_id}-00f067aa0ba902b7-{sampled}"
+        edge.http.headers["User-Agent"] = "private-agent"
+        image = edge.upload(png_bytes(scene(100).image), f"private-image-{uuid4()}")
+        return edge.ask(image, f"private prompt {uuid4().int % 10**6}")
+
+
+def spans_of(collected: Collector, trace_id: str) -> list[Span]:
+    """All spans of a good request's trace, once they have arrived."""
+    wanted = {f"POST {PREDICT}"} | IN_WORKER | IN_RUNNER
+    return wait_for(
+        lambda: collected.of_trace(trace_id), lambda spans: wanted <= {span.name for span in spans}
+    )
+
+
+def test_one_trace_over_both_processes(traced: LocalServer, collected: Collector) -> None:
+    """The stages hang below the request's span, the runner's below the call of the runner."""
+    trace_id = uuid4().hex
+    assert ask(traced, trace_id).status_code == httpx.codes.OK
+    spans = spans_of(collected, trace_id)
+    by_name = {span.name: span for span in spans}
+    assert len(by_name) == len(spans)
+    root = by_name[f"POST {PREDICT}"]
+    assert (root.parent_id, root.process) == ("00f067aa0ba902b7", "api_worker")
+    assert {by_name[name].parent_id for name in IN_WORKER} == {root.span_id}
+    assert {by_name[name].process for name in IN_WORKER} == {"api_worker"}
+    assert {by_name[name].parent_id for name in IN_RUNNER} == {by_name["segment"].span_id}
+    assert {by_name[name].process for name in IN_RUNNER} == {"runner"}
+    for name in IN_RUNNER:
+        assert by_name["segment"].begin_ns <= by_name[name].begin_ns
+        assert by_name[name].begin_ns <= by_name[name].end_ns <= by_name["segment"].end_ns
+    logged = [json.loads(line) for line in traced.log_path.read_text().splitlines()]
+    assert trace_id in {event.get("trace_id") for event in logged}
+
+
+def test_each_request_of_a_batch_has_its_trace(traced: LocalServer, collected: Collector) -> None:
+    """Requests that share passes of the model each have the pass in their own trace."""
+    trace_ids = [uuid4().hex for _ in range(6)]
+    with ThreadPoolExecutor(len(trace_ids)) as callers:
+        answers = list(callers.map(lambda trace_id: ask(traced, trace_id), trace_ids))
+    assert {answer.status_code for answer in answers} == {200}
+    for trace_id in trace_ids:
+        names = [span.name for span in spans_of(collected, trace_id)]
+        assert len(names) == len(set(names))
+
+
+def test_caller_decides_whether_it_is_traced(traced: LocalServer, collected: Collector) -> None:
+    """A request whose caller does not sample its trace leaves no span; one without a trace begins its own."""
+    unsampled, later = uuid4().hex, uuid4().hex
+    assert ask(traced, unsampled, sampled="00").status_code == httpx.codes.OK
+    with Edge(traced) as edge:
+        edge.answer(png_bytes(scene(100).image), "circle")
+    assert ask(traced, later).status_code == httpx.codes.OK
+    spans_of(collected, later)
+    wait_for(
+        lambda: [span for span in collected.spans if span.name == f"POST {PREDICT}" and not span.parent_id],
+        bool,
+    )
+    assert collected.of_trace(unsampled) == []
+
+
+def test_strangers_begin_no_traces(traced: LocalServer, collected: Collector) -> None:
+    """A request without a key leaves no span, whatever trace it names, and neither does a probe."""
+    stranger, later = uuid4().hex, uuid4().hex
+    headers = {"traceparent": f"00-{stranger}-00f067aa0ba902b7-01"}
+    assert httpx.post(f"{traced.url}{PREDICT}", headers=headers).status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.get(f"{traced.url}/health", headers=headers).status_code == httpx.codes.OK
+    assert ask(traced, later).status_code == httpx.codes.OK
+    spans_of(collected, later)
+    assert collected.of_trace(stranger) == []
+
+
+def test_failed_stage_is_marked(traced: LocalServer, collected: Collector) -> None:
+    """The stage that failed is marked as an error in the trace."""
+    trace_id = uuid4().hex
+    with Edge(traced, "user-of-the-trace") as edge:
+        edge.http.headers["traceparent"] = f"00-{trace_id}-00f067aa0ba902b7-01"
+        assert edge.ask("uploads/user-of-the-trace/private-gone", "circle").status_code == 404
+    failed = wait_for(lambda: [span for span in collected.of_trace(trace_id) if span.is_error], bool)
+    assert [span.name for span in failed] == ["fetch"]
+
+
+def test_traces_hold_nothing_private(traced: LocalServer, collected: Collector) -> None:
+    """No user, image, prompt, agent, address or key leaves with the spans."""
+    trace_id = uuid4().hex
+    assert ask(traced, trace_id).status_code == httpx.codes.OK
+    spans_of(collected, trace_id)
+    sent = collected.raw
+    for private in ("user-of-the-trace", "private", "127.0.0.1", traced.api_key):
+        assert private.encode() not in sent
+
+
+def test_collector_that_is_away_harms_nothing(tmp_path: Path) -> None:
+    """Without its collector the server answers as ever, and stops cleanly."""
+    [closed] = free_ports(1)
+    changes = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}", "API_WORKERS": "1"} | SOON
+    with local_server(tmp_path, changes) as server, Edge(server) as edge:
+        answer = edge.answer(png_bytes(scene(100).image), "circle")
+        assert edge.settled_row(answer["task_id"]).status == "done"
+    assert "Traceback" not in server.log_path.read_text()
