@@ -78,6 +78,7 @@ class Review:
 
 REVIEWS = {
     "transformers": Review(_NOTHING, "Apache-2.0", "its LICENSE; its licence field is free text"),
+    "protobuf": Review(_NOTHING, "BSD-3-Clause", "its LICENSE; its licence field is free text"),
     "simple-di": Review(_NOTHING, "Apache-2.0", "its LICENSE; its licence field is free text"),
     "cuda-toolkit": Review(_NOTHING, _NVIDIA, "holds no file, only asks for the packages below"),
     "nvidia-cusparselt-cu13": Review(_NOTHING, _NVIDIA, "its nvidia/cusparselt/LICENSE.txt"),

@@ -161,7 +161,7 @@ def test_container_refuses(
     """What cannot work is one sentence that names the variable, and an exit status that is not 0."""
     with container(image, tmp_path, changes, ready=False) as started:
         assert started.monitor.wait(60) == 1
-        [line] = [line for line in started.log().splitlines() if line.startswith("cannot start: ")]
+        [line] = [line for line in started.log().splitlines() if '"cannot start: ' in line]
         assert sentence in line
         assert "Traceback" not in started.log()
 
@@ -171,7 +171,7 @@ def test_volume_of_another_user(image: Image, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir(mode=0o755)
     with container(image, tmp_path, {}, ready=False) as started:
         assert started.monitor.wait(60) == 1
-        [line] = [line for line in started.log().splitlines() if line.startswith("cannot start: ")]
+        [line] = [line for line in started.log().splitlines() if '"cannot start: ' in line]
         assert "DATA_DIR" in line
         assert "/data" in line
         assert str(containers.USER_ID) in line
