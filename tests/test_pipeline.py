@@ -64,9 +64,10 @@ class Model:
         return EngineStatus(state=self.state)  # type: ignore[arg-type]
 
     async def segment(
-        self, image: SquareImage, prompts: list[str], _: float
+        self, image: SquareImage, prompts: list[str], _: float, *, log_ids: dict[str, str]
     ) -> tuple[list[PredictResult], float]:
         self.passes += 1
+        assert log_ids.keys() == {"request_id", "task_id"}
         if self.error is not None:
             raise self.error
         square = MaskCrop(0, 0, 8, 8, b"\xff" * 8)
