@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import traceback
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -351,13 +351,16 @@ async def raw_server(
     *pieces: bytes, pause_s: float = 0.0, times: int = 1, enough: asyncio.Event | None = None
 ) -> AsyncIterator[str]:
     """A server that answers every request with these bytes, repeated until it is `enough`, and closes."""
+    enough = enough or asyncio.Event()
+    serving: set[asyncio.Task[None] | None] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
         try:
             await reader.readuntil(b"\r\n\r\n")
             for index, piece in enumerate((pieces[0], *pieces[1:] * times)):
                 await asyncio.sleep(pause_s if index else 0)
-                if enough is not None and enough.is_set():
+                if enough.is_set():
                     return
                 writer.write(piece)
                 await writer.drain()
@@ -365,12 +368,17 @@ async def raw_server(
             pass  # the client has gone
         finally:
             writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
+        enough.set()
+        # A socket that the event loop leaves open would be found, and reported, in another test.
+        await asyncio.gather(*filter(None, serving))
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
