@@ -18,7 +18,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pycocotools import mask as rle
@@ -28,7 +28,10 @@ from tqdm import tqdm
 
 from benchmarks.cgf1 import MIN_SCORE, ConceptTally
 from benchmarks.coco import Dataset, DatasetError, read_dataset
-from sam3_runner import PredictResult, SAM3Error, SAM3Predictor
+from sam3_runner import PredictResult, SAM3Error
+
+if TYPE_CHECKING:
+    from sam3_runner import SAM3Predictor
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """The order of COCOeval.stats."""
@@ -122,6 +125,8 @@ def main() -> int:
         dataset = read_dataset(arguments.images, arguments.annotations, arguments.limit)
         # Before the work, which may take hours, would be lost.
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        from sam3_runner import SAM3Predictor  # noqa: PLC0415 - its torch takes seconds to refuse a typo
+
         predictor = SAM3Predictor(arguments.weights, arguments.device, score_threshold=arguments.threshold)
         predictor.load()
         found = predict(dataset, predictor)
