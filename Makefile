@@ -7,6 +7,9 @@ PORT ?= 3000
 NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
 # Node.js knows only its own certificates; a network's own are among the system's.
 export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
+# Two share two cores well, since tests of servers wait a lot; tests/turns.py says which may run beside others.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks deploy examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
@@ -37,7 +40,11 @@ vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/va
 
 .PHONY: test
 test: $(VENV)/dev $(VENV)/vastai/installed $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+.PHONY: test-fast
+test-fast: $(VENV)/dev ## Run what a change needs first, in two minutes: no services, and one server
+	$(PYTEST) -m "first or not (server or services or browser or slow)"
 
 .PHONY: check
 check: $(VENV)/dev ## Lint, format and types

@@ -18,15 +18,35 @@ from tests.edge import SERVER_TIMEOUT_S, Edge
 from tests.services import database as databases
 from tests.services import objects
 from tests.tiers import need
+from tests.turns import by_turns, turn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from sam3_runner.checkpoint import Checkpoint
     from tests.services.database import Database
     from tests.services.objects import S3Service
 
 torch.set_num_threads(1)
+
+SERVICES = {"seaweedfs", "r2_emulator", "database"}
+"""Fixtures that start one."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a service, before tests are chosen by their marks, and put all in order."""
+    for item in items:
+        if SERVICES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("services")
+    items[:] = by_turns(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Let a test begin when its turn has come."""
+    with turn(item):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

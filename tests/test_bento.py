@@ -17,6 +17,8 @@ from settings import OWN_PREFIXES, Settings
 from tests.drawn import scene
 from tests.edge import Edge, png_bytes
 
+pytestmark = pytest.mark.server
+
 ROOT = Path(__file__).parent.parent
 
 

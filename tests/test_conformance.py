@@ -13,6 +13,8 @@ import pytest
 from benchmarks.conformance import fates_of, read_answers, report
 from tests.tiers import need
 
+pytestmark = pytest.mark.slow
+
 KNOWN = Path(__file__).parent / "conformance" / "pillow.csv"
 PILLOW = "13.0.0"
 """Whose source distribution has the images; the table is of these."""

@@ -9,12 +9,15 @@ import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from local_server import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.server
 
 SAMPLE = ROOT / "examples" / "sample.jpg"
 

@@ -424,6 +424,7 @@ async def test_repeats_decode_nothing(bench: Bench) -> None:
         assert again.result() == answer
 
 
+@pytest.mark.slow
 async def test_heavy_images_keep_nobody_waiting(bench: Bench) -> None:
     """However many heavy images wait for their turn, an ordinary one is done beside them."""
     ordinary = bench.image
@@ -437,6 +438,7 @@ async def test_heavy_images_keep_nobody_waiting(bench: Bench) -> None:
     await asyncio.gather(*heavy)
 
 
+@pytest.mark.slow
 async def test_stop_keeps_images_that_wait(bench: Bench) -> None:
     """At a stop what is decoded soon is done, and what would wait for longer is kept for the next server."""
     bench.objects.put_upload(bench.image, heavy_image())

@@ -69,6 +69,7 @@ def count_hits(edge: Edge, drawn: Scene, prompt: str) -> tuple[int, int, int]:
     return hits, len(wanted), len(answer["instances"])
 
 
+@pytest.mark.first
 def test_finds_what_is_there(edge: Edge) -> None:
     """On drawn scenes most objects of a named kind are found, each with its box, and little else is."""
     counts = [count_hits(edge, scene(seed), prompt) for seed in SEEDS for prompt in scene(seed).names[:2]]

@@ -20,6 +20,8 @@ from tests.drawn import scene
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def parity(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it."""

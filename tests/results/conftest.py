@@ -54,7 +54,7 @@ async def old(old_database: Database) -> AsyncIterator[Project]:
             yield Project(old_database, proxy, stores)
 
 
-@pytest.fixture(params=["project", "old"])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.services) for name in ("project", "old")])
 def either(request: pytest.FixtureRequest) -> Project:
     """A project with the columns of leases, and one without."""
     project: Project = request.getfixturevalue(request.param)

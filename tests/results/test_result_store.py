@@ -123,7 +123,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(params=["sqlite", "supabase"])
+@pytest.fixture(params=["sqlite", pytest.param("supabase", marks=pytest.mark.services)])
 async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opened]:
     open_store = open_sqlite
     if request.param == "supabase":

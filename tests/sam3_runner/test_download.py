@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from tests.services.hub import Hub
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 CHUNK_BYTES = 10 << 20
 """What huggingface_hub writes at once: less than that is lost when a connection ends."""

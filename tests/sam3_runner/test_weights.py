@@ -405,6 +405,7 @@ print(int(peak_kb) * 1024 - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize("write", [lambda state, to: in_pt(official_whole(state), to), in_safetensors])
 def test_host_memory(tmp_path: Path, write: Write) -> None:

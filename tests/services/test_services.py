@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tests.services.database import Database
     from tests.services.objects import S3Service
 
+pytestmark = pytest.mark.services
+
 KEY = "uploads/user-1/caf\u00e9 a+b"
 ROWS = "segmentation_results?select=id"
 RIGHTS_MISSING = "42501"

@@ -108,7 +108,12 @@ def user() -> str:
 
 
 @pytest.fixture(
-    scope="module", params=[open_local, open_r2_emulator, open_seaweedfs], ids=["local", "r2", "seaweedfs"]
+    scope="module",
+    params=[
+        pytest.param(open_local, id="local"),
+        pytest.param(open_r2_emulator, id="r2", marks=pytest.mark.services),
+        pytest.param(open_seaweedfs, id="seaweedfs", marks=pytest.mark.services),
+    ],
 )
 def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
     open_store: Callable[[pytest.FixtureRequest], Opened] = request.param

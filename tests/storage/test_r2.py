@@ -482,7 +482,9 @@ async def test_close_leaves_no_connection(seaweedfs: S3Service, proxy: FaultProx
 # The check at the start.
 
 
-@pytest.fixture(params=["r2_emulator", "seaweedfs"])
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.services) for name in ("r2_emulator", "seaweedfs")]
+)
 def service(request: pytest.FixtureRequest) -> S3Service:
     found: S3Service = request.getfixturevalue(request.param)
     return found

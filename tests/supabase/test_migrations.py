@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tests.services.database import Database
 
+pytestmark = pytest.mark.services
+
 TABLE = "segmentation_results"
 OTHER_TABLES = ["users_profile", "projects"]
 RIGHTS_MISSING = "42501"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from sam3_runner.images.square import SquareImage
 
+pytestmark = pytest.mark.slow
+
 SIDE_PX = 56
 POLL_S = 0.02
 TIMEOUT_S = 60.0
