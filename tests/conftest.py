@@ -59,9 +59,14 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """The real server with the demo checkpoint, embedded stores and two API workers."""
-    # A slow machine may take longer for the bursts than callers are given by default.
-    patient = {"API_WORKERS": "2", "REQUEST_TIMEOUT_S": str(SERVER_TIMEOUT_S)}
-    with local_server(tmp_path_factory.mktemp("server"), patient) as running:
+    settings = {
+        "API_WORKERS": "2",
+        # A slow machine may take longer for the bursts than callers are given by default.
+        "REQUEST_TIMEOUT_S": str(SERVER_TIMEOUT_S),
+        # Two threads beside another worker's tests wait for each other, and take a third more of the cores.
+        "SAM3_CPU_THREADS": "1",
+    }
+    with local_server(tmp_path_factory.mktemp("server"), settings) as running:
         yield running
 
 

@@ -6,7 +6,9 @@ import json
 import resource
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -28,7 +30,8 @@ from tests.edge import PREDICT, Edge, png_bytes, wait_for
 from tests.processes import API_WORKER, children_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 pytestmark = pytest.mark.server
@@ -191,12 +194,7 @@ def test_pipelined_requests(server: LocalServer) -> None:
     assert b"connection: close" in answer
 
 
-@pytest.mark.parametrize(
-    ("begun", "status"),
-    [(HEAD, b"HTTP/1.1 408 "), (b"", b""), (b"\r\n", b"")],
-    ids=["head", "silence", "blank"],
-)
-def test_head_that_does_not_come(server: LocalServer, begun: bytes, status: bytes) -> None:
+def check_head_that_does_not_come(server: LocalServer, *, begun: bytes, status: bytes) -> None:
     """A head that stops coming is a 408 after some seconds; a connection that says nothing is just closed."""
     with connect(server, HEAD_TIMEOUT_S + SLACK_S) as connection:
         connection.sendall(begun)
@@ -205,7 +203,7 @@ def test_head_that_does_not_come(server: LocalServer, begun: bytes, status: byte
     assert bool(answer) == bool(status)
 
 
-def test_head_that_drips(server: LocalServer) -> None:
+def check_head_that_drips(server: LocalServer) -> None:
     """Sending a little now and then, after an answer too, does not keep a connection."""
     until_s = time.monotonic() + HEAD_TIMEOUT_S + SLACK_S
     with connect(server) as fresh, connect(server) as kept:
@@ -222,7 +220,7 @@ def test_head_that_drips(server: LocalServer) -> None:
             time.sleep(1.0)
 
 
-def test_body_that_goes_on_after_the_answer(server: LocalServer) -> None:
+def check_body_that_goes_on_after_the_answer(server: LocalServer) -> None:
     """A body that still comes after its refusal does not keep the connection either."""
     with connect(server, HEAD_TIMEOUT_S + SLACK_S) as connection:
         connection.sendall(
@@ -252,7 +250,7 @@ def reader_of_nothing(server: LocalServer) -> socket.socket:
     return connection
 
 
-def test_answer_that_nobody_takes(server: LocalServer) -> None:
+def check_answer_that_nobody_takes(server: LocalServer) -> None:
     """A caller that asks for much and reads nothing is cut off."""
     with reader_of_nothing(server) as connection:
         ours = connection.getsockname()[1]
@@ -266,6 +264,30 @@ def test_answer_that_nobody_takes(server: LocalServer) -> None:
 
         wait_for(is_held, bool)
         wait_for(is_held, lambda held: not held, ANSWER_TIMEOUT_S + SLACK_S)
+
+
+LONG_WAITS: dict[str, Callable[[LocalServer], None]] = {
+    "answer that nobody takes": check_answer_that_nobody_takes,
+    "head": partial(check_head_that_does_not_come, begun=HEAD, status=b"HTTP/1.1 408 "),
+    "silence": partial(check_head_that_does_not_come, begun=b"", status=b""),
+    "blank": partial(check_head_that_does_not_come, begun=b"\r\n", status=b""),
+    "head that drips": check_head_that_drips,
+    "body that goes on after the answer": check_body_that_goes_on_after_the_answer,
+}
+"""Each takes one of the server's time-outs, of 10 to 30 s."""
+
+
+@pytest.fixture(scope="module")
+def long_waits(server: LocalServer) -> Iterator[dict[str, Future[None]]]:
+    """All of `LONG_WAITS`, begun at once."""
+    with ThreadPoolExecutor(len(LONG_WAITS)) as callers:
+        yield {case: callers.submit(check, server) for case, check in LONG_WAITS.items()}
+
+
+@pytest.mark.parametrize("case", LONG_WAITS)
+def test_wait_for_a_caller_ends(long_waits: dict[str, Future[None]], case: str) -> None:
+    """Who sends too little, or takes nothing, keeps no connection."""
+    long_waits[case].result()
 
 
 def test_other_upgrade_is_left_alone(server: LocalServer) -> None:
