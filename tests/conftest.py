@@ -18,7 +18,7 @@ from tests.edge import SERVER_TIMEOUT_S, Edge
 from tests.services import database as databases
 from tests.services import objects
 from tests.tiers import need
-from tests.turns import by_turns, turn
+from tests.turns import ByFile, in_order, turn
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -39,7 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVICES & set(getattr(item, "fixturenames", ())):
             item.add_marker("services")
-    items[:] = by_turns(items)
+    items[:] = in_order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> ByFile:
+    """How tests are shared out to workers."""
+    return ByFile(config)
 
 
 @pytest.hookimpl(wrapper=True)

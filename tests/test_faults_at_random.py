@@ -15,7 +15,7 @@ from tests.tiers import need
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.alone]
 
 MINUTES = float(os.environ.get("FAULT_MINUTES", "3"))
 SEED = int(os.environ.get("FAULT_SEED", str(int(time.time()))))

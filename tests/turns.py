@@ -1,9 +1,11 @@
-"""Which tests may run beside others, when several workers share them out."""
+"""Which tests go to one worker, in which order, and which may run beside others."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -12,16 +14,25 @@ if TYPE_CHECKING:
 
     import pytest
 
+TOGETHER = ("tests/deploy/",)
+"""Folders that one worker does: what they share, an image, takes minutes to build."""
 
-def by_turns(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The order in which workers get the tests: long files first, and what runs alone last.
 
-    A worker that has nothing left to do while the other one is at a long file would lose the most time.
-    """
+class ByFile(LoadScopeScheduling):
+    """Gives a worker whole files, whose tests share servers, or all files of a folder of `TOGETHER`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+
+
+def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What takes longest first, so that in the end all workers are busy; what runs alone last."""
     return sorted(
         items,
         key=lambda item: (
             item.get_closest_marker("alone") is not None,
+            not item.nodeid.startswith(TOGETHER),
             item.get_closest_marker("server") is None,
         ),
     )
