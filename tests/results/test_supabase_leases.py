@@ -136,13 +136,14 @@ async def test_each_row_has_its_own_lease(project: Project) -> None:
     await claimed(patient, other)
 
 
+ANOTHER_ATTEMPT = "7a1b4f0e-2d53-4c6e-9a55-0f6f0c7d3b18"
 EDITS: list[dict[str, object]] = [
     {"metadata": {}},
-    {"metadata": {"attempt": str(uuid4())}},
+    {"metadata": {"attempt": ANOTHER_ATTEMPT}},
     {"metadata": {"note": "mine"}, "labels": ["mine"], "mask_image_url": "mine"},
     {"status": "error"},
     {"status": "pending", "metadata": {}},
-    {"status": "processing", "metadata": {"attempt": str(uuid4())}},
+    {"status": "processing", "metadata": {"attempt": ANOTHER_ATTEMPT}},
     {"status": "done", "mask_image_url": "mine"},
 ]
 
