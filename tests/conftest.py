@@ -23,6 +23,8 @@ from tests.turns import ByFile, in_order, turn
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from xdist.remote import Producer
+
     from sam3_runner.checkpoint import Checkpoint
     from tests.services.database import Database
     from tests.services.objects import S3Service
@@ -43,9 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> ByFile:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     """How tests are shared out to workers."""
-    return ByFile(config)
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,7 +18,7 @@ TOGETHER = ("tests/deploy/",)
 """Folders that one worker does: what they share, an image, takes minutes to build."""
 
 
-class ByFile(LoadScopeScheduling):
+class ByFile(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
     """Gives a worker whole files, whose tests share servers, or all files of a folder of `TOGETHER`."""
 
     def _split_scope(self, nodeid: str) -> str:
