@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
-SERVICES = {"seaweedfs", "r2_emulator", "database"}
-"""Fixtures that start one."""
+SERVICES = {"seaweedfs", "r2_emulator", "database", "image"}
+"""Fixtures that start one, or build the server's image."""
 
 
 @pytest.hookimpl(tryfirst=True)
