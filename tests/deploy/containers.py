@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,12 +51,14 @@ class Image:
         root: its file system, mounted.
         config: what it says of itself: Env, User, Entrypoint, Labels.
         size_bytes: unpacked.
+        environment: podman's, for the store that holds it.
     """
 
     tag: str
     root: Path
     config: dict[str, Any]
     size_bytes: int
+    environment: Mapping[str, str]
 
 
 @contextmanager
@@ -71,14 +74,37 @@ def built_image(folder: Path) -> Iterator[Image]:
     _run(["deploy/image/local_base.sh", base], environment)
     make = f"make image VARIANT=cpu PYTHON_VERSION=3.11 BASE_IMAGE={base} TAG={tag}"
     _run([*make.split(), f"PYTHON={sys.executable}"], environment)
-    [inspected] = json.loads(_run(["podman", "image", "inspect", tag], environment))
-    root = Path(_run(["podman", "image", "mount", tag], environment).strip())
     try:
-        yield Image(tag, root, inspected["Config"], inspected["Size"])
+        yield _mounted(tag, environment)
     finally:
         _run(["podman", "image", "umount", "--all", "--force"], environment)
         # podman binds its folder onto itself, which would stay mounted.
         subprocess.run(["umount", str(folder / "store" / "overlay")], stderr=subprocess.DEVNULL, check=False)
+
+
+def image_for_vast(image: Image, folder: Path) -> Image:
+    """deploy/vast/Dockerfile over `image`, in its store; a script in the place of cloudflared's image.
+
+    Args:
+        image: is left as it is.
+        folder: for what the build needs.
+    """
+    program = folder / "cloudflared"
+    program.write_text('#!/bin/sh\necho "cloudflared $* with $TUNNEL_TOKEN"\nexec sleep 300\n')
+    program.chmod(0o755)
+    with tarfile.open(folder / "cloudflared.tar", "w") as files:
+        files.add(program, "usr/local/bin/cloudflared")
+    cloudflared, tag = "localhost/cloudflared:stand-in", "localhost/sam3-vast:test"
+    _run(["podman", "import", str(folder / "cloudflared.tar"), cloudflared], image.environment)
+    arguments = [f"--build-arg=SAM3_IMAGE={image.tag}", f"--build-arg=CLOUDFLARED_IMAGE={cloudflared}"]
+    _run(["podman", "build", "deploy/vast", "--tag", tag, *arguments], image.environment)
+    return _mounted(tag, image.environment)
+
+
+def _mounted(tag: str, environment: Mapping[str, str]) -> Image:
+    [inspected] = json.loads(_run(["podman", "image", "inspect", tag], environment))
+    root = Path(_run(["podman", "image", "mount", tag], environment).strip())
+    return Image(tag, root, inspected["Config"], inspected["Size"], environment)
 
 
 def _write_store(folder: Path) -> Path:

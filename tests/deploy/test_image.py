@@ -18,7 +18,14 @@ from PIL import Image as Pictures
 from deploy.image.build import revision
 from tests.deploy import containers
 from tests.deploy.container_kills import KINDS, kill_and_watch
-from tests.deploy.containers import Container, Image, built_image, container, missing_tools
+from tests.deploy.containers import (
+    Container,
+    Image,
+    built_image,
+    container,
+    image_for_vast,
+    missing_tools,
+)
 from tests.deploy.smoke_run import smoke
 from tests.drawn import scene
 from tests.edge import Edge, png_bytes, wait_for
@@ -76,6 +83,17 @@ def test_smoke_script_passes(running: Container) -> None:
     data_dir = str(running.server.data_dir)
     ended = smoke(running.server.url, {"API_SECRET_KEY": running.server.api_key, "DATA_DIR": data_dir})
     assert ended.status == 0, ended.output
+
+
+def test_image_for_vast(image: Image, tmp_path: Path) -> None:
+    """The image for Vast.ai serves beside its tunnel, and one signal ends both cleanly."""
+    tunnel = {"CLOUDFLARE_TUNNEL": "green", "CLOUDFLARE_TUNNEL_TOKEN_GREEN": "token-of-green"}
+    with container(image_for_vast(image, tmp_path), tmp_path, tunnel) as started:
+        variables = {"API_SECRET_KEY": started.server.api_key, "DATA_DIR": str(started.server.data_dir)}
+        ended = smoke(started.server.url, variables)
+        assert ended.status == 0, ended.output
+        assert "cloudflared --no-autoupdate tunnel run with token-of-green" in started.log()
+        assert started.stop() == 0
 
 
 def test_image_describes_itself(image: Image) -> None:

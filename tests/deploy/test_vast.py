@@ -25,6 +25,8 @@ TEMPLATE = json.loads((KIT / "template.json").read_text())
 IMAGE = f"registry.example/team/sam3-vast@sha256:{'0123456789abcdef' * 4}"
 ACCOUNT_KEY = "key-of-the-account"
 
+pytestmark = pytest.mark.slow
+
 
 def vastai_python() -> Path:
     """The Python of `make vastai`; VASTAI_PYTHON names another one."""
