@@ -8,6 +8,7 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import httpx
@@ -42,10 +43,11 @@ BACK_S = 30.0
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+def image() -> Iterator[Image]:
     """The CPU variant, built once (about three minutes)."""
     need(missing_tools())
-    with built_image(tmp_path_factory.mktemp("image")) as built:
+    # Not among pytest's folders: what is mounted there after a kill would fail the next run.
+    with TemporaryDirectory(prefix="sam3-image-") as folder, built_image(Path(folder)) as built:
         yield built
 
 
