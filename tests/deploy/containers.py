@@ -194,9 +194,7 @@ def container(
         pid = _first_process(monitor)
         yield Container(LocalServer(url, API_KEY, folder / "data", log_path, pid, ready_s), monitor)
     finally:
-        # Its process 1 ends with it, and all others with that one.
-        monitor.kill()
-        monitor.wait()
+        _end(monitor)
 
 
 def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[str]:
@@ -210,16 +208,29 @@ def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[st
         *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--die-with-parent"),
         *("--new-session", "--clearenv", "--chdir", image.config["WorkingDir"]),
         *(word for item in environment.items() for word in ("--setenv", *item)),
-        # bubblewrap cannot change the user without a namespace of users.
+        # bubblewrap cannot change the user without a namespace of users; the change clears its signal.
         *("setpriv", "--reuid", str(USER_ID), "--regid", str(USER_ID), "--clear-groups"),
+        *("--pdeathsig", "KILL"),
         *("--no-new-privs", "--bounding-set=-all", *image.config["Entrypoint"]),
     ]
 
 
+def _end(monitor: subprocess.Popen[bytes]) -> None:
+    """Kill what still runs: with a container's process 1 all its processes end, and then its monitor."""
+    for child in _children(monitor):
+        child.kill()
+    monitor.kill()
+    monitor.wait()
+
+
 def _first_process(monitor: subprocess.Popen[bytes]) -> int:
     """The container's process 1; the monitor's own id when it has ended already."""
-    try:
-        children = psutil.Process(monitor.pid).children()
-    except psutil.NoSuchProcess:
-        children = []
+    children = _children(monitor)
     return children[0].pid if children else monitor.pid
+
+
+def _children(monitor: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(monitor.pid).children()
+    except psutil.NoSuchProcess:
+        return []
