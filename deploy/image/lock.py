@@ -45,7 +45,7 @@ def resolve(lock: Path, torch_index: str | None) -> None:
             *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "-c", "requirements.lock"),
             *("--python-version", PYTHON_VERSIONS[0], "--python-platform", "x86_64-manylinux_2_28"),
             *("--only-binary", ":all:", "--generate-hashes", "--no-header", "--no-annotate"),
-            *("--no-emit-index-url", "--quiet", *more, "--output-file", str(lock)),
+            *("--no-emit-index-url", "--system-certs", "--quiet", *more, "--output-file", str(lock)),
         ],
         cwd=ROOT,
         check=True,

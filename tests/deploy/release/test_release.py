@@ -151,7 +151,10 @@ def buildable(project: Path) -> Path:
         "import bentoml\n\n\n@bentoml.service(name='sam3')\nclass Service:\n"
         "    @bentoml.api\n    def ask(self) -> str:\n        return ''\n"
     )
-    (project / "bentofile.yaml").write_text("service: service:Service\nname: sam3\ninclude: [service.py]\n")
+    # As ours, it asks no index when it is built.
+    (project / "bentofile.yaml").write_text(
+        "service: service:Service\nname: sam3\ninclude: [service.py]\npython: {lock_packages: false}\n"
+    )
     (project / "Dockerfile").write_text("FROM scratch\nCOPY version.py /version.py\n")
     (project / "context" / "wheels").mkdir(parents=True)
     (project / "context" / "requirements.txt").write_text("polite==1.0\n")
