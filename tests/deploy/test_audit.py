@@ -11,6 +11,8 @@ import pytest
 
 from tests.deploy.release.conftest import git
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -36,6 +36,8 @@ from version import VERSION
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.server
+
 MAX_IMAGE_BYTES = 1_600_000_000
 STOP_S = 10.0
 BACK_S = 30.0

@@ -14,6 +14,8 @@ from deploy.release import licences, sbom
 from deploy.release.refusals import NoRelease
 from tests.deploy.release.conftest import write_wheel
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent.parent
 
 

@@ -19,6 +19,8 @@ from tests.tiers import need
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent.parent
 MAKEFILE = f"""
 check test audit:
