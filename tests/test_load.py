@@ -14,7 +14,7 @@ import pytest
 
 from local_server import LocalServer, local_server
 from tests.drawn import scene
-from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
+from tests.edge import PREDICT, SERVER_TIMEOUT_S, Edge, error_of, png_bytes, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ def send_together(
     async def run() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
         async with httpx.AsyncClient(
-            base_url=server.url, headers=server.headers, timeout=120, limits=limits
+            base_url=server.url, headers=server.headers, timeout=2 * SERVER_TIMEOUT_S, limits=limits
         ) as client:
             return await asyncio.gather(*(client.post(PREDICT, json=body) for body in bodies))
 

@@ -86,7 +86,7 @@ def wait_until_ready(server: LocalServer) -> None:
         except httpx.TransportError:
             return False
 
-    wait_for(is_ready, bool)
+    wait_for(is_ready, bool, READY_TIMEOUT_S)
 
 
 @dataclass
