@@ -9,7 +9,8 @@ NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules
 export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 # Two share two cores well, since tests of servers wait a lot; tests/turns.py says which may run beside others.
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
+# One thread each: two that wait for each other on a busy core take three times as much of it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
 SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks deploy examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host

@@ -159,7 +159,8 @@ def test_api_worker_is_killed(running: Running) -> None:
     killed_s = time.monotonic()
     wait_for(lambda: len(children_of(running.server, API_WORKER)), lambda count: count == 2)
     assert time.monotonic() - killed_s < NOTICED_S
-    assert f"process {first.pid} (service) ended with status -9" in running.server.log_path.read_text()
+    ended = f"process {first.pid} (service) ended with status -9"
+    wait_for(lambda: ended in running.server.log_path.read_text(), bool)
     assert second in children_of(running.server, API_WORKER)
     wait_for(
         lambda: running.server.log_path.read_text().count(f"Service {API_WORKER} initialized"),
