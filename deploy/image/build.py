@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from deploy.image.variants import PYTHON_VERSIONS, VARIANTS, Variant, entries
 from version import VERSION
@@ -37,7 +38,7 @@ def main() -> None:
     if not variant.lock.exists():
         sys.exit(f"no image: {variant.lock.name} is missing: run python -m deploy.image.lock {variant.name}")
     tool = find_tool()
-    context = WORK / f"{variant.name}-py{options.python}"
+    context = context_of(variant, options.python)
     tag = options.tag or f"localhost/sam3:{VERSION}-{variant.name}"
     try:
         print(f"== 1/3 the Bento, from {revision()}", flush=True)
@@ -60,6 +61,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base", help="an image with that Python, in place of the pinned python:3.12-slim")
     parser.add_argument("--tag", help="the image's name (default: localhost/sam3:VERSION-VARIANT)")
     return parser.parse_args()
+
+
+def context_of(variant: Variant, python: str) -> Path:
+    """The folder that the Dockerfile is run over."""
+    return WORK / f"{variant.name}-py{python}"
 
 
 def find_tool() -> str:
@@ -105,21 +111,30 @@ def put_bento(bento: Path, context: Path) -> None:
 
 
 def download_wheels(variant: Variant, python: str, context: Path) -> None:
-    """Put the wheels of the variant's lock, each with its hash checked, into the context."""
-    lock = variant.lock.read_text()
-    (context / "requirements.txt").write_text(lock)
-    is_torch = {entry: entry.startswith("torch==") for entry in entries(lock)}
+    """Put the wheels of the variant's lock into the context, their hashes checked, unless they are there."""
+    lock, listed = variant.lock.read_text(), context / "requirements.txt"
+    if listed.exists() and listed.read_text() == lock:
+        return
+    context.mkdir(parents=True, exist_ok=True)
+    listed.unlink(missing_ok=True)
+    torch = "".join(entry for entry in entries(lock) if entry.startswith("torch=="))
     # Apart, since PyTorch's index has old versions of others' packages too.
-    for name, of_torch, index in (("others", False, None), ("torch", True, variant.torch_index)):
-        listed = context / f"{name}.txt"
-        listed.write_text("".join(entry for entry, is_its in is_torch.items() if is_its is of_torch))
+    _download(lock.replace(torch, ""), None, python, context)
+    _download(torch, variant.torch_index, python, context)
+    listed.write_text(lock)
+
+
+def _download(lock: str, index: str | None, python: str, context: Path) -> None:
+    with NamedTemporaryFile("w", suffix=".txt") as listed:
+        listed.write(lock)
+        listed.flush()
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
                 *("--require-hashes", "--no-deps", "--only-binary", ":all:", "--python-version", python),
                 *(word for platform in PLATFORMS for word in ("--platform", platform)),
                 *(("--index-url", index, "--retries", "1") if index else ()),
-                *("--dest", str(context / "wheels"), "--requirement", str(listed)),
+                *("--dest", str(context / "wheels"), "--requirement", listed.name),
             ],
             # The lock alone says what is taken; constraints of this machine's could only refuse it.
             env=os.environ | {"PIP_CONSTRAINT": os.devnull},

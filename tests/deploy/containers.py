@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from deploy.image.build import context_of, download_wheels
+from deploy.image.variants import VARIANTS
 from local_server import ROOT, LocalServer, _free_port, _wait_until_ready
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 API_KEY = "0123456789abcdef0123456789abcdef"
 USER_ID = 1034
+PYTHON = "3.11"
+"""Of Debian 12, and so of the base."""
 BUILD_TIMEOUT_S = 1200.0
 STOP_TIMEOUT_S = 60.0
 _TOOLS = ("podman", "debootstrap", "bwrap", "setpriv")
@@ -40,6 +44,18 @@ def missing_tools() -> str | None:
     if missing:
         return f"no {', '.join(missing)} (apt-get install podman buildah debootstrap bubblewrap)"
     return None if os.geteuid() == 0 else "not root: the image is built without a container engine"
+
+
+def missing_wheels() -> str | None:
+    """Download what the image installs; what cannot be had."""
+    variant = VARIANTS["cpu"]
+    try:
+        download_wheels(variant, PYTHON, context_of(variant, PYTHON))
+    except subprocess.CalledProcessError:
+        return (
+            f"not every wheel of {variant.lock.name} can be had here: PyTorch's are at {variant.torch_index}"
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +88,7 @@ def built_image(folder: Path) -> Iterator[Image]:
     }
     base, tag = "localhost/base:3.11", "localhost/sam3:test"
     _run(["deploy/image/local_base.sh", base], environment)
-    make = f"make image VARIANT=cpu PYTHON_VERSION=3.11 BASE_IMAGE={base} TAG={tag}"
+    make = f"make image VARIANT=cpu PYTHON_VERSION={PYTHON} BASE_IMAGE={base} TAG={tag}"
     _run([*make.split(), f"PYTHON={sys.executable}"], environment)
     try:
         yield _mounted(tag, environment)

@@ -26,6 +26,7 @@ from tests.deploy.containers import (
     container,
     image_for_vast,
     missing_tools,
+    missing_wheels,
 )
 from tests.deploy.smoke_run import smoke
 from tests.drawn import scene
@@ -48,6 +49,7 @@ BACK_S = 30.0
 def image() -> Iterator[Image]:
     """The CPU variant, built once (about three minutes)."""
     need(missing_tools())
+    need(missing_wheels())
     # Not among pytest's folders: what is mounted there after a kill would fail the next run.
     with TemporaryDirectory(prefix="sam3-image-") as folder, built_image(Path(folder)) as built:
         yield built
