@@ -86,11 +86,11 @@ def built_image(folder: Path) -> Iterator[Image]:
         "BUILDAH_ISOLATION": "chroot",
         "CONTAINER_TOOL": "podman",
     }
-    base, tag = "localhost/base:3.11", "localhost/sam3:test"
-    _run(["deploy/image/local_base.sh", base], environment)
+    base, tag = f"localhost/base:{PYTHON}", "localhost/sam3:test"
     make = f"make image VARIANT=cpu PYTHON_VERSION={PYTHON} BASE_IMAGE={base} TAG={tag}"
-    _run([*make.split(), f"PYTHON={sys.executable}"], environment)
     try:
+        _run(["deploy/image/local_base.sh", base], environment)
+        _run([*make.split(), f"PYTHON={sys.executable}"], environment)
         yield _mounted(tag, environment)
     finally:
         _run(["podman", "image", "umount", "--all", "--force"], environment)
