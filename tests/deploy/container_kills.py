@@ -30,7 +30,7 @@ from tests.edge import Edge, png_bytes, wait_for
 from tests.processes import API_WORKER, RUNNER, children_of, is_decoder, kill
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import psutil
 
@@ -65,8 +65,18 @@ class Report:
     lost: list[tuple[str, str]] = field(default_factory=list)
 
 
-def kill_and_watch(image: Image, folder: Path, *, kills: int, seed: int) -> Report:
-    """Run the image, send tasks without a pause, kill `kills` processes of every kind in turn."""
+def kill_and_watch(
+    image: Image, folder: Path, *, kills: int, seed: int, on_kill: Callable[[Kill], None] = lambda _: None
+) -> Report:
+    """Run the image, send tasks without a pause, kill `kills` processes of every kind in turn.
+
+    Args:
+        image: to be run.
+        folder: of the container, as `container` takes it.
+        kills: how many.
+        seed: of the choice of processes and moments.
+        on_kill: is given each kill once the container answers again.
+    """
     rng, report = random.Random(seed), Report()  # noqa: S311 - a drawn order, no secret
     with ExitStack() as stack:
         started = stack.enter_context(container(image, folder, {}))
@@ -87,6 +97,7 @@ def kill_and_watch(image: Image, folder: Path, *, kills: int, seed: int) -> Repo
                 started = stack.enter_context(container(image, folder, {}))
             _wait_for_an_answer(started)
             report.kills.append(Kill(kind, time.monotonic() - killed_s))
+            on_kill(report.kills[-1])
         report.tasks = len(callers.bodies)
         report.lost = list(_not_done(started, callers.bodies))
     return report
@@ -193,8 +204,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, built_image(Path(name)) as image:
-        report = kill_and_watch(image, Path(name) / "container", kills=options.kills, seed=options.seed)
+        folder = Path(name) / "container"
+        report = kill_and_watch(image, folder, kills=options.kills, seed=options.seed, on_kill=_print)
     sys.stdout.write(describe(report))
+
+
+def _print(killed: Kill) -> None:
+    sys.stdout.write(f"{killed.kind} killed, answers again after {killed.back_s:.1f} s\n")
+    sys.stdout.flush()
 
 
 def describe(report: Report) -> str:
