@@ -172,6 +172,7 @@ class _Answer:
         self._send = send
         self._with_body = with_body
         self._is_reworded = False
+        self._head: Message = {}
         self._started_s = time.monotonic()
         self.request_id = request_id
         self.status = 0
@@ -190,7 +191,7 @@ class _Answer:
             else:
                 await self._start(message["status"], message["headers"])
         elif not self._is_reworded:
-            await self._send(message if self._with_body else {**message, "body": b""})
+            await self._send_body(message)
 
     async def fail(self, failure: Failure) -> None:
         if self.status:  # the answer has begun; nothing can be said any more
@@ -199,13 +200,24 @@ class _Answer:
         headers = [(name.lower().encode(), value.encode()) for name, value in failure.headers.items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._start(int(failure.status), headers)
-        await self._send({"type": "http.response.body", "body": body if self._with_body else b""})
+        await self._send_body({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
         told = [(name, _with_head(value) if name == b"allow" else value) for name, value in headers]
         told.append((b"x-request-id", self.request_id.encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": told})
+        self._head = {"type": "http.response.start", "status": status, "headers": told}
+        if self._with_body:
+            await self._send(self._head)
+
+    async def _send_body(self, message: Message) -> None:
+        if self._with_body:
+            await self._send(message)
+        elif not message.get("more_body", False):
+            # The head is all that the caller waits for. Sent before the app is done, it would let the next
+            # request come in the middle of this one, which ends the connection.
+            await self._send(self._head)
+            await self._send({"type": "http.response.body", "body": b""})
 
 
 def _log_access(scope: Scope, answer: _Answer) -> None:

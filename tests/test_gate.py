@@ -17,6 +17,7 @@ from tests.processes import started_server
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from local_server import LocalServer
     from tests.edge import Edge
 
 pytestmark = pytest.mark.server
@@ -70,6 +71,21 @@ def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
     assert int(head.headers["Content-Length"]) > 0
     assert httpx.head(f"{edge.server.url}{PREDICT}").status_code == httpx.codes.UNAUTHORIZED
     assert edge.http.head("/nothing").status_code == httpx.codes.NOT_FOUND
+
+
+def test_connection_outlives_head(server: LocalServer) -> None:
+    """A caller that takes the head for the whole answer, as it is, may send its next request at once."""
+    request = b"HEAD /static_content/swagger-ui.css HTTP/1.1\r\nHost: a\r\n\r\n"
+    address = urlsplit(server.url)
+    with socket.create_connection((str(address.hostname), address.port or 0), timeout=30) as connection:
+        for _ in range(200):
+            connection.sendall(request)
+            answer = b""
+            while not answer.endswith(b"\r\n\r\n"):
+                piece = connection.recv(4096)
+                assert piece, "the server closed the connection"
+                answer += piece
+            assert answer.startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("path", [*SERVED, "/nothing", "/api/v1/%0ax"])

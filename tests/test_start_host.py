@@ -15,7 +15,6 @@ import psutil
 import pytest
 import torch
 
-from sam3_runner.cpu_share import cpu_share
 from tests.cgroups import cpu_quota
 from tests.driver import MISMATCH, NO_DEVICE, NVML_MISMATCH, fake_driver, fake_nvml, torch_built_for
 from tests.processes import refused_start, sentence_of
@@ -221,5 +220,6 @@ def test_processes_are_bound_to_the_share(server: LocalServer) -> None:
     children = psutil.Process(server.pid).children()
     assert len(children) >= 3
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        expected = os.environ.get(name, str(cpu_share().threads))
+        # The shared server's SAM3_CPU_THREADS.
+        expected = os.environ.get(name, "1")
         assert {child.environ().get(name) for child in children} == {expected}
