@@ -204,9 +204,9 @@ class _Answer:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
-        told = [(name, _with_head(value) if name == b"allow" else value) for name, value in headers]
-        told.append((b"x-request-id", self.request_id.encode()))
-        self._head = {"type": "http.response.start", "status": status, "headers": told}
+        completed = [(name, _with_head(value) if name == b"allow" else value) for name, value in headers]
+        completed.append((b"x-request-id", self.request_id.encode()))
+        self._head = {"type": "http.response.start", "status": status, "headers": completed}
         if self._with_body:
             await self._send(self._head)
 

@@ -150,7 +150,7 @@ class SAM3Predictor:
 
         Args:
             requests: images and prompts.
-            clock: is told of the stages.
+            clock: notes when the stages run.
         """
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")

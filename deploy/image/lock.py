@@ -38,7 +38,7 @@ def main() -> None:
 
 def resolve(lock: Path, torch_index: str | None) -> None:
     """Let uv resolve pyproject.toml for the image's Python, with the versions of requirements.lock."""
-    # With hashes, and versions that are given, no other index can slip in another file.
+    # PyTorch's index has old versions of other packages: take each from the index that has its version.
     more = ["--index", torch_index, "--index-strategy", "unsafe-best-match"] if torch_index else []
     subprocess.run(
         [

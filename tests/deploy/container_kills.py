@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -152,9 +152,20 @@ class Callers:
         self.answered = 0
         self._lock = threading.Lock()
 
-    def calling(self, started: Container) -> _Calling:
+    @contextmanager
+    def calling(self, started: Container) -> Iterator[None]:
         """Send tasks to a container until the end of the block."""
-        return _Calling(self, started)
+        ended = threading.Event()
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(CALLERS))
+            edges = [stack.enter_context(Edge(started.server)) for _ in range(CALLERS)]
+            calls = [pool.submit(self.call, edge, ended) for edge in edges]
+            try:
+                yield
+            finally:
+                ended.set()
+                for call in calls:
+                    call.result()
 
     def wait_for_answers(self, count: int) -> None:
         """Until so many more tasks were done."""
@@ -175,26 +186,6 @@ class Callers:
                 continue  # its process was killed; the row says what became of it
             with self._lock:
                 self.answered += answer.status_code == httpx.codes.OK
-
-
-class _Calling:
-    def __init__(self, callers: Callers, started: Container) -> None:
-        self._callers, self._started = callers, started
-        self._ended = threading.Event()
-        self._stack = ExitStack()
-
-    def __enter__(self) -> None:
-        pool = self._stack.enter_context(ThreadPoolExecutor(CALLERS))
-        edges = [self._stack.enter_context(Edge(self._started.server)) for _ in range(CALLERS)]
-        self._calls = [pool.submit(self._callers.call, edge, self._ended) for edge in edges]
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        try:
-            for call in self._calls:
-                call.result()
-        finally:
-            self._stack.close()
 
 
 def main() -> None:
