@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import pickle
+import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import bentoml
 import pynvml
 from bentoml._internal.marshal import dispatcher
 from bentoml._internal.resource import NvidiaGpuResource
+from bentoml._internal.utils import alg
 
 from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
 from sam3_runner.supervision import end_server, outlive_siblings
@@ -35,6 +38,7 @@ def runner_service(config: EngineConfig, *, timeout_s: float, gpu: bool, on_star
         on_start: is called first in the runner's process, and may end it.
     """
     bound_batch_wait()
+    wait_by_monotonic_time()
     count_no_gpus_on_nvml_errors()
 
     @bentoml.service(
@@ -92,6 +96,14 @@ class BoundedOptimizer(dispatcher.Optimizer):
 def bound_batch_wait() -> None:
     """Make BentoML's dispatchers use `BoundedOptimizer` (a private name of the pinned bentoml 1.4.40)."""
     dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc]
+
+
+def wait_by_monotonic_time() -> None:
+    """Let BentoML's dispatchers measure by a clock that nobody sets (private names of the pinned 1.4.40).
+
+    They go by the wall clock: when it jumps forward, what waits in the queue counts as late and fails.
+    """
+    dispatcher.time = alg.time = SimpleNamespace(time=time.monotonic)
 
 
 def count_no_gpus_on_nvml_errors() -> None:
