@@ -11,7 +11,8 @@ export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 TEST_WORKERS ?= 2
 # One thread each: two that wait for each other on a busy core take three times as much of it.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
-SOURCES := $(wildcard *.py) sam3_runner storage results training benchmarks deploy examples tests
+SOURCES := $(wildcard *.py) bentoml_patches commands observability processes sam3_runner storage results \
+	training benchmarks deploy examples tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
 
@@ -30,11 +31,11 @@ serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...); the demo checkpoint un
 
 .PHONY: weights
 weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs HF_TOKEN)
-	@$(BIN)/python -m download_weights
+	@$(BIN)/python -m commands.download_weights
 
 .PHONY: given-up
 given-up: $(VENV)/run ## List the tasks that were given up; TASK=... lets one be tried again
-	@$(BIN)/python -m given_up_tasks $(TASK)
+	@$(BIN)/python -m commands.given_up_tasks $(TASK)
 
 .PHONY: vastai
 vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in an environment of its own

@@ -15,7 +15,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import httptools
-from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from contract import Failure
@@ -89,13 +88,6 @@ class Connections:
         self._bounded = False
         self._waiting: dict[BoundedProtocol, None] = {}
         self._told_s = -TELL_AGAIN_S
-
-    def install(self) -> None:
-        """Make uvicorn ask `protocol` for each connection. Call it before a server is configured.
-
-        BentoML hands its own arguments to uvicorn and leaves the protocol at "auto", which this table names.
-        """
-        HTTP_PROTOCOLS["auto"] = self.protocol  # type: ignore[assignment] # uvicorn takes a callable too
 
     def apply(self) -> None:
         """From now on this process bounds its connections; others, such as the runner's, never call this."""

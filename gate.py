@@ -19,8 +19,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal
 
 from contract import Failure, framework_failure
-from log_lines import log_ids
-from tracing import root_span
+from observability.log_lines import log_ids
+from observability.tracing import root_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, MutableMapping

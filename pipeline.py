@@ -26,8 +26,8 @@ from contract import (
     TaskGivenUpError,
     TaskMismatchError,
 )
-from log_lines import log_ids
-from metrics import TASKS, TASKS_IN_FLIGHT
+from observability.log_lines import log_ids
+from observability.metrics import TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
 from sam3_runner.cpu_share import cpu_share

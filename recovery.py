@@ -14,10 +14,10 @@ import time
 from typing import TYPE_CHECKING
 
 from contract import Failure
-from log_lines import log_ids
+from observability.log_lines import log_ids
+from observability.tracing import root_span
 from results import ResultsUnavailable
 from storage import StorageUnavailable
-from tracing import root_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -35,7 +35,7 @@ from PIL import Image
 
 from benchmarks.pictures import FIRST_SEED, Scene
 from benchmarks.table import machine_name, record
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from storage import LocalFolder
 
 if TYPE_CHECKING:

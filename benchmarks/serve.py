@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.pictures import FIRST_SEED, Scene
 from benchmarks.table import machine_name, record
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from storage import LocalFolder
 
 if TYPE_CHECKING:

@@ -32,9 +32,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import process_identity
 from benchmarks.pictures import FIRST_SEED, Scene
 from benchmarks.table import machine_name, record
+from processes import identity
 from results import Outbox, SqliteResults, Task, open_outbox
 from results.supabase import SupabaseResults
 from sam3_runner.images.mask_png import encode_png
@@ -216,8 +216,8 @@ def _outbox(path: Path, rows: ResultStore) -> Outbox:
     return open_outbox(
         path,
         rows,
-        owner=process_identity.current(),
-        is_alive=process_identity.is_alive,
+        owner=identity.current(),
+        is_alive=identity.is_alive,
         server_version="benchmark",
         lease_s=LEASE_S,
         outage_limit_s=LEASE_S,

@@ -33,7 +33,7 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks.table import machine_name, record
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,7 @@ from urllib.request import url2pathname
 import httpx
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from local_server import ROOT, LocalServer, ServerFailedError, local_server
+from commands.local_server import ROOT, LocalServer, ServerFailedError, local_server
 from results import SqliteResults, Task
 from storage import LocalFolder
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from sam3_runner.checkpoint import DEMO_FOLDER, find_checkpoint
 from settings import OWN_PREFIXES, Settings
 from tests.edge import SERVER_TIMEOUT_S, Edge

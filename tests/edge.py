@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
     from results import Row
 
 USER = "user-1"

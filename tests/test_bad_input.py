@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from tests.drawn import scene
 from tests.edge import BATCH, PREDICT, USER, Edge, error_of, image_bytes, png_bytes
 from tests.image_files import png_chunk, png_of, with_chunks, with_scans, with_segments

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from local_server import LocalServer, _free_port, _wait_until_ready, clean_environment, stop
+from commands.local_server import LocalServer, _free_port, _wait_until_ready, clean_environment, stop
 from settings import OWN_PREFIXES, Settings
 from tests.drawn import scene
 from tests.edge import Edge, png_bytes
@@ -56,10 +56,17 @@ def files_below(folder: Path) -> set[str]:
 def test_bento_is_whole(bento: Path) -> None:
     """The Bento holds every module that serves, and the demo checkpoint as it lies in the repository."""
     held = files_below(bento / "src")
-    assert {path.name for path in ROOT.glob("*.py")} - {"local_server.py"} <= held
-    for package in ("sam3_runner", "storage", "results"):
-        served = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
-        assert served <= held
+    folders = (
+        "bentoml_patches",
+        "commands",
+        "observability",
+        "processes",
+        "sam3_runner",
+        "storage",
+        "results",
+    )
+    served = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    assert {path.relative_to(ROOT).as_posix() for path in served} - {"commands/local_server.py"} <= held
     assert {"LICENSE", "NOTICE"} <= held
     names = ("config.json", "model.safetensors", "tokenizer.json")
     folder = "sam3_runner/demo_checkpoint"
@@ -74,7 +81,7 @@ def test_bento_holds_nothing_else(bento: Path) -> None:
         assert parts[0] not in {"tests", "training", "benchmarks", "docs", "data", "weights", ".git", ".venv"}
         assert "__pycache__" not in parts
         assert parts[-1] != ".env"
-    assert "local_server.py" not in files_below(bento / "src")
+    assert "commands/local_server.py" not in files_below(bento / "src")
 
 
 def test_bento_is_the_same_each_time(bento: Path, tmp_path: Path) -> None:

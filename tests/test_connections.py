@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from commands.local_server import LocalServer, local_server
 from connections import (
     ANSWER_TIMEOUT_S,
     HEAD_TIMEOUT_S,
@@ -24,10 +25,9 @@ from connections import (
     MAX_URL_BYTES,
     allow_open_files,
 )
-from local_server import LocalServer, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
-from tests.processes import API_WORKER, children_of
+from tests.server_processes import API_WORKER, children_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from local_server import ROOT
+from commands.local_server import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path

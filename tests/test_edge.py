@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from local_server import local_server
+from commands.local_server import local_server
 from tests.drawn import iou
 from tests.edge import wait_for
 from tests.edge_worker import (

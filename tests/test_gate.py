@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from tests.edge import BATCH, PREDICT, error_of, wait_for
-from tests.processes import started_server
+from tests.server_processes import started_server
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
     from tests.edge import Edge
 
 pytestmark = pytest.mark.server

@@ -17,10 +17,10 @@ import httpx
 import psutil
 import pytest
 
-from local_server import ROOT, LocalServer, clean_environment, local_server
+from commands.local_server import ROOT, LocalServer, clean_environment, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
-from tests.processes import API_KEY, runner_of
+from tests.server_processes import API_KEY, runner_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,7 +157,7 @@ def test_task_that_kills_the_runner_is_given_up_alone(edge: Edge) -> None:
 def given_up_tasks(server: LocalServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The operator's command, beside the running server."""
     return subprocess.run(
-        [sys.executable, "-m", "given_up_tasks", *arguments],
+        [sys.executable, "-m", "commands.given_up_tasks", *arguments],
         cwd=ROOT,
         env=clean_environment(server.data_dir, API_KEY),
         check=False,

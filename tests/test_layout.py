@@ -3,55 +3,47 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sam3_runner", "storage", "results")
+"""What the server is made of; they know nothing of each other."""
+FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "observability", "processes")
 TOP_MODULES = {path.stem for path in ROOT.glob("*.py")}
-OURS = TOP_MODULES | set(PACKAGES) | {"training", "benchmarks", "examples", "tests"}
-SERVED = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))])
+OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests"}
+SERVED = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 
 ALLOWED = {
     **{package: {package} for package in PACKAGES},
+    "version": set(),
     "setting_text": set(),
     "settings": {"setting_text"},
-    "process_identity": set(),
-    "log_lines": set(),
-    "volumes": {"settings"},
-    "data_lock": {"process_identity", "settings", "volumes"},
-    "gate": {"contract", "log_lines", "tracing"},
-    "connections": {"contract", "gate"},
-    "metrics": set(),
-    "tracing": {"sam3_runner"},
-    "version": set(),
+    "processes": {"processes", "settings"},
+    "observability": {"sam3_runner"},
+    "bentoml_patches": {"bentoml_patches", "processes"},
     "contract": set(PACKAGES),
-    "pipeline": {"contract", "log_lines", "metrics", "settings", *PACKAGES},
-    "recovery": {"contract", "log_lines", "pipeline", "tracing", *PACKAGES},
+    "gate": {"contract", "observability"},
+    "connections": {"contract", "gate"},
+    "stores": {"processes", "results", "settings", "storage", "version"},
+    "pipeline": {"contract", "observability", "settings", *PACKAGES},
+    "recovery": {"contract", "observability", "pipeline", *PACKAGES},
+    "startup": {"bentoml_patches", "observability", "processes", "settings", "stores", "version", *PACKAGES},
     "service": {
-        *(
-            "connections",
-            "contract",
-            "data_lock",
-            "gate",
-            "log_lines",
-            "metrics",
-            "pipeline",
-            "process_identity",
-            "recovery",
-            "settings",
-            "tracing",
-            "version",
-            "volumes",
-        ),
-        *PACKAGES,
+        *("bentoml_patches", "connections", "contract", "gate", "observability", "pipeline", "processes"),
+        *("recovery", "sam3_runner", "startup", "stores", "version"),
     },
-    "local_server": {"settings"},
-    "download_weights": {"settings", "sam3_runner"},
-    "given_up_tasks": {"process_identity", "results", "settings"},
+    "commands": {"processes", "results", "sam3_runner", "settings"},
 }
 """Our modules that each part may import."""
 
@@ -62,14 +54,18 @@ VENDORS = {
     "boto3": {"storage"},
     "botocore": {"storage"},
     "sqlite3": {"results"},
-    "fastapi": {"service"},
-    "starlette": {"service", "metrics"},
-    "bentoml": {"service", "metrics", "sam3_runner"},
-    "opentelemetry": {"log_lines", "sam3_runner", "tracing"},
+    "fastapi": {"service", "bentoml_patches"},
+    "starlette": {"service", "bentoml_patches"},
+    "uvicorn": {"connections", "bentoml_patches"},
+    "bentoml": {"service", "bentoml_patches", "sam3_runner"},
+    "_bentoml_impl": set(),
+    "_bentoml_sdk": set(),
+    "circus": {"bentoml_patches"},
+    "opentelemetry": {"observability", "sam3_runner"},
 }
 """The only parts that may know each of these."""
 
-TORCH_FREE = ("settings", "contract", "gate", "pipeline", "sam3_runner", "storage", "results", "service")
+TORCH_FREE = ("startup", "stores", "pipeline", "recovery", "sam3_runner", "storage", "results", "service")
 
 
 def part_of(path: Path) -> str:
@@ -89,6 +85,48 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
+def modules_imported_by(path: Path) -> set[str]:
+    """Whole names of all modules that a file imports from."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    from_imports = {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    return from_imports | {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("path", SERVED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_patches_use_private_modules_of_bentoml(path: Path) -> None:
+    """BentoML's private modules are imported by bentoml_patches alone."""
+    private = {name for name in modules_imported_by(path) if name.startswith(("bentoml._", "_bentoml"))}
+    assert not private or part_of(path) == "bentoml_patches"
+
+
+def names_of(requirements: Iterable[object]) -> set[str]:
+    """Names of the distributions that a list in pyproject.toml names."""
+    texts = [each for each in requirements if isinstance(each, str)]
+    return {re.split(r"[^a-z0-9_.-]", text.lower(), maxsplit=1)[0] for text in texts}
+
+
+def test_every_direct_import_is_declared() -> None:
+    """pyproject.toml names each distribution that our code imports, not only those that bring it along."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    served = names_of(declared["project"]["dependencies"])
+    develop = served.union(*map(names_of, declared["dependency-groups"].values()))
+    distributions = packages_distributions()
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    missing = set()
+    for path in (ROOT / name for name in tracked.stdout.split()):
+        allowed = served if path in SERVED else develop
+        tops = imports_of(path) - OURS - sys.stdlib_module_names
+        for top in (top for top in tops if not top.startswith("types_")):  # stubs, which only mypy reads
+            names = {name.lower().replace("_", "-") for name in distributions.get(top, [])}
+            if names and not names & {each.replace("_", "-") for each in allowed}:
+                missing.add((str(path.relative_to(ROOT)), top))
+    assert missing == set()
+
+
 def test_every_module_has_its_rule() -> None:
     """A new top module says what it may import."""
     assert set(ALLOWED) == {part_of(path) for path in SERVED}
@@ -105,7 +143,7 @@ def test_import_directions(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SERVED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_environment_is_read_in_one_place(path: Path) -> None:
-    """Only settings.py reads the environment; local_server.py makes one for its child."""
+    """Only settings.py reads the environment; commands/local_server.py makes one for its child."""
     if path.name in {"settings.py", "local_server.py"}:
         return
     names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}

@@ -15,11 +15,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
+from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
 from sam3_runner.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
-from tests.processes import API_KEY, Refusal, refused_start, started_server
+from tests.server_processes import API_KEY, Refusal, refused_start, started_server
 
 if TYPE_CHECKING:
     import subprocess

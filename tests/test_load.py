@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, SERVER_TIMEOUT_S, Edge, error_of, png_bytes, wait_for
 

@@ -13,13 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from sam3_runner.metrics import STAGES
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
-from tests.processes import API_WORKER, children_of, kill, started_server
+from tests.server_processes import API_WORKER, children_of, kill, started_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 pytestmark = pytest.mark.server
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from local_server import ROOT, LocalServer, local_server
+from commands.local_server import ROOT, LocalServer, local_server
 from tests.drawn import scene
 from tests.edge import WAIT_S, Edge, png_bytes
 from tests.services.processes import free_ports

@@ -25,7 +25,7 @@ from settings import Settings
 from storage import LocalFolder, StorageUnavailable
 from tests.drawn import scene
 from tests.edge import image_bytes, png_bytes, wait_for
-from tests.processes import is_decoder
+from tests.server_processes import is_decoder
 
 if TYPE_CHECKING:
     import logging

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from local_server import LocalServer, local_server
-from tests.processes import left_after
+from commands.local_server import LocalServer, local_server
+from tests.server_processes import left_after
 
 pytestmark = pytest.mark.server
 

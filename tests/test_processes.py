@@ -13,13 +13,13 @@ import httpx
 import psutil
 import pytest
 
-from local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S
-from sam3_runner.supervision import HOPELESS
+from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S
+from processes.lifecycle import HOPELESS
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.faults.clock import Clock
 from tests.faults.clock import missing as missing_clock
-from tests.processes import (
+from tests.server_processes import (
     API_KEY,
     API_WORKER,
     RUNNER,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 pytestmark = pytest.mark.server
 

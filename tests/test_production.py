@@ -11,16 +11,16 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from local_server import local_server
+from commands.local_server import local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
-from tests.processes import API_WORKER, children_of, kill, refused_start, runner_of
+from tests.server_processes import API_WORKER, children_of, kill, refused_start, runner_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 pytestmark = pytest.mark.server
 

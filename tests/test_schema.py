@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from local_server import ROOT
+from commands.local_server import ROOT
 from tests.drawn import scene
 from tests.edge import png_bytes
 

@@ -17,13 +17,13 @@ import torch
 
 from tests.cgroups import cpu_quota
 from tests.driver import MISMATCH, NO_DEVICE, NVML_MISMATCH, fake_driver, fake_nvml, torch_built_for
-from tests.processes import refused_start, sentence_of
+from tests.server_processes import refused_start, sentence_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 pytestmark = [
     pytest.mark.server,

@@ -14,18 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from local_server import local_server
+from commands.local_server import local_server
 from sam3_runner.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, wait_for
-from tests.processes import refused_start, sentence_of, started_server
 from tests.sam3_runner.official import as_official
+from tests.server_processes import refused_start, sentence_of, started_server
 from tests.services.hub import TOKEN, hub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
     from tests.services.hub import Hub
 
 pytestmark = pytest.mark.server

@@ -11,10 +11,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, error_of, png_bytes, wait_for
-from tests.processes import refused_start
+from tests.server_processes import refused_start
 from tests.services.faults import FaultProxy, fault_proxy
 
 if TYPE_CHECKING:

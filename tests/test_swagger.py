@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Browser, Locator, Page
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 pytestmark = [pytest.mark.server, pytest.mark.browser]
 

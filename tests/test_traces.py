@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
 from tests.services.collector import Collector, Span, collector

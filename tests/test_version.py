@@ -13,7 +13,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 from version import VERSION
 
 if TYPE_CHECKING:
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks.accuracy import score
 from benchmarks.coco import DatasetError, read_dataset
 from benchmarks.drawn_coco import draw
-from local_server import ROOT
+from commands.local_server import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,14 +8,14 @@ import httpx
 import pytest
 
 from tests.edge import wait_for
-from tests.processes import started_server
+from tests.server_processes import started_server
 from tests.services.hub import TOKEN
 from tests.services.processes import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ import httpx
 from tests.deploy.containers import built_image, container
 from tests.drawn import scene
 from tests.edge import Edge, png_bytes, wait_for
-from tests.processes import API_WORKER, RUNNER, children_of, is_decoder, kill
+from tests.server_processes import API_WORKER, RUNNER, children_of, is_decoder, kill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from commands.local_server import ROOT, LocalServer, _free_port, _wait_until_ready
 from deploy.image.build import context_of, download_wheels
 from deploy.image.variants import VARIANTS
-from local_server import ROOT, LocalServer, _free_port, _wait_until_ready
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

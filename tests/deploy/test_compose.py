@@ -16,7 +16,7 @@ from tests.services.processes import free_ports
 from tests.tiers import need
 
 if TYPE_CHECKING:
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 FILE = Path(__file__).parent.parent.parent / "deploy" / "compose.yaml"
 SERVICES = yaml.safe_load(FILE.read_text())["services"]

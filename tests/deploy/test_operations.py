@@ -16,7 +16,7 @@ from tests.deploy.commands import NOT_RUN, command_lines, commands_in
 from tests.tiers import need
 
 if TYPE_CHECKING:
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "operations.md"

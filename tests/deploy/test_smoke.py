@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server
 from results import SqliteResults
 from tests.deploy.smoke_run import Ended, smoke
 from tests.drawn import scene

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from local_server import _wait_until_ready, clean_environment, server_command
+from commands.local_server import _wait_until_ready, clean_environment, server_command
 from tests.edge import wait_for
 from tests.services.processes import free_ports
 

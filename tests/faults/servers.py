@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-import local_server
-from local_server import clean_environment, server_command
+from commands import local_server
+from commands.local_server import clean_environment, server_command
 from tests.faults.clock import Clock
-from tests.processes import API_WORKER, is_decoder, service_of
+from tests.server_processes import API_WORKER, is_decoder, service_of
 from tests.services.processes import free_ports, http_status, wait_until
 
 if TYPE_CHECKING:

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 IMAGE = SquareImage(np.zeros((2, 2, 3), dtype=np.uint8), width=2, height=2)
 OK = EngineStatus(state="ok")
-STOPPED = "the model's process has stopped and is being started anew"
+STOPPED = "the model's process has stopped and is being restarted"
 
 
 @dataclass
-class FakeLife:
-    """A runner's life that the test ends and begins."""
+class FakeLiveness:
+    """A runner that the test ends and starts."""
 
     identity: str | None = "first"
-    absence: str = STOPPED
+    reason_absent: str = STOPPED
     cut: list[str] = field(default_factory=list)
 
-    def look(self) -> str | None:
+    def find(self) -> str | None:
         return self.identity
 
-    def cut_off(self, identity: str) -> None:
+    def mark_dying(self, identity: str) -> None:
         self.cut.append(identity)
         self.identity = None
 
@@ -50,7 +50,6 @@ class FakeRunner:
         self.segments: list[Callable[[], Awaitable[Any]]] = []
         self.statuses: list[Callable[[], Awaitable[Any]]] = [answering(OK)]
         self.to_async = self
-        self._session_manager = SimpleNamespace(_make_client=None)
 
     async def segment(self, _packed: list[bytes]) -> Any:
         return await self._next("segment", self.segments)
@@ -96,9 +95,9 @@ FOUND = answering([pickle.dumps(SegmentOutcome(results=[], inference_ms=5.0))])
 
 
 @pytest.fixture
-def life() -> FakeLife:
+def life() -> FakeLiveness:
     """The runner's life."""
-    return FakeLife()
+    return FakeLiveness()
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ def test_answer(runner: FakeRunner, calls: RunnerClient) -> None:
     [aiohttp.ServerDisconnectedError(), aiohttp.ClientOSError(32, "broken"), aiohttp.ClientPayloadError()],
 )
 def test_image_that_kills_is_sent_once(
-    runner: FakeRunner, life: FakeLife, calls: RunnerClient, cut: Exception
+    runner: FakeRunner, life: FakeLiveness, calls: RunnerClient, cut: Exception
 ) -> None:
     """A call that was cut off may have been why: it is not sent to the successor."""
     runner.segments = [raising(cut), FOUND]
@@ -158,7 +157,7 @@ def test_other_failures(runner: FakeRunner, calls: RunnerClient) -> None:
         asyncio.run(segment(calls))
 
 
-def test_death_ends_every_call(runner: FakeRunner, life: FakeLife, calls: RunnerClient) -> None:
+def test_death_ends_every_call(runner: FakeRunner, life: FakeLiveness, calls: RunnerClient) -> None:
     """Calls that wait on the socket of a dead runner, which stays open, end at once."""
     runner.segments = [silent]
 
@@ -174,7 +173,7 @@ def test_death_ends_every_call(runner: FakeRunner, life: FakeLife, calls: Runner
     assert time.monotonic() - started_s < 2
 
 
-def test_no_call_to_a_dead_runner(runner: FakeRunner, life: FakeLife, calls: RunnerClient) -> None:
+def test_no_call_to_a_dead_runner(runner: FakeRunner, life: FakeLiveness, calls: RunnerClient) -> None:
     """While there is no runner, calls are refused at once and nothing is sent."""
     life.identity = None
     with pytest.raises(ModelNotLoaded, match=STOPPED):
@@ -184,7 +183,7 @@ def test_no_call_to_a_dead_runner(runner: FakeRunner, life: FakeLife, calls: Run
     assert runner.calls == []
 
 
-def test_status_after_a_death(runner: FakeRunner, life: FakeLife, calls: RunnerClient) -> None:
+def test_status_after_a_death(runner: FakeRunner, life: FakeLiveness, calls: RunnerClient) -> None:
     """What a dead runner said of itself is not believed of its successor."""
 
     async def states() -> list[str]:
@@ -199,7 +198,7 @@ def test_status_after_a_death(runner: FakeRunner, life: FakeLife, calls: RunnerC
     assert runner.calls == ["status"] * 3
 
 
-def test_death_while_it_is_asked(runner: FakeRunner, life: FakeLife, calls: RunnerClient) -> None:
+def test_death_while_it_is_asked(runner: FakeRunner, life: FakeLiveness, calls: RunnerClient) -> None:
     """An answer that comes from a runner which is dead by then counts for nothing."""
 
     async def last_words() -> EngineStatus:
@@ -223,7 +222,7 @@ def test_busy_runner_is_believed(
         started_s = time.monotonic()
         seen.append((await calls.status()).state)
         assert time.monotonic() - started_s < 1
-        monkeypatch.setattr(calls, "_trusted_until_s", 0.0)
+        monkeypatch.setattr(calls, "_busy_until_s", 0.0)
         return [*seen, (await calls.status()).state]
 
     expected = ["loading"] if before is None else [before.state] * 2

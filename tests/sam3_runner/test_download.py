@@ -82,7 +82,7 @@ def start(
         "SAM3_WEIGHTS_PATH": str(target),
         **variables,
     }
-    command = ["sh", "-c", f'{limits} exec "$0" -m download_weights', sys.executable]
+    command = ["sh", "-c", f'{limits} exec "$0" -m commands.download_weights', sys.executable]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr
     )

@@ -1,4 +1,4 @@
-"""An API worker's view of the runner's process: its note, and whether who wrote it lives."""
+"""How an API worker sees the runner's process: its identity in a file, and whether that process lives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sam3_runner import liveness
-from sam3_runner.liveness import RunnerLife, leave_note
+from sam3_runner.liveness import RunnerLiveness, write_identity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,81 +21,81 @@ def living() -> set[str]:
 
 
 @pytest.fixture
-def note(tmp_path: Path) -> Path:
-    """Where the runner leaves its note."""
+def identity_file(tmp_path: Path) -> Path:
+    """The file that the runner writes its identity to."""
     return tmp_path / "runner.pid"
 
 
 @pytest.fixture
-def life(note: Path, living: set[str], monkeypatch: pytest.MonkeyPatch) -> RunnerLife:
-    """The view, which looks each time."""
-    monkeypatch.setattr(liveness, "LOOK_S", 0.0)
-    return RunnerLife(note, living.__contains__)
+def runner(identity_file: Path, living: set[str], monkeypatch: pytest.MonkeyPatch) -> RunnerLiveness:
+    """The liveness, without its cache."""
+    monkeypatch.setattr(liveness, "CACHE_TIME_S", 0.0)
+    return RunnerLiveness(identity_file, living.__contains__)
 
 
-def test_start(life: RunnerLife, note: Path, living: set[str]) -> None:
-    """No note, then the note of an earlier server's runner, then ours."""
-    assert life.look() is None
-    leave_note(note, "earlier")
-    assert life.look() is None
-    assert life.absence == "the model's process is starting"
+def test_start(runner: RunnerLiveness, identity_file: Path, living: set[str]) -> None:
+    """No file, then the identity of an earlier server's runner, then of this one's."""
+    assert runner.find() is None
+    write_identity(identity_file, "earlier")
+    assert runner.find() is None
+    assert runner.reason_absent == "the model's process is starting"
     living.add("first")
-    leave_note(note, "first")
-    assert life.look() == "first"
-    assert list(note.parent.iterdir()) == [note]
+    write_identity(identity_file, "first")
+    assert runner.find() == "first"
+    assert list(identity_file.parent.iterdir()) == [identity_file]
 
 
 def test_death_and_successor(
-    life: RunnerLife, note: Path, living: set[str], caplog: pytest.LogCaptureFixture
+    runner: RunnerLiveness, identity_file: Path, living: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A death is seen at the next look and logged once; the successor is found by its note."""
+    """A death is seen at the next call and logged once; the successor is found by its identity."""
     living.add("first")
-    leave_note(note, "first")
-    assert life.look() == "first"
+    write_identity(identity_file, "first")
+    assert runner.find() == "first"
     living.clear()
     with caplog.at_level(logging.WARNING, "bentoml.sam3"):
-        assert [life.look(), life.look()] == [None, None]
+        assert [runner.find(), runner.find()] == [None, None]
     assert len(caplog.records) == 1
-    assert life.absence == "the model's process has stopped and is being started anew"
+    assert runner.reason_absent == "the model's process has stopped and is being restarted"
     living.add("second")
-    leave_note(note, "second")
-    assert life.look() == "second"
+    write_identity(identity_file, "second")
+    assert runner.find() == "second"
 
 
-def test_successor_is_never_taken_for_the_dead(life: RunnerLife, note: Path, living: set[str]) -> None:
-    """Between two looks one may die and the next be there: the identity tells."""
+def test_successor_is_another_process(runner: RunnerLiveness, identity_file: Path, living: set[str]) -> None:
+    """Between two calls one process may die and the next start: their identities differ."""
     living.add("first")
-    leave_note(note, "first")
-    assert life.look() == "first"
+    write_identity(identity_file, "first")
+    assert runner.find() == "first"
     living.symmetric_difference_update({"first", "second"})
-    leave_note(note, "second")
-    assert life.look() == "second"
+    write_identity(identity_file, "second")
+    assert runner.find() == "second"
 
 
 def test_dying_process(
-    life: RunnerLife, note: Path, living: set[str], monkeypatch: pytest.MonkeyPatch
+    runner: RunnerLiveness, identity_file: Path, living: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that cut off a call is dead at once, though it takes a while to go; if it stays, it lives."""
+    """A process that broke off a call counts as dead at once, and as alive if it is still there later."""
     living.add("first")
-    leave_note(note, "first")
-    assert life.look() == "first"
-    life.cut_off("another")
-    assert life.look() == "first"
-    life.cut_off("first")
-    assert life.look() is None
-    monkeypatch.setattr(life, "_dying_until_s", 0.0)
-    assert life.look() == "first"
+    write_identity(identity_file, "first")
+    assert runner.find() == "first"
+    runner.mark_dying("another")
+    assert runner.find() == "first"
+    runner.mark_dying("first")
+    assert runner.find() is None
+    monkeypatch.setattr(runner, "_dying_until_s", 0.0)
+    assert runner.find() == "first"
 
 
-def test_looks_are_few(note: Path) -> None:
-    """Hundreds of calls that wait together do not look hundreds of times."""
-    looks = []
+def test_liveness_is_cached(identity_file: Path) -> None:
+    """Hundreds of calls in a row do not check the process hundreds of times."""
+    checks = []
 
     def is_alive(identity: str) -> bool:
-        looks.append(identity)
+        checks.append(identity)
         return True
 
-    leave_note(note, "first")
-    life = RunnerLife(note, is_alive)
-    assert {life.look() for _ in range(300)} == {"first"}
-    assert len(looks) < 20
+    write_identity(identity_file, "first")
+    runner = RunnerLiveness(identity_file, is_alive)
+    assert {runner.find() for _ in range(300)} == {"first"}
+    assert len(checks) < 20

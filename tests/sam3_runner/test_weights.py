@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers.models.sam3.configuration_sam3 import Sam3Config
 from transformers.models.sam3.modeling_sam3 import Sam3Model
 
-from local_server import ROOT
+from commands.local_server import ROOT
 from sam3_runner import DeviceUnavailable, SAM3Predictor, WeightsError
 from sam3_runner.checkpoint import DEMO_FOLDER, find_checkpoint
 from sam3_runner.layouts import detector_state

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from local_server import LocalServer
+    from commands.local_server import LocalServer
 
 SCRAPE_INTERVAL_S = 1
 

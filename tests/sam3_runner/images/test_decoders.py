@@ -25,7 +25,7 @@ from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.image_file import ImageFile
 from sam3_runner.images.read import read_image_file
 from tests.image_files import FORMATS, encoded, noise, png_of, with_scans
-from tests.processes import is_decoder
+from tests.server_processes import is_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

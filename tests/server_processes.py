@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-import local_server
-from local_server import POLL_S, ROOT, LocalServer, clean_environment, server_command, stop
+from commands import local_server
+from commands.local_server import POLL_S, ROOT, LocalServer, clean_environment, server_command, stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from log_lines import escape_log_lines, escaped
+from observability.log_lines import escape_log_lines, escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_plain_text_stays(log: io.StringIO) -> None:
 JSON_LOG = """
 import logging, sys, threading, warnings
 from bentoml._internal.log import configure_server_logging
-from log_lines import escape_log_lines, log_as_json, log_ids
+from observability.log_lines import escape_log_lines, log_as_json, log_ids
 configure_server_logging()
 escape_log_lines()
 log_as_json()
@@ -104,7 +104,7 @@ def json_log(end: str) -> tuple[int, list[dict[str, Any]]]:
     """The exit status and the events of a process that logs as the server does, and then ends."""
     ended = subprocess.run(
         [sys.executable, "-c", JSON_LOG.replace("END", end), FORGED.replace("\ud800", "")],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent.parent.parent,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from download_weights import main
+from commands.download_weights import main
 
 
 @pytest.mark.parametrize(

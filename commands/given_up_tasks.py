@@ -1,7 +1,7 @@
 """Tasks that this server has given up: list them, or let one be tried again when it is sent again.
 
-python -m given_up_tasks            # DATA_DIR names the server's folder; the server may be running
-python -m given_up_tasks TASK_ID
+python -m commands.given_up_tasks            # DATA_DIR names the server's folder; the server may be running
+python -m commands.given_up_tasks TASK_ID
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import sys
 from uuid import UUID
 
-import process_identity
+from processes import identity
 from results import OUTBOX_FILE, AttemptFile, ResultsError
 from settings import SettingsError, load_data_settings
 
@@ -38,9 +38,7 @@ async def run(task_id: UUID | None) -> int:
     if not path.exists():
         sys.stderr.write(f"there is no {path}: set DATA_DIR as the server has it\n")
         return 1
-    attempts = AttemptFile(
-        path, owner=process_identity.current(), is_alive=process_identity.is_alive, server_version=""
-    )
+    attempts = AttemptFile(path, owner=identity.current(), is_alive=identity.is_alive, server_version="")
     try:
         return await (show(attempts) if task_id is None else forgive(attempts, str(task_id)))
     finally:

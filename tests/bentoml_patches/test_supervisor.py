@@ -1,4 +1,4 @@
-"""The parts of the supervision that a real server meets too rarely to be tested on one."""
+"""The patch of the supervisor: what a real server meets too rarely to be tested on one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bentoml import serving
 from bentoml._internal.utils import circus as bentoml_circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
 
-from local_server import ROOT
-from sam3_runner import supervision
+from bentoml_patches import supervisor
+from commands.local_server import ROOT
 from tests.faults.clock import Clock, missing
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _their_arbiter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("start", "stop"):
         monkeypatch.setattr(bentoml_circus.Arbiter, name, getattr(bentoml_circus.Arbiter, name))
 
 
 def test_signal_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A supervisor that is told to stop while it starts a process stops a moment later."""
+    """A supervisor that gets the stop signal while it starts a process stops a moment later."""
     later: list[tuple[Any, ...]] = []
     stops = iter([ConflictError("busy"), None])
 
@@ -47,7 +48,7 @@ def test_signal_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         return "stopping"
 
     monkeypatch.setattr(Arbiter, "stop", stop)
-    supervision.supervise()
+    supervisor.patch()
     arbiter: Any = SimpleNamespace(
         exit_stack=contextlib.ExitStack(),
         loop=SimpleNamespace(call_later=lambda _delay_s, call, *arguments: later.append((call, *arguments))),
@@ -61,7 +62,7 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor looks for dead processes for ever: not while it is busy, and after an error again."""
     looks, later = [], []
     monkeypatch.setattr(bentoml_circus.Arbiter, "start", lambda *_arguments: None)
-    supervision.supervise()
+    supervisor.patch()
 
     async def manage_watchers() -> None:
         looks.append("look")
@@ -88,11 +89,20 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(later) == 1
 
 
+def test_the_patch_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BentoML's own looks every ten seconds, listens for commands, and restarts nothing in a container."""
+    arbiter = bentoml_circus.create_standalone_arbiter([])
+    assert arbiter.check_delay == 10
+    assert arbiter.endpoint.startswith("tcp://")
+    monkeypatch.setattr(serving, "running_inside_container", lambda: True)
+    assert serving.create_watcher("runner", [], working_dir=".").respawn is False
+
+
 SUPERVISOR = """
 import os, pathlib, struct, sys
 from bentoml._internal.utils.circus import create_standalone_arbiter
 from circus.watcher import Watcher
-from sam3_runner.supervision import supervise
+from bentoml_patches import supervisor
 
 def set_back(**_):
     with open(os.environ["WRONG_CLOCK"], "r+b") as clock:
@@ -103,7 +113,7 @@ def started(_):
     print("started", flush=True)
     arbiter.stop()
 
-supervise()
+supervisor.patch()
 sleep = ["-c", "import time; time.sleep(600)"]
 child = Watcher("child", sys.executable, args=sleep, hooks={"after_spawn": (set_back, False)})
 arbiter = create_standalone_arbiter([child])

@@ -1,4 +1,4 @@
-"""Downloads the weights ahead of the server's start: `python -m download_weights`, or `make weights`."""
+"""Downloads the weights before the server starts: `python -m commands.download_weights`, `make weights`."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import process_identity
+from processes import identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parent.parent
-CODE = "import process_identity as own; print(own.current(), flush=True); input()"
+ROOT = Path(__file__).parent.parent.parent
+CODE = "from processes import identity as own; print(own.current(), flush=True); input()"
 
 
 @pytest.fixture
@@ -31,38 +31,38 @@ def child() -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def test_who_lives(child: tuple[subprocess.Popen[str], str]) -> None:
     """Alive until it is killed; dead as a zombie already, which nobody has waited for."""
-    process, identity = child
-    assert identity.startswith(f"{process.pid}:")
-    assert process_identity.is_alive(identity)
+    process, child_identity = child
+    assert child_identity.startswith(f"{process.pid}:")
+    assert identity.is_alive(child_identity)
     process.kill()
     assert process.stdout is not None
     process.stdout.read()  # ends with the process, which is then a zombie
-    while process_identity.is_alive(identity):
+    while identity.is_alive(child_identity):
         pass
     assert process.returncode is None
     process.wait()
-    assert not process_identity.is_alive(identity)
+    assert not identity.is_alive(child_identity)
 
 
 def test_who_is_the_parent(child: tuple[subprocess.Popen[str], str]) -> None:
     """A child is no parent, however alive."""
-    assert not process_identity.is_parent(child[1])
-    code = f"import process_identity as own; print(own.is_parent('{process_identity.current()}'))"
+    assert not identity.is_parent(child[1])
+    code = f"from processes import identity as own; print(own.is_parent('{identity.current()}'))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert printed.stdout.strip() == b"True"
 
 
 def test_it_stays_the_same() -> None:
     """The identity of a process never changes."""
-    assert process_identity.current() == process_identity.current()
-    assert process_identity.is_alive(process_identity.current())
+    assert identity.current() == identity.current()
+    assert identity.is_alive(identity.current())
 
 
 def test_reused_pid_is_another_process() -> None:
     """The same pid with another start is not the same process."""
-    pid, _, started = process_identity.current().partition(":")
-    assert not process_identity.is_alive(f"{pid}:{started}1")
-    assert not process_identity.is_alive(f"{pid}:{float(started.rpartition('-')[2]):.2f}.")
+    pid, _, started = identity.current().partition(":")
+    assert not identity.is_alive(f"{pid}:{started}1")
+    assert not identity.is_alive(f"{pid}:{float(started.rpartition('-')[2]):.2f}.")
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_reused_pid_is_another_process() -> None:
 )
 def test_malformed_text_is_nobody(text: str) -> None:
     """What is no identity names nobody, and raises nothing."""
-    assert not process_identity.is_alive(text)
-    assert not process_identity.is_parent(text)
+    assert not identity.is_alive(text)
+    assert not identity.is_parent(text)

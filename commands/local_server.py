@@ -21,7 +21,7 @@ from settings import OWN_PREFIXES, Settings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
 POLL_S = 0.1

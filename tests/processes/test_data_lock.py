@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-import data_lock
-import process_identity
+from processes import data_lock, identity
 from settings import SettingsError
 
-ROOT = Path(__file__).parent.parent
-CODE = "import sys, data_lock, pathlib; data_lock.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+ROOT = Path(__file__).parent.parent.parent
+CODE = """
+import sys, pathlib
+from processes import data_lock
+data_lock.hold(pathlib.Path(sys.argv[1]))
+print(flush=True)
+input()
+"""
 
 
 def test_second_process_is_refused(tmp_path: Path) -> None:
@@ -28,10 +33,10 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match=rf"in use by another server \(pid {first.pid}\)"):
             data_lock.hold(folder)
         assert data_lock.holder(folder) == held
-        assert process_identity.is_alive(held)
+        assert identity.is_alive(held)
         first.kill()
     data_lock.hold(folder)
-    assert data_lock.holder(folder) == process_identity.current()
+    assert data_lock.holder(folder) == identity.current()
     with pytest.raises(SettingsError, match="in use"):
         data_lock.hold(folder)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import filelock
 
-import process_identity
+from processes import identity
+from processes.volumes import check_writable, unwritable
 from settings import SettingsError
-from volumes import check_writable, unwritable
 
 LOCK = "server.lock"
 HOLDER = "server.pid"
@@ -28,7 +28,7 @@ def hold(data_dir: Path) -> None:
         # A soft lock would outlive a killed server.
         lock = filelock.FileLock(data_dir / LOCK, blocking=False, fallback_to_soft=False)
         lock.acquire()
-        (data_dir / HOLDER).write_text(process_identity.current())
+        (data_dir / HOLDER).write_text(identity.current())
     except filelock.Timeout:
         pid = holder(data_dir).partition(":")[0] or "unknown"
         raise SettingsError(

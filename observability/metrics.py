@@ -1,0 +1,27 @@
+"""Metrics of the API workers' tasks and of the server's processes.
+
+sam3_runner/metrics.py has those of the model, results/outbox.py those of the outbox.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge
+
+TASKS = Counter(
+    "sam3_tasks",
+    "Runs of tasks by how they ended: done, replayed, error, kept, given_up, or refused before they began; "
+    "code is the error's",
+    ["outcome", "code"],
+)
+TASKS_IN_FLIGHT = Gauge("sam3_tasks_in_flight", "Tasks in progress", multiprocess_mode="livesum")
+PROCESS_STARTS = Counter("sam3_process_starts", "Starts of the server's processes", ["process"])
+
+# Series that alerts read begin at 0, so that the first event counts.
+for _outcome in ("done", "replayed"):
+    TASKS.labels(_outcome, "")
+for _code in (
+    *("INFERENCE_FAILED", "INTERNAL_ERROR", "DEADLINE_EXCEEDED"),
+    *("STORAGE_UNAVAILABLE", "RESULTS_UNAVAILABLE"),
+):
+    TASKS.labels("error", _code)
+TASKS.labels("refused", "OVERLOADED")

@@ -1,0 +1,57 @@
+"""The patch of BentoML's HTTP metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bentoml._internal.server.http import instruments
+from bentoml._internal.server.metrics.prometheus import PrometheusClient
+from prometheus_client import REGISTRY
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from bentoml_patches import route_metrics
+
+
+@pytest.fixture(autouse=True)
+def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RunnerTrafficMetricsMiddleware"
+    monkeypatch.setattr(instruments, name, getattr(instruments, name))
+
+
+def endpoints_counted(namespace: str) -> set[str]:
+    """The endpoints that the metrics name after calls of one known path and two unknown ones."""
+    middleware: Any = instruments.RunnerTrafficMetricsMiddleware
+
+    class Metrics(middleware):  # type: ignore[misc]
+        def _setup(self) -> None:
+            super()._setup(metrics_client=PrometheusClient(multiproc=False), duration_buckets=(1.0,))
+
+    app = Starlette(routes=[Route("/known", lambda _: PlainTextResponse("ok"))])
+    app.add_middleware(Metrics, namespace=namespace)
+    with TestClient(app) as client:
+        assert [client.get(path).status_code for path in ("/known", "/nothing", "/nowhere")] == [
+            200,
+            404,
+            404,
+        ]
+    return {
+        sample.labels["endpoint"]
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == f"{namespace}_request_total"
+    }
+
+
+def test_the_patch_is_needed() -> None:
+    """BentoML's own metrics get a series for each path that a caller sends."""
+    assert {"/known", "/nothing", "/nowhere"} <= endpoints_counted("unpatched")
+
+
+def test_unknown_paths_share_one_series() -> None:
+    """After the patch the metrics name the routes, those of the mounted application, and `other`."""
+    route_metrics.patch(lambda: ["/mounted"])
+    assert endpoints_counted("patched") - {"/schema.json"} == {"/known", "other"}
