@@ -23,7 +23,7 @@ from gate import request_id_of
 if TYPE_CHECKING:
     import asyncio
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 MAX_URL_BYTES = 8 * 1024
 """RFC 9110 asks for 8,000 at least; our longest has 20."""

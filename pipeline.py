@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from settings import Settings
     from storage import ObjectStore
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 DRAIN_S = 8.0
 """At a stop, the time to settle rows that are not settled yet: most hosts kill after ten."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sam3_runner.client import RunnerClient
     from storage import ObjectStore
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 POLL_AFTER_ERROR_S = 5.0

@@ -39,7 +39,7 @@ from contract import (
     unreadable_body,
 )
 from gate import Gate
-from observability.log_lines import escape_log_lines
+from observability.log_lines import escape_log_lines, log_info_of
 from pipeline import Pipeline
 from processes import identity
 from processes.lifecycle import end_server, on_stop_signal, outlive_siblings
@@ -60,8 +60,24 @@ STOP_MARGIN_S = 15.0
 RUNNER_IDENTITY_FILE = "runner.pid"
 """In DATA_DIR: which process has the model."""
 
+LOGGING_PARTS = (
+    *(
+        "bentoml_patches",
+        "connections",
+        "gate",
+        "pipeline",
+        "processes",
+        "recovery",
+        "results",
+        "sam3_runner",
+    ),
+    *("startup", "storage"),
+)
+"""The parts whose log lines are shown from INFO on."""
+
 bentoml_patches.check_versions()
 escape_log_lines()
+log_info_of(LOGGING_PARTS)
 # Retries are counted at /metrics; the stores log what fails in the end.
 stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.PrometheusOnRetryHook])
 

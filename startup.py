@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from results import ResultStore
     from storage import ObjectStore
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 
 def settings_or_defaults() -> tuple[Settings, SettingsError | None]:

@@ -7,7 +7,7 @@ import logging
 import pynvml
 from bentoml._internal.resource import NvidiaGpuResource
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 
 def patch() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from circus.watcher import Watcher
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 STOP_RETRY_S = 0.05
 MAX_PORT = 65535

@@ -15,11 +15,11 @@ from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 BENTOML_LOGGERS = ("bentoml", "uvicorn.error", "circus")
-"""Those that BentoML gives handlers of their own; what `uvicorn.error` is given appears twice."""
+"""BentoML gives these handlers of their own, beside the root logger's."""
 
 _IDS: ContextVar[dict[str, str]] = ContextVar("log_ids", default={})  # noqa: B039 - never changed in place
 
@@ -41,6 +41,18 @@ def escape_log_lines() -> None:
     of them looks like a record.
     """
     logging.setLogRecordFactory(_EscapedRecord)
+
+
+def log_info_of(packages: Iterable[str]) -> None:
+    """Log what these packages log from INFO on, as BentoML's root logger formats it.
+
+    BentoML's own set-up logs others from WARNING on. Lines of uvicorn and circus, which two of its handlers
+    would write, are written once.
+    """
+    for package in packages:
+        logging.getLogger(package).setLevel(logging.INFO)
+    for name in BENTOML_LOGGERS[1:]:
+        logging.getLogger(name).handlers = []
 
 
 def log_as_json() -> None:

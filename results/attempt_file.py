@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from results.base import Task
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 MAX_PAUSE_S: Final = 30.0
 MAX_DEATHS_ALONE: Final = 3

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from results.attempts import GivenUp, Lease
     from results.base import ResultStore, Task
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 

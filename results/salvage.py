@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 _MAX_PADDED_BYTES: Final = 1 << 30
 _TABLES: Final = ("attempts", "given_up", "unneeded_masks", "set_aside")

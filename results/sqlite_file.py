@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 

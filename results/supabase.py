@@ -24,7 +24,7 @@ from results.supabase_rest import TABLE, ColumnMissing, NotUuid, SupabaseRest
 
 _T = TypeVar("_T")
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 _MASK_COLUMNS: Final = ("mask_image_url", "mask_url")
 _COLUMNS: Final = ("id", "user_id", "status", "labels", "metadata", "updated_at")

@@ -14,7 +14,7 @@ from results.supabase_rest import TABLE, SupabaseRest
 # What a row says of an attempt: it may settle the row, it has done so, or the row is not its own.
 Standing = Literal["held", "settled", "other"]
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 STALE_MESSAGE: Final = "the task was not finished in time; try again"
 

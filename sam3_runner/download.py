@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".download.lock"
 FOLDER_FILES = ("config.json", "tokenizer.json", "model.safetensors")

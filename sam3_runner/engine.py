@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 WARM_UP_PROMPTS = ("warm up", "twice")
 

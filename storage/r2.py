@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
     from urllib3.response import BaseHTTPResponse
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 

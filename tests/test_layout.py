@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import service
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -125,6 +127,20 @@ def test_every_direct_import_is_declared() -> None:
             if names and not names & {each.replace("_", "-") for each in allowed}:
                 missing.add((str(path.relative_to(ROOT)), top))
     assert missing == set()
+
+
+def test_every_logger_is_shown() -> None:
+    """Each part that logs is among those whose lines the server shows, by its own name."""
+    logging_parts = set()
+    for path in SERVED:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr == "getLogger"
+                and part_of(path) != "observability"
+            ):
+                logging_parts.add(part_of(path))
+    assert logging_parts - {"commands"} == set(service.LOGGING_PARTS)
 
 
 def test_every_module_has_its_rule() -> None:

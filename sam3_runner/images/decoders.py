@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sam3_runner.images.image_file import ImageFile
 
-logger = logging.getLogger("bentoml.sam3")
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 STREAM_LIMIT_BYTES = 2**22

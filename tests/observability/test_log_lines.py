@@ -72,9 +72,10 @@ def test_plain_text_stays(log: io.StringIO) -> None:
 JSON_LOG = """
 import logging, sys, threading, warnings
 from bentoml._internal.log import configure_server_logging
-from observability.log_lines import escape_log_lines, log_as_json, log_ids
+from observability.log_lines import escape_log_lines, log_as_json, log_ids, log_info_of
 configure_server_logging()
 escape_log_lines()
+log_info_of(["results"])
 log_as_json()
 logging.getLogger("uvicorn.error").warning("of uvicorn")
 logging.getLogger("circus").warning("of circus")
@@ -82,12 +83,12 @@ logging.getLogger("bentoml.serve").info("of bentoml")
 logging.getLogger("other").info("not heard")
 with log_ids(request_id="r-1"):
     with log_ids(task_id="t-1"):
-        logging.getLogger("bentoml.sam3").info("%s\\n", sys.argv[1], extra={"status": 200})
-    logging.getLogger("bentoml.sam3").info("without a task")
+        logging.getLogger("results.outbox").info("%s\\n", sys.argv[1], extra={"status": 200})
+    logging.getLogger("results.outbox").info("without a task")
 try:
     raise ValueError(sys.argv[1])
 except ValueError:
-    logging.getLogger("bentoml.sam3").exception("with an exception")
+    logging.getLogger("results.outbox").exception("with an exception")
 warnings.warn("a warning")
 print("printed", end=" ")
 print("in two steps")
@@ -98,6 +99,38 @@ thread.start()
 thread.join()
 END
 """
+
+
+TEXT_LOG = """
+import logging
+from bentoml._internal.log import configure_server_logging
+from observability.log_lines import log_info_of
+configure_server_logging()
+log_info_of(["results"])
+for name in ("bentoml.serve", "uvicorn.error", "circus", "results.outbox", "other"):
+    logging.getLogger(name).info("info of %s", name)
+    logging.getLogger(name).warning("warning of %s", name)
+"""
+
+
+def test_text_log_has_each_line_once() -> None:
+    """Our parts and BentoML log from INFO on, others from WARNING on, and no line is written twice."""
+    printed = subprocess.run(
+        [sys.executable, "-c", TEXT_LOG],
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert [re.sub(r"^.*\] ", "", line) for line in printed.splitlines()] == [
+        *(
+            "info of bentoml.serve",
+            "warning of bentoml.serve",
+            "warning of uvicorn.error",
+            "warning of circus",
+        ),
+        *("info of results.outbox", "warning of results.outbox", "warning of other"),
+    ]
 
 
 def json_log(end: str) -> tuple[int, list[dict[str, Any]]]:
@@ -121,9 +154,9 @@ def test_json_is_one_event_a_line() -> None:
         ("WARNING", "uvicorn.error", "of uvicorn"),
         ("WARNING", "circus", "of circus"),
         ("INFO", "bentoml.serve", "of bentoml"),
-        ("INFO", "bentoml.sam3", escaped(FORGED.replace("\ud800", ""))),
-        ("INFO", "bentoml.sam3", "without a task"),
-        ("ERROR", "bentoml.sam3", "with an exception"),
+        ("INFO", "results.outbox", escaped(FORGED.replace("\ud800", ""))),
+        ("INFO", "results.outbox", "without a task"),
+        ("ERROR", "results.outbox", "with an exception"),
         ("WARNING", "py.warnings", events[6]["message"]),
         ("INFO", "stdout", "printed in two steps"),
         ("CRITICAL", "uncaught", events[8]["message"]),

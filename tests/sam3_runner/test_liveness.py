@@ -53,7 +53,7 @@ def test_death_and_successor(
     write_identity(identity_file, "first")
     assert runner.find() == "first"
     living.clear()
-    with caplog.at_level(logging.WARNING, "bentoml.sam3"):
+    with caplog.at_level(logging.WARNING, "sam3_runner"):
         assert [runner.find(), runner.find()] == [None, None]
     assert len(caplog.records) == 1
     assert runner.reason_absent == "the model's process has stopped and is being restarted"

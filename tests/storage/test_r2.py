@@ -86,7 +86,7 @@ def is_put(seen: Seen) -> bool:
 
 
 def log_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    return [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "bentoml.sam3"]
+    return [(r.levelno, r.getMessage()) for r in caplog.records if r.name.startswith("storage.")]
 
 
 # What goes over the wire. boto3 behaves better on plain http than on https, so http proves nothing here.
