@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from enum import Enum, auto
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -51,22 +50,17 @@ TELL_AGAIN_S = 60.0
 
 TOO_MANY_HEADERS = Failure(
     "HEADERS_TOO_LARGE",
-    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     f"the request has more than {MAX_HEADERS} headers, or {MAX_HEAD_BYTES} bytes of them",
 )
-TOO_LONG_URL = Failure(
-    "URL_TOO_LONG", HTTPStatus.REQUEST_URI_TOO_LONG, f"the URL has more than {MAX_URL_BYTES} bytes"
-)
+TOO_LONG_URL = Failure("URL_TOO_LONG", f"the URL has more than {MAX_URL_BYTES} bytes")
 TOO_LATE = Failure(
     "REQUEST_TIMEOUT",
-    HTTPStatus.REQUEST_TIMEOUT,
     f"the request's headers did not arrive within {HEAD_TIMEOUT_S:.0f} s",
 )
-NOT_HTTP = Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, "what was sent is not an HTTP/1.1 request")
-NO_WEBSOCKET = Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, "this server does not speak WebSocket")
+NOT_HTTP = Failure("INVALID_REQUEST", "what was sent is not an HTTP/1.1 request")
+NO_WEBSOCKET = Failure("INVALID_REQUEST", "this server does not speak WebSocket")
 FULL = Failure(
     "OVERLOADED",
-    HTTPStatus.TOO_MANY_REQUESTS,
     "the server works on as many connections as it can hold",
     retry_after_s=2.0,
 )

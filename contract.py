@@ -1,4 +1,4 @@
-"""What crosses HTTP: requests, answers, and the table from errors to codes and statuses."""
+"""The HTTP contract: requests, answers, and the tables of errors, codes and statuses."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MAX_PROMPTS = 10
 MAX_PROMPT_CHARACTERS = 200
 """As sent, before the ends are stripped."""
 RETRY_AFTER_S = 2
-"""Told to callers that meet a full or loading server."""
-WENT_WRONG = "something went wrong on our side"
+"""For callers of a full or loading server."""
+INTERNAL_MESSAGE = "something went wrong on our side"
 MAX_SHOWN_NAME = 60
-"""Characters of an unknown field's name that its refusal repeats."""
+"""Characters of an unknown field's name that the error message repeats."""
 
 
 class OverloadedError(Exception):
@@ -63,7 +63,7 @@ REFUSED_IN_PROMPTS = {
 
 
 def _reason_against(text: str) -> str | None:
-    """What a prompt cannot hold, and holds: "holds a control character (U+000A)"."""
+    """What a prompt holds and must not hold: "holds a control character (U+000A)"."""
     for character in text:
         refused = REFUSED_IN_PROMPTS.get(unicodedata.category(character))
         if refused:
@@ -245,89 +245,116 @@ class ErrorResponse(BaseModel):
     request_id: str
 
 
-ERRORS: dict[type[Exception], tuple[str, HTTPStatus]] = {
-    OverloadedError: ("OVERLOADED", HTTPStatus.TOO_MANY_REQUESTS),
-    TaskMismatchError: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
-    TaskGivenUpError: ("INFERENCE_FAILED", HTTPStatus.INTERNAL_SERVER_ERROR),
-    TimeoutError: ("DEADLINE_EXCEEDED", HTTPStatus.GATEWAY_TIMEOUT),
-    sam3_runner.DeadlineExceeded: ("DEADLINE_EXCEEDED", HTTPStatus.GATEWAY_TIMEOUT),
-    sam3_runner.InferenceFailed: ("INFERENCE_FAILED", HTTPStatus.INTERNAL_SERVER_ERROR),
-    sam3_runner.ModelNotLoaded: ("MODEL_NOT_LOADED", HTTPStatus.SERVICE_UNAVAILABLE),
-    sam3_runner.RunnerStopped: ("MODEL_NOT_LOADED", HTTPStatus.SERVICE_UNAVAILABLE),
-    sam3_runner.PromptTooLong: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
-    sam3_runner.UnsupportedImage: ("UNSUPPORTED_IMAGE", HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
-    storage.ImageUrlInvalid: ("INVALID_REQUEST", HTTPStatus.BAD_REQUEST),
-    storage.ImageUrlForbidden: ("FORBIDDEN", HTTPStatus.FORBIDDEN),
-    storage.ObjectNotFound: ("IMAGE_NOT_FOUND", HTTPStatus.NOT_FOUND),
-    storage.ObjectTooLarge: ("FILE_TOO_LARGE", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
-    storage.StorageUnavailable: ("STORAGE_UNAVAILABLE", HTTPStatus.BAD_GATEWAY),
-    results.TaskNotFound: ("TASK_NOT_FOUND", HTTPStatus.NOT_FOUND),
-    results.TaskInProgress: ("TASK_IN_PROGRESS", HTTPStatus.CONFLICT),
-    results.AttemptLost: ("TASK_IN_PROGRESS", HTTPStatus.CONFLICT),
-    results.MetadataInvalid: ("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR),
-    results.ResultsUnavailable: ("RESULTS_UNAVAILABLE", HTTPStatus.BAD_GATEWAY),
+STATUSES: dict[str, HTTPStatus] = {
+    "INVALID_REQUEST": HTTPStatus.BAD_REQUEST,
+    "AUTH_REQUIRED": HTTPStatus.UNAUTHORIZED,
+    "AUTH_INVALID": HTTPStatus.UNAUTHORIZED,
+    "FORBIDDEN": HTTPStatus.FORBIDDEN,
+    "IMAGE_NOT_FOUND": HTTPStatus.NOT_FOUND,
+    "TASK_NOT_FOUND": HTTPStatus.NOT_FOUND,
+    "NOT_FOUND": HTTPStatus.NOT_FOUND,
+    "METHOD_NOT_ALLOWED": HTTPStatus.METHOD_NOT_ALLOWED,
+    "REQUEST_TIMEOUT": HTTPStatus.REQUEST_TIMEOUT,
+    "TASK_IN_PROGRESS": HTTPStatus.CONFLICT,
+    "FILE_TOO_LARGE": HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    "URL_TOO_LONG": HTTPStatus.REQUEST_URI_TOO_LONG,
+    "UNSUPPORTED_IMAGE": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "UNSUPPORTED_MEDIA_TYPE": HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "OVERLOADED": HTTPStatus.TOO_MANY_REQUESTS,
+    "HEADERS_TOO_LARGE": HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    "INFERENCE_FAILED": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "INTERNAL_ERROR": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "STORAGE_UNAVAILABLE": HTTPStatus.BAD_GATEWAY,
+    "RESULTS_UNAVAILABLE": HTTPStatus.BAD_GATEWAY,
+    "MODEL_NOT_LOADED": HTTPStatus.SERVICE_UNAVAILABLE,
+    "DEADLINE_EXCEEDED": HTTPStatus.GATEWAY_TIMEOUT,
 }
-"""Every error that a request can meet. What is not here is INTERNAL_ERROR, 500."""
+"""The status of each code."""
+
+CODES: dict[type[Exception], str] = {
+    OverloadedError: "OVERLOADED",
+    TaskMismatchError: "INVALID_REQUEST",
+    TaskGivenUpError: "INFERENCE_FAILED",
+    TimeoutError: "DEADLINE_EXCEEDED",
+    sam3_runner.DeadlineExceeded: "DEADLINE_EXCEEDED",
+    sam3_runner.InferenceFailed: "INFERENCE_FAILED",
+    sam3_runner.ModelNotLoaded: "MODEL_NOT_LOADED",
+    sam3_runner.RunnerStopped: "MODEL_NOT_LOADED",
+    sam3_runner.PromptTooLong: "INVALID_REQUEST",
+    sam3_runner.UnsupportedImage: "UNSUPPORTED_IMAGE",
+    storage.ImageUrlInvalid: "INVALID_REQUEST",
+    storage.ImageUrlForbidden: "FORBIDDEN",
+    storage.ObjectNotFound: "IMAGE_NOT_FOUND",
+    storage.ObjectTooLarge: "FILE_TOO_LARGE",
+    storage.StorageUnavailable: "STORAGE_UNAVAILABLE",
+    results.TaskNotFound: "TASK_NOT_FOUND",
+    results.TaskInProgress: "TASK_IN_PROGRESS",
+    results.AttemptLost: "TASK_IN_PROGRESS",
+    results.MetadataInvalid: "INTERNAL_ERROR",
+    results.ResultsUnavailable: "RESULTS_UNAVAILABLE",
+}
+"""The code of every error that a request can meet. An exception that is not here is INTERNAL_ERROR."""
+
+RETRIED_CODES = {"TASK_IN_PROGRESS", "OVERLOADED", "MODEL_NOT_LOADED"}
+"""The codes whose answers have `Retry-After`."""
+RETRY_AFTER_HEADER = {"description": "seconds after which to try again", "schema": {"type": "integer"}}
 
 FRAMEWORK_ERRORS: dict[int, tuple[str, str]] = {
     404: ("NOT_FOUND", "there is nothing at this path"),
-    405: ("METHOD_NOT_ALLOWED", "not with this method; the header Allow names those that work"),
-    500: ("INTERNAL_ERROR", WENT_WRONG),
+    405: ("METHOD_NOT_ALLOWED", "this method is not allowed here; the header Allow names those that are"),
+    500: ("INTERNAL_ERROR", INTERNAL_MESSAGE),
     503: ("MODEL_NOT_LOADED", "not ready; GET /health says why"),
 }
-"""What Starlette and BentoML say by themselves: of a path, a method, an exception, and at /readyz."""
-
-CODES_BY_STATUS: dict[int, str] = {
-    400: "INVALID_REQUEST",
-    401: "AUTH_REQUIRED, AUTH_INVALID",
-    403: "FORBIDDEN",
-    404: "IMAGE_NOT_FOUND, TASK_NOT_FOUND",
-    409: "TASK_IN_PROGRESS",
-    413: "FILE_TOO_LARGE",
-    415: "UNSUPPORTED_IMAGE, UNSUPPORTED_MEDIA_TYPE",
-    429: "OVERLOADED (with Retry-After)",
-    500: "INFERENCE_FAILED, INTERNAL_ERROR",
-    502: "STORAGE_UNAVAILABLE, RESULTS_UNAVAILABLE",
-    503: "MODEL_NOT_LOADED (with Retry-After)",
-    504: "DEADLINE_EXCEEDED",
-}
+"""Code and message for what Starlette and BentoML answer: a path, a method, an exception, /readyz."""
 
 
 class Failure(Exception):
-    """An error as a caller sees it: `code`, `status`, a message without secrets, and when to come back."""
+    """An error as a caller sees it.
+
+    Args:
+        code: of `STATUSES`, or any other with a status.
+        message: for the caller; holds no secret.
+        status: where the code is not in `STATUSES`.
+        retry_after_s: when the caller may try again.
+        headers: more headers of the answer.
+    """
 
     def __init__(
         self,
         code: str,
-        status: HTTPStatus,
         message: str,
         *,
+        status: HTTPStatus | None = None,
         retry_after_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
-        self.status = status
+        self.status = status or STATUSES[code]
         self.message = message
         self.retry_after_s = retry_after_s
         self._headers = dict(headers or {})
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """The failure that `error` is to a caller, by `ERRORS`."""
+        """The failure that a caller sees for `error`, by `CODES`."""
         if isinstance(error, Failure):
             return error
         for kind in type(error).__mro__:
-            if kind in ERRORS:
-                code, status = ERRORS[kind]
+            if kind in CODES:
+                code = CODES[kind]
                 message = str(error) or "the request took too long"
-                return cls(code, status, message, retry_after_s=_retry_after_s(error, status))
-        return cls("INTERNAL_ERROR", HTTPStatus.INTERNAL_SERVER_ERROR, WENT_WRONG)
+                return cls(code, message, retry_after_s=_retry_after_s(error, code))
+        return cls("INTERNAL_ERROR", INTERNAL_MESSAGE)
 
     def with_message(self, message: str) -> Failure:
-        """The same failure, in other words."""
+        """The same failure with another message."""
         return Failure(
-            self.code, self.status, message, retry_after_s=self.retry_after_s, headers=self._headers
+            self.code,
+            message,
+            status=self.status,
+            retry_after_s=self.retry_after_s,
+            headers=self._headers,
         )
 
     def body(self, request_id: str) -> ErrorResponse:
@@ -336,35 +363,42 @@ class Failure(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After`, where it helps, and what this failure was made with."""
+        """`Retry-After`, where it helps, and those of this failure."""
         if self.retry_after_s is None:
             return self._headers
         return self._headers | {"Retry-After": str(max(1, round(self.retry_after_s)))}
 
 
 def framework_failure(status: int, allow: str | None) -> Failure:
-    """The failure that an answer of Starlette or BentoML is, from its status and its header `Allow`."""
+    """The failure for an answer of Starlette or BentoML, by its status and its header `Allow`."""
     known = HTTPStatus(status)
     code, message = FRAMEWORK_ERRORS.get(known, (known.name, known.phrase))
     return Failure(
         code,
-        known,
         message,
+        status=known,
         retry_after_s=RETRY_AFTER_S if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
         headers={"Allow": allow} if allow else None,
     )
 
 
-def _retry_after_s(error: Exception, status: HTTPStatus) -> float | None:
+def _retry_after_s(error: Exception, code: str) -> float | None:
     if isinstance(error, results.TaskInProgress):
         return error.retry_after_s
-    busy = status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
-    return RETRY_AFTER_S if busy else None
+    return RETRY_AFTER_S if code in RETRIED_CODES else None
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """What a route's documentation says of its errors."""
-    return {status: {"model": ErrorResponse, "description": CODES_BY_STATUS[status]} for status in statuses}
+def error_responses(*codes: str) -> dict[int | str, dict[str, object]]:
+    """The errors in a route's documentation: an entry a status, which names its codes."""
+    by_status: dict[HTTPStatus, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(STATUSES[code], []).append(code)
+    documented: dict[int | str, dict[str, object]] = {}
+    for status, named in sorted(by_status.items()):
+        documented[int(status)] = {"model": ErrorResponse, "description": ", ".join(named)}
+        if RETRIED_CODES & set(named):
+            documented[int(status)]["headers"] = {"Retry-After": RETRY_AFTER_HEADER}
+    return documented
 
 
 def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
@@ -373,10 +407,10 @@ def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
     location = [str(part)[:MAX_SHOWN_NAME] for part in first["loc"]][1:]
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        # The number right after "body" is where the JSON broke off, not a field.
+        # The number right after "body" is the position of the error, not a field.
         reason = f"is not JSON: {first['ctx']['error']} (character {location.pop()})"
     elif first["type"] == "string_unicode":
-        # Python reads a half of a pair that stands alone; nobody else can write it down again.
+        # Python reads half of a surrogate pair, but it cannot be encoded again.
         reason = _reason_against(first["input"]) or reason
         reason = reason if location else f"the name of a field {reason}"
     elif not location:
@@ -386,11 +420,11 @@ def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
 
 def invalid_body(message: str) -> Failure:
     """The failure of a request whose body breaks a rule."""
-    return Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, message)
+    return Failure("INVALID_REQUEST", message)
 
 
 def unreadable_body(error: BaseException | None) -> Failure:
-    """The failure of a body that `json.loads` gave up with another error than that it is no JSON."""
+    """The failure of a body for which `json.loads` raised another error than that it is no JSON."""
     match error:
         case UnicodeDecodeError():
             reason = f"is not {error.encoding.upper()} (byte {error.start})"

@@ -121,9 +121,9 @@ class Gate:
 
     def _check_key(self, given: bytes | None, header: str) -> None:
         if given is None:
-            raise Failure("AUTH_REQUIRED", HTTPStatus.UNAUTHORIZED, f"the header {header} is missing")
+            raise Failure("AUTH_REQUIRED", f"the header {header} is missing")
         if not any(hmac.compare_digest(given, key) for key in self._api_keys):
-            raise Failure("AUTH_INVALID", HTTPStatus.UNAUTHORIZED, f"the key in {header} is not valid")
+            raise Failure("AUTH_INVALID", f"the key in {header} is not valid")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """The body, read up to the limits of size and time, as a new `receive`."""
@@ -136,7 +136,7 @@ class Gate:
                 body = await self._collect(receive)
         except TimeoutError as error:
             late = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
-            raise Failure("INVALID_REQUEST", HTTPStatus.BAD_REQUEST, late) from error
+            raise Failure("INVALID_REQUEST", late) from error
         whole = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def replay() -> Message:
@@ -160,7 +160,6 @@ class Gate:
     def _too_large(self) -> Failure:
         return Failure(
             "FILE_TOO_LARGE",
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"the body has more than {self._max_body_bytes} bytes",
         )
 
@@ -275,7 +274,6 @@ def _refuse_encodings(scope: Scope) -> None:
         if name in UNENCODED and value.strip().lower() not in UNENCODED[name]:
             raise Failure(
                 "UNSUPPORTED_MEDIA_TYPE",
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
                 f"the body has a {name.decode().title()} that is not decoded here; send it as it is",
                 headers={"Accept-Encoding": "identity"},
             )

@@ -104,7 +104,13 @@ route_metrics.patch(lambda: app.openapi()["paths"])
 
 # For the documentation; Gate checks the key.
 NEEDS_KEY = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
-PREDICT_ERRORS = error_responses(400, 401, 403, 404, 409, 413, 415, 429, 500, 502, 503, 504)
+PREDICT_ERRORS = error_responses(
+    *("INVALID_REQUEST", "AUTH_REQUIRED", "AUTH_INVALID", "FORBIDDEN", "IMAGE_NOT_FOUND", "TASK_NOT_FOUND"),
+    *("TASK_IN_PROGRESS", "FILE_TOO_LARGE", "UNSUPPORTED_IMAGE", "UNSUPPORTED_MEDIA_TYPE", "OVERLOADED"),
+    *("INFERENCE_FAILED", "INTERNAL_ERROR", "STORAGE_UNAVAILABLE", "RESULTS_UNAVAILABLE"),
+    *("MODEL_NOT_LOADED", "DEADLINE_EXCEEDED"),
+)
+INFO_ERRORS = error_responses("AUTH_REQUIRED", "AUTH_INVALID", "MODEL_NOT_LOADED")
 
 
 def _begin_runner() -> None:
@@ -217,9 +223,7 @@ class SegmentationService:
         """Find several concepts in one image, which is fetched and encoded once; settle the task's row."""
         return await self._pipeline.run(body, request.state.request_id)
 
-    @app.get(
-        "/api/v1/model/info", tags=["state"], dependencies=NEEDS_KEY, responses=error_responses(401, 503)
-    )
+    @app.get("/api/v1/model/info", tags=["state"], dependencies=NEEDS_KEY, responses=INFO_ERRORS)
     async def model_info(self) -> ModelInfo:
         """What is loaded, and what requests may hold."""
         status = await self._runner.status()

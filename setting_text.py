@@ -1,6 +1,6 @@
-"""What operators write: the lines of `.env`, values, and the sentences that say what is wrong with them.
+"""Reads what operators write, the lines of `.env` and values, and words the errors in them.
 
-Knows no setting by name. No sentence holds a secret, nor what may be one in a wrong place.
+Knows no setting by name. No error holds a secret, nor what may be a secret in a wrong place.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 SHOWN_CHARACTERS = 15
-"""A value of more is not shown: it may be a secret that was pasted into the wrong line."""
+"""A longer value is not shown: it may be a secret in the wrong line."""
 
 UNITS = {"_BYTES": " of bytes", "_PIXELS": " of pixels", "_S": " of seconds"}
 _QUOTES = ("'", '"')
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
-_BLANK = re.compile(r"<[^<>]*>|\.\.\.|…|\$\{\w+\}|\{\{.*?\}\}")
-"""A gap that a template leaves to be filled: <ACCOUNT>, ..., ${KEY}, {{ key }}."""
-_BLANK_LABEL = re.compile(
+_PLACEHOLDER = re.compile(r"<[^<>]*>|\.\.\.|…|\$\{\w+\}|\{\{.*?\}\}")
+"""What a template leaves to be filled in: <ACCOUNT>, ..., ${KEY}, {{ key }}."""
+_PLACEHOLDER_LABEL = re.compile(
     r"(?P<label>(account|project)([-_]?(id|ref|name))?)\.(.+\.)?(r2\.cloudflarestorage\.com|supabase\.co)"
     r"|(?P<yours>your[-_][\w-]+)\..*",
     re.IGNORECASE,
 )
-"""The same as a host's first label: ACCOUNT, project-ref, your-domain."""
-_BLANK_SECRET = re.compile(
+"""A placeholder as the first label of a host: ACCOUNT, project-ref, your-domain."""
+_PLACEHOLDER_SECRET = re.compile(
     r"<.*>|\$\{.*\}|\{\{.*\}\}|.*(\.\.\.|…)|your[-_ ].*|(change|replace)[-_ ]?(me|this).*", re.IGNORECASE
 )
-"""A whole secret that is none: a random one may hold a < and a > somewhere."""
+"""A placeholder for a whole secret: a random one may hold a < and a > somewhere."""
 
 
 class TextRefused(ValueError):
@@ -54,7 +54,7 @@ def read_env_file(path: Path, known: Collection[str]) -> dict[str, str]:
 
     Args:
         path: of the file, which must be there.
-        known: names in capitals; any other is a slip.
+        known: names in capitals; any other is refused.
 
     Raises:
         TextRefused: it cannot be read, is not UTF-8, or has a line that sets nothing that is known.
@@ -66,7 +66,7 @@ def read_env_file(path: Path, known: Collection[str]) -> dict[str, str]:
                 f"{_place(path, line.original)} cannot be read: write NAME=value there, and close each quote"
             )
         if line.key is not None and line.key.upper() not in known:
-            # What has not the form of a variable may be the rest of a secret that was broken in two.
+            # A text that is no variable's name may be a part of a secret with a line break.
             shown = f"{line.key} in " if _VARIABLE.fullmatch(line.key) and line.value is not None else ""
             raise TextRefused(
                 f"{shown}{_place(path, line.original)} is not a setting of this server"
@@ -77,13 +77,13 @@ def read_env_file(path: Path, known: Collection[str]) -> dict[str, str]:
 
 
 def hint(name: str, known: Collection[str]) -> str:
-    """The end of a sentence that refuses a `name`: the one that is meant, or where they all are."""
+    """The end of the error for an unknown `name`: the name that is meant, or where all are listed."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else "; .env.example lists what there is"
 
 
 def cleaned(name: str, raw: str, *, secret: bool) -> str:
-    """A value without the white space around it, which no setting means. Raises `TextRefused`."""
+    """A value without the white space around it. Raises `TextRefused`."""
     value = raw.strip()
     if len(value) > 1 and value[0] in _QUOTES and value[-1] == value[0]:
         raise TextRefused(f"{name} has quotes round its value, which count as a part of it: take them off")
@@ -92,8 +92,8 @@ def cleaned(name: str, raw: str, *, secret: bool) -> str:
     if secret:
         for item in split_list(value):
             _check_secret(name, item)
-    elif gap := _BLANK.search(value):
-        raise TextRefused(f"{name} still has the placeholder {gap[0]}: put the real value in its place")
+    elif found := _PLACEHOLDER.search(value):
+        raise TextRefused(f"{name} still has the placeholder {found[0]}: put the real value in its place")
     return value
 
 
@@ -103,7 +103,7 @@ def split_list(value: str) -> tuple[str, ...]:
 
 
 def checked_url(value: str) -> str:
-    """A URL without a slash at its end. Raises ValueError with what must be, to be read after the name."""
+    """A URL without a slash at its end. Raises ValueError with a message to read after the setting's name."""
     if not value.lower().startswith(("https://", "http://")):
         raise ValueError("must start with https:// (http:// only for a local server)")
     try:
@@ -113,14 +113,14 @@ def checked_url(value: str) -> str:
         host = ""
     if not host:
         raise ValueError("is not a URL: it must name a host, as in https://images.example.com")
-    if blank := _BLANK_LABEL.fullmatch(host):
+    if blank := _PLACEHOLDER_LABEL.fullmatch(host):
         label = (blank["label"] or blank["yours"]).upper()
         raise ValueError(f"still has the placeholder {label}: put the real value in its place")
     return value.rstrip("/")
 
 
 def rule(name: str, field: FieldInfo) -> str:
-    """What a field of numbers, choices or a yes and no takes, to be read after "must be"."""
+    """What a field of numbers, choices, or true and false takes, to be read after "must be"."""
     choices = " or ".join(_choices(field.annotation))
     if choices:
         return f"a list of {choices}" if get_origin(field.annotation) is tuple else choices
@@ -138,7 +138,7 @@ def rule(name: str, field: FieldInfo) -> str:
 
 
 def shown(value: str) -> str:
-    """The end of a sentence that refuses a value which is no secret."""
+    """The end of the error for a value that is no secret."""
     return f", not {value!r}" if len(value) <= SHOWN_CHARACTERS else ""
 
 
@@ -164,7 +164,7 @@ def _place(path: Path, original: Original) -> str:
 
 
 def _check_secret(name: str, value: str) -> None:
-    if _BLANK_SECRET.fullmatch(value):
+    if _PLACEHOLDER_SECRET.fullmatch(value):
         raise TextRefused(f"{name} still has a placeholder for its value: put the real one in its place")
     if not value.isascii() or " " in value:
         raise TextRefused(f"{name} must be ASCII without spaces: it is sent in a header")

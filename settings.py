@@ -39,11 +39,11 @@ DEMO = "demo"
 """In place of a path: the embedded demo checkpoint."""
 
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
-"""Variables that start so and are not ours are taken for slips of the pen."""
+"""A variable with such a prefix that is no setting is taken for a misspelt one, and refused."""
 
-CLOSE = 0.85
-"""Of difflib: a variable of the host that is so like one of ours gets a warning. API_WORKER and
-REQUEST_TIMEOUT do; XDG_DATA_DIRS, HF_TOKEN_PATH and Kubernetes' API_WORKERS_PORT do not."""
+MISSPELT_SIMILARITY = 0.85
+"""difflib's ratio from which a variable of the host gets a warning as a misspelt setting. API_WORKER and
+REQUEST_TIMEOUT reach it; XDG_DATA_DIRS, HF_TOKEN_PATH and Kubernetes' API_WORKERS_PORT do not."""
 
 
 class SettingsError(Exception):
@@ -51,7 +51,7 @@ class SettingsError(Exception):
 
 
 class WeightsSettings(BaseModel):
-    """Where the weights lie, and where they come from when they do not: all that a download needs."""
+    """Where the weights are, and where they are downloaded from: all that a download needs."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -80,7 +80,7 @@ class WeightsSettings(BaseModel):
 
 
 class DataSettings(BaseModel):
-    """Where the server keeps its files: all that its operator's commands need."""
+    """Where the server keeps its files: all that the operator's commands need."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -96,7 +96,7 @@ class DataSettings(BaseModel):
 
 
 class LogSettings(BaseModel):
-    """How the log is written: known even where another setting is wrong, which the log has to report."""
+    """How the log is written. Read apart from the others, whose errors the log reports."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -118,7 +118,7 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
 
     model_config = ConfigDict(extra="forbid")
 
-    env_file: Path = Field(Path(".env"), description="read beside the environment, which has the last word")
+    env_file: Path = Field(Path(".env"), description="read beside the environment, which takes precedence")
     api_secret_key: SecretStr | None = Field(
         None, description="keys that X-API-Key may hold, comma-separated: two while rotating"
     )
@@ -164,7 +164,7 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
     )
     api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
     max_in_flight: int = Field(
-        256, ge=1, description="requests an API worker works on at once; more are told 429"
+        256, ge=1, description="requests that an API worker works on at once; others get 429"
     )
     max_connections: int = Field(
         1024, ge=16, description="an API worker holds at once; more close those that wait longest"
@@ -263,15 +263,15 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
 
     @property
     def lease_s(self) -> float:
-        """After it a claimed task may be taken over: well over the time that a request may take.
+        """How long a claim holds a task: longer than the longest request.
 
-        The minute is for claiming and telling the row while the database is slow.
+        The minute is for claiming and settling the row while the database is slow.
         """
         return self.request_timeout_s + 60
 
     @property
     def wants_gpu(self) -> bool:
-        """Ask BentoML for a GPU: none is refused, and none was seen to be missing."""
+        """Whether to ask BentoML for a GPU: the host has one, and the CPU is not asked for."""
         return self.sam3_device != "cpu" and Path("/dev/nvidiactl").exists()
 
     @property
@@ -287,7 +287,7 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
 
     @property
     def api_keys(self) -> tuple[str, ...]:
-        """The keys that X-API-Key may hold; empty only in the demo, before it made one."""
+        """The keys that X-API-Key may hold; empty only in the demo, before its key is made."""
         return split_list(self.api_secret_key.get_secret_value()) if self.api_secret_key else ()
 
 
@@ -297,11 +297,11 @@ def load_settings() -> Settings:
 
 
 def freeze_settings() -> Settings:
-    """Read as `load_settings` does, and leave what was read where child processes find it. Raises the same.
+    """Read as `load_settings` does, and put what was read into the environment of child processes.
 
-    From then on the file plays no part: a process that is started anew has the settings that were checked,
-    whatever the file says by then. Paths are absolute from then on: the processes of a built Bento run in
-    another folder than the one in which it was started.
+    After that no process reads the file: one that is restarted has the settings that were checked, whatever
+    the file holds then. Paths become absolute: the processes of a built Bento run in another folder than the
+    one in which it was started. Raises `SettingsError`.
     """
     values = _read()
     checked = _checked(Settings, values)
@@ -314,36 +314,36 @@ def freeze_settings() -> Settings:
 
 
 def limit_threads(threads: int) -> None:
-    """Let OpenMP and numpy's BLAS start so many threads in each child process, unless the operator said.
+    """Set the threads of OpenMP and numpy's BLAS in each child process, unless the operator has set them.
 
-    By default they start one for each core of the host, whatever part of it a container has.
+    By default they start one for each core of the host, however few a container may use.
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
 
 
 def load_weights_settings() -> WeightsSettings:
-    """The same, where nothing is served and so neither keys nor stores are needed."""
+    """Read the settings of a download alone. Raises `SettingsError`."""
     return _load(WeightsSettings)
 
 
 def load_data_settings() -> DataSettings:
-    """The same, for a command beside the server."""
+    """Read the settings of a command beside the server. Raises `SettingsError`."""
     return _load(DataSettings)
 
 
 def load_log_settings() -> LogSettings:
-    """The same, for the log alone, which is there before the rest is known."""
+    """Read the settings of the log alone. Raises `SettingsError`."""
     return _load(LogSettings)
 
 
 def overlooked_variables() -> list[str]:
-    """A sentence for each variable of the environment that may be a slip, and may as well be another's."""
+    """A warning for each variable that may be a misspelt setting; it may be another program's."""
     found = []
     for name in sorted(os.environ):
-        # A slip keeps the first letter; AWS_SECRET_ACCESS_KEY is no slip of R2_SECRET_ACCESS_KEY.
+        # A misspelt name keeps the first letter: AWS_SECRET_ACCESS_KEY is not meant as R2_SECRET_ACCESS_KEY.
         alike = [each for each in _names() if each[0] == name[:1].upper()]
-        close = get_close_matches(name.upper(), alike, n=1, cutoff=CLOSE)
+        close = get_close_matches(name.upper(), alike, n=1, cutoff=MISSPELT_SIMILARITY)
         if close and close[0] != name.upper():
             found.append(
                 f"{name} is no setting of this server and has no effect; if {close[0]} is meant, correct it"
@@ -352,7 +352,7 @@ def overlooked_variables() -> list[str]:
 
 
 def make_demo_key() -> str:
-    """A random API key for the demo, left in the environment so that child processes share it."""
+    """A random API key for the demo, put into the environment so that child processes have it too."""
     key = secrets.token_hex(16)
     os.environ["API_SECRET_KEY"] = key
     return key
@@ -363,12 +363,12 @@ def _load(kind: type[_Read]) -> _Read:
 
 
 def _read() -> dict[str, str]:
-    """What the environment and the file say, cleaned: values that are not empty under names in capitals."""
+    """The values of the environment and the file, cleaned, under names in capitals; no empty ones."""
     known = _names()
-    # Windows and Compose files have other ways with capitals; of two spellings ours counts.
+    # Windows and Compose files may spell names in small letters; of two spellings that in capitals counts.
     by_spelling = sorted(os.environ.items(), key=lambda variable: variable[0].isupper())
     environment = {name.upper(): value for name, value in by_spelling}
-    _refuse_slips(environment, known)
+    _reject_unknown_variables(environment, known)
     given = {name: value for name, value in environment.items() if name in known and value.strip()}
     try:
         found = _read_file(environment.get("ENV_FILE", "").strip(), known) | given
@@ -385,11 +385,11 @@ def _read_file(chosen: str, known: set[str]) -> dict[str, str]:
     path = Path(os.path.expanduser(chosen or ".env"))  # noqa: PTH111 - pathlib's raises where there is no home
     try:
         is_there = path.exists()
-    except PermissionError:  # which reading it reports
+    except PermissionError:  # read_env_file reports it
         is_there = True
     if is_there:
         return read_env_file(path, known)
-    if chosen:  # who names a file wants what is in it
+    if chosen:
         raise SettingsError(f"ENV_FILE {path} is not there: correct the path, or unset ENV_FILE")
     return {}
 
@@ -404,7 +404,7 @@ def _checked(kind: type[_Read], values: dict[str, str]) -> _Read:
         ) from None  # the original holds values, secrets among them
 
 
-def _refuse_slips(environment: Iterable[str], known: set[str]) -> None:
+def _reject_unknown_variables(environment: Iterable[str], known: set[str]) -> None:
     for name in environment:
         if name.startswith(OWN_PREFIXES) and name not in known:
             raise SettingsError(f"{name} is not a setting of this server{hint(name, known)}")
