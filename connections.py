@@ -1,7 +1,7 @@
-"""What a connection may cost before its request is read: bytes, headers, time, and a place among others.
+"""Bounds what a connection costs before its request is read: bytes, headers, time, and their number.
 
-A stranger needs no key to open a connection and to send the head of a request, so that all of it is bounded
-here, in uvicorn's own protocol. Bodies, keys and routes come later (gate.py).
+Anyone can open a connection and send the head of a request without a key, so it is bounded here, in uvicorn's
+own protocol. Bodies, keys and routes come later (gate.py).
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_URL_BYTES = 8 * 1024
-"""RFC 9110 asks for 8,000 at least; our longest has 20."""
+"""RFC 9110 recommends 8,000 at least; our longest has 20."""
 MAX_HEADERS = 100
-"""As Apache and gunicorn have it. A Worker sends some 20, a browser some 30."""
+"""As in Apache and gunicorn. A Worker sends some 20, a browser some 30."""
 MAX_HEAD_BYTES = 32 * 1024
-"""URL and headers. nginx takes 32 KiB, Node.js 16; a Worker sends about 1."""
+"""URL and headers. nginx allows 32 KiB, Node.js 16; a Worker sends about 1."""
 FEED_BYTES = 16 * 1024
-"""Handed to the parser at once, which tells of whole headers only: so much more it may hold."""
+"""Given to the parser at once. It reports whole headers only, so it may hold so much more."""
 
 HEAD_TIMEOUT_S = 10.0
-"""From the connection, or the first byte after an answer, to the end of the head. As long as a body has."""
+"""From the connection, or the first byte after an answer, to the end of the head. A body has as long."""
 ANSWER_TIMEOUT_S = 30.0
-"""A caller that takes less than 48 KiB of its answer (uvloop's buffer) in this time does not want it."""
+"""The connection of a caller that reads less than 48 KiB (uvloop's buffer) in this time is closed."""
 STOP_TIMEOUT_S = 5.0
-"""The longest of these waits once the server stops."""
+"""The longest of these waits while the server stops."""
 LINGER_S = 2.0
-"""A caller that is refused while it sends gets so long to read why."""
+"""The time for a caller that was refused while it sends to read the answer."""
 
 FILES_BESIDE = 128
-"""Open files of a worker without any request: libraries, logs, databases, the event loop."""
+"""Open files of a worker without requests: libraries, logs, databases, the event loop."""
 FILES_A_REQUEST = 2
-"""Beside its connection: the call to the runner, and one to a store."""
-TELL_AGAIN_S = 60.0
+"""Beside its connection: the call of the runner, and one of a store."""
+WARN_INTERVAL_S = 60.0
 
 TOO_MANY_HEADERS = Failure(
     "HEADERS_TOO_LARGE",
@@ -61,19 +61,19 @@ NOT_HTTP = Failure("INVALID_REQUEST", "what was sent is not an HTTP/1.1 request"
 NO_WEBSOCKET = Failure("INVALID_REQUEST", "this server does not speak WebSocket")
 FULL = Failure(
     "OVERLOADED",
-    "the server works on as many connections as it can hold",
+    "the server has as many connections in progress as it can hold",
     retry_after_s=2.0,
 )
 
 
 class Connections:
-    """The connections of one process; new ones push out those that wait longest for their caller.
+    """The connections of one process. A new one closes the one that waits longest for its caller.
 
-    There is no limit per address: behind Cloudflare all callers share a few.
+    There is no limit for each address: behind Cloudflare all callers share a few.
 
     Args:
         max_connections: held at once.
-        max_in_flight: requests that are worked on at once, which need open files too.
+        max_in_flight: requests in progress at once, which need open files too.
     """
 
     def __init__(self, max_connections: int, max_in_flight: int) -> None:
@@ -81,10 +81,10 @@ class Connections:
         self._files_beside = FILES_BESIDE + FILES_A_REQUEST * max_in_flight
         self._bounded = False
         self._waiting: dict[BoundedProtocol, None] = {}
-        self._told_s = -TELL_AGAIN_S
+        self._warned_s = -WARN_INTERVAL_S
 
     def apply(self) -> None:
-        """From now on this process bounds its connections; others, such as the runner's, never call this."""
+        """From now on this process bounds its connections. The runner does not call it."""
         self._bounded = True
         files = allow_open_files(self._max_connections + self._files_beside)
         room = max(files - self._files_beside, files // 2)
@@ -102,22 +102,22 @@ class Connections:
         """The protocol of one connection, from what uvicorn gives it."""
         return BoundedProtocol(self, **arguments) if self._bounded else HttpToolsProtocol(**arguments)
 
-    def note(self, connection: BoundedProtocol, *, waits: bool) -> None:
-        """Keep those that wait in the order in which they began to."""
+    def record_wait(self, connection: BoundedProtocol, *, waits: bool) -> None:
+        """Record whether a connection waits for its caller, in the order in which the waits began."""
         if waits:
             self._waiting.setdefault(connection)
         else:
             self._waiting.pop(connection, None)
 
     def make_room(self, newcomer: BoundedProtocol) -> None:
-        """Close one that waits when there are too many; the newcomer itself when all others are at work."""
+        """When there are too many, close the one that waits longest, or the newcomer when no other waits."""
         if len(newcomer.connections) <= self._max_connections:
             return
-        if time.monotonic() - self._told_s >= TELL_AGAIN_S:
-            self._told_s = time.monotonic()
+        if time.monotonic() - self._warned_s >= WARN_INTERVAL_S:
+            self._warned_s = time.monotonic()
             logger.warning(
-                "%d connections are open (MAX_CONNECTIONS): for each new one that which waits longest for "
-                "its caller is closed",
+                "%d connections are open (MAX_CONNECTIONS): each new one closes the one that waits longest "
+                "for its caller",
                 self._max_connections,
             )
         longest = next(iter(self._waiting))
@@ -128,22 +128,22 @@ class Connections:
 
 
 class _Phase(Enum):
-    """What a connection waits for, if it waits; each has its timeout."""
+    """What a connection waits for; each has its timeout."""
 
     HEAD = auto()
     """For the head of a request."""
     IDLE = auto()
-    """For the next request, of which nothing came yet: uvicorn's keep-alive timeout."""
+    """For the first byte of the next request: uvicorn's keep-alive timeout."""
     BODY = auto()
     """For the body: the gate's timeout."""
     ANSWER = auto()
-    """For a caller that does not take its answer."""
+    """For a caller that does not read its answer."""
     LEAVING = auto()
-    """The same, and nothing comes after it."""
+    """The same, before the connection is closed."""
     REFUSED = auto()
-    """For a caller that was refused, to read why."""
-    WORK = auto()
-    """It does not wait: the server works."""
+    """For a caller that was refused, to read the answer."""
+    IN_PROGRESS = auto()
+    """It does not wait for its caller: the request is in progress."""
 
 
 TIMEOUTS_S = {
@@ -155,7 +155,7 @@ TIMEOUTS_S = {
 
 
 class _Refused(Exception):
-    """Stops the parser; it comes back as the context of the parser's own error."""
+    """Stops the parser, which raises its own error with this one as the context."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -163,7 +163,7 @@ class _Refused(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, whose parser takes whatever comes for as long as it comes, with bounds.
+    """uvicorn's protocol with bounds. Without them its parser reads any size for any time.
 
     Args:
         all_connections: of the process.
@@ -177,7 +177,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._phase: _Phase | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._longest_wait_s = ANSWER_TIMEOUT_S
-        self._deaf = False
+        self._ignores_input = False
         self._head_bytes = 0
         self._held_bytes = 0
         self._head_begun = False
@@ -185,35 +185,35 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn
         super().connection_made(transport)
-        self._review()
+        self._update_phase()
         self._all.make_room(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._all.note(self, waits=False)
+        self._all.record_wait(self, waits=False)
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        if self._deaf:
+        if self._ignores_input:
             return
         view = memoryview(data)
         for start in range(0, len(data), FEED_BYTES):
             if not self._feed(view[start : start + FEED_BYTES]):
                 return
-        self._next_begun = not self._in_work
-        self._review()
+        self._next_begun = not self._in_progress
+        self._update_phase()
 
     def _feed(self, data: memoryview) -> bool:
-        """Parse a piece; False when it was refused."""
-        # The parser keeps what is no whole header yet; whatever it hands over sets this back.
+        """Parse a part of the input; False when it was refused."""
+        # The parser holds a header that is not whole yet; each of its callbacks sets this to 0.
         self._held_bytes += len(data)
         refusal = None
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # the request is answered as if it had not asked
+            pass  # the request is answered without the upgrade
         except httptools.HttpParserError as error:
             cause = error.__context__
             refusal = cause.failure if isinstance(cause, _Refused) else NOT_HTTP
@@ -224,8 +224,8 @@ class BoundedProtocol(HttpToolsProtocol):
         return refusal is None
 
     def on_message_begin(self) -> None:
-        if self._in_work:
-            raise _Refused(NOT_HTTP)  # pipelined: never said, since the one in work has the last answer
+        if self._in_progress:
+            raise _Refused(NOT_HTTP)  # pipelined: not answered, since the request in progress is the last
         super().on_message_begin()
         self._head_begun = True
         self._head_bytes = 0
@@ -250,7 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise _Refused(NO_WEBSOCKET)
         super().on_headers_complete()
         if self.parser.should_upgrade():
-            self.cycle.keep_alive = False  # the parser reads nothing after it
+            self.cycle.keep_alive = False  # the parser stops after it
 
     def on_body(self, body: bytes) -> None:
         self._held_bytes = 0
@@ -262,45 +262,45 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._next_begun = self.cycle.more_body  # answered before it was whole: the rest still comes
-        self._review()
+        self._next_begun = self.cycle.more_body  # answered before the body was complete: the rest still comes
+        self._update_phase()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._review()
+        self._update_phase()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._review()
+        self._update_phase()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._review()
+        self._update_phase()
 
     def shutdown(self) -> None:
         super().shutdown()
         self._longest_wait_s = STOP_TIMEOUT_S
-        self._phase = None  # a wait that goes on gets its new timer
-        self._review()
+        self._phase = None  # so that a wait in progress gets a new timer
+        self._update_phase()
 
     def refuse(self, failure: Failure) -> None:
-        """Answer, and read nothing more. A request in work is finished, and its answer is the last."""
-        self._deaf = True
-        if not self._in_work:
-            self._say(failure)
+        """Answer, and read nothing more. A request in progress is finished, and its answer is the last."""
+        self._ignores_input = True
+        if not self._in_progress:
+            self._send(failure)
         elif self.cycle.more_body:
             self.cut()
             return
         else:
             self.cycle.keep_alive = False
-        self._review()
+        self._update_phase()
 
     def cut(self) -> None:
-        """Close at once, without a word."""
-        self._all.note(self, waits=False)
+        """Close at once, without an answer."""
+        self._all.record_wait(self, waits=False)
         self.transport.abort()
 
-    def _say(self, failure: Failure) -> None:
+    def _send(self, failure: Failure) -> None:
         request_id = request_id_of(dict(self.headers or ()))
         body = json.dumps(failure.body(request_id).model_dump()).encode()
         headers = [
@@ -315,26 +315,29 @@ class BoundedProtocol(HttpToolsProtocol):
         lines += [name + b": " + value for name, value in headers]
         self.transport.write(b"\r\n".join([*lines, b"", body]))
         logger.info(
-            "refused unread: %d request %s", failure.status, request_id, extra={"request_id": request_id}
+            "refused before it was read: %d request %s",
+            failure.status,
+            request_id,
+            extra={"request_id": request_id},
         )
-        # A close while the caller sends would reach it as a reset, and the answer be lost.
+        # Closed while the caller sends, the connection would be reset and the answer lost.
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:
             self.transport.close()
 
     @property
-    def _in_work(self) -> bool:
-        return self._has_asked and not self.cycle.response_complete
+    def _in_progress(self) -> bool:
+        return self._has_request and not self.cycle.response_complete
 
     @property
-    def _has_asked(self) -> bool:
-        return self.cycle is not None  # uvicorn's type leaves the None out
+    def _has_request(self) -> bool:
+        return self.cycle is not None  # uvicorn's type omits the None
 
-    def _review(self) -> None:
-        """Take note of what the connection waits for; a wait that goes on keeps its timer."""
+    def _update_phase(self) -> None:
+        """Record what the connection waits for; a wait that continues keeps its timer."""
         phase = self._find_phase()
-        self._all.note(self, waits=phase is not _Phase.WORK)
+        self._all.record_wait(self, waits=phase is not _Phase.IN_PROGRESS)
         if phase is self._phase:
             return
         self._phase = phase
@@ -348,13 +351,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def _find_phase(self) -> _Phase:
         if self.transport.is_closing():
             return _Phase.LEAVING
-        if self._in_work:
+        if self._in_progress:
             if self.flow.write_paused:
                 return _Phase.ANSWER
-            return _Phase.BODY if self.cycle.more_body else _Phase.WORK
-        if self._deaf:
+            return _Phase.BODY if self.cycle.more_body else _Phase.IN_PROGRESS
+        if self._ignores_input:
             return _Phase.REFUSED
-        return _Phase.HEAD if not self._has_asked or self._next_begun else _Phase.IDLE
+        return _Phase.HEAD if not self._has_request or self._next_begun else _Phase.IDLE
 
     def _end_wait(self) -> None:
         self._timer = None
@@ -362,9 +365,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cut()
         elif self._head_begun:
             self.refuse(TOO_LATE)
-        else:  # nothing was asked: browsers open connections in advance, and would take an answer amiss
+        else:  # no request: browsers open connections in advance, and do not expect an answer
             self.transport.close()
-            self._review()
+            self._update_phase()
 
 
 def allow_open_files(wanted: int) -> int:
@@ -379,6 +382,6 @@ def allow_open_files(wanted: int) -> int:
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    except (OSError, ValueError):  # macOS knows a lower limit than it tells
+    except (OSError, ValueError):  # the real limit of macOS is below the one that it reports
         return soft
     return allowed

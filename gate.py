@@ -1,7 +1,7 @@
-"""What every request passes first: request id, API key, body limit, one error body, and the last net.
+"""What every request passes first: request id, API key, body limit, and one body for every error.
 
-Plain ASGI around all that is served, BentoML's own routes too, and never raises: an exception that leaves a
-middleware of BentoML hangs the client.
+Plain ASGI around all that is served, BentoML's own routes too. It never raises: after an exception in a
+middleware BentoML does not answer the client.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 BODY_TIMEOUT_S = 10.0
-"""64 KiB that take longer are an attack, or a line on which nothing works."""
+"""A caller that needs longer for 64 KiB is an attacker, or has no usable connection."""
 
 UNENCODED = {b"content-encoding": {b"", b"identity"}, b"transfer-encoding": {b"chunked"}}
-"""Values of the headers under which a body's bytes are the body: chunks are the server's to put together."""
+"""Header values with which the body is used as it is; the HTTP server joins chunks."""
 PROBES = {"/health", "/livez", "/healthz", "/readyz"}
-"""Open to everyone: hosts ask them all day, and they give nothing away."""
+"""Open to everyone: hosts poll them, and they hold no secret."""
 QUIET_PATHS = PROBES | {"/metrics"}
-"""Polled all day; not worth a log line, unless they are refused."""
+"""Polled often, so not logged unless they are refused."""
 FORWARDED = {b"forwarded", b"x-forwarded-for", b"x-real-ip", b"cf-connecting-ip"}
 """Headers of a request that came through a proxy or a tunnel, whose address is not the caller's."""
 LOGGED_PATH_CHARACTERS = 200
@@ -54,8 +54,8 @@ class Gate:
     Args:
         app: what comes behind it.
         api_keys: any of them opens `/api/`.
-        access: who may read all but `/api/` and the probes: everyone, who has a key, or also who is on this
-            machine.
+        access: who may read all but `/api/` and the probes: everyone, callers with a key, or also callers on
+            this machine.
         max_body_bytes: longer bodies are refused before they are read whole.
     """
 
@@ -75,7 +75,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other scopes pass."""
         if scope["type"] == "lifespan":
-            # BentoML's own application, which cannot be had in another way.
+            # BentoML's own application, which no other interface gives.
             scope["app"].router.redirect_slashes = False
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -97,19 +97,19 @@ class Gate:
                 await self._app(_with_get_for_head(scope), await self._read_body(scope, receive), answer.send)
         except Failure as failure:
             await answer.fail(failure)
-        except Exception as error:  # the last net: nothing behind it would answer the caller
+        except Exception as error:  # without this the caller would get no answer
             logger.exception("request %s failed", answer.request_id)
             await answer.fail(Failure.of(error))
 
     def _check_access(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raise `Failure` for who may not have the path. What is not known to be open is closed."""
+        """Raise `Failure` where the caller may not read the path: every path is closed unless it is open."""
         path = scope["path"]
         if path.startswith("/api/"):
-            # A preflight carries no key by its nature.
+            # Browsers send preflights without a key.
             if scope["method"] != "OPTIONS":
                 self._check_key(headers.get(b"x-api-key"), "X-API-Key")
         elif path not in PROBES and not self._is_open_to(scope, headers):
-            # Prometheus sends its credentials in this way.
+            # Prometheus sends its key in this way.
             scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             token = bearer.strip() if scheme.lower() == b"bearer" else None
             self._check_key(headers.get(b"x-api-key", token), "X-API-Key or Authorization: Bearer")
@@ -165,7 +165,7 @@ class Gate:
 
 
 class _Answer:
-    """Sends the answer of one request: adds the request id, words plain-text errors, remembers the status."""
+    """Sends the answer of one request: adds the request id, replaces plain-text errors, keeps the status."""
 
     def __init__(self, send: Send, request_id: str, *, with_body: bool) -> None:
         self._send = send
@@ -193,7 +193,7 @@ class _Answer:
             await self._send_body(message)
 
     async def fail(self, failure: Failure) -> None:
-        if self.status:  # the answer has begun; nothing can be said any more
+        if self.status:  # the answer has begun
             return
         body = json.dumps(failure.body(self.request_id).model_dump()).encode()
         headers = [(name.lower().encode(), value.encode()) for name, value in failure.headers.items()]
@@ -213,8 +213,8 @@ class _Answer:
         if self._with_body:
             await self._send(message)
         elif not message.get("more_body", False):
-            # The head is all that the caller waits for. Sent before the app is done, it would let the next
-            # request come in the middle of this one, which ends the connection.
+            # The caller waits for the head alone. Sent before the app is done, it would let the next request
+            # come while this one is in progress, which ends the connection.
             await self._send(self._head)
             await self._send({"type": "http.response.body", "body": b""})
 
@@ -235,7 +235,7 @@ def _log_access(scope: Scope, answer: _Answer) -> None:
 
 @contextmanager
 def _span(scope: Scope, headers: dict[bytes, bytes], answer: _Answer) -> Iterator[None]:
-    """A span of a request to `/api/`, whose caller has a key: strangers start no traces."""
+    """A span of a request to `/api/`, whose caller has a key: callers without one start no traces."""
     if not scope["path"].startswith("/api/"):
         yield
         return
@@ -256,7 +256,7 @@ def _is_on_this_machine(scope: Scope) -> bool:
 
 
 def _with_get_for_head(scope: Scope) -> Scope:
-    """HEAD is answered as GET is, on every route; the body is left out here."""
+    """HEAD is answered as GET on every route, without the body."""
     return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
@@ -280,12 +280,12 @@ def _refuse_encodings(scope: Scope) -> None:
 
 
 def _path_as_sent(scope: Scope) -> str:
-    """The path with its percent escapes: decoded, its spaces could feign the rest of a log line."""
+    """The path with its percent escapes: decoded, its spaces could imitate the rest of a log line."""
     path: str = scope["raw_path"].decode("latin-1")
     return path if len(path) <= LOGGED_PATH_CHARACTERS else f"{path[:LOGGED_PATH_CHARACTERS]}..."
 
 
 def request_id_of(headers: dict[bytes, bytes]) -> str:
-    """The caller's X-Request-ID if it is a proper one, else a new id."""
+    """The caller's X-Request-ID if it is valid, else a new id."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,8 +1,8 @@
 """The one path of a task: claim the row, fetch the image, segment it, store the masks, settle the row.
 
-The row is the result and the HTTP answer a courtesy: once begun, the work goes on whether or not the
-caller still listens, and a claimed row ends as `done` or `error`. What cannot go on now (a process has
-died, R2, the database or the model is away) is kept, and begun again by recovery.py.
+The row is the result. Once begun, the work goes on also when the caller has hung up, and a claimed row ends
+as `done` or `error`. A task that cannot go on (a process has died; R2, the database or the model is away) is
+kept, and recovery.py begins it again.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_S = 8.0
-"""At a stop, the time to settle rows that are not settled yet: most hosts kill after ten."""
+"""At a stop, the time to settle rows that are not settled yet: most hosts kill after ten seconds."""
 
 IMAGE_SLOTS = 8
 """Files of images that a worker holds at once, `MAX_IMAGE_BYTES` each."""
 
 DECODERS = max(2, min(4, cpu_share().threads))
-"""Processes a worker that decode: one may be busy with a heavy image for seconds."""
+"""Decoder processes of a worker: one may be busy with a heavy image for seconds."""
 
 LARGE_MASK_PX = 2**24
-"""Larger masks are encoded one at a time in a worker: each takes two bytes a pixel meanwhile."""
+"""Larger masks are encoded one at a time in a worker: each needs two bytes a pixel."""
 
 UNION = "union"
-# What is beyond them is noise of float32; shorter answers read better.
+# More digits would be noise of float32.
 SCORE_DIGITS = 4
 BOX_DIGITS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What a task came to: the answer, the URL of the mask that stands for it, the keys of all masks."""
+    """The result of a task: the answer, the URL of the mask for its row, the keys of all masks."""
 
     response: BatchResponse
     mask_url: str
@@ -86,9 +86,9 @@ class Pipeline:
 
     Args:
         settings: limits and times.
-        checkpoint: tells the model's input size and tokenizer.
+        checkpoint: has the model's input size and tokenizer.
         objects: images in, masks out.
-        outbox: the tasks' rows, behind the file that loses none.
+        outbox: the tasks' rows, behind the file of attempts.
         runner: the model.
         model_version: written to the row.
     """
@@ -116,11 +116,11 @@ class Pipeline:
         self._running: set[asyncio.Task[BatchResponse]] = set()
 
     async def start(self) -> None:
-        """Start what the first task would wait for."""
+        """Start the decoders, which the first task would wait for."""
         await self._decoders.start()
 
     async def run(self, request: PredictRequest | BatchRequest, request_id: str) -> BatchResponse:
-        """Do the task, or give its stored result when it is done already.
+        """Do the task, or return its stored result when it is done already.
 
         Raises `Failure`, and nothing else.
         """
@@ -133,7 +133,7 @@ class Pipeline:
         try:
             self._check_tokens(request)
             await self._check_capacity()
-        except Exception as error:  # every error is a failure to the caller; _failure knows them all
+        except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
         # Shielded: a caller that hangs up ends its request, not the task.
         with log_ids(request_id=request_id, task_id=task.task_id):
@@ -163,11 +163,11 @@ class Pipeline:
                 raise PromptTooLong(f"{name}: has {tokens} tokens; the model reads {CONTEXT_TOKENS}")
 
     async def _check_capacity(self) -> None:
-        """Refuse before anything is claimed, so that the row stays as it was for the next try."""
+        """Refuse before anything is claimed, so that the row stays as it is for the next attempt."""
         status = await self._runner.status()
         if status.state != "ok":
             raise ModelNotLoaded(status.detail or "the model is loading")
-        # Last: nothing may wait between this check and the start of the work, or a burst slips through.
+        # Last: with an await between this check and the start of the work, a burst would pass the check.
         if len(self._running) >= self._settings.max_in_flight:
             raise OverloadedError(f"{len(self._running)} requests are in flight; try again later")
 
@@ -181,16 +181,16 @@ class Pipeline:
         return running
 
     async def _begin(self, task: Task, request_id: str) -> BatchResponse:
-        """Do a task that a request has brought. Raises `Failure`."""
+        """Do the task of a request. Raises `Failure`."""
         try:
             await self._refuse_given_up(task)
             attempt = await self._outbox.note(task, request_id)
-        except Exception as error:  # every error is a failure to the caller; _failure knows them all
+        except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
         return await self._attempt(attempt)
 
     async def _refuse_given_up(self, task: Task) -> None:
-        """Raise TaskGivenUpError for a task that was given up, while its image is the same."""
+        """Raise TaskGivenUpError for a task that was given up and whose image is unchanged."""
         known = await self._outbox.given_up(task)
         if known is None:
             return
@@ -202,9 +202,9 @@ class Pipeline:
         await self._outbox.forgive(task.task_id)
 
     async def _attempt(self, attempt: Attempt) -> BatchResponse:
-        """One attempt at a task that is on the file, to its end. Raises `Failure`."""
+        """One attempt at a task that is in the file of attempts. Raises `Failure`."""
         claimed, begun = asyncio.Event(), asyncio.Event()
-        # Side by side: neither the row nor the file needs to wait for the other.
+        # At the same time: the claim and the image are round trips to different hosts.
         claiming = asyncio.create_task(self._claim(attempt, begun))
         reading = asyncio.create_task(self._read_image(attempt, claimed, begun))
         for each in (claiming, reading):
@@ -217,7 +217,7 @@ class Pipeline:
                 return response
             claimed.set()
             return await self._settle(attempt, reading, begun)
-        except Exception as error:  # every error is a failure to the caller; _failure knows them all
+        except Exception as error:  # _failure turns every error into a Failure
             raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
             reading.cancel()
@@ -227,16 +227,16 @@ class Pipeline:
         try:
             with stage("claim"):
                 return await self._outbox.claim(attempt)
-        except Exception as error:  # all but the known ones end the attempt
+        except Exception as error:  # those without a code end the attempt
             if Failure.of(error).code != "INTERNAL_ERROR":
                 raise
-            # A bug, then. What it did to the row is not known, and the task must not be begun for ever.
+            # A bug: the state of the row is unknown, and the task must not be begun again for ever.
             raise await self._end_without_result(attempt, error, begun) from error
 
     async def _settle(
         self, attempt: Attempt, reading: asyncio.Task[SquareImage], begun: asyncio.Event
     ) -> BatchResponse:
-        """Do the work and end the claimed row. The only place that does."""
+        """Do the work and end the claimed row; the only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 result = await self._work(attempt, reading)
@@ -249,14 +249,14 @@ class Pipeline:
                     result.mask_keys,
                 )
         except (AttemptLost, TaskNotFound):
-            raise  # the row is another attempt's, or gone: there is nothing to end
-        except Exception as error:  # whatever it is, the row must end, or the task be kept
+            raise  # the row is another attempt's, or deleted: there is nothing to end
+        except Exception as error:  # after any error the row must end, or the task be kept
             raise await self._end_without_result(attempt, error, begun) from error
         TASKS.labels("done", "").inc()
         return result.response
 
     async def _end_without_result(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> Failure:
-        """Keep the task when what stopped it will pass, else end its row; returns what the caller is told."""
+        """Keep the task after an outage, else end its row. Returns the failure for the caller."""
         failure = _failure(error, attempt.task, attempt.request_id)
         try:
             back = await self._keep(attempt, error, begun)
@@ -269,7 +269,7 @@ class Pipeline:
             return Failure.of(given_up)
         except (AttemptLost, TaskNotFound) as lost:
             logger.warning("task %s failed with %s; %s", attempt.task.task_id, failure.code, lost)
-        except Exception:  # the caller is told of the first error; this one is for the log
+        except Exception:  # the caller gets the first error; this one goes to the log
             logger.exception(
                 "task %s failed with %s, and its end could not be noted (request %s)",
                 *(attempt.task.task_id, failure.code, attempt.request_id),
@@ -277,7 +277,7 @@ class Pipeline:
         return failure
 
     async def _keep(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> str | None:
-        """Keep the task, and say until when; None when it must end. Raises TaskGivenUpError."""
+        """Keep the task; returns when it is done, or None when it must end. Raises TaskGivenUpError."""
         match error:
             case RunnerStopped():
                 if not await self._outbox.keep_after_death(attempt):
@@ -323,7 +323,7 @@ class Pipeline:
         ]
         total_ms = round(inference_ms, 1)
         response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
-        # The last is the union of all, or the only one.
+        # The last mask is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
 
     async def _png(self, results: list[PredictResult]) -> bytes:
@@ -337,20 +337,20 @@ class Pipeline:
     ) -> SquareImage:
         async with self._image_slots:
             data, file = await self._fetch(attempt.task)
-            # Only now: a repeat of a task that is done or running decodes nothing, and a death while the
-            # database is silent does not count against a suspect.
+            # After the claim: a repeat of a task that is done or running decodes nothing, and a death while
+            # the database does not answer is not counted against a suspect.
             await claimed.wait()
             if not file.is_heavy:
                 return await self._decode(attempt, data, file, begun)
             if not self._heavy_turn.locked():
                 async with self._heavy_turn:
                     return await self._decode(attempt, data, file, begun)
-        # Those that wait for the heavy one before them leave their slots to others, and fetch again.
+        # Heavy images wait without a slot, so that others can use it, and are fetched again.
         async with self._heavy_turn:
             return await self._decode(attempt, *await self._fetch(attempt.task), begun)
 
     async def _fetch(self, task: Task) -> tuple[bytes, ImageFile]:
-        """The image's bytes, and what they say of themselves."""
+        """The image's bytes and the header's facts."""
         data = await self._download(task)
         return data, await asyncio.to_thread(
             read_image_file, data, max_pixels=self._settings.max_image_pixels
@@ -359,7 +359,7 @@ class Pipeline:
     async def _decode(
         self, attempt: Attempt, data: bytes, file: ImageFile, begun: asyncio.Event
     ) -> SquareImage:
-        # From here on to the masks, a picture may cost a process its life.
+        # From here to the masks, an image may kill a process.
         sha256 = _sha256(data) if attempt.suspect else None
         if not await self._outbox.begin_work(attempt, sha256, is_long=file.is_heavy):
             raise ModelNotLoaded("the server is being stopped")
@@ -385,8 +385,8 @@ class Pipeline:
     def _replay(self, stored: StoredResult, task: Task) -> BatchResponse:
         """The answer of a task that is done.
 
-        Raises `TaskMismatchError` when its row holds another task's, or no longer what this server wrote:
-        users may write to their own rows, and what they wrote is not answered as ours.
+        Raises `TaskMismatchError` when its row holds another task's answer, or no longer what this server
+        wrote: users may write to their own rows, and their text is not returned as our answer.
         """
         if stored.metadata.get("prompts") != list(task.prompts):
             raise TaskMismatchError("this task is done already, for other prompts")
@@ -404,7 +404,7 @@ class Pipeline:
         return response
 
     def _is_ours(self, response: BatchResponse, mask_url: str, task: Task) -> bool:
-        """Whether a stored answer is whole, and names masks of this task alone."""
+        """Whether a stored answer is whole, and its masks are this task's."""
         urls = [mask_url, *(result.mask_url for result in response.results)]
         return (
             len(response.results) == len(task.prompts)
@@ -417,7 +417,7 @@ class Pipeline:
 
 
 def _failure(error: Exception, task: Task, request_id: str) -> Failure:
-    """The failure that `error` is to a caller. One that no table knows is logged, once."""
+    """The failure that a caller sees for `error`. An error without a code is logged, once."""
     failure = Failure.of(error)
     if failure.code == "INTERNAL_ERROR" and failure is not error:
         logger.error(
@@ -430,13 +430,13 @@ def _failure(error: Exception, task: Task, request_id: str) -> Failure:
 
 
 def _refused(failure: Failure) -> Failure:
-    """The same; counts a task that was not begun."""
+    """The same failure; counts a task that was not begun."""
     TASKS.labels("refused", failure.code).inc()
     return failure
 
 
 def _consume_exception(ended: asyncio.Task[Any]) -> None:
-    """Read the exception, or asyncio complains when nobody waits for it any more."""
+    """Read the exception: asyncio logs one that nobody has read."""
     if not ended.cancelled():
         ended.exception()
 

@@ -1,8 +1,8 @@
-"""What goes on in the background of an API worker, so that every task that was begun ends.
+"""Background work of an API worker, so that every task that was begun ends.
 
-Looks twice a second at the file of attempts, and lets go of what a dead process held, settles rows that
-could not be settled, renews the leases of tasks that wait, begins these again, and deletes masks that nobody
-was told of. Once a minute it ends rows that a lost machine left `processing`.
+Twice a second it reads the file of attempts: it releases the attempts of dead processes, settles rows that
+could not be settled, renews the leases of tasks that wait, begins these again, and deletes masks that no row
+names. Once a minute it ends rows that a lost machine left `processing`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 POLL_AFTER_ERROR_S = 5.0
 STALE_POLL_S = 60.0
-"""How often it looks for what another machine left behind that may never come back."""
+"""How often it looks for rows that a lost machine left."""
 MASKS_AT_ONCE = 20
 TASKS_AT_ONCE = 4
-"""Kept tasks that a worker has in work at once, beside those of its callers."""
+"""Kept tasks that a worker works on at once, beside those of its callers."""
 
 
 class Recovery:
-    """Finishes what was left behind; one in each API worker.
+    """Finishes tasks that were interrupted; one in each API worker.
 
     Args:
         outbox: the file of attempts, and the rows.
-        objects: where unneeded masks are deleted.
-        runner: nothing is begun while the model is away.
-        pipeline: does the tasks.
+        objects: for the deletion of unneeded masks.
+        runner: no task is begun while the model is away.
+        pipeline: runs the tasks.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Recovery:
         self._runner = runner
         self._pipeline = pipeline
         self._at_work: set[asyncio.Task[None]] = set()
-        self._looking: list[asyncio.Task[None]] = []
+        self._loops: list[asyncio.Task[None]] = []
         self._next_stale_s = time.monotonic() + STALE_POLL_S
-        self._one_is_done = asyncio.Event()
+        self._task_ended = asyncio.Event()
 
     def start(self) -> None:
-        """Begin; needs the event loop that serves."""
+        """Begin; call it in the event loop that serves."""
         steps = (
             self._outbox.release_dead,
             self._outbox.deliver_due,
@@ -70,22 +70,22 @@ class Recovery:
             self._end_stale,
             self._delete_unneeded_masks,
         )
-        # Each apart: what one cannot do now, or only slowly, must not hold up the others.
-        self._looking = [asyncio.create_task(self._repeat(step)) for step in steps]
+        # A task each: a step that fails or is slow must not delay the others.
+        self._loops = [asyncio.create_task(self._repeat(step)) for step in steps]
 
     def stop(self) -> None:
-        """Begin nothing more. What was in the middle is done again at the drain, or after the next start."""
-        for look in self._looking:
-            look.cancel()
+        """Begin nothing more. A step in progress is repeated by the drain, or after the next start."""
+        for loop in self._loops:
+            loop.cancel()
 
     async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
             pause_s = POLL_S if await self._try(step) else POLL_AFTER_ERROR_S
             if step == self._begin_again:
-                # The next one's turn comes with the end of the one before.
+                # A waiting task can begin when one has ended.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._one_is_done.wait(), pause_s)
-                self._one_is_done.clear()
+                    await asyncio.wait_for(self._task_ended.wait(), pause_s)
+                self._task_ended.clear()
             else:
                 await asyncio.sleep(pause_s)
 
@@ -93,11 +93,11 @@ class Recovery:
         try:
             await step()
         except (ResultsUnavailable, StorageUnavailable) as error:
-            logger.warning("what was left behind has to wait: %s", error)
+            logger.warning("interrupted tasks have to wait: %s", error)
             return False
         except Exception:
-            # Whatever it was, the next look may do better; without this loop tasks would be lost.
-            logger.exception("what was left behind could not be finished")
+            # After any error the next step may succeed; without this loop tasks would be lost.
+            logger.exception("interrupted tasks could not be finished")
             return False
         return True
 
@@ -127,7 +127,7 @@ class Recovery:
                 await self._pipeline.run_again(attempt)
             except Failure as failure:
                 logger.warning("task %s, begun again, met %s (request %s)", task_id, failure.code, request_id)
-        self._one_is_done.set()
+        self._task_ended.set()
 
     async def _end_stale(self) -> None:
         if time.monotonic() >= self._next_stale_s:

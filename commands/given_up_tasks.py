@@ -1,4 +1,4 @@
-"""Tasks that this server has given up: list them, or let one be tried again when it is sent again.
+"""The tasks that this server has given up: list them, or allow one again.
 
 python -m commands.given_up_tasks            # DATA_DIR names the server's folder; the server may be running
 python -m commands.given_up_tasks TASK_ID
@@ -33,7 +33,7 @@ async def forgive(attempts: AttemptFile, task_id: str) -> int:
 
 
 async def run(task_id: UUID | None) -> int:
-    """Open the file of attempts, do what is asked, and let go of it."""
+    """Open the file of attempts, and do what the command line says."""
     path = load_data_settings().data_dir / OUTBOX_FILE
     if not path.exists():
         sys.stderr.write(f"there is no {path}: set DATA_DIR as the server has it\n")

@@ -1,4 +1,4 @@
-"""Log lines that no stranger can forge, as text or as JSON. Knows nothing of who logs what."""
+"""Log lines that no caller can forge, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def log_ids(**ids: str) -> Iterator[None]:
 
 
 def escape_log_lines() -> None:
-    """Escape what every logger of this process is given, whatever handlers it has or gets.
+    """Escape the messages of every logger of this process.
 
-    A record keeps to its line and gives a terminal no orders; a traceback's lines are indented, so that none
-    of them looks like a record.
+    A message cannot contain a line break or a terminal's control sequence. The lines of a traceback are
+    indented, so that none looks like a message.
     """
     logging.setLogRecordFactory(_EscapedRecord)
 
@@ -56,7 +56,7 @@ def log_info_of(packages: Iterable[str]) -> None:
 
 
 def log_as_json() -> None:
-    """Write one JSON object a line from now on: what is logged, warned of, raised or printed in this process.
+    """From now on write one JSON object a line for what is logged, warned, raised or printed in this process.
 
     Call it after BentoML has set up its own log; a second call changes nothing.
     """
@@ -76,7 +76,7 @@ def log_as_json() -> None:
 
 
 def escaped(text: str) -> str:
-    r"""`text` with what does not print as Python writes it: \n, \x1b, \u202e (right to left), \ud800."""
+    r"""`text` with unprintable characters escaped as by Python: \n, \x1b, \u202e (right to left), \ud800."""
     if text.isprintable():
         return text
     return "".join(
@@ -89,7 +89,7 @@ class _EscapedRecord(logging.LogRecord):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.exc_info:
-            # A formatter takes this text as it is, and so does every handler after the first.
+            # Every handler's formatter uses this text.
             lines = "".join(traceback.format_exception(*self.exc_info)).rstrip("\n").split("\n")
             self.exc_text = "\n".join(f"  {escaped(line)}" for line in lines)
 
@@ -98,7 +98,7 @@ class _EscapedRecord(logging.LogRecord):
 
 
 class _JsonEvents(JsonFormatter):
-    """An event's fields: time (UTC), level, logger, pid, message, ids, what the call added, exception."""
+    """The fields of an event: time (UTC), level, logger, pid, message, ids, the call's own, exception."""
 
     def __init__(self) -> None:
         super().__init__(rename_fields={"exc_info": "exception"})
@@ -117,7 +117,7 @@ class _JsonEvents(JsonFormatter):
 
 
 class _PrintedLines:
-    """Stands for stdout or stderr: each line that is printed there becomes an event."""
+    """Replaces stdout or stderr: each printed line becomes an event."""
 
     def __init__(self, stream: TextIO, handler: logging.Handler, name: str, level: int) -> None:
         self._stream, self._handler, self._name, self._level = stream, handler, name, level
@@ -129,7 +129,7 @@ class _PrintedLines:
             if line.strip():
                 record = logging.makeLogRecord({"name": self._name, "levelno": self._level, "msg": line})
                 record.levelname = logging.getLevelName(self._level)
-                # Straight to the stream: a handler that fails prints to stderr, which would come back here.
+                # Not by the handler: if it fails it prints to stderr, which is this object.
                 self._stream.write(f"{self._handler.format(record)}\n")
         self._stream.flush()
         return len(text)
@@ -143,10 +143,10 @@ class _PrintedLines:
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    logging.getLogger("uncaught").critical("this process ends by an error", exc_info=(kind, error, where))
+    logging.getLogger("uncaught").critical("this process ends with an error", exc_info=(kind, error, where))
 
 
 def _log_uncaught_in_thread(uncaught: threading.ExceptHookArgs) -> None:
     if uncaught.exc_value is not None:
         name = uncaught.thread.name if uncaught.thread else "a thread"
-        logging.getLogger("uncaught").critical("%s ends by an error", name, exc_info=uncaught.exc_value)
+        logging.getLogger("uncaught").critical("%s ends with an error", name, exc_info=uncaught.exc_value)

@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry: off until `trace_to` names a collector.
 
-The tracer is ours alone. Were it the process's, FastAPI and others would add spans of their own, with
-callers' addresses and whole URLs.
+The tracer is not the process's global one: with that, FastAPI and others would add spans with callers'
+addresses and whole URLs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
 EXPORT_TIMEOUT_S = 3.0
-"""A collector that is away must not hold up a stop for longer; its spans are lost."""
+"""A collector that does not answer must not delay a stop for longer; the spans are lost."""
 
 _tracer: trace.Tracer | None = None
 
@@ -36,8 +36,8 @@ def trace_to(endpoint: str, *, process: str, version: str) -> None:
     The sampler, headers and further attributes are OpenTelemetry's own variables, OTEL_*.
 
     Args:
-        endpoint: URL of a collector that takes OTLP over HTTP, without /v1/traces.
-        process: what this process is, for the spans' resource.
+        endpoint: URL of a collector of OTLP over HTTP, without /v1/traces.
+        process: the name of this process, for the spans' resource.
         version: of the server.
     """
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415 - for who traces
@@ -60,9 +60,9 @@ def trace_to(endpoint: str, *, process: str, version: str) -> None:
 
 @contextmanager
 def root_span(name: str, headers: Mapping[str, str], **attributes: str) -> Iterator[Span]:
-    """The span of a whole piece of work; in the caller's trace, where `headers` name one (traceparent).
+    """The span of a whole request or task; in the caller's trace, where `headers` have a traceparent.
 
-    An error's words may hold what is private, and are left out.
+    An error's message may hold private data, and is left out.
     """
     if _tracer is None:
         yield trace.INVALID_SPAN

@@ -1,4 +1,4 @@
-"""One server a DATA_DIR: a second one would take the tasks that the first is working on for left behind."""
+"""One server a DATA_DIR: a second one would take over the tasks that the first is working on."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ LOCK = "server.lock"
 HOLDER = "server.pid"
 
 _held: list[filelock.BaseFileLock] = []
-"""Kept for the life of the process, with which the lock goes, however it ends."""
+"""Kept for the life of the process: the lock ends with it, however it ends."""
 
 
 def hold(data_dir: Path) -> None:
-    """Take the folder for this process, and make it where it is missing.
+    """Lock the folder for this process, and create it where it is missing.
 
     Raises:
-        SettingsError: another process has it, or this one cannot write there.
+        SettingsError: another process holds it, or this one cannot write there.
     """
     check_writable("DATA_DIR", data_dir)
     try:
-        # A soft lock would outlive a killed server.
+        # A soft lock would remain after a killed server.
         lock = filelock.FileLock(data_dir / LOCK, blocking=False, fallback_to_soft=False)
         lock.acquire()
         (data_dir / HOLDER).write_text(identity.current())
@@ -41,7 +41,7 @@ def hold(data_dir: Path) -> None:
 
 
 def holder(data_dir: Path) -> str:
-    """The identity of the process that took the folder last; empty when none did."""
+    """The identity of the process that locked the folder last; empty when none did."""
     try:
         return (data_dir / HOLDER).read_text()
     except (OSError, UnicodeDecodeError):

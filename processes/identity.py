@@ -1,4 +1,4 @@
-"""Which process a note on disk speaks of: told apart from every other, later ones with its pid too."""
+"""Names a process in a file so that no other has the name, not even a later one with its pid."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def current() -> str:
 
 
 def is_alive(identity: str) -> bool:
-    """Does this process still run on this machine?
+    """Whether this process still runs on this machine.
 
-    False for a zombie, for another process that has its pid by now, and for a text that is no identity.
+    False for a zombie, for another process that has its pid now, and for a text that is no identity.
     """
     pid = identity.partition(":")[0]
     if not (pid.isascii() and pid.isdecimal() and len(pid) < 12):
@@ -32,22 +32,22 @@ def is_alive(identity: str) -> bool:
 
 
 def is_parent(identity: str) -> bool:
-    """Does this process still run, and has it started this one?"""
-    # Where parents pass away without a trace (Windows), it is enough that it runs.
+    """Whether this process still runs, and started this one."""
+    # Windows does not report that a parent has ended: there it is enough that it runs.
     return is_alive(identity) and (os.name != "posix" or os.getppid() == int(identity.partition(":")[0]))
 
 
 def _identity(process: psutil.Process) -> str:
     started_s = process.create_time()
     if psutil.LINUX:
-        # There the time is counted from the boot; the date of the boot moves when the clock is set.
+        # Linux counts from the boot; the date of the boot changes when the clock is set.
         started_s -= psutil.boot_time()
     return f"{process.pid}:{_boot()}{started_s:.2f}"
 
 
 @cache
 def _boot() -> str:
-    """Tells a process from one that has its pid and its time after the next boot; empty where unknown."""
+    """Distinguishes processes with the same pid and time of different boots; empty where unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "") + "-"
     except OSError:

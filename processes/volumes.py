@@ -1,4 +1,4 @@
-"""The folders that the server writes to, often volumes: one that it cannot use is refused in a sentence."""
+"""Checks the folders that the server writes to, which are often volumes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_writable(variable: str, folder: Path) -> None:
-    """Make the folder where it is missing, and a file in it for a moment.
+    """Create the folder where it is missing, and a temporary file in it.
 
     Args:
-        variable: that names the folder.
+        variable: the setting that names the folder.
         folder: an absolute path.
 
     Raises:
@@ -35,7 +35,7 @@ def check_writable(variable: str, folder: Path) -> None:
 
 
 def unwritable(variable: str, path: Path, error: OSError) -> SettingsError:
-    """The refusal of a folder, or of a file in one, whose use failed with `error`."""
+    """The error for a folder, or a file in one, that could not be written."""
     mend = "mount it writable" if error.errno == errno.EROFS else _how_to_own(path)
     reason = error.strerror or error
     return SettingsError(f"{variable}: {path} cannot be written ({reason}): {mend}, or name another folder")

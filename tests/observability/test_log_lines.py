@@ -160,7 +160,7 @@ def test_json_is_one_event_a_line() -> None:
         ("WARNING", "py.warnings", events[6]["message"]),
         ("INFO", "stdout", "printed in two steps"),
         ("CRITICAL", "uncaught", events[8]["message"]),
-        ("CRITICAL", "uncaught", "this process ends by an error"),
+        ("CRITICAL", "uncaught", "this process ends with an error"),
     ]
     assert "a warning" in events[6]["message"]
     assert "KeyError: 'in a thread'" in events[8]["exception"]
