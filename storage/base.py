@@ -1,13 +1,13 @@
-"""What the service asks of the place where images and masks are kept."""
+"""The interface of the stores that hold images and masks."""
 
 from typing import Protocol
 
 
 class ObjectStore(Protocol):
-    """Images in, masks out. One store serves all requests of a process at once."""
+    """Reads images and stores masks. One store serves all concurrent requests of a process."""
 
     def key_of(self, image_url: str, user_id: str) -> str:
-        """The key that `image_url` names. Only parses: it fetches nothing and touches no file.
+        """The key that `image_url` names. Only parses: no request, no file access.
 
         Raises ImageUrlInvalid, or ImageUrlForbidden for an address outside the store or the user's uploads.
         """
@@ -16,15 +16,15 @@ class ObjectStore(Protocol):
     async def download_image(self, image_url: str, user_id: str, max_bytes: int) -> bytes:
         """The image's bytes, as stored.
 
-        Raises what `key_of` raises, ObjectNotFound, ObjectTooLarge (found without reading what is
+        Raises the errors of `key_of`, ObjectNotFound, ObjectTooLarge (detected without reading all that lies
         beyond `max_bytes`) and StorageUnavailable.
         """
         ...
 
     async def upload_mask(self, mask: bytes, key: str) -> str:
-        """Keep the PNG `mask` at `key` (see `mask_key`); its URL, once the bytes are durable.
+        """Store the PNG `mask` at `key` (see `mask_key`); returns its URL once the bytes are durable.
 
-        Writing the same bytes to the same key again is harmless. Raises StorageUnavailable, and
+        Storing the same bytes at the same key again is harmless. Raises StorageUnavailable, and
         ValueError for a key that breaks the key rules.
         """
         ...
@@ -38,15 +38,15 @@ class ObjectStore(Protocol):
         ...
 
     async def check(self) -> list[str]:
-        """Prove at the start that the store can be used; what an operator should know, a sentence each.
+        """Verify at the start that the store can be used; return warnings for the operator, a sentence each.
 
-        A store that is only away for the moment is such a sentence. Raises StorageMisconfigured, which
-        says what to mend, when it refuses us: wrong secrets, no such place, rights that are missing.
+        A store that is temporarily unavailable is a warning. Raises StorageMisconfigured, which says what
+        to change, when it refuses this server: wrong secrets, no such bucket, missing rights.
         """
         ...
 
     async def close(self) -> None:
-        """Finish what was begun and let go of the store; nothing else may be called after."""
+        """Finish running calls and close the store; no other call may follow."""
         ...
 
     def describe(self) -> str:

@@ -1,17 +1,17 @@
-"""What can go wrong with images and masks; no message holds a key, a URL or a secret.
+"""The errors of an object store; no message holds a key, a URL or a secret.
 
 StorageError
-    ImageUrlInvalid     400: not a key or URL that we can read
-    ImageUrlForbidden   403: outside our store, or outside the user's uploads
-    ObjectNotFound      404: nothing is stored there
+    ImageUrlInvalid     400: not a key or URL of a known form
+    ImageUrlForbidden   403: outside the store, or outside the user's uploads
+    ObjectNotFound      404: no object has this key
     ObjectTooLarge      413: more than the caller's max_bytes
-    StorageUnavailable  502: the store itself failed; trying again may help
-    StorageMisconfigured  stops the start: trying again cannot help before someone mends something
+    StorageUnavailable  502: the store failed; a retry may succeed
+    StorageMisconfigured  stops the start: no retry succeeds before the operator changes something
 """
 
 
 class StorageError(Exception):
-    """Anything that an object store raises on purpose."""
+    """Base of the errors that an object store raises on purpose."""
 
 
 class ImageUrlInvalid(StorageError):
@@ -19,7 +19,7 @@ class ImageUrlInvalid(StorageError):
 
 
 class ImageUrlForbidden(StorageError):
-    """The image_url is well-formed, but points where this user may not read."""
+    """The image_url is well-formed, but this user may not read the object."""
 
 
 class ObjectNotFound(StorageError):
@@ -39,7 +39,7 @@ class StorageUnavailable(StorageError):
 
 
 class StorageMisconfigured(StorageError):
-    """The store refuses us as we are set up; the message is a sentence for the operator.
+    """The store refuses this server's settings; the message is a sentence for the operator.
 
-    Only start-up meets it: a store that is running logs it and raises StorageUnavailable.
+    Only the start raises it to its caller: a running store logs it and raises StorageUnavailable.
     """

@@ -1,6 +1,6 @@
 """The rules for object keys, the same for every store: pure functions, no I/O.
 
-A key is what R2 takes: NFC, at most 1024 bytes of UTF-8, segments joined by single slashes.
+A key has the form that R2 accepts: NFC, at most 1024 bytes of UTF-8, segments joined by single slashes.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ MAX_KEY_BYTES: Final = 1024
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-[0-9a-f]{16}\.png")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-# Controls, lone surrogates, and the two separators that some log readers take for a new line.
+# Control characters, lone surrogates, and two separators that some log viewers show as a new line.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def image_key(
     image_url: str, user_id: str, *, key_in_url: Callable[[str], str], user_prefix_required: bool
 ) -> str:
-    """The key of a bare key (taken literally) or of a URL (given to the store's own `key_in_url`).
+    """The key in an image_url: a bare key (not decoded), or a URL (parsed by the store's `key_in_url`).
 
     `key_in_url` raises ValueError for a malformed URL and ImageUrlForbidden for a foreign one.
     Raises ImageUrlInvalid, or ImageUrlForbidden when the key is not below `uploads/{user_id}/`.
     """
     try:
-        # Before any URL parser sees it: urlsplit silently deletes tabs and line ends.
+        # Before any URL parser: urlsplit silently deletes tabs and line ends.
         refuse_control_characters(image_url)
         key = checked_key(key_in_url(image_url) if "://" in image_url else image_url)
     except ValueError as error:
@@ -41,7 +41,7 @@ def image_key(
 
 
 def checked_key(key: str) -> str:
-    """The key in NFC. Raises ValueError, whose text reads after the name of the thing checked."""
+    """The key in NFC. Raises ValueError; its text continues a sentence, after the name of the input."""
     refuse_control_characters(key)
     key = unicodedata.normalize("NFC", key)
     if "\\" in key:
@@ -72,9 +72,9 @@ def percent_decoded(text: str) -> str:
 def mask_key(user_id: str, task_id: str, name: str | int, png: bytes, *, attempt_id: str) -> str:
     """The key for a mask: `masks/{user_id}/{task_id}/{name}-{16 hex}.png`.
 
-    The 16 digits are of the SHA-256 of the attempt's id and the content. So an attempt that repeats its work
-    writes the same bytes to the same key, nobody overwrites a mask that someone may have read, and the masks
-    of an attempt that came to nothing can be deleted without touching another's.
+    The 16 digits are from the SHA-256 of the attempt's id and the content. So an attempt that repeats its
+    work writes the same bytes to the same key, no stored mask is ever overwritten by another one, and the
+    masks of a failed attempt can be deleted without those of another.
     Raises ValueError when a part is not 1 to 64 letters, digits, '-' or '_'.
     """
     parts = (user_id, task_id, str(name))
@@ -85,13 +85,13 @@ def mask_key(user_id: str, task_id: str, name: str | int, png: bytes, *, attempt
 
 
 def _is_mask_key(key: str, user_id: str, task_id: str) -> bool:
-    """Whether `mask_key` may have made `key` for this task."""
+    """Whether `key` has the form that `mask_key` returns for this task."""
     folder, _, name = key.rpartition("/")
     return folder == f"masks/{user_id}/{task_id}" and _MASK_NAME.fullmatch(name) is not None
 
 
-def mask_in_url(mask_url: str, user_id: str, task_id: str, *, key_in_url: Callable[[str], str]) -> bool:
-    """Whether `mask_url` names a mask of this task, by the store's own `key_in_url`."""
+def is_mask_url(mask_url: str, user_id: str, task_id: str, *, key_in_url: Callable[[str], str]) -> bool:
+    """Whether `mask_url`, parsed by the store's `key_in_url`, names a mask of this task."""
     try:
         refuse_control_characters(mask_url)
         return _is_mask_key(checked_key(key_in_url(mask_url)), user_id, task_id)
@@ -100,5 +100,5 @@ def mask_in_url(mask_url: str, user_id: str, task_id: str, *, key_in_url: Callab
 
 
 def _is_upload_of(key: str, user_id: str) -> bool:
-    # A user_id with a slash would move the border of the prefix.
+    # A user_id with a slash would extend the prefix.
     return _NAME.fullmatch(user_id) is not None and key.startswith(f"uploads/{user_id}/")

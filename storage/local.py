@@ -1,4 +1,4 @@
-"""Images and masks in a folder: the embedded default, for one machine and for development."""
+"""Images and masks in a folder: the embedded default, for one host and for development."""
 
 import asyncio
 import errno
@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from storage.beneath import UNFINISHED, LinkInTheWay, open_folder
 from storage.errors import (
     ImageUrlForbidden,
     ObjectNotFound,
@@ -16,30 +15,31 @@ from storage.errors import (
     StorageError,
     StorageUnavailable,
 )
-from storage.keys import checked_key, image_key, mask_in_url, percent_decoded
+from storage.keys import checked_key, image_key, is_mask_url, percent_decoded
+from storage.nofollow import UNFINISHED_SUFFIX, SymlinkFound, open_folder
 
-# What an open says when the folder has, or can have, no object of that name.
+# The errors of an open when the folder has no object of that name, or cannot have one.
 _ABSENT: Final = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL),
-        # A socket (Linux, macOS), and a device without a driver.
+        # A socket (on Linux and macOS), and a device without a driver.
         *(errno.ENXIO, errno.EOPNOTSUPP, errno.ENODEV),
     }
 )
 
 
 class LocalFolder:
-    """An ObjectStore in the folder `root`, which is made when it is missing.
+    """An ObjectStore in the folder `root`, which is created when it is missing.
 
     `image_url` is a bare key or a `file://` URL inside the folder; mask URLs are `file://` URLs.
-    Raises StorageUnavailable when the folder cannot be made.
+    Raises StorageUnavailable when the folder cannot be created.
     """
 
     def __init__(self, root: Path, *, user_prefix_required: bool = True) -> None:
         with _os_errors():
             root.mkdir(parents=True, exist_ok=True)
         self._root = Path(os.path.realpath(root))
-        # As text ("/srv/s3/", on Windows "/C:/srv/s3/"): a URL is judged without touching the file system.
+        # As text ("/srv/s3/", on Windows "/C:/srv/s3/"): a URL is checked without access to the file system.
         self._url_path = percent_decoded(self._root.as_uri().removeprefix("file://").rstrip("/") + "/")
         self._user_prefix_required = user_prefix_required
 
@@ -53,9 +53,9 @@ class LocalFolder:
         )
 
     async def download_image(self, image_url: str, user_id: str, max_bytes: int) -> bytes:
-        """See ObjectStore. A symbolic link anywhere below the folder is ImageUrlForbidden.
+        """See ObjectStore. A symbolic link anywhere below the folder raises ImageUrlForbidden.
 
-        Only regular files are images: a FIFO, a socket or a device is ObjectNotFound, and is not waited for.
+        A FIFO, a socket or a device raises ObjectNotFound at once: only regular files are images.
         """
         return await asyncio.to_thread(self._read, self.key_of(image_url, user_id), max_bytes)
 
@@ -69,18 +69,18 @@ class LocalFolder:
 
     def holds_mask(self, mask_url: str, user_id: str, task_id: str) -> bool:
         """See ObjectStore."""
-        return mask_in_url(mask_url, user_id, task_id, key_in_url=self._key_in_url)
+        return is_mask_url(mask_url, user_id, task_id, key_in_url=self._key_in_url)
 
     def put_upload(self, key: str, data: bytes) -> None:
-        """Keep an image at `key`, as the Edge does. Blocks; raises what `upload_mask` raises."""
+        """Store an image at `key`, as the Edge does. Blocks; raises the errors of `upload_mask`."""
         self._write(key, data)
 
     async def check(self) -> list[str]:
-        """See ObjectStore; the folder was made when the store was."""
+        """See ObjectStore; the constructor has created the folder."""
         return []
 
     async def close(self) -> None:
-        """See ObjectStore; nothing is held."""
+        """See ObjectStore; there is nothing to close."""
 
     def describe(self) -> str:
         """See ObjectStore."""
@@ -93,14 +93,14 @@ class LocalFolder:
         if "?" in rest or "#" in rest:
             raise ValueError("has a query or a fragment")
         path = percent_decoded(rest)
-        # A host, "localhost" too, stands before the first slash and so fails here.
+        # A host, "localhost" included, comes before the first slash and fails here.
         if not path.startswith(self._url_path):
             raise ImageUrlForbidden("image_url is not in the storage folder")
         return path.removeprefix(self._url_path)
 
     def _read(self, key: str, max_bytes: int) -> bytes:
         *folders, name = key.split("/")
-        if name.endswith(UNFINISHED):
+        if name.endswith(UNFINISHED_SUFFIX):
             raise ObjectNotFound("no image is stored there")
         link = ImageUrlForbidden("image_url is not in the storage folder")
         with (
@@ -115,8 +115,8 @@ class LocalFolder:
 
     def _write(self, key: str, data: bytes) -> str:
         *folders, name = checked_key(key).split("/")
-        if name.endswith(UNFINISHED):
-            raise ValueError("a key cannot end like an unfinished file")
+        if name.endswith(UNFINISHED_SUFFIX):
+            raise ValueError(f"a key cannot end with {UNFINISHED_SUFFIX}")
         with _os_errors(), open_folder(self._root, folders, make=True) as folder:
             folder.write(name, data)
         return self._root.joinpath(*folders, name).as_uri()
@@ -129,11 +129,11 @@ class LocalFolder:
 
 @contextmanager
 def _os_errors(*, absent: frozenset[int] = frozenset(), link: StorageError | None = None) -> Iterator[None]:
-    """The only place where an OSError becomes one of ours; its text holds a path, so it goes to the cause."""
+    """Convert an OSError, whose text holds a path, to a StorageError, whose text does not."""
     try:
         yield
-    except LinkInTheWay as error:
-        raise (link or StorageUnavailable("a link stands in the way of the object")) from error
+    except SymlinkFound as error:
+        raise (link or StorageUnavailable("the object's path holds a symbolic link")) from error
     except OSError as error:
         if error.errno in absent:
             raise ObjectNotFound("no image is stored there") from error

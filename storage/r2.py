@@ -1,6 +1,6 @@
-"""Images and masks in a Cloudflare R2 bucket, by its S3 API. boto3's types stay in this file.
+"""Images and masks in a Cloudflare R2 bucket, through its S3 API. boto3's types stay in this file.
 
-R2 differs from S3 where boto3's defaults expect it least: no checksum trailers, no answer to
+R2 differs from S3 in ways that boto3's defaults do not expect: no checksum trailers, no answer to
 `Expect: 100-continue`, 429 for a second write to a key within a second.
 """
 
@@ -21,8 +21,17 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectTooLarge, StorageMisconfigured
-from storage.keys import checked_key, image_key, mask_in_url
-from storage.r2_tries import GET, PUT, Deadline, R2Error, connect_timeout_s, read_timeout_s, tried
+from storage.keys import checked_key, image_key, is_mask_url
+from storage.r2_retries import (
+    READ_POLICY,
+    WRITE_POLICY,
+    Deadline,
+    R2Error,
+    RetryPolicy,
+    call_with_retries,
+    connect_timeout_s,
+    read_timeout_s,
+)
 from storage.r2_urls import R2Urls
 
 if TYPE_CHECKING:
@@ -48,18 +57,18 @@ def _vendor_errors() -> Iterator[None]:
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         raise R2Error(status, answer["Error"].get("Code", "")) from None
     except (BotoCoreError, ResponseParserError, HTTPError, OSError, ValueError) as error:
-        # ValueError: boto3 takes the headers' numbers for numbers.
+        # ValueError: boto3 parses numbers in the headers, which may be malformed.
         raise R2Error(0, type(error).__name__) from None
 
 
 class R2Bucket:
-    """An ObjectStore in an R2 bucket. Make it in the process that uses it: it does not survive a fork.
+    """An ObjectStore in an R2 bucket. Create it in the process that uses it: it does not survive a fork.
 
     `endpoint` is the S3 API's URL. Masks are read at `public_base_url`; without one their URLs are the
-    S3 API's. An image_url may be a bare key, a URL below `public_base_url`, below one of
-    `image_url_bases`, or in the S3 API, presigned or not. At most `connections` are open at once, and
-    no call takes longer than `deadline_s`, tries and waiting for a connection included.
-    Nothing is sent yet. Raises ValueError with a sentence that names the variable to mend.
+    S3 API's. An image_url may be a bare key, a URL below `public_base_url` or below one of
+    `image_url_bases`, or one of the S3 API, presigned or not. At most `connections` are open at once, and
+    no call takes longer than `deadline_s`, retries and the wait for a connection included.
+    The constructor sends nothing. Raises ValueError with a sentence that names the variable to correct.
     """
 
     def __init__(
@@ -100,27 +109,25 @@ class R2Bucket:
     async def download_image(self, image_url: str, user_id: str, max_bytes: int) -> bytes:
         """See ObjectStore."""
         key = self.key_of(image_url, user_id)
-        return await self._told(
-            "get", lambda deadline: tried(lambda: self._get(key, max_bytes, deadline), GET, deadline)
-        )
+        return await self._call("get", READ_POLICY, lambda deadline: self._get(key, max_bytes, deadline))
 
     async def upload_mask(self, mask: bytes, key: str) -> str:
-        """See ObjectStore. Public caches keep a 404, so nobody learns the URL before the bytes are there."""
+        """See ObjectStore. The URL is returned after the upload, since public caches would store a 404."""
         key = checked_key(key)
-        await self._told("put", lambda deadline: tried(lambda: self._put(key, mask), PUT, deadline))
+        await self._call("put", WRITE_POLICY, lambda _: self._put(key, mask))
         return self._urls.mask_url(key)
 
     async def delete_mask(self, key: str) -> None:
         """See ObjectStore."""
         key = checked_key(key)
-        await self._told("delete", lambda deadline: tried(lambda: self._delete(key), PUT, deadline))
+        await self._call("delete", WRITE_POLICY, lambda _: self._delete(key))
 
     def holds_mask(self, mask_url: str, user_id: str, task_id: str) -> bool:
         """See ObjectStore."""
-        return mask_in_url(mask_url, user_id, task_id, key_in_url=self._urls.key_in_url)
+        return is_mask_url(mask_url, user_id, task_id, key_in_url=self._urls.key_in_url)
 
     async def check(self) -> list[str]:
-        """See ObjectStore. Reads a key that has no object, then makes a write whose condition must fail."""
+        """See ObjectStore. Reads a key without an object, then sends a write whose condition must fail."""
         warnings = []
         if not self._urls.masks_are_public:
             warnings.append("R2_PUBLIC_BASE_URL is not set: mask URLs are the S3 API's, closed to browsers")
@@ -139,16 +146,21 @@ class R2Bucket:
         """See ObjectStore."""
         return f"R2 bucket {self._bucket} at {self._urls.api_origin}"
 
-    async def _told(self, operation: str, work: Callable[[Deadline], _T]) -> _T:
-        """The only place where R2's failures are logged and become ours; a cause would hold the URL."""
+    async def _call(self, operation: str, policy: RetryPolicy, request: Callable[[Deadline], _T]) -> _T:
+        """The result of `request`. Logs an R2Error, and raises it as a StorageError without a cause.
+
+        A cause would hold the URL.
+        """
         try:
-            return await self._in_thread(work)
+            return await self._in_thread(
+                lambda deadline: call_with_retries(lambda: request(deadline), policy, deadline)
+            )
         except R2Error as error:
             logger.log(error.log_level, "r2 %s failed: %s tries=%d", operation, error, error.tries)
-            raise error.as_ours() from None
+            raise error.to_storage_error() from None
 
     async def _in_thread(self, work: Callable[[Deadline], _T]) -> _T:
-        """`work`, when a thread is free. Raises R2Error at the deadline, whatever the thread does."""
+        """The result of `work` on a thread. Raises R2Error at the deadline, when the thread may still run."""
         deadline = Deadline(time.monotonic(), self._deadline_s)
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -160,11 +172,11 @@ class R2Bucket:
     def _get(self, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         answer = self._client.get_object(Bucket=self._bucket, Key=key)
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
-        # Where the server chunks the body there is no length, and the last chunk proves the end.
+        # A chunked body has no length; its last chunk marks its end.
         length: int | None = answer.get("ContentLength")
         with _raw_body(answer["Body"]) as body:
             if status != HTTPStatus.OK:
-                raise R2Error(status, "NotWhole")
+                raise R2Error(status, "UnexpectedStatus")
             if length is not None and length > max_bytes:
                 raise ObjectTooLarge(max_bytes)
             if length is None and not getattr(body, "chunked", False):
@@ -186,33 +198,33 @@ class R2Bucket:
         self._client.delete_object(Bucket=self._bucket, Key=key)
 
     def _probe(self) -> None:
-        # A fresh key: several processes start at once, and R2 takes one write a second and key.
+        # A new key each time: several processes start at once, and R2 accepts one write per second and key.
         key = f"masks/check-{uuid4()}"
-        with _expecting({"NoSuchKey"}, "read"):
+        with _expect_codes({"NoSuchKey"}, "read"):
             self._client.get_object(Bucket=self._bucket, Key=key)
-        with _expecting({"NoSuchKey", "PreconditionFailed"}, "write"):
+        with _expect_codes({"NoSuchKey", "PreconditionFailed"}, "write"):
             self._client.put_object(Bucket=self._bucket, Key=key, Body=b"", IfMatch=_NO_ETAG)
 
 
 @contextmanager
-def _expecting(codes: set[str], action: str) -> Iterator[None]:
-    """Raises StorageMisconfigured, which names what to mend, for a refusal that is none of `codes`."""
+def _expect_codes(codes: set[str], action: str) -> Iterator[None]:
+    """Raises StorageMisconfigured, which names the setting, for a refusal with none of `codes`."""
     try:
         with _vendor_errors():
             yield
     except R2Error as error:
         if error.code in codes:
             return
-        # After a read that went well, a write can only lack the right; what else it may meet is no proof.
-        if error.may_pass or (action == "write" and error.status not in _REFUSED_STATUS):
+        # The read has succeeded, so only a missing right is a fault of the settings here.
+        if error.is_transient or (action == "write" and error.status not in _REFUSED_STATUS):
             raise
-        raise StorageMisconfigured(error.mend(action)) from None
+        raise StorageMisconfigured(error.to_operator_message(action)) from None
 
 
 def _client(
     endpoint: str, access_key_id: str, secret_access_key: str, connections: int, deadline_s: float
 ) -> "S3Client":
-    # A session of its own: boto3's default one is shared, and not safe to share.
+    # A separate session: boto3's default session is shared between threads, and not thread-safe.
     client: S3Client = boto3.session.Session().client(
         "s3",
         endpoint_url=endpoint,
@@ -231,41 +243,41 @@ def _client(
             tcp_keepalive=True,
         ),
     )
-    client.meta.events.register("before-send.s3", _drop_expect)
-    client.meta.events.register("before-call.s3", _stay_in_region)
-    client.meta.events.register("before-parse.s3", _refuse_cut_errors)
+    client.meta.events.register("before-send.s3", _remove_expect_header)
+    client.meta.events.register("before-call.s3", _disable_region_redirect)
+    client.meta.events.register("before-parse.s3", _reject_truncated_errors)
     return client
 
 
-def _drop_expect(request: Any, **_: object) -> None:
-    # R2 never answers 100, and boto3 would wait a second for it; the header is not signed.
+def _remove_expect_header(request: Any, **_: object) -> None:
+    # R2 never answers 100, and boto3 would wait a second for it. The header is not signed.
     request.headers.pop("Expect", None)
 
 
-def _stay_in_region(params: dict[str, Any], **_: object) -> None:
-    # At a redirect boto3 would ask HeadBucket for the region, whose redirect asks again, without an end.
+def _disable_region_redirect(params: dict[str, Any], **_: object) -> None:
+    # On a redirect boto3 sends HeadBucket to find the region; its redirect sends it again, without an end.
     params["context"]["s3_redirect"]["redirected"] = True
 
 
-def _refuse_cut_errors(response_dict: dict[str, Any], **_: object) -> None:
-    # boto3 takes a refusal whose body was cut off for one of a server that speaks no S3.
+def _reject_truncated_errors(response_dict: dict[str, Any], **_: object) -> None:
+    # boto3 parses a truncated error body as that of a server without the S3 API.
     body, length = response_dict["body"], response_dict["headers"].get("Content-Length", "")
     if isinstance(body, bytes) and length.isdigit() and len(body) < int(length):
         raise IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
 
 
 def _raw_body(body: object) -> AbstractContextManager["BaseHTTPResponse"]:
-    """As botocore's stream is: it gives urllib3's when it is entered; botocore's types do not say so."""
+    """The stream of botocore, which returns urllib3's response when entered; its types do not say so."""
     return cast("AbstractContextManager[BaseHTTPResponse]", body)
 
 
 def _read(body: "BaseHTTPResponse", max_bytes: int, deadline: Deadline) -> bytes:
-    """The body, whose pieces are taken as they come: `read` would wait for a whole piece."""
+    """The body, read as it arrives: `read(n)` would wait for n bytes."""
     data = bytearray()
     while piece := body.read1(_CHUNK_BYTES):
         data += piece
         if len(data) > max_bytes:
             raise ObjectTooLarge(max_bytes)
-        if time.monotonic() > deadline.allows_read_at_s:
+        if time.monotonic() > deadline.last_read_s:
             raise R2Error(0, "SlowBody")
     return bytes(data)

@@ -1,7 +1,7 @@
-"""The URLs of one R2 bucket: which key an image_url names, and where a mask is read. No I/O.
+"""The URLs of one R2 bucket: the key that an image_url names, and the URL of a mask. No I/O.
 
-A URL is compared as text with the few origins that are configured, and never fetched; no parser
-stands between what is checked and what is used.
+A URL is compared as text with the configured origins, and never fetched. The text that is checked is the
+text that is used: no parser comes between them.
 """
 
 import ipaddress
@@ -15,14 +15,14 @@ from storage.keys import percent_decoded
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _DEFAULT_PORTS: Final = {"https": ":443", "http": ":80"}
-# Of a presigned URL: the signature's own, and the operation's name that the JavaScript SDK adds.
+# Parameters of a presigned URL: the signature's, and the operation's name that the JavaScript SDK adds.
 _SIGNATURE_NAME = re.compile(r"x-amz-[a-z0-9-]+|x-id", re.IGNORECASE)
 _R2_DOMAIN: Final = ".r2.cloudflarestorage.com"
 
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What stands before the key in a URL: an origin, and a path without a slash at its end."""
+    """The part of a URL before the key: an origin, and a path without a trailing slash."""
 
     origin: str
     path: str
@@ -36,9 +36,9 @@ class _Base:
 class R2Urls:
     """The URLs of `bucket`.
 
-    `endpoint` is the S3 API's URL. `public_base_url` and each of `image_url_bases` stand for the
-    bucket: the rest of the path is the key. Raises ValueError with a sentence that begins with the
-    variable's name; it is https everywhere, but for origins on this machine.
+    `endpoint` is the S3 API's URL. `public_base_url` and each of `image_url_bases` name the bucket: the rest
+    of the path is the key. All must be https, except on this host. Raises ValueError with a sentence that
+    begins with the variable's name.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class R2Urls:
             raise ValueError("R2_BUCKET must be 3 to 63 lower-case letters, digits, '-' or '.'")
         api = _base(endpoint, "R2_ENDPOINT")
         if api.path and api.origin.endswith(_R2_DOMAIN):
-            raise ValueError("R2_ENDPOINT must end after the host: the bucket's name stands in R2_BUCKET")
+            raise ValueError("R2_ENDPOINT must end after the host: the bucket's name belongs in R2_BUCKET")
         public = [] if public_base_url is None else [_base(public_base_url, "R2_PUBLIC_BASE_URL")]
         in_api = _Base(api.origin, f"{api.path}/{bucket}", may_be_signed=True)
         bases = [
@@ -59,21 +59,21 @@ class R2Urls:
             _Base(f"r2://{bucket}", ""),
             _Base(f"s3://{bucket}", ""),
         ]
-        # Of two that fit, the longer one names the key.
+        # Of two matching bases the longer one applies.
         self._bases = sorted(bases, key=lambda base: len(base.path), reverse=True)
         self._mask_base = public[0] if public else in_api
         self.masks_are_public = bool(public)
-        """False when mask URLs are the S3 API's, which no browser may read."""
+        """False when mask URLs are the S3 API's, which browsers cannot read."""
         self.api_origin = api.origin
         """Scheme, host and port of the S3 API, for the log."""
 
     def key_in_url(self, image_url: str) -> str:
-        """The key that a URL names, not yet held to the key rules.
+        """The key that a URL names, not yet checked by the rules of keys.
 
-        Raises ImageUrlForbidden for what is not this bucket, and ValueError for a malformed URL.
+        Raises ImageUrlForbidden for a URL outside this bucket, and ValueError for a malformed one.
         """
         scheme, _, rest = image_url.partition("://")
-        # A '?' or '#' before the slash stays in the authority, which then is none of ours.
+        # A '?' or '#' before the slash stays in the authority, which then matches no origin.
         authority, slash, target = rest.partition("/")
         if "@" in authority:
             raise ValueError("holds user information")
@@ -87,7 +87,7 @@ class R2Urls:
         return percent_decoded(path.removeprefix(base.path + "/"))
 
     def mask_url(self, key: str) -> str:
-        """Where the object at `key` is read."""
+        """The URL of the object at `key`."""
         return f"{self._mask_base.text}/{quote(key)}"
 
     def _base_of(self, origin: str, path: str) -> _Base:
@@ -98,7 +98,7 @@ class R2Urls:
 
 
 def _base(text: str, variable: str) -> _Base:
-    """A base as an operator writes it. Raises ValueError."""
+    """Parse a base from the operator's settings. Raises ValueError."""
     try:
         parts = urlsplit(text)
         host, port = parts.hostname or "", parts.port
@@ -114,7 +114,7 @@ def _base(text: str, variable: str) -> _Base:
 
 
 def _virtual_host(api: _Base, bucket: str) -> list[_Base]:
-    """The bucket as a label of the host, which an endpoint with a path or an address does not have."""
+    """The base with the bucket in its host name; none for an endpoint with a path or over http."""
     scheme, _, authority = api.origin.partition("://")
     if api.path or scheme != "https":
         return []
@@ -122,10 +122,10 @@ def _virtual_host(api: _Base, bucket: str) -> list[_Base]:
 
 
 def _origin(scheme: str, authority: str) -> str:
-    """One spelling of an origin. Host names have no case; the bucket in s3://bucket has one."""
+    """The normalised origin. Host names are case-insensitive; the bucket in s3://bucket is not."""
     if scheme not in _DEFAULT_PORTS:
         return f"{scheme}://{authority}"
-    # Only ASCII is folded: the Kelvin sign in lower case would be a k.
+    # Only ASCII is lowered: the Kelvin sign would become a k.
     folded = authority.lower() if authority.isascii() else authority
     return f"{scheme}://{folded.removesuffix(_DEFAULT_PORTS[scheme])}"
 
