@@ -1,7 +1,7 @@
--- The table of segmentation tasks: the Edge inserts a row, this server updates it, the owner watches it.
--- Applies to an empty Supabase project, and again to one that has these tables.
+-- The table of segmentation tasks: the Edge inserts a row, this server updates it, its user subscribes to it.
+-- May be applied to an empty Supabase project, and again to one that has these tables.
 
--- The parents are the application's own; they are made here, minimal, only where they are missing.
+-- The parent tables belong to the application; minimal ones are created only where they are missing.
 do $$
 begin
     if to_regclass('public.users_profile') is null then
@@ -54,11 +54,11 @@ create index if not exists segmentation_results_project_id on public.segmentatio
 create index if not exists segmentation_results_status on public.segmentation_results (status);
 create index if not exists segmentation_results_created_at
     on public.segmentation_results (created_at desc);
--- The tasks whose lease may have run out.
+-- For the search of tasks whose lease may have expired.
 create index if not exists segmentation_results_processing
     on public.segmentation_results (updated_at) where status = 'processing';
 
--- A task's lease counts from updated_at: only the database's clock sets it.
+-- Without the columns of leases, a lease starts at updated_at: only the database's clock sets it.
 create or replace function public.segmentation_results_set_updated_at() returns trigger
 language plpgsql
 set search_path = ''
@@ -75,7 +75,7 @@ create or replace trigger segmentation_results_set_updated_at
 
 alter table public.segmentation_results enable row level security;
 
--- (select ...) asks for the user once a statement, not once a row.
+-- (select ...) evaluates auth.uid() once per statement, not once per row.
 drop policy if exists "select own results" on public.segmentation_results;
 create policy "select own results" on public.segmentation_results
     for select to authenticated using ((select auth.uid()) = user_id);
@@ -93,7 +93,7 @@ drop policy if exists "delete own results" on public.segmentation_results;
 create policy "delete own results" on public.segmentation_results
     for delete to authenticated using ((select auth.uid()) = user_id);
 
--- Each update is pushed to the owner's subscriptions.
+-- Supabase Realtime publishes each update to the user's subscriptions.
 do $$
 begin
     if exists (select from pg_publication where pubname = 'supabase_realtime')

@@ -1,16 +1,16 @@
--- Who holds a task stands in columns of this server's own, by the database's clock; and every role is granted
--- what it needs, since new projects grant nothing by themselves. Applies again, and again.
+-- Columns for the lease of a task, which users cannot write and which the database's clock measures. Explicit
+-- grants for every role, since new projects have no default grants. May be applied repeatedly.
 
 alter table public.segmentation_results
     add column if not exists attempt_id text,
     add column if not exists lease_s double precision,
     add column if not exists lease_until timestamptz;
 
--- The tasks whose lease may have run out.
+-- For the search of tasks whose lease may have expired.
 create index if not exists segmentation_results_lease
     on public.segmentation_results (lease_until) where status = 'processing';
 
--- To write lease_s, the same value too, is to renew the lease; to write null is to end it.
+-- Writing lease_s renews the lease, with the same value too; writing null ends it.
 create or replace function public.segmentation_results_set_lease() returns trigger
 language plpgsql
 set search_path = ''
@@ -25,8 +25,8 @@ create or replace trigger segmentation_results_lease
     before insert or update of lease_s on public.segmentation_results
     for each row execute function public.segmentation_results_set_lease();
 
--- Whoever else makes a row processing where no lease lasts, an older server or its owner, gets 15 minutes, so
--- that it ends some day. An older server's attempt is known by its metadata; lease_s stays null.
+-- An older server or a user may set a row without a valid lease to processing. It gets a lease of 15 minutes,
+-- so that it ends. The metadata hold an older server's attempt id; lease_s stays null.
 create or replace function public.segmentation_results_set_default_lease() returns trigger
 language plpgsql
 set search_path = ''
@@ -49,16 +49,16 @@ create or replace trigger segmentation_results_lease_default
     )
     execute function public.segmentation_results_set_default_lease();
 
--- Nobody inserts a row with a time of his own.
+-- An insert cannot set updated_at.
 create or replace trigger segmentation_results_insert_updated_at
     before insert on public.segmentation_results
     for each row execute function public.segmentation_results_set_updated_at();
 
--- The tasks that were in work when the columns came.
+-- The tasks that were processed when these columns were added.
 update public.segmentation_results set status = status
     where status = 'processing' and lease_until is null;
 
--- How late it is for a lease, for who reads it through the API.
+-- The time that a lease is compared with, for clients of the API.
 create or replace function public.segmentation_results_now() returns timestamptz
 language sql
 stable
@@ -68,8 +68,8 @@ as $$ select now() $$;
 revoke all on function public.segmentation_results_now() from public, anon, authenticated;
 grant execute on function public.segmentation_results_now() to service_role;
 
--- The table's grants: what row level security then narrows to users' own rows, and what the Edge and this
--- server need. Users write all columns but the lease's, whatever columns the application has added.
+-- The table's grants: those of users, which row level security restricts to their own rows, and those of the
+-- Edge and this server. Users may write all columns but those of leases, the application's own ones included.
 do $$
 declare
     users_columns text;
@@ -87,7 +87,7 @@ begin
     );
     grant select, insert, update, delete on public.segmentation_results to service_role;
 
-    -- The role of supabase/optional/sam3_worker.sql, where it was made before these columns.
+    -- For a role of supabase/optional/sam3_worker.sql that is older than these columns.
     if exists (select from pg_roles where rolname = 'sam3_worker') then
         grant select (attempt_id, lease_s, lease_until), update (attempt_id, lease_s)
             on public.segmentation_results to sam3_worker;

@@ -1,5 +1,5 @@
--- The least that this server needs, for a machine that is not yours: docs/supabase.md says how to use it.
--- It can read and settle tasks, and cannot insert, delete, or see the images, prompts or other tables.
+-- A least-privilege role for this server, for a rented host; docs/supabase.md says how to use it.
+-- It can read and settle tasks, and cannot insert, delete, or read images' URLs, prompts or other tables.
 do $$
 begin
     if not exists (select from pg_roles where rolname = 'sam3_worker') then
@@ -12,12 +12,12 @@ grant sam3_worker to authenticator; -- PostgREST logs in as authenticator and ta
 grant usage on schema public to sam3_worker;
 
 revoke all on public.segmentation_results from sam3_worker;
--- PostgREST's filters read too: updated_at and user_id stand in the conditions of a claim.
+-- PostgREST's filters need the right to read: a claim filters by updated_at and user_id.
 grant select (id, user_id, status, mask_image_url, labels, metadata, updated_at)
     on public.segmentation_results to sam3_worker;
 grant update (status, mask_image_url, labels, metadata) on public.segmentation_results to sam3_worker;
 
--- The lease's columns; without supabase/migrations/20261126000001_leases.sql they are not there.
+-- The columns of leases, which supabase/migrations/20261126000001_leases.sql adds.
 do $$
 begin
     if to_regprocedure('public.segmentation_results_now()') is not null then
