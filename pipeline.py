@@ -184,14 +184,14 @@ class Pipeline:
         """Do the task of a request. Raises `Failure`."""
         try:
             await self._refuse_given_up(task)
-            attempt = await self._outbox.note(task, request_id)
+            attempt = await self._outbox.record(task, request_id)
         except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
         return await self._attempt(attempt)
 
     async def _refuse_given_up(self, task: Task) -> None:
         """Raise TaskGivenUpError for a task that was given up and whose image is unchanged."""
-        known = await self._outbox.given_up(task)
+        known = await self._outbox.find_given_up(task)
         if known is None:
             return
         async with self._image_slots:
@@ -199,7 +199,7 @@ class Pipeline:
         if known.image_sha256 in {None, _sha256(image)}:
             await self._outbox.refuse(task, known.error_message)
             raise TaskGivenUpError(known.error_message)
-        await self._outbox.forgive(task.task_id)
+        await self._outbox.remove_given_up(task.task_id)
 
     async def _attempt(self, attempt: Attempt) -> BatchResponse:
         """One attempt at a task that is in the file of attempts. Raises `Failure`."""
@@ -221,7 +221,7 @@ class Pipeline:
             raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
             reading.cancel()
-            self._outbox.let_go(attempt)
+            self._outbox.release(attempt)
 
     async def _claim(self, attempt: Attempt, begun: asyncio.Event) -> StoredResult | None:
         try:
@@ -280,16 +280,16 @@ class Pipeline:
         """Keep the task; returns when it is done, or None when it must end. Raises TaskGivenUpError."""
         match error:
             case RunnerStopped():
-                if not await self._outbox.keep_after_death(attempt):
+                if not await self._outbox.requeue_after_death(attempt):
                     raise TaskGivenUpError(GIVEN_UP_MESSAGE)
                 return "it is back"
             case ModelNotLoaded():
-                back, kept = "it is", await self._outbox.keep(attempt, str(error), pause=False)
+                back, kept = "it is", await self._outbox.requeue(attempt, str(error), with_backoff=False)
             case StorageUnavailable():
-                back, kept = "it is back", await self._outbox.keep(attempt, str(error), pause=True)
-            case TimeoutError() if self._outbox.turns_are_awaited() and not begun.is_set():
+                back, kept = "it is back", await self._outbox.requeue(attempt, str(error), with_backoff=True)
+            case TimeoutError() if self._outbox.has_blocked_attempts() and not begun.is_set():
                 reason = "the task waited too long for its turn"
-                back, kept = "it comes", await self._outbox.keep(attempt, reason, pause=False)
+                back, kept = "it comes", await self._outbox.requeue(attempt, reason, with_backoff=False)
             case _:
                 return None
         return back if kept else None

@@ -63,7 +63,7 @@ class Recovery:
     def start(self) -> None:
         """Begin; call it in the event loop that serves."""
         steps = (
-            self._outbox.release_dead,
+            self._outbox.requeue_abandoned,
             self._outbox.deliver_due,
             self._renew_leases,
             self._begin_again,
@@ -103,13 +103,13 @@ class Recovery:
 
     async def _renew_leases(self) -> None:
         status = await self._runner.status()
-        await self._outbox.renew_leases(model_is_there=status.state == "ok")
+        await self._outbox.renew_leases(model_is_ready=status.state == "ok")
 
     async def _begin_again(self) -> None:
         if (await self._runner.status()).state != "ok":
             return
         while len(self._at_work) < TASKS_AT_ONCE:
-            attempt = await self._outbox.take_waiting()
+            attempt = await self._outbox.acquire_waiting()
             if attempt is None:
                 return
             beginning = asyncio.create_task(self._run(attempt))
@@ -136,8 +136,8 @@ class Recovery:
 
     async def _delete_unneeded_masks(self) -> None:
         for _ in range(MASKS_AT_ONCE):
-            key = await self._outbox.unneeded_mask()
+            key = await self._outbox.acquire_unneeded_mask()
             if key is None:
                 return
             await self._objects.delete_mask(key)
-            await self._outbox.mask_deleted(key)
+            await self._outbox.remove_unneeded_mask(key)

@@ -189,7 +189,7 @@ class SegmentationService:
     async def _begin_to_stop(self) -> None:
         """At the signal, long before the last request has ended."""
         self._recovery.stop()
-        await self._outbox.excuse()
+        await self._outbox.prepare_stop()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

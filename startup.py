@@ -157,7 +157,7 @@ async def _prepare_stores(settings: Settings) -> None:
     logger.info("results: %s", rows.describe())
     salvage_attempts(outbox_path(settings))
     outbox = open_tasks(settings, rows)
-    undelivered, waiting = await outbox.start_over()
+    undelivered, waiting = await outbox.reset_after_restart()
     if undelivered or waiting:
         logger.info("outbox: %d rows to be settled, %d tasks to be started again", undelivered, waiting)
     try:

@@ -85,7 +85,7 @@ class Tier:
     async def run(self, task: Task, png: bytes) -> str:
         """All that surrounds the inference of one task, each step timed; the mask's URL."""
         started_s = time.perf_counter()
-        attempt = await self.outbox.note(task, "benchmark")
+        attempt = await self.outbox.record(task, "benchmark")
         # Side by side, as the pipeline does it.
         stored, _ = await asyncio.gather(
             self._timed("claim", self.outbox.claim(attempt)),

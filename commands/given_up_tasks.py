@@ -11,21 +11,20 @@ import asyncio
 import sys
 from uuid import UUID
 
-from processes import identity
-from results import OUTBOX_FILE, AttemptFile, ResultsError
+from results import OUTBOX_FILE, GivenUpList, ResultsError, open_given_up
 from settings import SettingsError, load_data_settings
 
 
-async def show(attempts: AttemptFile) -> int:
-    """Print a line a task, the latest first."""
-    for known in await attempts.all_given_up():
-        print(f"{known.task.task_id}  {known.given_up_at} UTC  {known.error_message}")  # noqa: T201
+async def show(given_up: GivenUpList) -> int:
+    """Print one line per task, the latest first."""
+    for entry in await given_up.list_all():
+        print(f"{entry.task.task_id}  {entry.given_up_at} UTC  {entry.error_message}")  # noqa: T201
     return 0
 
 
-async def forgive(attempts: AttemptFile, task_id: str) -> int:
-    """Forget that a task was given up."""
-    if await attempts.forgive(task_id):
+async def remove(given_up: GivenUpList, task_id: str) -> int:
+    """Remove a task from the list."""
+    if await given_up.remove(task_id):
         print(f"task {task_id} is tried again when it is sent again")  # noqa: T201
         return 0
     sys.stderr.write(f"task {task_id} was not given up by this server\n")
@@ -33,16 +32,16 @@ async def forgive(attempts: AttemptFile, task_id: str) -> int:
 
 
 async def run(task_id: UUID | None) -> int:
-    """Open the file of attempts, and do what the command line says."""
+    """Show the list, or remove a task from it."""
     path = load_data_settings().data_dir / OUTBOX_FILE
     if not path.exists():
         sys.stderr.write(f"there is no {path}: set DATA_DIR as the server has it\n")
         return 1
-    attempts = AttemptFile(path, owner=identity.current(), is_alive=identity.is_alive, server_version="")
+    given_up = open_given_up(path)
     try:
-        return await (show(attempts) if task_id is None else forgive(attempts, str(task_id)))
+        return await (show(given_up) if task_id is None else remove(given_up, str(task_id)))
     finally:
-        await attempts.close()
+        await given_up.close()
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What the file of attempts holds: attempts and their outcomes, leases, and tasks that were given up."""
+"""The values in the file of attempts: an attempt, its outcome, and the lease of its claim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Outcome:
     """How an attempt ended; the last four fields belong to `done`.
 
     Attributes:
-        mask_keys: the stored masks that the result names; others of the attempt are not needed.
+        mask_keys: the stored masks that the result refers to; the attempt's other masks are not needed.
     """
 
     status: Literal["done", "error"]
@@ -26,20 +26,20 @@ class Outcome:
     mask_keys: list[str] | None = None
 
     def to_json(self) -> str:
-        """Raises MetadataInvalid for what JSON has no word for."""
+        """Raises MetadataInvalid for a value that JSON cannot represent."""
         try:
             return json.dumps(asdict(self), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise MetadataInvalid("labels or metadata hold something that JSON has no word for") from error
+            raise MetadataInvalid("labels or metadata hold a value that JSON cannot represent") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """An attempt on the file.
+    """An attempt in the file.
 
     Attributes:
         request_id: of the request that brought the task, for the log.
-        suspect: a process died while it worked on this task; it is begun again alone.
+        suspect: a process died while it worked on this task; the retry runs exclusively.
     """
 
     task: Task
@@ -54,28 +54,17 @@ class Lease:
     """The lease of a claimed task that waits.
 
     Attributes:
-        is_over: the task has waited as long as it may.
-        reason: what it waits for, in words for its user.
+        is_over_limit: the task has waited for the longest time allowed.
+        reason: what the task waits for, in words for its user.
     """
 
     attempt: Attempt
-    is_over: bool
+    is_over_limit: bool
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class GivenUp:
-    """A task that is not tried again, and of which image and version that is true."""
-
-    task: Task
-    image_sha256: str | None
-    server_version: str
-    error_message: str
-    given_up_at: str = ""
-
-
 def read_attempt(attempt_id: str, task: str, request_id: str, outcome: str | None, deaths: int) -> Attempt:
-    """The attempt of a row of the file; raises what Python raises for a row that makes none."""
+    """The attempt in a row of the file; raises Python's own errors for a row that is not readable."""
     return Attempt(
         task=read_task(task),
         attempt_id=attempt_id,

@@ -1,12 +1,12 @@
-r"""The life of a task row, and what the service asks of the place where the rows are kept.
+r"""The life of a task row, and the interface of the stores that hold the rows.
 
     pending or error --claim--> processing --update_result--> done
-           ^                        |    \--update_status--> error
-           '------update_status-----'
+                                    \--------update_status--> error
 
 A claim names an attempt id. Every later write of the attempt names it too, and changes the row only while
-that attempt holds it, so an attempt that was taken over cannot spoil its successor's row. `end_stale` ends
-a row, but leaves it to its attempt, whose result is still taken; `refuse` ends a row that nobody has claimed.
+that attempt holds it. So an attempt whose row was taken over cannot overwrite its successor's row.
+`end_stale` ends a row and leaves it to its attempt, whose late result is still stored. `refuse` ends a row
+that nobody has claimed.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,11 @@ from typing import Literal, Protocol
 from uuid import UUID
 
 Status = Literal["pending", "processing", "done", "error"]
-# The two that end an attempt without a result.
-SettledStatus = Literal["pending", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task as the caller names it. Raises ValueError for a task_id that is not a lower-case UUID."""
+    """A task as its caller sent it. Raises ValueError for a task_id that is not a lower-case UUID."""
 
     task_id: str
     user_id: str
@@ -34,13 +32,13 @@ class Task:
 
     @property
     def text_prompt(self) -> str:
-        """The prompts as the row's one column holds them."""
+        """The prompts as the row's single column holds them."""
         return ", ".join(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to settle a task, until its lease runs out."""
+    """The right to settle a task, until its lease expires."""
 
     task_id: str
     attempt_id: str
@@ -48,7 +46,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """What `update_result` was given for a task that is done."""
+    """What `update_result` stored for a task that is done."""
 
     task_id: str
     mask_url: str
@@ -58,7 +56,7 @@ class StoredResult:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it stands; times are in UTC, and `attempt_id` is its latest attempt's."""
+    """The current content of a row; times are in UTC, `attempt_id` is that of its latest attempt."""
 
     status: Status
     attempt_id: str | None
@@ -70,65 +68,69 @@ class Row:
 
 
 class ResultStore(Protocol):
-    """Task rows. Any call may raise ResultsUnavailable, and may then be repeated as it was.
+    """Task rows. Any call may raise ResultsUnavailable; repeating the same call is then safe.
 
-    One store serves all requests of a process at once; several processes may share the rows.
+    One store serves all concurrent requests of a process; several processes may share the rows.
     """
 
     async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
-        """Take a pending or failed task, or one whose lease ran out; a done one gives its result.
+        """Claim a pending or failed task, or one whose lease has expired; return the result of a done one.
 
-        `attempt_id` is new, or that of an attempt whose claim may have failed or whose process is gone:
+        `attempt_id` is new, or that of an attempt whose claim may have failed or whose process has ended:
         claiming again under the same id renews the lease. Raises TaskInProgress while another attempt's
-        lease lasts, AttemptLost when this very attempt has ended the row as an error already, and
-        TaskNotFound for another user's row or, where the Edge makes the rows, for a missing one.
+        lease lasts, AttemptLost when this same attempt has already ended the row as an error, and
+        TaskNotFound for another user's row or, where the Edge inserts the rows, for a missing one.
         """
         ...
 
     async def update_result(
         self, task_id: str, mask_url: str, labels: list[str], metadata: dict[str, object], *, attempt_id: str
     ) -> None:
-        """Settle the task as done.
+        """Settle the task as done. Repeating the call is no error.
 
         Raises AttemptLost, AlreadySettled for a row that was changed since this attempt settled it,
-        TaskNotFound when the row is gone, and MetadataInvalid when it cannot be JSON.
-        Repeating it is no error.
+        TaskNotFound when the row is gone, and MetadataInvalid when the values are not JSON.
         """
         ...
 
     async def update_status(
-        self, task_id: str, status: SettledStatus, *, attempt_id: str, error_message: str | None = None
+        self,
+        task_id: str,
+        status: Literal["error"],
+        *,
+        attempt_id: str,
+        error_message: str | None = None,
     ) -> None:
-        """End the attempt as "error", with a text for the user, or give the task back as "pending".
+        """Settle the task as "error", with a message for the user. Repeating the call is no error.
 
-        Raises what `update_result` raises, and ValueError for any other status. Repeating it is no error.
+        Raises what `update_result` raises, and ValueError for any other status.
         """
         ...
 
     async def refuse(self, task: Task, error_message: str) -> None:
         """End a task that is still "pending" as "error", without claiming it.
 
-        Any other status is left as it is, and a missing row is no error.
+        A row of any other status stays as it is, and a missing row is no error.
         """
         ...
 
     async def end_stale(self, grace_s: float) -> int:
-        """End as "error" the tasks whose lease has been over for `grace_s`; returns how many.
+        """End as "error" the tasks whose lease expired more than `grace_s` ago; return their number.
 
-        A result that still comes from such an attempt is taken all the same.
+        A late result of such an attempt is still stored.
         """
         ...
 
     async def check(self) -> list[str]:
-        """Prove at the start that the rows can be used; what an operator should know, a sentence each.
+        """Verify at the start that the rows can be used; return warnings for the operator, a sentence each.
 
-        Rows that are only away for the moment are such a sentence. Raises ResultsMisconfigured, which says
-        what to mend, when they cannot be used as they are.
+        A store that is temporarily unavailable is a warning. Raises ResultsMisconfigured, which says what
+        to change, when the store cannot be used as configured.
         """
         ...
 
     async def close(self) -> None:
-        """Finish what was begun and let go of the store; nothing else may be called after."""
+        """Finish running calls and close the store; no other call may follow."""
         ...
 
     def describe(self) -> str:

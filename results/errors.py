@@ -1,29 +1,29 @@
-"""What can go wrong with task rows; no message holds a prompt, a URL or a secret.
+"""The errors of a result store; no message holds a prompt, a URL or a secret.
 
 ResultsError
-    TaskNotFound        404: no row with this id belongs to this user
+    TaskNotFound        404: this user has no row with this id
     TaskInProgress      409: another attempt holds the row; carries retry_after_s
-    AttemptLost         the row is no longer this attempt's: drop the work, settle nothing
-        AlreadySettled  this very attempt has settled it, and its user has changed the row since
-    MetadataInvalid     500: metadata or labels are not JSON (NaN, infinity, a tensor): our own bug
-    ResultsUnavailable  502: the store itself failed; trying again may help
-    ResultsMisconfigured  stops the start: trying again cannot help before someone mends something
+    AttemptLost         the attempt no longer holds the row: discard its work, settle nothing
+        AlreadySettled  this attempt has settled the row, and its user has changed it since
+    MetadataInvalid     500: metadata or labels are not JSON (NaN, infinity, a tensor): a bug of this server
+    ResultsUnavailable  502: the store failed; a retry may succeed
+    ResultsMisconfigured  stops the start: no retry succeeds before the operator changes something
 """
 
 
 class ResultsError(Exception):
-    """Anything that a result store raises on purpose."""
+    """Base of the errors that a result store raises on purpose."""
 
 
 class TaskNotFound(ResultsError):
-    """No row has this id, or it is another user's: the two look alike on purpose."""
+    """No row has this id, or it is another user's: callers cannot distinguish the two."""
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"no task {task_id}")
 
 
 class TaskInProgress(ResultsError):
-    """Another attempt holds the row; its lease runs out in `retry_after_s` seconds."""
+    """Another attempt holds the row; its lease expires in `retry_after_s` seconds."""
 
     def __init__(self, task_id: str, retry_after_s: float) -> None:
         super().__init__(f"task {task_id} is being processed; try again in {retry_after_s:.0f} s")
@@ -31,14 +31,14 @@ class TaskInProgress(ResultsError):
 
 
 class AttemptLost(ResultsError):
-    """The row was taken over or settled otherwise since this attempt claimed it."""
+    """Another attempt has claimed or settled the row since this attempt claimed it."""
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"task {task_id} is no longer held by this attempt")
 
 
 class AlreadySettled(AttemptLost):
-    """The row stands settled under this very attempt, with other content: its user has changed it since."""
+    """This attempt has settled the row, which now holds other content: its user has changed it."""
 
 
 class MetadataInvalid(ResultsError):
@@ -52,5 +52,5 @@ class ResultsUnavailable(ResultsError):
 class ResultsMisconfigured(ResultsError):
     """The settings or the table cannot work as they are; the message is a sentence for the operator.
 
-    Only start-up meets it: a store that is running logs it and raises ResultsUnavailable.
+    Only the start raises it to its caller: a running store logs it and raises ResultsUnavailable.
     """

@@ -1,11 +1,11 @@
-"""No task is lost: an attempt is on disk before its claim, its outcome before the row is told.
+"""The outbox: stores an attempt before its claim, and an outcome before its delivery, so that none is lost.
 
-    claim ----> at work ----> outcome kept ----> row settled ----> forgotten
-                  |   ^            '-- rows away: delivered later, by whichever process is up
-                  |   '-- begun again, under the same attempt id, when it is due
-                  '-- waits: a process died, the object store or the model is away; its lease is renewed
+    claim ----> active ----> outcome stored ----> row settled ----> attempt removed
+                 |  ^               '-- rows unavailable: delivered later, by any process of this server
+                 |  '-- acquired again, under the same attempt id, when it is due
+                 '-- waits: a process died, or the object store or the model is unavailable
 
-The row's own guards (results/base.py) make every repeat harmless.
+Every step may be repeated: the conditional writes of the rows (results/base.py) make a repeat harmless.
 """
 
 from __future__ import annotations
@@ -31,37 +31,40 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from results.attempts import GivenUp, Lease
+    from results.attempts import Lease
     from results.base import ResultStore, Task
+    from results.given_up import GivenUp
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-FIRST_TRY_S: Final = 60.0
-"""The process that did the work settles the row itself, in less; after it any process may."""
-RENEWALS_A_LEASE: Final = 3
-ROUND: Final = 20
-"""Outcomes or leases seen to in one go, before the caller looks at its other work."""
-MAX_MISSES: Final = 2
-"""One outcome that is always refused must not hold up the others, but rows that are away must."""
-TURN_POLL_S: Final = 0.05
-UNNEEDED_MASK_PAUSE_S: Final = 60.0
-# At a stop, which most hosts turn into a kill after ten seconds.
-LONG_WORK_S: Final = 4.0
-NOTHING: Final = ""
-"""What a row names that does not hold this attempt's result."""
+DELIVERY_HOLD_S: Final = 60.0
+"""The process that did the work settles the row itself, in less time; after it any process may."""
+RENEWALS_PER_LEASE: Final = 3
+BATCH_SIZE: Final = 20
+"""Outcomes or leases handled per call, so that the caller returns to its other work."""
+MAX_FAILURES: Final = 2
+"""One outcome that is always refused must not delay the others; unavailable rows must end the batch."""
+WORK_POLL_S: Final = 0.05
+MASK_RETRY_S: Final = 60.0
+# Most hosts kill a process ten seconds after they ask it to stop.
+LONG_WORK_GRACE_S: Final = 4.0
+NO_MASKS: Final = ""
+"""The masks that a row refers to when it does not hold this attempt's result."""
 
 # "mostrecent": the processes share the file, and so the number.
-DEPTH = Gauge("sam3_outbox_depth", "Outcomes that wait for the database", multiprocess_mode="mostrecent")
-WAITING = Gauge("sam3_tasks_waiting", "Tasks that wait to be begun again", multiprocess_mode="mostrecent")
+DEPTH = Gauge(
+    "sam3_outbox_depth", "Outcomes not yet delivered to the database", multiprocess_mode="mostrecent"
+)
+WAITING = Gauge("sam3_tasks_waiting", "Tasks that wait for a retry", multiprocess_mode="mostrecent")
 GIVEN_UP = Gauge(
-    "sam3_tasks_given_up", "Tasks that killed too often and are refused", multiprocess_mode="mostrecent"
+    "sam3_tasks_given_up", "Tasks refused after repeated process deaths", multiprocess_mode="mostrecent"
 )
 
 
 class Outbox:
-    """The rows of a ResultStore behind a file that outlives the process.
+    """The rows of a ResultStore, behind a file that outlives the process.
 
     Args:
         attempts: the file; shared by the processes of one server.
@@ -77,75 +80,75 @@ class Outbox:
         self._rows = rows
         self._lease_s = lease_s
         self._outage_limit_s = outage_limit_s
-        # By attempt: the write that the file did not take, since its disk was full, say.
-        self._unwritten: dict[str, Callable[[], Awaitable[object]]] = {}
-        # How many runs have the attempt: the next one may begin before the one before has let go.
-        self._at_work: Counter[str] = Counter()
-        self._waiting_for_turn: set[str] = set()
-        # What is taken is known here before anybody may look for what was left.
-        self._taking = asyncio.Lock()
-        self._is_stopping, self._long_work_until_s = False, math.inf
+        # By attempt id: the write that the file did not accept, for instance because its disk was full.
+        self._pending_writes: dict[str, Callable[[], Awaitable[object]]] = {}
+        # By attempt id: the number of its runs. A retry may start before the previous run is released.
+        self._active_runs: Counter[str] = Counter()
+        self._blocked: set[str] = set()
+        # `requeue_abandoned` must not see an acquired attempt that is not in `_active_runs` yet.
+        self._acquire_lock = asyncio.Lock()
+        self._is_stopping, self._long_work_deadline_s = False, math.inf
 
-    async def note(self, task: Task, request_id: str) -> Attempt:
-        """Put a task on the file, ahead of its claim; one that waits there already is begun by this process.
+    async def record(self, task: Task, request_id: str) -> Attempt:
+        """Store a task's attempt in the file, before its claim; acquire the one that waits there already.
 
-        Raises TaskInProgress when a process of this server works on it, and ResultsUnavailable.
+        Raises TaskInProgress when a process of this server works on the task, and ResultsUnavailable.
         """
-        async with self._taking:
+        async with self._acquire_lock:
             attempt = await self._attempts.add(Attempt(task, str(uuid4()), request_id=request_id))
-            self._at_work[attempt.attempt_id] += 1
+            self._active_runs[attempt.attempt_id] += 1
         return attempt
 
-    def let_go(self, attempt: Attempt) -> None:
-        """This process works on the attempt no more; what is left to do follows in the background."""
-        self._at_work[attempt.attempt_id] -= 1
-        self._at_work += Counter()  # without those that no run has
-        self._waiting_for_turn.discard(attempt.attempt_id)
+    def release(self, attempt: Attempt) -> None:
+        """End this process's run of the attempt; the background does whatever remains to be done."""
+        self._active_runs[attempt.attempt_id] -= 1
+        self._active_runs += Counter()  # drops the ids without a run
+        self._blocked.discard(attempt.attempt_id)
 
-    def turns_are_awaited(self) -> bool:
-        """Whether an attempt of this process waits in `begin_work` for another to be alone, or to be over."""
-        return bool(self._waiting_for_turn)
+    def has_blocked_attempts(self) -> bool:
+        """Whether an attempt of this process waits in `begin_work`."""
+        return bool(self._blocked)
 
     async def claim(self, attempt: Attempt) -> StoredResult | None:
-        """Claim the row for an attempt that is on the file; the result, where the task is done already.
+        """Claim the row for a recorded attempt; returns the result of a task that is done already.
 
-        When the rows are away the task is kept, and begun when they are back: ResultsUnavailable says so.
-        Raises what ResultStore.claim raises, and then the attempt is forgotten.
+        Raises ResultsUnavailable when the rows are unavailable: the task is kept, and retried later. Raises
+        the other errors of ResultStore.claim, and then the attempt is removed.
         """
         try:
             claim = await self._rows.claim(attempt.task, attempt.attempt_id)
         except ResultsUnavailable as error:
-            await self._write(attempt, partial(self._attempts.wait, attempt.attempt_id, None, pause=True))
+            requeue = partial(self._attempts.requeue, attempt.attempt_id, None, with_backoff=True)
+            await self._write(attempt, requeue)
             raise ResultsUnavailable(f"{error}; the task is kept, and done when they are back") from error
         except ResultsError:
-            await self._forget(attempt, NOTHING)
+            await self._remove(attempt, NO_MASKS)
             raise
         if not isinstance(claim, StoredResult):
             return None
-        await self._forget(attempt, _named_by(claim))
+        await self._remove(attempt, _referenced_by(claim))
         return claim
 
     async def begin_work(self, attempt: Attempt, image_sha256: str | None, *, is_long: bool = False) -> bool:
-        """Wait for the attempt's turn, then note that the work that may kill a process has begun.
+        """Wait until the attempt may work, then record that the work that may kill a process begins.
 
-        A task during whose work a process has died gets a turn of its own, with nothing beside it. False:
-        it gets none any more, since this process is to stop; work that `is_long` gets one for
-        `LONG_WORK_S` from then on.
+        A task during whose work a process has died works exclusively. False: the work may not begin any
+        more, since this process stops; work that `is_long` may begin for `LONG_WORK_GRACE_S` from then on.
         """
-        # Without the file the work is worth more than the note.
+        # When the file fails, the work goes on without the record.
         with contextlib.suppress(ResultsUnavailable):
             while not self._is_stopping:
-                if await self._attempts.begin(attempt, image_sha256):
-                    self._waiting_for_turn.discard(attempt.attempt_id)
+                if await self._attempts.begin_work(attempt, image_sha256):
+                    self._blocked.discard(attempt.attempt_id)
                     return True
-                self._waiting_for_turn.add(attempt.attempt_id)
-                await asyncio.sleep(TURN_POLL_S)
-            # Nothing is noted any more: should this process be killed now, its tasks are not to blame.
-            return not attempt.suspect and (not is_long or time.monotonic() < self._long_work_until_s)
+                self._blocked.add(attempt.attempt_id)
+                await asyncio.sleep(WORK_POLL_S)
+            # Not recorded: if this process is killed from now on, the death does not count.
+            return not attempt.suspect and (not is_long or time.monotonic() < self._long_work_deadline_s)
         return True
 
     async def begin_storing(self, attempt: Attempt, mask_keys: list[str]) -> None:
-        """Note the end of that work, and the masks that are stored next."""
+        """Record that this work is over, and which masks are stored next."""
         with contextlib.suppress(ResultsUnavailable):
             await self._attempts.end_work(attempt.attempt_id, mask_keys)
 
@@ -157,9 +160,10 @@ class Outbox:
         metadata: dict[str, object],
         mask_keys: list[str],
     ) -> None:
-        """End the attempt as done; a row that is away is settled later, which is no error.
+        """End the attempt as done. When the rows are unavailable, the row is settled later: no error.
 
-        Raises AttemptLost, TaskNotFound when the row is gone, and MetadataInvalid when it cannot be JSON.
+        Raises AttemptLost, TaskNotFound when the row is gone, and MetadataInvalid when the values are not
+        JSON.
         """
         await self._end(
             attempt,
@@ -170,141 +174,151 @@ class Outbox:
         """End the attempt without a result. Raises AttemptLost, TaskNotFound."""
         await self._end(attempt, Outcome("error", error_message=error_message))
 
-    async def keep(self, attempt: Attempt, reason: str, *, pause: bool) -> bool:
-        """Let a claimed attempt wait for what is away; False when it has waited as long as it may.
+    async def requeue(self, attempt: Attempt, reason: str, *, with_backoff: bool) -> bool:
+        """Let a claimed attempt wait for a service that is unavailable; False: it has waited too long.
 
         Args:
-            attempt: is this process's no more when it waits.
-            reason: what is away, in words for the user.
-            pause: not due at once, but after a pause that grows.
+            attempt: has no owner once it waits.
+            reason: what is unavailable, in words for the user.
+            with_backoff: it is due after a growing backoff, not at once.
         """
-        wait = partial(
-            self._attempts.wait, attempt.attempt_id, reason, limit_s=self._outage_limit_s, pause=pause
+        requeue = partial(
+            self._attempts.requeue,
+            attempt.attempt_id,
+            reason,
+            limit_s=self._outage_limit_s,
+            with_backoff=with_backoff,
         )
-        return await self._write(attempt, wait) is not False
+        return await self._write(attempt, requeue) is not False
 
-    async def keep_after_death(self, attempt: Attempt) -> bool:
-        """The model's process died in the middle of the work: begin it again alone; False: it is given up."""
-        counted = await self._write(attempt, partial(self._attempts.count_death, attempt.attempt_id))
-        return counted is not False
+    async def requeue_after_death(self, attempt: Attempt) -> bool:
+        """Let an attempt wait whose model process died; its retry is exclusive. False: it is given up."""
+        requeue = partial(self._attempts.requeue_after_death, attempt.attempt_id)
+        return await self._write(attempt, requeue) is not False
 
-    async def given_up(self, task: Task) -> GivenUp | None:
-        """What is known of a task that was given up and is not to be tried again; None otherwise."""
-        return await self._attempts.given_up(task)
+    async def find_given_up(self, task: Task) -> GivenUp | None:
+        """The entry of a task that was given up and is not attempted again; None otherwise."""
+        return await self._attempts.given_up.find(task)
 
     async def refuse(self, task: Task, error_message: str) -> None:
         """End a row that is pending as error, without a claim; others stay. Raises ResultsUnavailable."""
         await self._rows.refuse(task, error_message)
 
-    async def forgive(self, task_id: str) -> None:
-        """A task that was given up may be tried again."""
-        await self._attempts.forgive(task_id)
+    async def remove_given_up(self, task_id: str) -> None:
+        """Allow a task that was given up to be attempted again."""
+        await self._attempts.given_up.remove(task_id)
 
-    async def start_over(self) -> tuple[int, int]:
-        """Call once at the server's start: what a dead server left behind is due.
+    async def reset_after_restart(self) -> tuple[int, int]:
+        """Call once at the server's start: whatever a previous server left is due now.
 
-        Returns how many outcomes wait for their rows, and how many tasks to be begun again.
+        Returns the number of undelivered outcomes, and of waiting tasks.
         """
-        await self._attempts.start_over()
+        await self._attempts.reset_after_restart()
         return await self._attempts.count_undelivered(), await self._attempts.count_waiting()
 
-    async def release_dead(self) -> None:
-        """Let the tasks be begun again on which nobody works any more."""
-        async with self._taking:
-            released = await self._attempts.release_dead({*self._at_work, *self._unwritten})
-        if released:
-            logger.warning("tasks were left behind by a process that is gone, or by an error")
+    async def requeue_abandoned(self) -> None:
+        """Let the attempts wait that no process works on any more."""
+        async with self._acquire_lock:
+            requeued = await self._attempts.requeue_abandoned({*self._active_runs, *self._pending_writes})
+        if requeued:
+            logger.warning("tasks were abandoned by a dead process, or after an error; they are retried")
 
     async def deliver_due(self) -> None:
-        """Settle the rows whose outcome is due; those that fail are due again after a pause."""
-        await self._write_unwritten()
-        misses = 0
-        for _ in range(ROUND):
-            attempt = await self._attempts.take_undelivered(FIRST_TRY_S)
+        """Settle the rows whose outcome is due; a failed one is due again after a backoff."""
+        await self._flush_pending_writes()
+        failures = 0
+        for _ in range(BATCH_SIZE):
+            attempt = await self._attempts.acquire_undelivered(DELIVERY_HOLD_S)
             if attempt is None:
                 break
-            misses += not await self._deliver(attempt)
-            if misses == MAX_MISSES:
+            failures += not await self._deliver(attempt)
+            if failures == MAX_FAILURES:
                 break
         DEPTH.set(await self._attempts.count_undelivered())
         WAITING.set(await self._attempts.count_waiting())
-        GIVEN_UP.set(await self._attempts.count_given_up())
+        GIVEN_UP.set(await self._attempts.given_up.count())
 
-    async def renew_leases(self, *, model_is_there: bool) -> None:
+    async def renew_leases(self, *, model_is_ready: bool) -> None:
         """Renew the leases of claimed tasks that wait; end those that have waited too long.
 
         Args:
-            model_is_there: a task that waits for its turn alone may wait as long as it takes.
+            model_is_ready: a task that only waits for its exclusive work is not limited then.
         """
         leases = []
-        for _ in range(ROUND):
-            lease = await self._attempts.take_lease(self._lease_s / RENEWALS_A_LEASE, self._outage_limit_s)
+        for _ in range(BATCH_SIZE):
+            lease = await self._attempts.acquire_due_lease(
+                self._lease_s / RENEWALS_PER_LEASE, self._outage_limit_s
+            )
             if lease is None:
                 break
             leases.append(lease)
-        await asyncio.gather(*(self._renew(lease, model_is_there=model_is_there) for lease in leases))
+        await asyncio.gather(*(self._renew(lease, model_is_ready=model_is_ready) for lease in leases))
 
-    async def _renew(self, lease: Lease, *, model_is_there: bool) -> None:
+    async def _renew(self, lease: Lease, *, model_is_ready: bool) -> None:
         attempt = lease.attempt
-        if lease.is_over:
-            minutes = self._outage_limit_s / 60
-            message = f"{lease.reason}; given up after waiting {minutes:.0f} minutes"
-            if await self._attempts.end_waiting(attempt.attempt_id, Outcome("error", error_message=message)):
-                logger.warning(
-                    "task %s is given up after %.0f minutes",
-                    *(attempt.task.task_id, minutes),
-                    extra=_log_ids(attempt),
-                )
+        if lease.is_over_limit:
+            await self._end_over_limit(lease)
             return
         try:
             claim = await self._rows.claim(attempt.task, attempt.attempt_id)
         except ResultsUnavailable as error:
             logger.warning(
-                "the lease of task %s is not renewed now: %s",
+                "the lease of task %s could not be renewed: %s",
                 *(attempt.task.task_id, error),
                 extra=_log_ids(attempt),
             )
         except ResultsError as error:
-            logger.warning("a waiting task is dropped: %s", error, extra=_log_ids(attempt))
-            await self._forget(attempt, NOTHING)
+            logger.warning("a waiting task is removed: %s", error, extra=_log_ids(attempt))
+            await self._remove(attempt, NO_MASKS)
         else:
             if isinstance(claim, StoredResult):
-                await self._forget(attempt, _named_by(claim))
+                await self._remove(attempt, _referenced_by(claim))
             else:
-                await self._attempts.count_waiting_time(attempt.attempt_id, is_for_its_turn=model_is_there)
+                await self._attempts.start_wait_limit(attempt.attempt_id, model_is_ready=model_is_ready)
 
-    async def take_waiting(self) -> Attempt | None:
-        """An attempt to begin again, from now on this process's; None when none is due."""
-        async with self._taking:
-            attempt = await self._attempts.take_waiting()
+    async def _end_over_limit(self, lease: Lease) -> None:
+        minutes = self._outage_limit_s / 60
+        message = f"{lease.reason}; given up after waiting {minutes:.0f} minutes"
+        outcome = Outcome("error", error_message=message)
+        if await self._attempts.end_waiting(lease.attempt.attempt_id, outcome):
+            logger.warning(
+                "task %s is given up after %.0f minutes",
+                *(lease.attempt.task.task_id, minutes),
+                extra=_log_ids(lease.attempt),
+            )
+
+    async def acquire_waiting(self) -> Attempt | None:
+        """The next waiting attempt that is due, now owned by this process; None when none is due."""
+        async with self._acquire_lock:
+            attempt = await self._attempts.acquire_waiting()
             if attempt is not None:
-                self._at_work[attempt.attempt_id] += 1
+                self._active_runs[attempt.attempt_id] += 1
         return attempt
 
     async def end_stale(self) -> None:
-        """End the tasks of servers that are gone: nobody else would, and their users wait."""
+        """End the tasks of lost servers as error: no server would end them, and their users wait."""
         ended = await self._rows.end_stale(self._lease_s)
         if ended:
-            logger.warning("%d tasks were left in the middle by a server that is gone; ended as error", ended)
+            logger.warning("%d tasks of a lost server were not finished; ended as error", ended)
 
-    async def unneeded_mask(self) -> str | None:
-        """The key of a stored mask that nobody was told of, to be deleted; None when there is none."""
-        return await self._attempts.unneeded_mask(UNNEEDED_MASK_PAUSE_S)
+    async def acquire_unneeded_mask(self) -> str | None:
+        """The key of a stored mask that no row refers to, to be deleted; None when there is none."""
+        return await self._attempts.unneeded_masks.acquire_due(MASK_RETRY_S)
 
-    async def mask_deleted(self, key: str) -> None:
-        """Forget the mask."""
-        await self._attempts.mask_deleted(key)
+    async def remove_unneeded_mask(self, key: str) -> None:
+        """Remove the key of a mask that has been deleted."""
+        await self._attempts.unneeded_masks.remove(key)
 
-    async def excuse(self) -> None:
-        """This process is told to stop: should it be killed meanwhile, its tasks are not to blame."""
+    async def prepare_stop(self) -> None:
+        """This process was asked to stop: its death no longer counts against its tasks."""
         if not self._is_stopping:
-            self._is_stopping, self._long_work_until_s = True, time.monotonic() + LONG_WORK_S
+            self._is_stopping, self._long_work_deadline_s = True, time.monotonic() + LONG_WORK_GRACE_S
         with contextlib.suppress(ResultsUnavailable):
-            await self._attempts.excuse()
+            await self._attempts.stop_counting_deaths()
 
     async def drain(self, timeout_s: float) -> None:
-        """Settle all rows that can be settled within `timeout_s`, due or not; the rest stays on disk."""
-        # A file that fails now must not stop the stop.
+        """Settle all rows that can be settled within `timeout_s`, due or not; the rest stays in the file."""
+        # A file that fails must not prevent the stop.
         with contextlib.suppress(TimeoutError, ResultsUnavailable):
             async with asyncio.timeout(timeout_s):
                 left, before = await self._attempts.make_undelivered_due(), 0
@@ -313,17 +327,17 @@ class Outbox:
                     left, before = await self._attempts.count_undelivered(), left
         with contextlib.suppress(ResultsUnavailable):
             if left := await self._attempts.count_undelivered():
-                logger.warning("%d outcomes stay on disk until the next start", left)
+                logger.warning("%d outcomes stay in the file until the next start", left)
 
     async def close(self) -> None:
-        """Let go of the file, and of the rows too."""
+        """Close the file and the rows."""
         await self._attempts.close()
         await self._rows.close()
 
     async def _end(self, attempt: Attempt, outcome: Outcome) -> None:
         outcome.to_json()  # raises MetadataInvalid before anything is written
-        note = partial(self._attempts.set_outcome, attempt.attempt_id, outcome)
-        await self._write(attempt, partial(note, hold_s=FIRST_TRY_S), later=partial(note, hold_s=0))
+        store = partial(self._attempts.set_outcome, attempt.attempt_id, outcome)
+        await self._write(attempt, partial(store, hold_s=DELIVERY_HOLD_S), later=partial(store, hold_s=0))
         try:
             await self._settle(attempt, outcome)
         except ResultsUnavailable as error:
@@ -336,7 +350,7 @@ class Outbox:
                 await self._attempts.postpone_delivery(attempt.attempt_id)
 
     async def _deliver(self, attempt: Attempt) -> bool:
-        """Whether the row needs nothing more."""
+        """Settle the row of a stored outcome; False: it must be retried."""
         assert attempt.outcome is not None
         try:
             await self._settle(attempt, attempt.outcome)
@@ -344,7 +358,7 @@ class Outbox:
             await self._attempts.postpone_delivery(attempt.attempt_id)
             return False
         except (AttemptLost, TaskNotFound) as error:
-            logger.warning("a kept outcome is dropped: %s", error, extra=_log_ids(attempt))
+            logger.warning("a stored outcome is discarded: %s", error, extra=_log_ids(attempt))
         except ResultsError as error:
             logger.exception(
                 "task %s: its outcome cannot be stored", attempt.task.task_id, extra=_log_ids(attempt)
@@ -361,17 +375,17 @@ class Outbox:
         return True
 
     async def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
-        """Settle the row, then forget the attempt. Raises what the rows raise."""
-        named: str | None = " ".join(outcome.mask_keys or ())
+        """Settle the row, then remove the attempt. Raises the errors of the rows."""
+        referenced: str | None = " ".join(outcome.mask_keys or ())
         try:
             await self._update_row(attempt, outcome)
         except AlreadySettled:
-            # By this very attempt; what its user has changed since is the user's affair.
-            named = None
+            # By this same attempt, and its user has changed the row since: it may refer to any of the masks.
+            referenced = None
         except (AttemptLost, TaskNotFound):
-            await self._forget(attempt, NOTHING)
+            await self._remove(attempt, NO_MASKS)
             raise
-        await self._forget(attempt, named)
+        await self._remove(attempt, referenced)
 
     async def _update_row(self, attempt: Attempt, outcome: Outcome) -> None:
         task_id, attempt_id = attempt.task.task_id, attempt.attempt_id
@@ -386,9 +400,9 @@ class Outbox:
                 task_id, "error", attempt_id=attempt_id, error_message=outcome.error_message
             )
 
-    async def _forget(self, attempt: Attempt, named: str | None) -> None:
-        """Forget an attempt, and let go of the masks that `named` does not hold (None: it holds all)."""
-        await self._write(attempt, partial(self._attempts.remove, attempt.attempt_id, named))
+    async def _remove(self, attempt: Attempt, referenced: str | None) -> None:
+        """Remove an attempt; see AttemptFile.remove."""
+        await self._write(attempt, partial(self._attempts.remove, attempt.attempt_id, referenced))
 
     async def _write(
         self,
@@ -397,24 +411,24 @@ class Outbox:
         *,
         later: Callable[[], Awaitable[object]] | None = None,
     ) -> _T | None:
-        """What the write gives; None when the file fails: then it, or `later`, is done when it can be.
+        """The result of the write; None when the file fails: then it, or `later`, is done by `deliver_due`.
 
-        Until then the attempt is this process's on the file: should it die, the task is begun again.
+        Until then the file says that this process owns the attempt: if it dies, the task is retried.
         """
         try:
             written = await write()
         except ResultsUnavailable:
-            self._unwritten[attempt.attempt_id] = later or write
+            self._pending_writes[attempt.attempt_id] = later or write
             return None
-        self._unwritten.pop(attempt.attempt_id, None)
+        self._pending_writes.pop(attempt.attempt_id, None)
         return written
 
-    async def _write_unwritten(self) -> None:
-        """Bring to the file what it did not take while it could not be written."""
-        for attempt_id, write in list(self._unwritten.items()):
+    async def _flush_pending_writes(self) -> None:
+        """Repeat the writes that failed while the file could not be written."""
+        for attempt_id, write in list(self._pending_writes.items()):
             await write()
-            if self._unwritten.get(attempt_id) is write:
-                del self._unwritten[attempt_id]
+            if self._pending_writes.get(attempt_id) is write:
+                del self._pending_writes[attempt_id]
 
 
 def open_outbox(
@@ -433,8 +447,8 @@ def open_outbox(
     return Outbox(attempts, rows, lease_s=lease_s, outage_limit_s=outage_limit_s)
 
 
-def _named_by(stored: StoredResult) -> str:
-    """Text that holds the keys of the masks of a done row: another attempt's, or this one's."""
+def _referenced_by(stored: StoredResult) -> str:
+    """Text with the keys of the masks of a done row, whichever attempt has settled it."""
     return f"{stored.mask_url} {stored.metadata}"
 
 

@@ -1,13 +1,13 @@
-"""Task rows in one SQLite file: the embedded default, shared by the processes of one machine."""
+"""Task rows in one SQLite file: the embedded default, shared by the processes of one host."""
 
 import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from results.base import Claim, Row, SettledStatus, Status, StoredResult, Task
+from results.base import Claim, Row, StoredResult, Task
 from results.errors import (
     AlreadySettled,
     AttemptLost,
@@ -17,7 +17,7 @@ from results.errors import (
 )
 from results.sqlite_file import SqliteFile
 
-# The columns of the Supabase table; times as UTC text of one width, which sorts as time does.
+# The columns of the Supabase table; times are UTC text of a fixed width, which sorts in order of time.
 _MIGRATIONS: Final = (
     # Version 1: what server 0.1.0 wrote, without a version.
     (
@@ -36,7 +36,7 @@ _MIGRATIONS: Final = (
             CHECK (status <> 'done' OR mask_image_url IS NOT NULL)
         ) STRICT""",
     ),
-    # Version 2: the attempt and its lease in columns of their own; lease_until_s is of time.monotonic.
+    # Version 2: columns for the attempt and its lease; lease_until_s is a time of time.monotonic.
     (
         "ALTER TABLE segmentation_results ADD COLUMN attempt_id TEXT",
         "ALTER TABLE segmentation_results ADD COLUMN lease_s REAL",
@@ -54,17 +54,17 @@ _INSERT: Final = """
 INSERT INTO segmentation_results (id, user_id, source_image_url, text_prompt, created_at, updated_at)
 VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 
-# A lease that ends further ahead than it is long was written before the machine's last start.
-_IS_OVER: Final = "(lease_until_s + :grace_s <= :clock_s OR lease_until_s > :clock_s + lease_s)"
+# A lease that ends further ahead than its own length was written before the host's last boot.
+_IS_EXPIRED: Final = "(lease_until_s + :grace_s <= :clock_s OR lease_until_s > :clock_s + lease_s)"
 
 _CLAIM: Final = f"""
 UPDATE segmentation_results SET status = 'processing', metadata = '{{}}', updated_at = :now,
     attempt_id = :attempt_id, lease_s = :lease_s, lease_until_s = :clock_s + :lease_s
 WHERE id = :task_id AND user_id = :user_id AND (status = 'pending'
     OR (status = 'error' AND (attempt_id IS NOT :attempt_id OR lease_s IS NOT NULL))
-    OR (status = 'processing' AND ({_IS_OVER} OR attempt_id = :attempt_id)))"""
+    OR (status = 'processing' AND ({_IS_EXPIRED} OR attempt_id = :attempt_id)))"""
 
-# `end_stale` leaves the lease as it is: what still comes from that attempt is taken.
+# `end_stale` does not change the lease: a late result of that attempt is still stored.
 _SETTLE: Final = """
 UPDATE segmentation_results SET status = :status, mask_image_url = :mask_url, labels = :labels,
     metadata = :metadata, updated_at = :now, lease_s = NULL, lease_until_s = NULL
@@ -72,7 +72,7 @@ WHERE id = :task_id AND status <> 'done' AND lease_s IS NOT NULL AND attempt_id 
 
 _END_STALE: Final = f"""
 UPDATE segmentation_results SET status = 'error', metadata = :metadata, updated_at = :now
-WHERE status = 'processing' AND {_IS_OVER}"""
+WHERE status = 'processing' AND {_IS_EXPIRED}"""
 
 _IS_SETTLED: Final = """
 SELECT (status, mask_image_url, labels, metadata) IS (:status, :mask_url, :labels, :metadata)
@@ -86,11 +86,11 @@ _STALE_MESSAGE: Final = "the task was not finished in time; try again"
 
 
 class SqliteResults:
-    """A ResultStore in the SQLite file `path`, which is made when it is missing.
+    """A ResultStore in the SQLite file `path`, which is created when it is missing.
 
-    An attempt may be taken over `lease_s` seconds after its claim. `now` is the clock of the rows' times;
-    `clock_s` counts leases, and is the same for the processes of this machine, whoever sets its clock.
-    No Edge is there to insert rows, so `claim` inserts a missing one.
+    Another attempt may take over `lease_s` seconds after a claim. `now` is the clock of the rows' times;
+    `clock_s` measures leases: a monotonic clock that all processes of this host share.
+    There is no Edge that inserts rows, so `claim` inserts a missing one.
     Raises ResultsMisconfigured when the file cannot be opened.
     """
 
@@ -109,7 +109,7 @@ class SqliteResults:
         self._file = SqliteFile(path, _MIGRATIONS)
 
     async def claim(self, task: Task, attempt_id: str) -> Claim | StoredResult:
-        """See ResultStore; a missing row is made."""
+        """See ResultStore; a missing row is inserted."""
         return await self._file.run(lambda: self._claim(task, attempt_id))
 
     async def update_result(
@@ -119,20 +119,25 @@ class SqliteResults:
         await self._settle(task_id, attempt_id, "done", mask_url=mask_url, labels=labels, metadata=metadata)
 
     async def update_status(
-        self, task_id: str, status: SettledStatus, *, attempt_id: str, error_message: str | None = None
+        self,
+        task_id: str,
+        status: Literal["error"],
+        *,
+        attempt_id: str,
+        error_message: str | None = None,
     ) -> None:
         """See ResultStore."""
-        if status not in ("pending", "error"):
-            raise ValueError("an attempt ends as 'pending' or 'error' here; a result needs update_result")
+        if status != "error":
+            raise ValueError("update_status accepts 'error' alone; update_result stores a result")
         metadata: dict[str, object] = {} if error_message is None else {"error_message": error_message}
         await self._settle(task_id, attempt_id, status, mask_url=None, labels=[], metadata=metadata)
 
     async def insert_pending(self, task: Task) -> None:
-        """Make the row of a new task, as the Edge does; nothing happens when it exists."""
+        """Insert the row of a new task, as the Edge does; nothing happens when it exists."""
         await self._file.run(lambda: self._insert(task))
 
     async def get(self, task_id: str) -> Row | None:
-        """The row as it stands, whosever it is; None when there is none."""
+        """The current row of any user; None when there is none."""
         found = await self._file.run(lambda: self._select(task_id))
         return None if found is None else found[1]
 
@@ -141,11 +146,11 @@ class SqliteResults:
         await self._file.run(lambda: self._refuse(task, error_message))
 
     async def end_stale(self, grace_s: float) -> int:
-        """See ResultStore. The outbox knows what this machine began, unless its file was lost."""
+        """See ResultStore. Needed only when the outbox's file was lost."""
         return await self._file.run(lambda: self._end_stale(grace_s))
 
     async def check(self) -> list[str]:
-        """See ResultStore; opening the file has proved it."""
+        """See ResultStore; the constructor has verified the file."""
         return []
 
     async def close(self) -> None:
@@ -169,9 +174,10 @@ class SqliteResults:
             self._insert(task)
             if self._file.db.execute(_CLAIM, values).rowcount == 1:
                 return Claim(task.task_id, attempt_id)
-            return self._why_not_claimed(task, attempt_id)
+            return self._stored_result(task, attempt_id)
 
-    def _why_not_claimed(self, task: Task, attempt_id: str) -> StoredResult:
+    def _stored_result(self, task: Task, attempt_id: str) -> StoredResult:
+        """The result of a task that cannot be claimed; raises the reason when it is not done."""
         found = self._select(task.task_id)
         if found is None or found[0] != task.user_id:
             raise TaskNotFound(task.task_id)
@@ -192,28 +198,28 @@ class SqliteResults:
             return self._file.db.execute(_END_STALE, values).rowcount
 
     def _times(self) -> dict[str, object]:
-        """To be asked inside a transaction: a time from before the wait for it would be over by then."""
-        return {"now": _text(self._now()), "clock_s": self._clock_s()}
+        """The clocks; read inside a transaction, since the wait for it may take seconds."""
+        return {"now": _format_time(self._now()), "clock_s": self._clock_s()}
 
     def _refuse(self, task: Task, error_message: str) -> None:
         self._insert(task)
         self._file.db.execute(
             """UPDATE segmentation_results SET status = 'error', metadata = ?, updated_at = ?
             WHERE id = ? AND user_id = ? AND status = 'pending'""",
-            (_json({"error_message": error_message}), _text(self._now()), task.task_id, task.user_id),
+            (_json({"error_message": error_message}), _format_time(self._now()), task.task_id, task.user_id),
         )
 
     async def _settle(
         self,
         task_id: str,
         attempt_id: str,
-        status: Status,
+        status: Literal["done", "error"],
         *,
         mask_url: str | None,
         labels: list[str],
         metadata: dict[str, object],
     ) -> None:
-        # The attempt id stays in the settled row: it tells a repeat of this write from another attempt's.
+        # The attempt id stays in the settled row: it identifies a repeat of this write.
         values = {
             "task_id": task_id,
             "attempt_id": attempt_id,
@@ -221,7 +227,7 @@ class SqliteResults:
             "mask_url": mask_url,
             "labels": _json(labels),
             "metadata": _json(metadata),
-            "now": _text(self._now()),
+            "now": _format_time(self._now()),
         }
         await self._file.run(lambda: self._write_settled(values))
 
@@ -238,10 +244,10 @@ class SqliteResults:
 
     def _insert(self, task: Task) -> None:
         values = (task.task_id, task.user_id, task.source_image_url, task.text_prompt)
-        self._file.db.execute(_INSERT, (*values, *[_text(self._now())] * 2))
+        self._file.db.execute(_INSERT, (*values, *[_format_time(self._now())] * 2))
 
     def _select(self, task_id: str) -> tuple[str, Row, float | None] | None:
-        """The owner's user_id, the row, and the end of its lease."""
+        """The user_id, the row, and the end of its lease (s, of `clock_s`)."""
         found = self._file.db.execute(_SELECT, {"task_id": task_id}).fetchone()
         if found is None:
             return None
@@ -260,11 +266,11 @@ class SqliteResults:
 
 def _json(value: object) -> str:
     try:
-        # Sorted, so that a repeat of the same write is the same text.
+        # Sorted, so that a repeat of the same write gives the same text.
         return json.dumps(value, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise MetadataInvalid("labels or metadata hold something that JSON has no word for") from error
+        raise MetadataInvalid("labels or metadata hold a value that JSON cannot represent") from error
 
 
-def _text(moment: datetime) -> str:
+def _format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="microseconds")

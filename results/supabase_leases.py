@@ -1,4 +1,4 @@
-"""Who holds a Supabase row and until when: in columns of our own, or else in its metadata."""
+"""The leases of Supabase rows: in columns of our own, or else in a row's metadata."""
 
 import logging
 import re
@@ -11,8 +11,8 @@ from postgrest import AsyncSelectRequestBuilder
 from results.errors import ResultsError, ResultsUnavailable
 from results.supabase_rest import TABLE, SupabaseRest
 
-# What a row says of an attempt: it may settle the row, it has done so, or the row is not its own.
-Standing = Literal["held", "settled", "other"]
+# Of an attempt and a row: the attempt may settle it, has settled it, or does not own it.
+Ownership = Literal["held", "settled", "other"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,54 +22,54 @@ _MIGRATION: Final = "supabase/migrations/20261126000001_leases.sql"
 _ATTEMPT: Final = "metadata->>attempt"
 _UUID: Final = re.compile("[0-9a-f-]{36}")
 _UUID_LIKE: Final = "_" * 36
-_PAGE: Final = 50
-_MOST_AT_ONCE: Final = 1000
-_MOST_MISSES: Final = 3
+_PAGE_SIZE: Final = 50
+_MAX_ROWS_PER_CALL: Final = 1000
+_MAX_FAILURES: Final = 3
 
 
 class Leases(Protocol):
-    """One way to keep leases.
+    """One way to store leases.
 
     Attributes:
-        columns: that the table must have for it.
-        row_columns: that `left_s` and `standing` read, beside the status and the metadata.
-        warning: what an operator should know of this way.
+        columns: the table must have them for it.
+        row_columns: `remaining_s` and `ownership` read them, beside the status and the metadata.
+        warning: a sentence for the operator about its limits; None: it has none.
     """
 
     columns: tuple[str, ...]
     row_columns: tuple[str, ...]
     warning: str | None
 
-    def claimed(self, attempt_id: str) -> dict[str, object]:
-        """What a claim writes."""
+    def claim_values(self, attempt_id: str) -> dict[str, object]:
+        """The values that a claim writes."""
         ...
 
-    async def is_free(self, attempt_id: str) -> str:
-        """The filter, inside or=(...), of rows that the attempt may claim."""
+    async def claimable_filter(self, attempt_id: str) -> str:
+        """The filter, inside or=(...), of the rows that the attempt may claim."""
         ...
 
-    def is_open(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
-        """`claim`, narrowed to a row that this very attempt has not ended yet."""
+    def exclude_ended(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+        """`claim`, restricted to a row that this same attempt has not ended as an error."""
         ...
 
     def has_ended(self, row: Mapping[str, Any], attempt_id: str) -> bool:
-        """Whether this very attempt has ended the row as an error."""
+        """Whether this same attempt has ended the row as an error."""
         ...
 
-    def settled(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:
-        """What is written to end the attempt with `content`."""
+    def settle_values(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:
+        """The values that end the attempt with `content`."""
         ...
 
-    def is_held(self, update: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
-        """`update`, narrowed to a row that the attempt may settle."""
+    def require_held(self, update: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+        """`update`, restricted to a row that the attempt may settle."""
         ...
 
-    async def left_s(self, row: Mapping[str, Any]) -> float:
-        """How long the lease of a row that is `processing` still lasts; 0 or less when it is over."""
+    async def remaining_s(self, row: Mapping[str, Any]) -> float:
+        """The rest of the lease of a row that is `processing`; 0 or less when it has expired."""
         ...
 
-    def standing(self, row: Mapping[str, Any], attempt_id: str, *, shows_its_mask: bool) -> Standing:
-        """How the row stands to the attempt; `shows_its_mask`: it holds the URL that the attempt wrote."""
+    def ownership(self, row: Mapping[str, Any], attempt_id: str, *, has_its_mask_url: bool) -> Ownership:
+        """Whether the attempt owns the row; `has_its_mask_url`: the row holds the URL that it wrote."""
         ...
 
     async def end_stale(self, grace_s: float) -> int:
@@ -78,7 +78,7 @@ class Leases(Protocol):
 
 
 class ColumnLeases:
-    """Leases in columns that users cannot write, by the database's clock alone."""
+    """Leases in columns that users cannot write, measured by the database's clock alone."""
 
     columns: tuple[str, ...] = ("attempt_id", "lease_s", "lease_until")
     row_columns: tuple[str, ...] = ("attempt_id", "lease_until")
@@ -88,8 +88,8 @@ class ColumnLeases:
         self._rest = rest
         self._lease_s = lease_s
 
-    def claimed(self, attempt_id: str) -> dict[str, object]:
-        """See Leases; a trigger turns lease_s into lease_until."""
+    def claim_values(self, attempt_id: str) -> dict[str, object]:
+        """See Leases; a trigger computes lease_until from lease_s."""
         return {
             "status": "processing",
             "metadata": {},
@@ -97,145 +97,145 @@ class ColumnLeases:
             "lease_s": self._lease_s,
         }
 
-    async def is_free(self, attempt_id: str) -> str:
-        """See Leases; PostgreSQL reads "now" as the time of the request."""
+    async def claimable_filter(self, attempt_id: str) -> str:
+        """See Leases; PostgreSQL parses "now" as the time of the request."""
         return (
             "status.in.(pending,error),lease_until.is.null,lease_until.lte.now,"
-            f"attempt_id.eq.{_quoted(attempt_id)}"
+            f"attempt_id.eq.{_quote(attempt_id)}"
         )
 
-    def is_open(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
-        """See Leases; a claim that was long on its way must not bring back what has ended meanwhile."""
-        other = f"attempt_id.is.null,attempt_id.neq.{_quoted(attempt_id)}"
+    def exclude_ended(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+        """See Leases; a delayed claim must not restart an attempt that has ended meanwhile."""
+        other = f"attempt_id.is.null,attempt_id.neq.{_quote(attempt_id)}"
         return claim.or_(f"{other},lease_until.not.is.null,status.neq.error")
 
     def has_ended(self, row: Mapping[str, Any], attempt_id: str) -> bool:
         """See Leases."""
         return row["status"] == "error" and row["attempt_id"] == attempt_id and row["lease_until"] is None
 
-    def settled(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:  # noqa: ARG002 - of Leases
-        """See Leases; the attempt's id stays, and tells a repeat of this write from another attempt's."""
+    def settle_values(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:  # noqa: ARG002 - of Leases
+        """See Leases; the attempt's id stays, and identifies a repeat of this write."""
         return {**content, "lease_s": None}
 
-    def is_held(self, update: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
-        """See Leases; whatever the row's user has written to the other columns."""
+    def require_held(self, update: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+        """See Leases; the other columns may hold what the row's user has written."""
         return update.eq("attempt_id", attempt_id).not_.is_("lease_until", "null")
 
-    async def left_s(self, row: Mapping[str, Any]) -> float:
+    async def remaining_s(self, row: Mapping[str, Any]) -> float:
         """See Leases."""
-        until = _moment(row["lease_until"])
+        until = _parse_time(row["lease_until"])
         return 0.0 if until is None else (until - await self._rest.now()).total_seconds()
 
-    def standing(self, row: Mapping[str, Any], attempt_id: str, *, shows_its_mask: bool) -> Standing:  # noqa: ARG002 - of Leases
+    def ownership(self, row: Mapping[str, Any], attempt_id: str, *, has_its_mask_url: bool) -> Ownership:  # noqa: ARG002 - of Leases
         """See Leases."""
         if row["attempt_id"] != attempt_id:
             return "other"
         return "settled" if row["lease_until"] is None else "held"
 
     async def end_stale(self, grace_s: float) -> int:
-        """See ResultStore; the attempt and its lease stay, so that its result is still taken."""
-        over_since = await self._rest.now() - timedelta(seconds=grace_s)
+        """See ResultStore; the attempt and its lease stay, so that its late result is still stored."""
+        expired_at = await self._rest.now() - timedelta(seconds=grace_s)
         end = self._rest.update({"status": "error", "metadata": {"error_message": STALE_MESSAGE}})
-        end = end.eq("status", "processing").lt("lease_until", over_since.isoformat())
+        end = end.eq("status", "processing").lt("lease_until", expired_at.isoformat())
         return await self._rest.count(end)
 
 
 class MetadataLeases:
-    """Leases in a table without our columns: the attempt in metadata, since updated_at.
+    """Leases in a table without our columns: the attempt's id in metadata, the lease's start in updated_at.
 
-    A user who writes to the metadata of a task in work ends the attempt's right to it.
+    A user who edits the metadata of a task that is processed ends the attempt's right to settle it.
     """
 
     columns: tuple[str, ...] = ()
     row_columns: tuple[str, ...] = ("updated_at",)
     warning: str | None = (
-        f"table {TABLE} lacks the columns of leases: a user who edits the metadata of a task in work loses "
-        f"its result; apply {_MIGRATION} to the project, and start anew"
+        f"table {TABLE} lacks the columns of leases: a user who edits the metadata of a task in processing "
+        f"loses its result; apply {_MIGRATION} to the project, and restart this server"
     )
 
     def __init__(self, rest: SupabaseRest, lease_s: float) -> None:
         self._rest = rest
         self._lease_s = lease_s
 
-    def claimed(self, attempt_id: str) -> dict[str, object]:
+    def claim_values(self, attempt_id: str) -> dict[str, object]:
         """See Leases."""
         return {"status": "processing", "metadata": {"attempt": attempt_id}}
 
-    async def is_free(self, attempt_id: str) -> str:
+    async def claimable_filter(self, attempt_id: str) -> str:
         """See Leases."""
-        over = _over(await self._rest.database_time(), self._lease_s, self._lease_s)
+        expired = _expired_filter(await self._rest.estimate_now(), self._lease_s, self._lease_s)
         return (
-            f"status.in.(pending,error),and(status.eq.processing,or({over})),"
-            f"and(status.eq.processing,{_ATTEMPT}.eq.{_quoted(attempt_id)})"
+            f"status.in.(pending,error),and(status.eq.processing,or({expired})),"
+            f"and(status.eq.processing,{_ATTEMPT}.eq.{_quote(attempt_id)})"
         )
 
-    def is_open(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:  # noqa: ARG002 - of Leases
-        """See Leases; this form cannot tell."""
+    def exclude_ended(self, claim: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:  # noqa: ARG002 - of Leases
+        """See Leases; not known without the columns."""
         return claim
 
     def has_ended(self, row: Mapping[str, Any], attempt_id: str) -> bool:  # noqa: ARG002 - of Leases
-        """See Leases; this form cannot tell."""
+        """See Leases; not known without the columns."""
         return False
 
-    def settled(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:
-        """See Leases; the attempt's id stays, and tells a repeat of this write from another attempt's."""
+    def settle_values(self, attempt_id: str, content: Mapping[str, object]) -> dict[str, object]:
+        """See Leases; the attempt's id stays, and identifies a repeat of this write."""
         metadata = content["metadata"]
         assert isinstance(metadata, dict)
         return {**content, "metadata": {**metadata, "attempt": attempt_id}}
 
-    def is_held(self, update: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
+    def require_held(self, update: AsyncSelectRequestBuilder, attempt_id: str) -> AsyncSelectRequestBuilder:
         """See Leases."""
-        still_open = "status.eq.processing,and(status.eq.error,metadata->>stale.eq.true)"
-        return update.eq(_ATTEMPT, attempt_id).or_(still_open)
+        unsettled = "status.eq.processing,and(status.eq.error,metadata->>stale.eq.true)"
+        return update.eq(_ATTEMPT, attempt_id).or_(unsettled)
 
-    async def left_s(self, row: Mapping[str, Any]) -> float:
-        """See Leases; a time beyond one lease from now was forged, and holds nothing."""
-        since = _moment(row["updated_at"])
+    async def remaining_s(self, row: Mapping[str, Any]) -> float:
+        """See Leases; a start further ahead than one lease was forged, and gives no lease."""
+        since = _parse_time(row["updated_at"])
         if since is None:
             return 0.0
-        ahead_s = (since - await self._rest.database_time()).total_seconds()
+        ahead_s = (since - await self._rest.estimate_now()).total_seconds()
         return 0.0 if ahead_s > self._lease_s else ahead_s + self._lease_s
 
-    def standing(self, row: Mapping[str, Any], attempt_id: str, *, shows_its_mask: bool) -> Standing:
-        """See Leases; metadata without the attempt may have been edited after it had settled the row."""
+    def ownership(self, row: Mapping[str, Any], attempt_id: str, *, has_its_mask_url: bool) -> Ownership:
+        """See Leases; a user may have edited metadata without the attempt's id after the row was settled."""
         metadata = row["metadata"] if isinstance(row["metadata"], dict) else {}
         if row["status"] == "processing" or (row["status"] == "error" and metadata.get("stale") is True):
             return "held" if metadata.get("attempt") == attempt_id else "other"
-        return "settled" if metadata.get("attempt") == attempt_id or shows_its_mask else "other"
+        return "settled" if metadata.get("attempt") == attempt_id or has_its_mask_url else "other"
 
     async def end_stale(self, grace_s: float) -> int:
-        """See ResultStore; at most 1,000 rows that name an attempt, and all others, at once."""
-        now = await self._rest.database_time()
-        over = _over(now, self._lease_s + grace_s, self._lease_s)
-        return await self._end_nameless(over) + await self._end_named(over)
+        """See ResultStore; ends at most 1,000 rows with an attempt id, and all rows without one."""
+        now = await self._rest.estimate_now()
+        expired = _expired_filter(now, self._lease_s + grace_s, self._lease_s)
+        return await self._end_without_attempt(expired) + await self._end_with_attempt(expired)
 
-    async def _end_nameless(self, over: str) -> int:
-        """End the rows that name no attempt of ours: no result will come for them."""
+    async def _end_without_attempt(self, expired: str) -> int:
+        """End the rows without an attempt id of ours: no result will be delivered to them."""
         end = self._rest.update({"status": "error", "metadata": {"error_message": STALE_MESSAGE}})
-        nameless = f"{_ATTEMPT}.is.null,{_ATTEMPT}.not.like.{_UUID_LIKE}"
-        return await self._rest.count(end.eq("status", "processing").or_(over).or_(nameless))
+        without_id = f"{_ATTEMPT}.is.null,{_ATTEMPT}.not.like.{_UUID_LIKE}"
+        return await self._rest.count(end.eq("status", "processing").or_(expired).or_(without_id))
 
-    async def _end_named(self, over: str) -> int:
+    async def _end_with_attempt(self, expired: str) -> int:
         ended = failed = 0
-        while ended + failed < _MOST_AT_ONCE:
-            # Only names of an id's length are read: users write to metadata too.
+        while ended + failed < _MAX_ROWS_PER_CALL:
+            # Only values of an id's length are read, since users may write to metadata too.
             query = self._rest.table.select("id", "updated_at", f"attempt:{_ATTEMPT}")
-            query = query.eq("status", "processing").or_(over).like(_ATTEMPT, _UUID_LIKE)
-            page = await self._rest.rows(query.order("id").range(failed, failed + _PAGE - 1))
+            query = query.eq("status", "processing").or_(expired).like(_ATTEMPT, _UUID_LIKE)
+            page = await self._rest.rows(query.order("id").range(failed, failed + _PAGE_SIZE - 1))
             for row in page:
                 try:
                     ended += await self._end(row)
                 except ResultsError as error:
                     failed += 1
-                    if isinstance(error, ResultsUnavailable) and failed >= _MOST_MISSES:
+                    if isinstance(error, ResultsUnavailable) and failed >= _MAX_FAILURES:
                         raise
-                    logger.warning("a task that was left in the middle could not be ended: %s", error)
-            if len(page) < _PAGE:
+                    logger.warning("a stale task could not be ended: %s", error)
+            if len(page) < _PAGE_SIZE:
                 break
         return ended
 
     async def _end(self, stale: Mapping[str, Any]) -> int:
-        """End the row of `stale`, unless it has changed since it was read; how many rows that were."""
+        """End the row of `stale`, unless it has changed since it was read; returns how many (0 or 1)."""
         metadata: dict[str, object] = {"error_message": STALE_MESSAGE, "stale": True}
         if _UUID.fullmatch(stale["attempt"]):
             metadata["attempt"] = stale["attempt"]
@@ -244,26 +244,26 @@ class MetadataLeases:
 
 
 def without_attempt(metadata: Mapping[str, object]) -> dict[str, object]:
-    """The metadata of a row that is done, without the attempt that MetadataLeases have left in it."""
+    """The metadata of a done row, without the attempt id that MetadataLeases left in it."""
     attempt = metadata.get("attempt")
-    ours = isinstance(attempt, str) and _UUID.fullmatch(attempt)
-    return {key: value for key, value in metadata.items() if not (ours and key == "attempt")}
+    is_id = isinstance(attempt, str) and _UUID.fullmatch(attempt)
+    return {key: value for key, value in metadata.items() if not (is_id and key == "attempt")}
 
 
-def _over(now: datetime, age_s: float, ahead_s: float) -> str:
-    """The filter, inside or=(...), of rows last changed `age_s` ago, or too far ahead to be true."""
+def _expired_filter(now: datetime, age_s: float, ahead_s: float) -> str:
+    """The filter, inside or=(...), of rows last changed `age_s` ago, or over `ahead_s` ahead (forged)."""
     oldest, newest = now - timedelta(seconds=age_s), now + timedelta(seconds=ahead_s)
     return f'updated_at.lte."{oldest.isoformat()}",updated_at.gt."{newest.isoformat()}"'
 
 
-def _moment(text: object) -> datetime | None:
-    """A time of the database; None for infinity, and for years that Python does not know."""
+def _parse_time(text: object) -> datetime | None:
+    """A time of the database; None for infinity, and for years outside Python's range."""
     try:
         return datetime.fromisoformat(str(text)).astimezone(UTC)
     except (ValueError, OverflowError):
         return None
 
 
-def _quoted(value: str) -> str:
-    """`value` inside PostgREST's or=(...)."""
+def _quote(value: str) -> str:
+    """`value`, quoted for PostgREST's or=(...)."""
     return '"' + value.replace("\\", r"\\").replace('"', r"\"") + '"'

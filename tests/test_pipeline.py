@@ -342,7 +342,7 @@ async def test_given_up_task_is_tried_after_a_change(bench: Bench, change: str) 
     elif change == "prompt":
         request = request.model_copy(update={"text_prompt": "blue star"})
     else:
-        await bench.outbox.forgive(str(request.task_id))
+        await bench.outbox.remove_given_up(str(request.task_id))
     await bench.send(request)
     assert (await bench.row()).status == "done"
 
@@ -387,7 +387,7 @@ async def test_batch_is_answered_again(bench: Bench) -> None:
 
 async def test_masks_of_a_failed_task_are_deleted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was stored for a row that then ends as an error is deleted in the background."""
-    monkeypatch.setattr("results.attempt_file.DELETE_AFTER_S", 0.0)
+    monkeypatch.setattr("results.unneeded_masks.DELETE_AFTER_S", 0.0)
     bench.model.box = (0.0, nan, 8.0, 8.0)
     await bench.fails()
     masks = bench.folder / "objects" / "masks"
@@ -444,7 +444,7 @@ async def test_stop_keeps_images_that_wait(bench: Bench) -> None:
     bench.objects.put_upload(bench.image, heavy_image())
     heavy = [asyncio.create_task(bench.send()) for _ in range(40)]
     await asyncio.to_thread(wait_for, bench.on_disk, lambda begun: begun == len(heavy))
-    await bench.outbox.excuse()
+    await bench.outbox.prepare_stop()
     answers = await asyncio.gather(*heavy, return_exceptions=True)
     kept = [each for each in answers if isinstance(each, Failure)]
     assert {(each.code, each.status) for each in kept} == {("MODEL_NOT_LOADED", 503)}
