@@ -1,18 +1,18 @@
-"""The databases that the tests of the Supabase store use, each behind a proxy."""
+"""The host of the outbox's tests, and the databases of the Supabase store's tests, each behind a proxy."""
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.results.supabase_project import Project
+from tests.results.outbox_host import Host
+from tests.results.supabase_project import Project, open_project
 from tests.services import database as databases
-from tests.services.faults import fault_proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from tests.services.database import Database
 
@@ -23,23 +23,36 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    for outbox in host.opened:
+        await outbox.close()
+
+
+@pytest.fixture
 async def project(database: Database) -> AsyncIterator[Project]:
-    with fault_proxy(database.url) as proxy:
-        async with AsyncExitStack() as stores:
-            yield Project(database, proxy, stores)
+    async with open_project(database) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def spare_database(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """A database whose table and roles a test may change; `database` says whether one can run."""
+    """A database whose table and roles a test may change; `database` skips where none can run."""
     del database
     with databases.database(tmp_path_factory.mktemp("spare")) as spare:
         yield spare
 
 
+@pytest.fixture
+async def spare(spare_database: Database) -> AsyncIterator[Project]:
+    async with open_project(spare_database) as opened:
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def old_database(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """A project from before the columns of leases, and from before grants were needed."""
+    """A project without the columns of leases, and with the default grants of its time."""
     del database
     with databases.database(
         tmp_path_factory.mktemp("old"), default_grants=True, migrations=databases.MIGRATIONS[:1]
@@ -49,9 +62,8 @@ def old_database(database: Database, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 async def old(old_database: Database) -> AsyncIterator[Project]:
-    with fault_proxy(old_database.url) as proxy:
-        async with AsyncExitStack() as stores:
-            yield Project(old_database, proxy, stores)
+    async with open_project(old_database) as opened:
+        yield opened
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.services) for name in ("project", "old")])
@@ -59,10 +71,3 @@ def either(request: pytest.FixtureRequest) -> Project:
     """A project with the columns of leases, and one without."""
     project: Project = request.getfixturevalue(request.param)
     return project
-
-
-@pytest.fixture
-async def spare(spare_database: Database) -> AsyncIterator[Project]:
-    with fault_proxy(spare_database.url) as proxy:
-        async with AsyncExitStack() as stores:
-            yield Project(spare_database, proxy, stores)

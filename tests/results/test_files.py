@@ -1,4 +1,4 @@
-"""The SQLite files over time: of an earlier version, of a newer one, damaged ones, and folders in the way."""
+"""SQLite files of an earlier or newer version, damaged ones, and paths that cannot be opened."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 VERSION_1 = Path(__file__).parent / "files"
-"""Dumps of what server 0.1.0 wrote: seven tasks in all the states that there are."""
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+"""Dumps of the files of server 0.1.0: seven tasks, in every state."""
 
 
 def load(path: Path, dump: str) -> None:
@@ -67,14 +62,14 @@ def old_task(number: int) -> Task:
 
 
 async def test_files_of_version_1(tmp_path: Path) -> None:
-    """What the version before left behind is finished: delivered, begun again, and each task once."""
+    """The tasks of version 1 are delivered or retried, each once."""
     load(tmp_path / "outbox.sqlite", "outbox-1.sql")
     load(tmp_path / "results.sqlite", "results-1.sql")
     outbox = outbox_of(tmp_path)
-    assert await outbox.start_over() == (2, 3)
+    assert await outbox.reset_after_restart() == (2, 3)
     await outbox.deliver_due()
     begun = []
-    while (attempt := await outbox.take_waiting()) is not None:
+    while (attempt := await outbox.acquire_waiting()) is not None:
         assert await outbox.claim(attempt) is None
         await outbox.update_result(attempt, "file:///new", ["cat"], {}, [])
         begun.append(attempt.task)
@@ -97,13 +92,13 @@ async def test_files_of_version_1(tmp_path: Path) -> None:
 
 
 async def test_unreadable_attempts_of_version_1(tmp_path: Path) -> None:
-    """An attempt that no version could read stops neither the start nor the others."""
+    """An attempt of version 1 that is not readable does not affect the start or other attempts."""
     load(tmp_path / "outbox.sqlite", "outbox-1.sql")
     with closing(sqlite3.connect(tmp_path / "outbox.sqlite")) as db, db:
         for number, text in enumerate(("no JSON", "{}", '{"task_id": 1, "user_id": "x"}')):
             db.execute("INSERT INTO attempts VALUES (?, ?, NULL, 1, 0, 0)", (f"bad {number}", text))
     outbox = outbox_of(tmp_path)
-    assert await outbox.start_over() == (2, 3)
+    assert await outbox.reset_after_restart() == (2, 3)
     await outbox.close()
     with closing(sqlite3.connect(tmp_path / "outbox.sqlite")) as db:
         assert db.execute("SELECT count(*) FROM set_aside").fetchall() == [(3,)]
@@ -117,7 +112,7 @@ OPENERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("name", OPENERS)
 async def test_file_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> None:
-    """A file that a newer server has changed is named, and left as it is."""
+    """The error names a file of a newer server, which stays unchanged."""
     outbox = outbox_of(tmp_path)
     await outbox.close()
     with closing(sqlite3.connect(tmp_path / name)) as db:
@@ -129,8 +124,8 @@ async def test_file_of_a_newer_version_is_refused(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", OPENERS)
-def test_file_in_the_folders_place_is_refused(tmp_path: Path, name: str) -> None:
-    """A folder that cannot be made is named with the variable that names it."""
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """The error names a folder that cannot be created, and its variable."""
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ResultsMisconfigured, match="cannot be opened for writing") as raised:
         OPENERS[name](tmp_path / "file")
@@ -139,8 +134,8 @@ def test_file_in_the_folders_place_is_refused(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", OPENERS)
-def test_folder_in_the_files_place_is_refused(tmp_path: Path, name: str) -> None:
-    """So is a file that cannot be opened."""
+def test_folder_in_place_of_the_file_is_refused(tmp_path: Path, name: str) -> None:
+    """The error names a file that cannot be opened."""
     (tmp_path / name).mkdir()
     with pytest.raises(ResultsMisconfigured, match="cannot be opened for writing") as raised:
         OPENERS[name](tmp_path)
@@ -149,7 +144,7 @@ def test_folder_in_the_files_place_is_refused(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", OPENERS)
 def test_file_that_is_no_database_is_refused(tmp_path: Path, name: str) -> None:
-    """A damaged file is named, with what to do about it."""
+    """The error names a file that is no database."""
     (tmp_path / name).write_bytes(b"no database" * 100)
     with pytest.raises(ResultsMisconfigured, match="is damaged") as raised:
         OPENERS[name](tmp_path)
@@ -157,10 +152,10 @@ def test_file_that_is_no_database_is_refused(tmp_path: Path, name: str) -> None:
 
 
 async def filled_outbox(folder: Path, tasks: int) -> Path:
-    """An outbox whose process is gone, with so many tasks at work."""
+    """The outbox of a dead process that worked on this number of tasks."""
     outbox = outbox_of(folder)
     for number in range(tasks):
-        await outbox.note(old_task(number), "request")
+        await outbox.record(old_task(number), "request")
     await outbox.close()
     path = folder / "outbox.sqlite"
     with closing(sqlite3.connect(path)) as db:
@@ -170,8 +165,8 @@ async def filled_outbox(folder: Path, tasks: int) -> Path:
     return path
 
 
-def test_whole_file_is_left_alone(tmp_path: Path) -> None:
-    """A file that is whole, or missing, is not touched."""
+def test_intact_file_is_unchanged(tmp_path: Path) -> None:
+    """Salvage does not change an intact file, or create a missing one."""
     salvage_attempts(tmp_path / "outbox.sqlite")
     assert not list(tmp_path.iterdir())
     path = asyncio.run(filled_outbox(tmp_path, 3))
@@ -189,7 +184,7 @@ def set_aside(folder: Path) -> Path:
 async def test_damaged_outbox_is_set_aside(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What can be read of a damaged file is finished; the file stays beside, and the log says so loudly."""
+    """The readable tasks of a damaged file are retried; the file is set aside, and the log names it."""
     path = await filled_outbox(tmp_path, 200)
     content = bytearray(path.read_bytes())
     middle = len(content) // 2 // 4096 * 4096
@@ -202,7 +197,7 @@ async def test_damaged_outbox_is_set_aside(
     path.write_bytes(content)
     salvage_attempts(path)
     outbox = outbox_of(tmp_path)
-    undelivered, waiting = await outbox.start_over()
+    undelivered, waiting = await outbox.reset_after_restart()
     assert undelivered == 0
     assert (waiting == 0) if damage == "all" else (20 < waiting < 200)
     assert f"{waiting} tasks were read from it" in caplog.text
@@ -210,7 +205,7 @@ async def test_damaged_outbox_is_set_aside(
     assert aside.read_bytes() == content
     assert aside.name in caplog.text
     if waiting:
-        attempt = await outbox.take_waiting()
+        attempt = await outbox.acquire_waiting()
         assert attempt is not None
         assert await outbox.claim(attempt) is None
     await outbox.close()

@@ -1,4 +1,4 @@
-"""What every ResultStore does; what only one of them does is in its own module."""
+"""The behaviour that all result stores share."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -18,7 +19,6 @@ from results import (
     MetadataInvalid,
     ResultStore,
     Row,
-    SettledStatus,
     SqliteResults,
     StoredResult,
     Task,
@@ -26,21 +26,21 @@ from results import (
     TaskNotFound,
 )
 from results.supabase import SupabaseResults
+from tests.results.claims import MASK_URL, METADATA, claimed, finish
+from tests.results.supabase_project import insert_pending, move_times_back
 from tests.services.database import Database
 
 pytestmark = pytest.mark.anyio
 
 LEASE_S = 120.0
-MASK_URL = "https://masks.example/0.png"
-METADATA: dict[str, object] = {"confidence": 0.93, "results": [{"labels": ["cat"], "box": [1.5, 2, 3, 4]}]}
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A store, and what its tests need that the service does not."""
+    """A store, and access to its rows that the service does not have."""
 
     store: ResultStore
-    second: ResultStore  # the same rows, as another process has them
+    second: ResultStore  # the same rows, as another process opens them
     insert_pending: Callable[[Task], Awaitable[None]]
     get: Callable[[str], Awaitable[Row | None]]
     advance_clock: Callable[[float], None]  # seconds
@@ -65,9 +65,10 @@ def open_sqlite(folder: Path) -> Opened:
 
 
 class SupabaseRows:
-    """The rows of one test as the Edge and the owner of the database have them.
+    """Direct access to the rows of one test, as the Edge and the database's owner have it.
 
-    The database's clock cannot be set; instead the rows grow older, and `get` adds the difference.
+    The database's clock cannot be set: `advance_clock` moves the rows' times back, and `get` adds the
+    difference.
     """
 
     def __init__(self, database: Database) -> None:
@@ -80,11 +81,7 @@ class SupabaseRows:
         self._database.execute(
             "insert into users_profile (id) values (%s) on conflict do nothing", task.user_id
         )
-        self._database.execute(
-            "insert into segmentation_results (id, user_id, source_image_url, text_prompt)"
-            " values (%s, %s, %s, %s)",
-            *(task.task_id, task.user_id, task.source_image_url, task.text_prompt),
-        )
+        insert_pending(self._database, task)
         self._task_ids.append(task.task_id)
 
     async def get(self, task_id: str) -> Row | None:
@@ -101,26 +98,14 @@ class SupabaseRows:
 
     def advance_clock(self, seconds: float) -> None:
         self._ahead += timedelta(seconds=seconds)
-        ids, pause = ", ".join(f"'{task_id}'" for task_id in self._task_ids), f"interval '{seconds} seconds'"
-        older = ", ".join(
-            f"{time} = {time} - {pause}" for time in ("created_at", "updated_at", "lease_until")
-        )
-        # Without the triggers that set them.
-        self._database.execute(
-            f"""set session_replication_role = replica;
-            update segmentation_results set {older} where id in ({ids})"""  # noqa: S608
-        )
+        columns = ("created_at", "updated_at", "lease_until")
+        move_times_back(self._database, self._task_ids, columns, seconds)
 
 
 def open_supabase(database: Database, _folder: Path) -> Opened:
     store, second = (SupabaseResults(database.url, database.secret_key, lease_s=LEASE_S) for _ in range(2))
     rows = SupabaseRows(database)
     return Opened(store, second, rows.insert_pending, rows.get, rows.advance_clock)
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(params=["sqlite", pytest.param("supabase", marks=pytest.mark.services)])
@@ -146,20 +131,10 @@ async def new_claim(store: ResultStore, task: Task) -> Claim | StoredResult:
     return await store.claim(task, str(uuid4()))
 
 
-async def claimed(store: ResultStore, task: Task) -> Claim:
-    claim = await new_claim(store, task)
-    assert isinstance(claim, Claim)
-    return claim
-
-
 async def row_of(opened: Opened, task: Task) -> Row:
     row = await opened.get(task.task_id)
     assert row is not None
     return row
-
-
-async def finish(store: ResultStore, claim: Claim) -> None:
-    await store.update_result(claim.task_id, MASK_URL, ["cat"], METADATA, attempt_id=claim.attempt_id)
 
 
 async def test_inserted_task_is_pending(opened: Opened, task: Task) -> None:
@@ -169,7 +144,7 @@ async def test_inserted_task_is_pending(opened: Opened, task: Task) -> None:
 
 
 async def test_claim_takes_a_pending_task(opened: Opened, task: Task) -> None:
-    """A claim makes the row processing under a fresh attempt id."""
+    """A claim sets the row to processing, with its attempt id."""
     claim = await claimed(opened.store, task)
     row = await row_of(opened, task)
     assert claim.task_id == task.task_id
@@ -177,7 +152,7 @@ async def test_claim_takes_a_pending_task(opened: Opened, task: Task) -> None:
 
 
 async def test_finish_settles_the_row(opened: Opened, task: Task) -> None:
-    """A finished task's row is done, and has the mask's URL, the labels and the metadata."""
+    """A finished task's row is done, and holds the mask's URL, the labels and the metadata."""
     claim = await claimed(opened.store, task)
     await finish(opened.store, claim)
     row = await row_of(opened, task)
@@ -185,8 +160,8 @@ async def test_finish_settles_the_row(opened: Opened, task: Task) -> None:
     assert (row.metadata, row.attempt_id) == (METADATA, claim.attempt_id)
 
 
-async def test_claim_of_a_done_task_gives_its_result(opened: Opened, task: Task) -> None:
-    """A delivery of a done task, however late, gives what was stored and changes nothing."""
+async def test_claim_of_a_done_task_returns_its_result(opened: Opened, task: Task) -> None:
+    """A claim of a done task, however late, returns what was stored and changes nothing."""
     await finish(opened.store, await claimed(opened.store, task))
     before = await row_of(opened, task)
     for seconds in (0, LEASE_S + 1, 1e7):
@@ -195,8 +170,8 @@ async def test_claim_of_a_done_task_gives_its_result(opened: Opened, task: Task)
     assert await row_of(opened, task) == before
 
 
-async def test_claim_of_a_fresh_task_waits(opened: Opened, task: Task) -> None:
-    """While another attempt holds the row, the claim says how much of its lease is left."""
+async def test_claim_of_a_held_task_says_when_to_retry(opened: Opened, task: Task) -> None:
+    """While another attempt holds the row, the error says when its lease expires."""
     await claimed(opened.store, task)
     opened.advance_clock(LEASE_S - 30)
     with pytest.raises(TaskInProgress) as raised:
@@ -205,7 +180,7 @@ async def test_claim_of_a_fresh_task_waits(opened: Opened, task: Task) -> None:
 
 
 async def test_claim_may_be_repeated(opened: Opened, task: Task) -> None:
-    """An attempt that claims again, as after a lost answer, keeps the row and gets a whole lease."""
+    """An attempt that claims again, as after a lost answer, keeps the row and gets a new lease."""
     claim = await claimed(opened.store, task)
     opened.advance_clock(LEASE_S - 30)
     assert await opened.second.claim(task, claim.attempt_id) == claim
@@ -215,8 +190,8 @@ async def test_claim_may_be_repeated(opened: Opened, task: Task) -> None:
     await finish(opened.store, claim)
 
 
-async def test_stale_task_is_taken_over(opened: Opened, task: Task) -> None:
-    """Once its lease has run out, the next claim gets the row, under another attempt id."""
+async def test_expired_lease_is_taken_over(opened: Opened, task: Task) -> None:
+    """Once a lease has expired, the next claim gets the row, under another attempt id."""
     first = await claimed(opened.store, task)
     opened.advance_clock(LEASE_S + 1)
     second = await claimed(opened.second, task)
@@ -224,30 +199,27 @@ async def test_stale_task_is_taken_over(opened: Opened, task: Task) -> None:
     assert (await row_of(opened, task)).attempt_id == second.attempt_id
 
 
-STALE_WRITES: dict[str, Callable[[ResultStore, Claim], Awaitable[None]]] = {
+WRITES: dict[str, Callable[[ResultStore, Claim], Awaitable[None]]] = {
     "finish": finish,
     "fail": lambda store, claim: store.update_status(
         claim.task_id, "error", attempt_id=claim.attempt_id, error_message="no"
     ),
-    "give back": lambda store, claim: store.update_status(
-        claim.task_id, "pending", attempt_id=claim.attempt_id
-    ),
 }
 
 
-@pytest.mark.parametrize("write", STALE_WRITES.values(), ids=STALE_WRITES.keys())
-@pytest.mark.parametrize("successor", ["processing", "done", "error", "pending"])
-async def test_stale_attempt_is_fenced(
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("successor", ["processing", "done", "error"])
+async def test_lost_attempt_changes_nothing(
     opened: Opened, task: Task, write: Callable[[ResultStore, Claim], Awaitable[None]], successor: str
 ) -> None:
-    """Whatever a taken-over attempt writes is AttemptLost, and its successor's row stays as it was."""
+    """Any write of an attempt whose row was taken over raises AttemptLost and changes nothing."""
     stale = await claimed(opened.store, task)
     opened.advance_clock(LEASE_S + 1)
     fresh = await claimed(opened.second, task)
     if successor == "done":
         await finish(opened.second, fresh)
-    elif successor in ("error", "pending"):
-        await STALE_WRITES["fail" if successor == "error" else "give back"](opened.second, fresh)
+    elif successor == "error":
+        await WRITES["fail"](opened.second, fresh)
     before = await row_of(opened, task)
     assert before.status == successor
     with pytest.raises(AttemptLost):
@@ -255,30 +227,30 @@ async def test_stale_attempt_is_fenced(
     assert await row_of(opened, task) == before
 
 
-@pytest.mark.parametrize("write", STALE_WRITES.values(), ids=STALE_WRITES.keys())
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 async def test_deleted_row_is_not_found(
     opened: Opened, write: Callable[[ResultStore, Claim], Awaitable[None]]
 ) -> None:
-    """A row that was deleted under an attempt is TaskNotFound, and is not made again."""
+    """A row that was deleted during an attempt raises TaskNotFound, and is not inserted again."""
     claim = Claim(str(uuid4()), str(uuid4()))
     with pytest.raises(TaskNotFound):
         await write(opened.store, claim)
     assert await opened.get(claim.task_id) is None
 
 
-@pytest.mark.parametrize("name", ["finish", "fail", "give back"])
+@pytest.mark.parametrize("name", WRITES)
 async def test_write_may_be_repeated(opened: Opened, task: Task, name: str) -> None:
-    """The same write again, as after a lost answer, is no error and changes nothing."""
+    """A repeated write, as after a lost answer, is no error and changes nothing."""
     claim = await claimed(opened.store, task)
-    await STALE_WRITES[name](opened.store, claim)
+    await WRITES[name](opened.store, claim)
     before = await row_of(opened, task)
     opened.advance_clock(5)
-    await STALE_WRITES[name](opened.second, claim)
+    await WRITES[name](opened.second, claim)
     assert await row_of(opened, task) == before
 
 
-async def test_other_finish_after_a_finish_is_lost(opened: Opened, task: Task) -> None:
-    """A done row is not changed any more, by its own attempt either."""
+async def test_done_row_is_final(opened: Opened, task: Task) -> None:
+    """A done row does not change any more, nor does its own attempt change it."""
     claim = await claimed(opened.store, task)
     await finish(opened.store, claim)
     before = await row_of(opened, task)
@@ -296,8 +268,8 @@ async def test_other_finish_after_a_finish_is_lost(opened: Opened, task: Task) -
     assert await row_of(opened, task) == before
 
 
-async def test_failed_task_tells_why_and_may_be_claimed_again(opened: Opened, task: Task) -> None:
-    """An error has its message in the metadata; the next claim clears it and can still succeed."""
+async def test_failed_task_has_its_message_and_may_be_claimed_again(opened: Opened, task: Task) -> None:
+    """The metadata of a failed task hold the message; the next claim removes it, and may succeed."""
     claim = await claimed(opened.store, task)
     await opened.store.update_status(
         task.task_id, "error", attempt_id=claim.attempt_id, error_message="corrupt"
@@ -310,27 +282,17 @@ async def test_failed_task_tells_why_and_may_be_claimed_again(opened: Opened, ta
     assert (await row_of(opened, task)).status == "done"
 
 
-async def test_task_may_be_given_back(opened: Opened, task: Task) -> None:
-    """A task that was given back is pending, without an error, and at once free for the next claim."""
+@pytest.mark.parametrize("status", ["done", "processing", "pending", "cancelled"])
+async def test_other_statuses_are_refused(opened: Opened, task: Task, status: Any) -> None:
+    """`update_status` accepts no status but "error": done needs a result, processing a claim."""
     claim = await claimed(opened.store, task)
-    await opened.store.update_status(task.task_id, "pending", attempt_id=claim.attempt_id)
-    row = await row_of(opened, task)
-    assert row.status == "pending"
-    assert "error_message" not in row.metadata
-    await claimed(opened.second, task)
-
-
-@pytest.mark.parametrize("status", ["done", "processing", "cancelled"])
-async def test_other_statuses_are_refused(opened: Opened, task: Task, status: SettledStatus) -> None:
-    """`update_status` cannot say done without a result, nor processing without a claim."""
-    claim = await claimed(opened.store, task)
-    with pytest.raises(ValueError, match="'pending' or 'error'"):
+    with pytest.raises(ValueError, match="'error' alone"):
         await opened.store.update_status(task.task_id, status, attempt_id=claim.attempt_id)
     assert (await row_of(opened, task)).status == "processing"
 
 
 async def test_another_users_task_is_not_found(opened: Opened, task: Task) -> None:
-    """Another user's task is TaskNotFound in every status, so that it is not even known to exist."""
+    """Another user's task raises TaskNotFound in every status: its existence is not revealed."""
     stranger = replace(task, user_id=str(uuid4()))
     with pytest.raises(TaskNotFound):
         await new_claim(opened.store, stranger)
@@ -344,7 +306,7 @@ async def test_another_users_task_is_not_found(opened: Opened, task: Task) -> No
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), object(), {1, 2}, b"x"])
 async def test_metadata_must_be_json(opened: Opened, task: Task, value: object) -> None:
-    """NaN, infinities and foreign objects are refused, and the attempt may still settle."""
+    """Values that JSON cannot represent are refused, and the attempt may still settle."""
     claim = await claimed(opened.store, task)
     with pytest.raises(MetadataInvalid):
         await opened.store.update_result(
@@ -353,8 +315,8 @@ async def test_metadata_must_be_json(opened: Opened, task: Task, value: object) 
     await opened.store.update_status(task.task_id, "error", attempt_id=claim.attempt_id)
 
 
-async def test_text_comes_back_as_it_was(opened: Opened, task: Task) -> None:
-    """Quotes, other scripts and emoji survive in labels and metadata, and nothing is taken for SQL."""
+async def test_text_is_unchanged(opened: Opened, task: Task) -> None:
+    """Quotes, other scripts and emoji are stored unchanged in labels and metadata, and never run as SQL."""
     text = '\'); DROP TABLE segmentation_results; -- "\u732b" \U0001f408'
     claim = await claimed(opened.store, task)
     await opened.store.update_result(
@@ -364,7 +326,7 @@ async def test_text_comes_back_as_it_was(opened: Opened, task: Task) -> None:
 
 
 async def test_metadata_cannot_forge_an_attempt(opened: Opened, task: Task) -> None:
-    """Metadata may say "attempt" like any other word."""
+    """A key "attempt" in the metadata does not change the row's attempt."""
     claim = await claimed(opened.store, task)
     metadata: dict[str, object] = {"attempt": "forged"}
     await opened.store.update_result(task.task_id, MASK_URL, [], metadata, attempt_id=claim.attempt_id)
@@ -372,8 +334,8 @@ async def test_metadata_cannot_forge_an_attempt(opened: Opened, task: Task) -> N
     assert (row.metadata, row.attempt_id) == (metadata, claim.attempt_id)
 
 
-async def test_end_stale_ends_what_nobody_ended(opened: Opened, task: Task) -> None:
-    """A claim whose lease has been over for longer than the grace ends as an error; others stay."""
+async def test_end_stale_ends_expired_tasks(opened: Opened, task: Task) -> None:
+    """A task whose lease expired before the grace time ends as an error; others stay."""
     await claimed(opened.store, task)
     opened.advance_clock(LEASE_S + 60)
     fresh = replace(task, task_id=str(uuid4()))
@@ -387,8 +349,8 @@ async def test_end_stale_ends_what_nobody_ended(opened: Opened, task: Task) -> N
     assert (await row_of(opened, fresh)).status == "processing"
 
 
-async def test_late_result_reaches_a_task_that_was_ended_as_stale(opened: Opened, task: Task) -> None:
-    """Work that ends after its task was given up still reaches the user, unless another attempt began."""
+async def test_late_result_is_stored_after_end_stale(opened: Opened, task: Task) -> None:
+    """A result that comes after `end_stale` is stored."""
     claim = await claimed(opened.store, task)
     opened.advance_clock(2 * LEASE_S)
     await opened.second.end_stale(0)
@@ -396,8 +358,8 @@ async def test_late_result_reaches_a_task_that_was_ended_as_stale(opened: Opened
     assert (await row_of(opened, task)).status == "done"
 
 
-async def test_refuse_ends_a_pending_task_alone(opened: Opened, task: Task) -> None:
-    """A task that is refused unclaimed ends as an error; one in work or done is left as it is."""
+async def test_refuse_ends_only_a_pending_task(opened: Opened, task: Task) -> None:
+    """A pending task ends as an error; one that is processing or done stays as it is."""
     await opened.store.refuse(task, "given up")
     row = await row_of(opened, task)
     assert (row.status, row.metadata) == ("error", {"error_message": "given up"})
@@ -410,8 +372,8 @@ async def test_refuse_ends_a_pending_task_alone(opened: Opened, task: Task) -> N
         assert await row_of(opened, task) == before
 
 
-async def test_late_claim_brings_no_ended_task_back(opened: Opened, task: Task) -> None:
-    """A claim that arrives when its own attempt has ended the row changes nothing; a new one does."""
+async def test_late_claim_does_not_restart_its_own_ended_attempt(opened: Opened, task: Task) -> None:
+    """A claim that arrives after its own attempt has ended changes nothing; a new attempt may claim."""
     claim = await claimed(opened.store, task)
     await opened.store.update_status(task.task_id, "error", attempt_id=claim.attempt_id, error_message="no")
     before = await row_of(opened, task)
@@ -421,16 +383,16 @@ async def test_late_claim_brings_no_ended_task_back(opened: Opened, task: Task) 
     await claimed(opened.second, task)
 
 
-async def test_row_that_its_user_changed_is_already_settled(opened: Opened, task: Task) -> None:
-    """A repeat of a finish over a row that has changed since says that this attempt has settled it."""
+async def test_changed_row_is_already_settled(opened: Opened, task: Task) -> None:
+    """A different write of the attempt that has settled the row raises AlreadySettled."""
     claim = await claimed(opened.store, task)
     await finish(opened.store, claim)
     with pytest.raises(AlreadySettled):
         await opened.store.update_status(task.task_id, "error", attempt_id=claim.attempt_id)
 
 
-async def test_times_tell_the_last_change(opened: Opened, task: Task) -> None:
-    """`updated_at` moves with every write, `created_at` never; both are in UTC."""
+async def test_times_of_a_row(opened: Opened, task: Task) -> None:
+    """`updated_at` changes with every write, `created_at` never; both are in UTC."""
     rows = [await row_of(opened, task)]
     opened.advance_clock(10)
     claim = await claimed(opened.store, task)
@@ -445,7 +407,7 @@ async def test_times_tell_the_last_change(opened: Opened, task: Task) -> None:
 
 
 async def test_one_of_many_concurrent_claims_wins(opened: Opened, task: Task) -> None:
-    """Of 20 claims at once, through two stores, one gets the task and 19 are told to wait."""
+    """Of 20 concurrent claims through two stores, one gets the task and 19 raise TaskInProgress."""
     stores = [opened.store, opened.second] * 10
     answers = await asyncio.gather(*(new_claim(store, task) for store in stores), return_exceptions=True)
     assert sum(isinstance(answer, Claim) for answer in answers) == 1
@@ -453,12 +415,12 @@ async def test_one_of_many_concurrent_claims_wins(opened: Opened, task: Task) ->
 
 
 async def test_description_is_one_line(opened: Opened) -> None:
-    """The start-up log gets one line."""
+    """The description for the start-up log is one line."""
     assert len(opened.store.describe().splitlines()) == 1
 
 
 @pytest.mark.parametrize("task_id", ["", "1", "0C8E6A2E-4F6B-4D0E-9D0C-3F6F1B1F2A11", "0" * 32, "../x"])
 def test_task_id_is_a_canonical_uuid(task_id: str) -> None:
-    """A task_id that PostgreSQL would refuse, or spell otherwise, makes no Task."""
+    """A Task refuses a task_id that PostgreSQL would refuse or normalise."""
     with pytest.raises(ValueError, match="UUID"):
         Task(task_id, "user-1", "uploads/user-1/cat", ("cat",))

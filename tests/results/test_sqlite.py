@@ -1,4 +1,4 @@
-"""What only the SQLite file does: several processes, start-up, the clock and broken files."""
+"""The SQLite store alone: several processes, start-up, clocks and faults of the file."""
 
 import asyncio
 import sqlite3
@@ -15,16 +15,11 @@ from results import Claim, ResultsUnavailable, SqliteResults, StoredResult, Task
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def new_task() -> Task:
     return Task(str(uuid4()), "user-1", "uploads/user-1/cat", ("cat",))
 
 
-# Five claims at once in each process; a line of standard input is the starting shot.
+# Five concurrent claims in each process, which start at a line of standard input.
 CLAIMER = """
 import asyncio, sys
 from pathlib import Path
@@ -63,7 +58,7 @@ def answers_of_processes(path: Path, task_id: str, processes: int) -> list[str]:
 
 @pytest.mark.parametrize("new_file", [True, False])
 def test_one_claim_wins_across_processes(tmp_path: Path, *, new_file: bool) -> None:
-    """Of 20 claims of one new task in 4 processes that start together, exactly one wins."""
+    """Of 20 concurrent claims of one new task in 4 processes, exactly one succeeds."""
     path = tmp_path / "results.db"
     if not new_file:
         asyncio.run(SqliteResults(path, 60).close())
@@ -95,14 +90,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_processes_may_make_the_file_together(tmp_path: Path) -> None:
-    """Processes that open one new file at the same moment all succeed."""
+def test_processes_may_create_the_file_together(tmp_path: Path) -> None:
+    """Processes that open one new file at the same time all succeed."""
     opened = subprocess.run([sys.executable, "-c", OPENER, str(tmp_path)], check=False, capture_output=True)
     assert (opened.returncode, opened.stderr) == (0, b"")
 
 
-async def test_missing_row_is_made_by_its_claim(tmp_path: Path) -> None:
-    """Without an Edge the claim makes the row itself, with all that the task says."""
+async def test_missing_row_is_inserted_by_its_claim(tmp_path: Path) -> None:
+    """The claim inserts a missing row with the task's values, since there is no Edge."""
     store = SqliteResults(tmp_path / "new" / "results.db", 60)
     task = new_task()
     assert isinstance(await store.claim(task, str(uuid4())), Claim)
@@ -113,8 +108,8 @@ async def test_missing_row_is_made_by_its_claim(tmp_path: Path) -> None:
     assert row == [(task.task_id, "user-1", "uploads/user-1/cat", "cat")]
 
 
-async def test_rows_outlive_the_process(tmp_path: Path) -> None:
-    """What one store has written the next one reads."""
+async def test_rows_survive_the_process(tmp_path: Path) -> None:
+    """A claim holds after its store is closed."""
     task = new_task()
     first = SqliteResults(tmp_path / "results.db", 60)
     await first.claim(task, str(uuid4()))
@@ -142,7 +137,7 @@ asyncio.run(main())
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_finished_task_survives_a_kill(tmp_path: Path) -> None:
-    """What was answered before a kill -9 is there after it."""
+    """A result that was stored before a kill -9 is there after it."""
     task = new_task()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "results.db"), task.task_id]
     assert subprocess.run(command, check=False).returncode == -9
@@ -158,8 +153,8 @@ def test_finished_task_survives_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hours", [-24, 24])
-async def test_wall_clock_moves_no_lease(tmp_path: Path, hours: int) -> None:
-    """A clock that is set forward takes over no claim, and one that is set back makes nobody wait."""
+async def test_wall_clock_does_not_change_leases(tmp_path: Path, hours: int) -> None:
+    """Setting the wall clock forward ends no lease, and setting it back extends none."""
     wall, clock_s = [datetime(2026, 1, 2, tzinfo=UTC)], [1000.0]
     path = tmp_path / "results.db"
     store = SqliteResults(path, 60, now=lambda: wall[0], clock_s=lambda: clock_s[0])
@@ -175,8 +170,8 @@ async def test_wall_clock_moves_no_lease(tmp_path: Path, hours: int) -> None:
     await store.close()
 
 
-async def test_restart_of_the_machine_does_not_lock_a_task(tmp_path: Path) -> None:
-    """A lease that was counted by the clock of an earlier boot is over, not waited for."""
+async def test_lease_of_an_earlier_boot_has_expired(tmp_path: Path) -> None:
+    """A lease by the monotonic clock of an earlier boot has expired."""
     clock_s = [1e6]
     store = SqliteResults(tmp_path / "results.db", 60, clock_s=lambda: clock_s[0])
     task = new_task()
@@ -186,8 +181,8 @@ async def test_restart_of_the_machine_does_not_lock_a_task(tmp_path: Path) -> No
     await store.close()
 
 
-async def test_locked_file_does_not_stop_the_event_loop(tmp_path: Path) -> None:
-    """While another process writes, a claim waits and everything else goes on."""
+async def test_locked_file_does_not_block_the_event_loop(tmp_path: Path) -> None:
+    """While another process writes, a claim waits and the event loop runs."""
     store = SqliteResults(tmp_path / "results.db", 60)
     other = sqlite3.connect(tmp_path / "results.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -201,7 +196,7 @@ async def test_locked_file_does_not_stop_the_event_loop(tmp_path: Path) -> None:
 
 
 async def test_lost_table_is_unavailable(tmp_path: Path) -> None:
-    """An SQLite error in the middle of the work is ResultsUnavailable."""
+    """An SQLite error after the start raises ResultsUnavailable."""
     store = SqliteResults(tmp_path / "results.db", 60)
     db = sqlite3.connect(tmp_path / "results.db")
     db.execute("DROP TABLE segmentation_results")
@@ -212,7 +207,7 @@ async def test_lost_table_is_unavailable(tmp_path: Path) -> None:
 
 
 async def test_closing_twice_is_harmless(tmp_path: Path) -> None:
-    """A store may be closed again."""
+    """A closed store may be closed again."""
     store = SqliteResults(tmp_path / "results.db", 60)
     await store.close()
     await store.close()

@@ -1,4 +1,4 @@
-"""What only the Supabase store does: keys, columns, roles and connections."""
+"""The Supabase store alone: keys, columns, roles and connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from results import (
     TaskNotFound,
 )
 from results.supabase import SupabaseResults
-from tests.results.supabase_project import MASK_URL, claimed, finish
+from tests.results.claims import MASK_URL, claimed, finish
 from tests.services.database import WORKER_ROLE
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.anyio
 LEASE_S = 120.0
 
 
-async def live(store: SupabaseResults, task: Task, warnings: int = 0) -> None:
-    """All that a task's life asks of the database, and some refusals."""
+async def run_a_task(store: SupabaseResults, task: Task, warnings: int = 0) -> None:
+    """Send every request of a task's life, some refused claims included."""
     assert len(await store.check()) == warnings
     claim = await claimed(store, task)
     with pytest.raises(TaskInProgress):
@@ -46,28 +46,28 @@ async def live(store: SupabaseResults, task: Task, warnings: int = 0) -> None:
     assert isinstance(await store.claim(task, str(uuid4())), StoredResult)
 
 
-async def test_secret_key_never_goes_as_a_bearer(project: Project) -> None:
-    """A key of the new kind is sent as apikey alone: the API refuses it in Authorization."""
-    await live(project.open(), project.new_task())
+async def test_secret_key_is_not_sent_as_a_bearer_token(project: Project) -> None:
+    """A secret key is sent as apikey alone: the API refuses it in Authorization."""
+    await run_a_task(project.open(), project.new_task())
     for request in project.proxy.requests:
         assert request.headers["apikey"] == project.database.secret_key
         assert "authorization" not in request.headers
 
 
-async def test_service_role_key_goes_as_both(project: Project) -> None:
-    """The old kind of key still works, in both headers."""
+async def test_service_role_key_is_sent_in_both_headers(project: Project) -> None:
+    """The legacy service_role key works, in both headers."""
     key = project.database.service_role_key
-    await live(project.open(key), project.new_task())
+    await run_a_task(project.open(key), project.new_task())
     for request in project.proxy.requests:
         assert (request.headers["apikey"], request.headers["authorization"]) == (key, f"Bearer {key}")
 
 
-async def test_role_of_our_own_goes_under_the_publishable_key(either: Project) -> None:
-    """The role that can do the least can do all that a task needs."""
+async def test_custom_role_needs_the_publishable_key(either: Project) -> None:
+    """The least-privilege role can do everything that a task needs."""
     project = either
     key, publishable_key = project.database.role_jwt("sam3_worker"), project.database.publishable_key
     store = project.open(key, publishable_key=publishable_key)
-    await live(store, project.new_task(), warnings=0 if project.has_leases() else 1)
+    await run_a_task(store, project.new_task(), warnings=0 if project.has_leases() else 1)
     await store.refuse(project.new_task(), "no")
     await store.end_stale(LEASE_S)
     for request in project.proxy.requests:
@@ -96,14 +96,14 @@ def token(**claims: object) -> str:
     ],
 )
 def test_keys_that_cannot_work_are_refused(key: str, reason: str) -> None:
-    """A key that would find no row, or none at all, stops the start and is not repeated."""
+    """A key that cannot work stops the start, and the error does not hold it."""
     with pytest.raises(ResultsMisconfigured, match=reason) as raised:
         SupabaseResults("http://127.0.0.1:1", key, lease_s=LEASE_S)
     assert not key or key not in str(raised.value)
 
 
 async def test_expired_key_is_refused() -> None:
-    """A key whose time is over stops the start, before any request."""
+    """An expired key stops the start, before any request."""
     store = SupabaseResults("http://127.0.0.1:1", token(role="service_role", exp=1), lease_s=LEASE_S)
     with pytest.raises(ResultsMisconfigured, match="expired"):
         await store.check()
@@ -114,22 +114,22 @@ async def test_expired_key_is_refused() -> None:
     "url", ["", "project.supabase.co", "ftp://host", "https://", "https://host/rest/v1", "https://host?x=1"]
 )
 def test_urls_that_cannot_work_are_refused(url: str) -> None:
-    """SUPABASE_URL is the project's, without a path."""
+    """SUPABASE_URL must be a project's URL, without a path."""
     with pytest.raises(ResultsMisconfigured, match="SUPABASE_URL"):
         SupabaseResults(url, "sb_secret_0123456789", lease_s=LEASE_S)
 
 
 async def test_description_names_the_host_alone() -> None:
-    """The start-up log learns where the rows are, and no key."""
+    """The start-up log gets the host of the rows, and no key."""
     store = SupabaseResults("https://project.supabase.co/", "sb_secret_0123456789", lease_s=LEASE_S)
     assert store.describe() == "Supabase table segmentation_results at project.supabase.co"
     await store.close()
     await store.close()
 
 
-async def test_rows_are_never_made_or_deleted(project: Project) -> None:
-    """Whatever happens to a task, only SELECT and UPDATE are asked for, of one table, and the time."""
-    await live(project.open(), project.new_task())
+async def test_rows_are_never_inserted_or_deleted(project: Project) -> None:
+    """The store only selects from and updates one table, and reads the time."""
+    await run_a_task(project.open(), project.new_task())
     await project.open().end_stale(LEASE_S)
     assert {request.method for request in project.proxy.requests} == {"GET", "PATCH"}
     assert {request.path.partition("?")[0] for request in project.proxy.requests} == {
@@ -139,7 +139,7 @@ async def test_rows_are_never_made_or_deleted(project: Project) -> None:
 
 
 async def test_claim_and_finish_take_one_request_each(project: Project) -> None:
-    """Two updates a task, each a push to the user's subscription, and nothing to read."""
+    """A task takes two updates, each published to its user, and no read."""
     store, task = project.open(), project.new_task()
     await store.check()
     before = len(project.proxy.requests)
@@ -148,7 +148,7 @@ async def test_claim_and_finish_take_one_request_each(project: Project) -> None:
 
 
 async def test_connections_are_bounded_and_reused(project: Project) -> None:
-    """50 tasks at once share the connections that the store may have."""
+    """50 concurrent tasks share the connections that the store may open."""
     store, tasks = project.open(connections=4), [project.new_task() for _ in range(50)]
 
     async def run(task: Task) -> None:
@@ -160,8 +160,8 @@ async def test_connections_are_bounded_and_reused(project: Project) -> None:
     assert project.proxy.connections_made <= 4
 
 
-async def test_user_id_that_is_no_uuid_is_not_found(project: Project) -> None:
-    """The column holds UUIDs; a user_id of another shape can own no row."""
+async def test_user_id_must_be_a_uuid(project: Project) -> None:
+    """A user_id that is not a UUID owns no row, since the column holds UUIDs."""
     task = project.new_task()
     for user_id in ("user-1", "null", ""):
         with pytest.raises(TaskNotFound):
@@ -170,8 +170,8 @@ async def test_user_id_that_is_no_uuid_is_not_found(project: Project) -> None:
             )
 
 
-async def test_attempt_id_is_only_a_value(project: Project) -> None:
-    """An attempt id with the filter language's own characters takes no other attempt's row."""
+async def test_attempt_id_is_quoted(project: Project) -> None:
+    """An attempt id with characters of the filter syntax does not get another attempt's row."""
     store, task = project.open(), project.new_task()
     await claimed(store, task)
     for attempt_id in ('x"),status.eq.processing,or(status.eq."processing', "x\\", "),status.neq.done,and("):
@@ -184,8 +184,8 @@ async def test_attempt_id_is_only_a_value(project: Project) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
-async def test_text_that_postgresql_cannot_keep_is_invalid(project: Project, text: str) -> None:
-    """A zero byte or half a character is our own bug: it is said so before anything is sent."""
+async def test_text_that_postgresql_cannot_store_is_invalid(project: Project, text: str) -> None:
+    """A zero byte or a lone surrogate raises MetadataInvalid before anything is sent."""
     store = project.open()
     claim = await claimed(store, project.new_task())
     places: list[tuple[list[str], dict[str, object]]] = [([text], {}), ([], {"deep": [{text: 1}]})]
@@ -194,8 +194,8 @@ async def test_text_that_postgresql_cannot_keep_is_invalid(project: Project, tex
             await store.update_result(claim.task_id, MASK_URL, labels, metadata, attempt_id=claim.attempt_id)
 
 
-async def test_text_that_looks_like_an_escape_is_kept(project: Project) -> None:
-    r"""The six characters \u0000 are no zero byte."""
+async def test_text_that_looks_like_an_escape_is_stored(project: Project) -> None:
+    r"""The six characters \u0000 are not a zero byte."""
     store, task = project.open(), project.new_task()
     claim = await claimed(store, task)
     text = r"\u0000 and \\u0000"
@@ -204,8 +204,8 @@ async def test_text_that_looks_like_an_escape_is_kept(project: Project) -> None:
 
 
 @pytest.mark.parametrize("json", ["null", "3", '"text"', '{"a": 1}', "[1, null]"])
-async def test_done_row_that_its_owner_spoiled_is_still_answered(project: Project, json: str) -> None:
-    """Users may write to their own rows; a claim of such a row fails in no new way."""
+async def test_claim_of_a_done_row_with_forged_columns(project: Project, json: str) -> None:
+    """Users may write values of any type to their rows; a claim of such a row still returns a result."""
     task = project.new_task()
     project.database.execute(
         "update segmentation_results set status = 'done', labels = %s::jsonb, metadata = %s::jsonb"
@@ -219,7 +219,7 @@ async def test_done_row_that_its_owner_spoiled_is_still_answered(project: Projec
 
 
 async def test_row_deleted_during_the_work_is_not_found(project: Project) -> None:
-    """A row that its owner deletes in the middle is not made again."""
+    """A row that its user deletes during the work is not inserted again."""
     store, task = project.open(), project.new_task()
     claim = await claimed(store, task)
     project.database.execute("delete from segmentation_results where id = %s", task.task_id)
@@ -233,7 +233,7 @@ async def rename_column(spare: Project, old: str, new: str) -> None:
 
 
 async def wait_for_column(spare: Project, column: str, *, there: bool = True) -> None:
-    """Return when PostgREST, which keeps a copy of the schema, can update the column, or cannot."""
+    """Wait until PostgREST's copy of the schema has the column, or lacks it."""
     headers = {"apikey": spare.database.secret_key}
     url = f"{spare.database.url}/rest/v1/segmentation_results?id=eq.{uuid4()}"
     async with httpx.AsyncClient() as http:
@@ -241,7 +241,7 @@ async def wait_for_column(spare: Project, column: str, *, there: bool = True) ->
             if (await http.patch(url, headers=headers, json={column: []})).is_success is there:
                 return
             await asyncio.sleep(0.01)
-    pytest.fail("PostgREST did not load the schema anew")
+    pytest.fail("PostgREST did not reload the schema")
 
 
 @asynccontextmanager
@@ -254,16 +254,16 @@ async def renamed(spare: Project, old: str, new: str) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize(("column", "given"), [("mask_url", None), ("Mask2", "Mask2")])
-async def test_mask_column_is_found_or_told(spare: Project, column: str, given: str | None) -> None:
-    """A table with mask_url works by itself, and any other name when SUPABASE_MASK_COLUMN gives it."""
+async def test_mask_column_is_detected_or_configured(spare: Project, column: str, given: str | None) -> None:
+    """mask_url is detected; any other column works when SUPABASE_MASK_COLUMN names it."""
     task = spare.new_task()
     async with renamed(spare, "mask_image_url", column):
-        await live(spare.open(mask_column=given), task)
+        await run_a_task(spare.open(mask_column=given), task)
     assert spare.row(task)[:2] == ("done", MASK_URL)
 
 
-async def test_mask_column_that_changes_is_found_anew(spare: Project) -> None:
-    """A column renamed while we run costs one more look, not the result."""
+async def test_mask_column_that_changes_is_detected_again(spare: Project) -> None:
+    """A column that is renamed while the server runs is detected again, and the result is stored."""
     store, task = spare.open(), spare.new_task()
     claim = await claimed(store, task)
     async with renamed(spare, "mask_image_url", "mask_url"):
@@ -284,7 +284,7 @@ async def test_mask_column_that_changes_is_found_anew(spare: Project) -> None:
 async def test_missing_column_is_named(
     spare: Project, column: str, given: str | None, sentence: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A table without a column that we need stops the start; at run time the log says which."""
+    """A missing column stops the start; at run time the log names it."""
     claim = await claimed(spare.open(), spare.new_task())
     async with renamed(spare, column, "something_else"):
         store = spare.open(mask_column=given)
@@ -297,7 +297,7 @@ async def test_missing_column_is_named(
 
 
 async def test_missing_table_is_named(spare: Project) -> None:
-    """A project without the table stops the start and says how to get it."""
+    """A project without the table stops the start, and the error names the migrations."""
     execute = spare.database.execute
     execute("alter table segmentation_results rename to elsewhere")
     try:
@@ -311,14 +311,14 @@ async def test_missing_table_is_named(spare: Project) -> None:
 
 @pytest.mark.parametrize("column", ["status", "metadata", "a,b", "metadata->>x", 'a"b', "x" * 64])
 def test_mask_column_must_be_a_column_of_its_own(column: str) -> None:
-    """SUPABASE_MASK_COLUMN cannot spoil another column or the request."""
+    """SUPABASE_MASK_COLUMN cannot name another column, or change the request."""
     with pytest.raises(ResultsMisconfigured, match="SUPABASE_MASK_COLUMN"):
         SupabaseResults("http://127.0.0.1:1", "sb_secret_0123456789", lease_s=LEASE_S, mask_column=column)
 
 
 @pytest.mark.parametrize("right", ["select", "update"])
 async def test_role_without_a_right_is_refused(spare: Project, right: str) -> None:
-    """A role that may not read, or not update, stops the start."""
+    """A role without the right to read or to update stops the start."""
     role = f"weak_{right}"
     other = "update" if right == "select" else "select"
     spare.database.execute(
@@ -350,10 +350,8 @@ GRANTS = {
 
 
 @pytest.mark.parametrize(("revoke", "sentence", "grant"), GRANTS.values(), ids=GRANTS.keys())
-async def test_missing_grant_is_told_from_a_wrong_key(
-    spare: Project, revoke: str, sentence: str, grant: str
-) -> None:
-    """The start names the role and the SQL that mends it, which is true, and blames no key."""
+async def test_missing_grant_is_named(spare: Project, revoke: str, sentence: str, grant: str) -> None:
+    """The error names the role and the SQL that grants the right, and no key; the SQL works."""
     spare.database.execute(revoke)
     for key in (spare.database.secret_key, spare.database.service_role_key):
         with pytest.raises(ResultsMisconfigured, match=sentence) as raised:
@@ -366,8 +364,8 @@ async def test_missing_grant_is_told_from_a_wrong_key(
     spare.database.execute("grant insert, delete on segmentation_results to service_role")
 
 
-async def test_role_that_the_api_may_not_take_is_named(spare: Project) -> None:
-    """A JWT for a role that PostgREST cannot take, or that is not there, stops the start with its name."""
+async def test_role_that_the_api_cannot_use_is_named(spare: Project) -> None:
+    """A JWT for a role that PostgREST may not use, or that does not exist, stops the start."""
     spare.database.execute('create role "Odd role" nologin')
     publishable_key = spare.database.publishable_key
     for role, sentence in (
@@ -380,17 +378,17 @@ async def test_role_that_the_api_may_not_take_is_named(spare: Project) -> None:
 
 
 async def test_worker_role_from_before_the_columns_of_leases(spare: Project) -> None:
-    """Where the role lacks the new columns, the start says which file to run."""
+    """When the role lacks a right to the columns of leases, the error names the file to run."""
     spare.database.execute("revoke select (lease_until) on segmentation_results from sam3_worker")
     key, publishable_key = spare.database.role_jwt("sam3_worker"), spare.database.publishable_key
     with pytest.raises(ResultsMisconfigured, match=r"run supabase/optional/sam3_worker\.sql"):
         await spare.open(key, publishable_key=publishable_key).check()
     spare.database.execute(WORKER_ROLE.read_text())
-    await live(spare.open(key, publishable_key=publishable_key), spare.new_task())
+    await run_a_task(spare.open(key, publishable_key=publishable_key), spare.new_task())
 
 
 async def test_missing_function_is_named(spare: Project) -> None:
-    """A project with the columns, and without the function that tells the time, stops the start."""
+    """A project with the columns of leases, but without the time function, stops the start."""
     execute = spare.database.execute
     execute("alter function segmentation_results_now() rename to elsewhere")
     try:
@@ -400,8 +398,8 @@ async def test_missing_function_is_named(spare: Project) -> None:
         execute("alter function elsewhere() rename to segmentation_results_now")
 
 
-async def test_role_that_may_only_see_is_told_so(spare: Project, caplog: pytest.LogCaptureFixture) -> None:
-    """With a policy for reading alone updates change nothing, without any error: the log tells."""
+async def test_missing_update_policy_is_logged(spare: Project, caplog: pytest.LogCaptureFixture) -> None:
+    """Without an update policy PostgreSQL changes nothing and reports no error; the log names the cause."""
     spare.database.execute(
         """create role watcher; grant watcher to authenticator; grant usage on schema public to watcher;
         grant select, update on segmentation_results to watcher;
@@ -413,10 +411,8 @@ async def test_role_that_may_only_see_is_told_so(spare: Project, caplog: pytest.
     assert "lacks an update policy" in caplog.text
 
 
-async def test_key_that_is_refused_is_no_missing_task(
-    project: Project, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A wrong or revoked key stops the start; at run time it is a 502 and a log line, never a 404."""
+async def test_refused_key_is_not_a_missing_task(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong or revoked key stops the start; at run time it raises ResultsUnavailable and is logged."""
     expired = project.database.role_jwt("sam3_worker", exp=1)
     publishable_key = project.database.publishable_key
     for store in (

@@ -1,4 +1,4 @@
-"""The Supabase store over a bad network: every fault has its answer, and none is told in the log."""
+"""The Supabase store over an unreliable network, and what its errors and logs hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from results import AttemptLost, Claim, ResultsMisconfigured, ResultsUnavailable
 from results.supabase import SupabaseResults
-from tests.results.supabase_project import MASK_URL, claimed, finish
+from tests.results.claims import MASK_URL, claimed, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 NO_CONNECTION = b'{"code":"PGRST001","message":"Database client error. Retrying the connection."}'
-PASSING: dict[str, Callable[[FaultProxy], None]] = {
+TRANSIENT: dict[str, Callable[[FaultProxy], None]] = {
     "500": lambda proxy: proxy.fail_next(2, status=500),
     "502 page": lambda proxy: proxy.fail_next(status=502, body=b"<html>Bad gateway</html>"),
     "503 of PostgREST": lambda proxy: proxy.fail_next(2, status=503, body=NO_CONNECTION),
@@ -39,18 +39,16 @@ PASSING: dict[str, Callable[[FaultProxy], None]] = {
     "lost answer": lambda proxy: proxy.lose_answer_next(),
     "lost answers": lambda proxy: proxy.lose_answer_next(2),
     "hang": lambda proxy: proxy.hang_next(),
-    # What PostgREST answers first when its database has just died.
+    # PostgREST's first answer after its database has died.
     "400 without a code": lambda proxy: proxy.fail_next(
         status=400, headers={"Content-Type": "application/json"}, body=b'{"code": "", "message": ""}'
     ),
 }
 
 
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-async def test_fault_that_passes_is_not_noticed(
-    project: Project, fault: Callable[[FaultProxy], None]
-) -> None:
-    """A claim, a finish and a replay succeed over faults that pass, also when only the answer was lost."""
+@pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT.keys())
+async def test_transient_fault_is_retried(project: Project, fault: Callable[[FaultProxy], None]) -> None:
+    """Claims and writes succeed after a transient fault, also when only the answer was lost."""
     store, task = project.open(timeout_s=2.0), project.new_task()
     await store.check()
     fault(project.proxy)
@@ -66,16 +64,16 @@ async def test_fault_that_passes_is_not_noticed(
         await store.update_status(task.task_id, "error", attempt_id=claim.attempt_id)
 
 
-async def test_answer_cut_in_its_body_is_asked_for_again(project: Project) -> None:
-    """Half a row is no row."""
+async def test_truncated_answer_is_retried(project: Project) -> None:
+    """An answer whose body is truncated is requested again."""
     store, task = project.open(), project.new_task()
     await finish(store, await claimed(store, task))
     project.proxy.cut_next(after_bytes=20, when=lambda seen: seen.method == "GET")
     assert not isinstance(await store.claim(task, str(uuid4())), Claim)
 
 
-async def test_three_failures_are_enough(project: Project) -> None:
-    """A database that is away is asked three times, and may be asked again later."""
+async def test_three_failures_are_final(project: Project) -> None:
+    """A request is tried three times; a later call may succeed."""
     store, task = project.open(), project.new_task()
     await store.check()
     before = len(project.proxy.requests)
@@ -87,7 +85,7 @@ async def test_three_failures_are_enough(project: Project) -> None:
 
 
 async def test_hang_ends_in_bounded_time(project: Project) -> None:
-    """A database that says nothing costs three timeouts, and no connection of the pool."""
+    """A silent database costs three timeouts, and the pool keeps its connections."""
     store, task = project.open(timeout_s=1.5, connections=2), project.new_task()
     await store.check()
     project.proxy.hang_next(1000)
@@ -99,8 +97,8 @@ async def test_hang_ends_in_bounded_time(project: Project) -> None:
     await asyncio.gather(*(claimed(store, project.new_task()) for _ in range(4)))
 
 
-async def test_start_goes_on_while_the_database_is_away(project: Project) -> None:
-    """An outage at the start is a sentence for the log; the column is found when a task comes."""
+async def test_start_succeeds_while_the_database_is_unavailable(project: Project) -> None:
+    """An outage at the start is a warning; the columns are detected at the first task."""
     store, task = project.open(), project.new_task()
     project.proxy.fail_next(3, status=503)
     [sentence] = await store.check()
@@ -110,7 +108,7 @@ async def test_start_goes_on_while_the_database_is_away(project: Project) -> Non
 
 
 async def test_outage_and_return_of_the_database(spare: Project) -> None:
-    """With PostgreSQL gone a finish is ResultsUnavailable; once it is back the same call settles the row."""
+    """During an outage of PostgreSQL a write raises ResultsUnavailable; afterwards it settles the row."""
     store, task = spare.open(timeout_s=1.0), spare.new_task()
     claim = await claimed(store, task)
     spare.database.stop()
@@ -123,8 +121,8 @@ async def test_outage_and_return_of_the_database(spare: Project) -> None:
     assert spare.row(task)[0] == "done"
 
 
-async def test_lost_claim_is_not_lost_to_another(project: Project) -> None:
-    """When the answer to a claim is lost for good, the same attempt still gets its row later."""
+async def test_claim_with_a_lost_answer_holds(project: Project) -> None:
+    """When all answers to a claim are lost, the same attempt can still claim the row later."""
     store, task, attempt_id = project.open(), project.new_task(), str(uuid4())
     await store.check()
     project.proxy.lose_answer_next(3)
@@ -135,8 +133,8 @@ async def test_lost_claim_is_not_lost_to_another(project: Project) -> None:
 
 
 @pytest.mark.parametrize("status", [200, 302, 404])
-async def test_foreign_server_is_told_from_supabase(project: Project, status: int) -> None:
-    """An answer that is not PostgREST's is no missing task: it stops the start, and is a 502 at run time."""
+async def test_server_that_is_not_supabase(project: Project, status: int) -> None:
+    """An answer that is not PostgREST's stops the start, and raises ResultsUnavailable at run time."""
     store, task = project.open(), project.new_task()
 
     def welcome() -> None:
@@ -153,7 +151,7 @@ async def test_foreign_server_is_told_from_supabase(project: Project, status: in
 
 
 async def test_log_and_errors_hold_no_secret(project: Project, caplog: pytest.LogCaptureFixture) -> None:
-    """Not a key, a prompt, a user, an address or a row is told, whatever fails and however much is logged."""
+    """No error or log record holds a key, a prompt, a user, an address or a row, at any log level."""
     caplog.set_level(logging.DEBUG)
     store, task = project.open(timeout_s=2.0), project.new_task()
     quoting = b'{"code":"23514","message":"violates","details":"Failing row contains (a secret prompt)"}'
@@ -165,21 +163,21 @@ async def test_log_and_errors_hold_no_secret(project: Project, caplog: pytest.Lo
         lambda: project.proxy.cut_next(3),
         lambda: project.proxy.hang_next(3),
     ]
-    told = []
+    texts = []
     for fault in faults:
         fault()
         try:
             await finish(store, await claimed(store, task))
         except ResultsUnavailable as error:
-            told.append(str(error))
+            texts.append(str(error))
             logging.getLogger("test").exception("with its traceback")
         project.proxy.heal()
         task = project.new_task()
-    assert len(told) == len(faults) - 1
-    told += [str(vars(record)) for record in caplog.records]
+    assert len(texts) == len(faults) - 1
+    texts += [str(vars(record)) for record in caplog.records]
     address = project.proxy.url.removeprefix("http://")
     for secret in (project.database.secret_key, "a secret prompt", task.user_id, address, "Failing row"):
-        assert not any(secret in line for line in told)
+        assert not any(secret in line for line in texts)
     assert "code 23514" in caplog.text
 
 
@@ -203,8 +201,8 @@ def certificate(folder: Path) -> Path:
     return path
 
 
-async def test_http_2_is_never_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a server offers HTTP/2, on which supabase-py loses updates, HTTP/1.1 is taken."""
+async def test_http_2_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP/1.1 is negotiated with a server that offers HTTP/2, over which supabase-py loses updates."""
     path = certificate(tmp_path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(path)

@@ -1,4 +1,4 @@
-"""Who holds a row of the Supabase store, whatever users write and clocks say; with our columns or not."""
+"""Leases of the Supabase store under edits by users and wrong clocks, with the columns and without."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from results import (
 )
 from results.supabase import SupabaseResults, _Table
 from results.supabase_leases import MetadataLeases
-from tests.results.supabase_project import MASK_URL, claimed, finish
+from tests.results.claims import MASK_URL, METADATA, claimed, finish
 
 if TYPE_CHECKING:
     from tests.results.supabase_project import Project
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 LEASE_S = 120.0
-LEFT_IN_THE_MIDDLE = "not finished in time"
+NOT_FINISHED = "not finished in time"
 
 
-async def left_s(store: SupabaseResults, task: Task) -> float:
-    """How long a claim is told to wait."""
+async def retry_after_s(store: SupabaseResults, task: Task) -> float:
+    """The wait that a refused claim names."""
     with pytest.raises(TaskInProgress) as raised:
         await claimed(store, task)
     return raised.value.retry_after_s
 
 
 def older_server(project: Project) -> SupabaseResults:
-    """A server that knows nothing of the columns of leases, on a table that has them."""
+    """A server from before the columns of leases, on a table that has them."""
     store = project.open()
-    store._found = _Table("mask_image_url", MetadataLeases(store._rest, LEASE_S))
+    store._known_table = _Table("mask_image_url", MetadataLeases(store._rest, LEASE_S))
     return store
 
 
 def set_our_clock(monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
-    """Let this machine's wall clock be wrong from now on."""
+    """Set this process's wall clock wrong."""
     right = time.time
 
     class Wrong(datetime):
@@ -60,22 +60,22 @@ def set_our_clock(monkeypatch: pytest.MonkeyPatch, ahead_s: float) -> None:
         monkeypatch.setattr(f"results.{module}.datetime", Wrong, raising=False)
 
 
-async def test_start_tells_which_way_it_is(project: Project, old: Project) -> None:
-    """Without the columns of leases the start goes on, and names the migration that adds them."""
+async def test_start_warns_of_missing_columns(project: Project, old: Project) -> None:
+    """Without the columns of leases the start warns, and names the migration that adds them."""
     assert await project.open().check() == []
     [warning] = await old.open().check()
     assert "20261126000001_leases.sql" in warning
 
 
 async def test_life_of_a_task(either: Project) -> None:
-    """Claimed, busy, failed, claimed again, finished, told again: the same both ways."""
+    """Claim, refusal, renewal, takeover, failure and result are the same with and without the columns."""
     store, second, task = either.open(), either.open(), either.new_task()
     claim = await claimed(store, task)
-    assert await left_s(second, task) == pytest.approx(LEASE_S, abs=3)
+    assert await retry_after_s(second, task) == pytest.approx(LEASE_S, abs=3)
     either.make_older(task, 60)
-    assert await left_s(second, task) == pytest.approx(LEASE_S - 60, abs=3)
+    assert await retry_after_s(second, task) == pytest.approx(LEASE_S - 60, abs=3)
     assert await second.claim(task, claim.attempt_id) == claim
-    assert await left_s(second, task) == pytest.approx(LEASE_S, abs=3)
+    assert await retry_after_s(second, task) == pytest.approx(LEASE_S, abs=3)
     either.make_older(task, LEASE_S + 3)
     taken = await claimed(second, task)
     with pytest.raises(AttemptLost) as raised:
@@ -87,53 +87,55 @@ async def test_life_of_a_task(either: Project) -> None:
     for _ in range(2):
         await finish(store, last)
     assert either.row(task)[:3] == ("done", MASK_URL, ["cat"])
-    stored = StoredResult(task.task_id, MASK_URL, ["cat"], {"confidence": 0.5})
+    stored = StoredResult(task.task_id, MASK_URL, ["cat"], METADATA)
     assert await second.claim(task, str(uuid4())) == stored
 
 
 @pytest.mark.parametrize("ahead_s", [600.0, -3600.0])
-async def test_our_wall_clock_decides_nothing(
+async def test_wall_clock_does_not_change_leases(
     either: Project, monkeypatch: pytest.MonkeyPatch, ahead_s: float
 ) -> None:
-    """A clock that is set while we run neither takes a live claim, nor ends it, nor makes anybody wait."""
+    """Setting this host's wall clock ends no lease and extends none."""
     store, task, stale = either.open(), either.new_task(), either.new_task()
     await claimed(store, task)
     await claimed(store, stale)
     either.make_older(stale, LEASE_S + 300)
     set_our_clock(monkeypatch, ahead_s)
-    assert await left_s(store, task) == pytest.approx(LEASE_S, abs=3)
+    assert await retry_after_s(store, task) == pytest.approx(LEASE_S, abs=3)
     await store.end_stale(2 * LEASE_S)
     assert [either.row(task)[0], either.row(stale)[0]] == ["processing", "error"]
     either.make_older(task, LEASE_S + 3)
     await claimed(store, task)
 
 
-async def test_time_is_asked_before_it_is_used(old: Project) -> None:
-    """What was heard of the database's time long ago, or never, decides nothing."""
+async def test_old_clock_reading_is_refreshed(old: Project) -> None:
+    """An old or missing reading of the database's clock is refreshed before it is used."""
     store, task = old.open(), old.new_task()
     await claimed(store, task)
     for ahead_s in (None, 600.0, -3600.0):
-        store._rest._heard_s = -math.inf
-        store._rest._ahead_s = None if ahead_s is None else (store._rest._ahead_s or 0.0) + ahead_s
-        assert await left_s(store, task) == pytest.approx(LEASE_S, abs=3)
-        store._rest._heard_s = -math.inf
+        store._rest._clock_read_s = -math.inf
+        store._rest._clock_offset_s = (
+            None if ahead_s is None else (store._rest._clock_offset_s or 0.0) + ahead_s
+        )
+        assert await retry_after_s(store, task) == pytest.approx(LEASE_S, abs=3)
+        store._rest._clock_read_s = -math.inf
         await store.end_stale(LEASE_S)
         assert old.row(task)[0] == "processing"
 
 
 async def test_each_row_has_its_own_lease(project: Project) -> None:
-    """Servers with different leases on one table leave each other's live rows alone."""
-    patient, hasty, task = project.open(lease_s=3600.0), project.open(lease_s=10.0), project.new_task()
-    claim = await claimed(patient, task)
+    """Servers with different lease times on one table respect each other's leases."""
+    long, short, task = project.open(lease_s=3600.0), project.open(lease_s=10.0), project.new_task()
+    claim = await claimed(long, task)
     project.make_older(task, 600)
-    assert await left_s(hasty, task) == pytest.approx(3000, abs=3)
-    await hasty.end_stale(20)
+    assert await retry_after_s(short, task) == pytest.approx(3000, abs=3)
+    await short.end_stale(20)
     assert project.row(task)[0] == "processing"
-    await finish(patient, claim)
+    await finish(long, claim)
     other = project.new_task()
-    await claimed(hasty, other)
+    await claimed(short, other)
     project.make_older(other, 11)
-    await claimed(patient, other)
+    await claimed(long, other)
 
 
 ANOTHER_ATTEMPT = "7a1b4f0e-2d53-4c6e-9a55-0f6f0c7d3b18"
@@ -149,20 +151,20 @@ EDITS: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=str)
-async def test_edit_under_a_claim_loses_nothing(project: Project, edit: dict[str, object]) -> None:
-    """Whatever a user writes to the row of a task in work, its outcome is what the row holds in the end."""
+async def test_edit_during_the_work_is_overwritten(project: Project, edit: dict[str, object]) -> None:
+    """Whatever a user writes to a row in processing, the row ends with the task's outcome."""
     store, good, bad = project.open(), project.new_task(), project.new_task()
     claims = [await claimed(store, task) for task in (good, bad)]
     for task in (good, bad):
         project.edit_as_user(task, **edit)
     await finish(store, claims[0])
     await store.update_status(bad.task_id, "error", attempt_id=claims[1].attempt_id, error_message="corrupt")
-    assert project.row(good) == ("done", MASK_URL, ["cat"], {"confidence": 0.5})
+    assert project.row(good) == ("done", MASK_URL, ["cat"], METADATA)
     assert project.row(bad) == ("error", None, [], {"error_message": "corrupt"})
 
 
-async def test_edited_row_is_not_processing_for_ever(either: Project) -> None:
-    """A row whose metadata its user has emptied under the claim of a server that died ends all the same."""
+async def test_edited_row_of_a_dead_server_ends(either: Project) -> None:
+    """A dead server's row whose metadata its user has removed ends as an error."""
     store, task = either.open(), either.new_task()
     await claimed(store, task)
     either.edit_as_user(task, metadata={})
@@ -170,14 +172,14 @@ async def test_edited_row_is_not_processing_for_ever(either: Project) -> None:
     await store.end_stale(LEASE_S)
     status, _, _, metadata = either.row(task)
     assert status == "error"
-    assert LEFT_IN_THE_MIDDLE in metadata["error_message"]
+    assert NOT_FINISHED in metadata["error_message"]
 
 
 @pytest.mark.parametrize(
     "edit", [{"metadata": {"note": "mine"}}, {"labels": ["mine"]}, {"status": "error"}], ids=str
 )
-async def test_edit_after_the_end_is_no_lost_attempt(either: Project, edit: dict[str, object]) -> None:
-    """A repeat of a settle that meets its user's edit is told so, and leaves the edit."""
+async def test_edit_after_the_end_is_kept(either: Project, edit: dict[str, object]) -> None:
+    """A repeated write to a row that its user has edited raises AlreadySettled, and keeps the edit."""
     store, task = either.open(), either.new_task()
     claim = await claimed(store, task)
     await finish(store, claim)
@@ -189,13 +191,13 @@ async def test_edit_after_the_end_is_no_lost_attempt(either: Project, edit: dict
 
 
 async def test_deleted_row_is_not_found(either: Project) -> None:
-    """A row that is gone is told from one that is another's."""
+    """A missing row raises TaskNotFound, not AttemptLost."""
     with pytest.raises(TaskNotFound):
         await finish(either.open(), Claim(str(uuid4()), str(uuid4())))
 
 
-async def test_end_stale_ends_what_nobody_ended(either: Project) -> None:
-    """What was claimed long ago ends as an error, whoever claimed it; what is fresh stays."""
+async def test_end_stale_ends_expired_tasks(either: Project) -> None:
+    """Tasks with an expired lease end as errors, whoever claimed them; others stay."""
     store = either.open()
     stale, fresh, foreign = (either.new_task() for _ in range(3))
     await claimed(store, stale)
@@ -207,13 +209,13 @@ async def test_end_stale_ends_what_nobody_ended(either: Project) -> None:
     for task in (stale, foreign):
         status, _, _, metadata = either.row(task)
         assert status == "error"
-        assert LEFT_IN_THE_MIDDLE in metadata["error_message"]
+        assert NOT_FINISHED in metadata["error_message"]
     assert either.row(fresh)[0] == "processing"
     assert await store.end_stale(600) == 0
 
 
-async def test_end_stale_waits_for_its_grace(either: Project) -> None:
-    """A lease that is over for less than the grace is left to its server."""
+async def test_end_stale_respects_the_grace_time(either: Project) -> None:
+    """A task whose lease expired within the grace time stays."""
     store, task = either.open(), either.new_task()
     await claimed(store, task)
     either.make_older(task, LEASE_S + 200)
@@ -224,8 +226,8 @@ async def test_end_stale_waits_for_its_grace(either: Project) -> None:
     assert either.row(task)[0] == "error"
 
 
-async def test_late_result_is_delivered_to_a_task_that_was_ended_as_stale(either: Project) -> None:
-    """Work that ends after its task was given up still reaches the user, unless another attempt began."""
+async def test_late_result_is_stored_after_end_stale(either: Project) -> None:
+    """A result that comes after `end_stale` is stored, unless another attempt has claimed the row."""
     store = either.open()
     late, taken = either.new_task(), either.new_task()
     claims = [await claimed(store, task) for task in (late, taken)]
@@ -253,8 +255,8 @@ FORGED = {
 
 
 @pytest.mark.parametrize("metadata", FORGED.values(), ids=FORGED.keys())
-async def test_forged_rows_stop_nobody(old: Project, metadata: str) -> None:
-    """Rows that a user has forged, however large and many, end with the others in one pass."""
+async def test_forged_rows_end(old: Project, metadata: str) -> None:
+    """Forged rows end together with the others in one call, whatever their number and size."""
     store, task = old.open(), old.new_task()
     await claimed(store, task)
     old.make_older(task, 1000)
@@ -264,8 +266,8 @@ async def test_forged_rows_stop_nobody(old: Project, metadata: str) -> None:
     assert max(len(request.path) for request in old.proxy.requests) < 1000
 
 
-async def test_forged_rows_stop_nobody_with_our_columns(project: Project) -> None:
-    """What a user inserts as `processing` ends a quarter of an hour after it, all in one update."""
+async def test_forged_rows_end_with_the_columns(project: Project) -> None:
+    """Rows that a user inserts as `processing` end after 15 minutes, all in one update."""
     store, task = project.open(), project.new_task()
     await claimed(store, task)
     project.make_older(task, 1000)
@@ -283,10 +285,10 @@ async def test_forged_rows_stop_nobody_with_our_columns(project: Project) -> Non
     assert [request.method for request in project.proxy.requests[before:]] == ["GET", "PATCH"]
 
 
-async def test_row_that_cannot_be_ended_holds_up_no_other(
+async def test_row_that_cannot_be_ended_does_not_block_others(
     old: Project, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of 60 stale rows the 52 that the database refuses to change stay, and the rest end."""
+    """Of 60 stale rows, the 52 that the database refuses to change stay, and the others end."""
     store, task = old.open(), old.new_task()
     stale = {**STALE, "metadata": "jsonb_build_object('attempt', gen_random_uuid())"}
     old.insert_forged(task.user_id, {**stale, "labels": "'[\"refused\"]'"}, 52)
@@ -309,8 +311,8 @@ TIMES = ["'infinity'", "'-infinity'", "'9999-12-31'", "'20000-01-01'", "'0044-03
 
 
 @pytest.mark.parametrize("updated_at", TIMES)
-async def test_forged_time_is_no_lease(old: Project, updated_at: str) -> None:
-    """A row with a time that no server wrote is free, and is ended when nobody claims it."""
+async def test_forged_time_gives_no_lease(old: Project, updated_at: str) -> None:
+    """A row with a forged time can be claimed, and is ended as stale."""
     store, task = old.open(), old.new_task()
     old.database.execute("delete from segmentation_results where id = %s", task.task_id)
     forged = {"status": "'processing'", "updated_at": updated_at}
@@ -320,8 +322,8 @@ async def test_forged_time_is_no_lease(old: Project, updated_at: str) -> None:
     assert await store.end_stale(600) == 1
 
 
-async def test_task_is_refused_without_a_claim(either: Project) -> None:
-    """Only a pending row ends as an error; any other stays, and a missing one is no error."""
+async def test_refuse_ends_only_a_pending_task(either: Project) -> None:
+    """Only the user's own pending row ends as an error; a missing one is no error."""
     store = either.open()
     pending, busy, done = (either.new_task() for _ in range(3))
     await claimed(store, busy)
@@ -337,18 +339,18 @@ async def test_task_is_refused_without_a_claim(either: Project) -> None:
     await finish(store, await claimed(store, pending))
 
 
-async def test_older_server_beside_ours(project: Project) -> None:
-    """A server from before the columns holds a row for a quarter of an hour, and settles it its own way."""
+async def test_older_server_beside_a_new_one(project: Project) -> None:
+    """A server from before the columns holds a row for 15 minutes, and can settle it."""
     store, older, task = project.open(), older_server(project), project.new_task()
     claim = await claimed(older, task)
-    assert await left_s(store, task) == pytest.approx(900, abs=3)
+    assert await retry_after_s(store, task) == pytest.approx(900, abs=3)
     await finish(older, claim)
     assert project.row(task)[0] == "done"
     assert isinstance(await store.claim(task, str(uuid4())), StoredResult)
 
 
-async def test_attempt_of_an_older_server_goes_on_after_its_update(project: Project) -> None:
-    """What was claimed before the update of a server is claimed again and settled after it."""
+async def test_attempt_of_an_older_server_continues_after_its_update(project: Project) -> None:
+    """A task that was claimed before a server's update is claimed again and settled after it."""
     store, older = project.open(), older_server(project)
     tasks = [project.new_task() for _ in range(2)]
     claims = [await claimed(older, task) for task in tasks]
@@ -358,8 +360,8 @@ async def test_attempt_of_an_older_server_goes_on_after_its_update(project: Proj
         assert project.row(task)[0] == "done"
 
 
-async def test_older_server_that_takes_over_is_not_disturbed(project: Project) -> None:
-    """Once an older server has taken over, the attempt before it is lost, whichever way that was kept."""
+async def test_takeover_by_an_older_server(project: Project) -> None:
+    """After an older server has taken over, the previous attempt is lost, of whichever kind it was."""
     store, older = project.open(), older_server(project)
     for first in (store, older):
         task = project.new_task()
@@ -371,8 +373,8 @@ async def test_older_server_that_takes_over_is_not_disturbed(project: Project) -
         await finish(store, taken)
 
 
-async def test_ours_takes_over_from_an_older_server(project: Project) -> None:
-    """Once its quarter of an hour is over, an older server's row is ours, and its late write is lost."""
+async def test_takeover_from_an_older_server(project: Project) -> None:
+    """After 15 minutes a new server can claim an older server's row, whose late write is refused."""
     store, older, task = project.open(), older_server(project), project.new_task()
     claim = await claimed(older, task)
     project.make_older(task, 901)

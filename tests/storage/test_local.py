@@ -1,4 +1,4 @@
-"""What only the folder does."""
+"""The folder alone: links, special files, races and faults of the file system."""
 
 import asyncio
 import itertools
@@ -27,18 +27,13 @@ from storage import (
     ObjectTooLarge,
     StorageError,
     StorageUnavailable,
-    beneath,
+    nofollow,
 )
 
 pytestmark = pytest.mark.anyio
 
 USER = "user-1"
 KEY = f"uploads/{USER}/cat"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture
@@ -64,24 +59,24 @@ def test_file_url_has_no_query_or_fragment(folder: LocalFolder, root: Path, tail
 
 @pytest.mark.parametrize("host", ["localhost", "host", "127.0.0.1", "user@host", "%2f"])
 def test_file_url_has_no_host(folder: LocalFolder, root: Path, host: str) -> None:
-    """A file URL that names a host, be it this one, is forbidden."""
+    """A file URL with a host is forbidden, with this host too."""
     with pytest.raises(ImageUrlForbidden):
         folder.key_of(f"{root.as_uri().replace('file://', f'file://{host}')}/{KEY}", USER)
 
 
-def test_file_url_of_a_neighbour_folder_is_forbidden(folder: LocalFolder, root: Path) -> None:
-    """A folder whose name only starts like ours is another folder."""
+def test_file_url_of_another_folder_is_forbidden(folder: LocalFolder, root: Path) -> None:
+    """A folder whose name has the root's name as a prefix is another folder."""
     with pytest.raises(ImageUrlForbidden):
         folder.key_of(f"{root.as_uri()}-2/{KEY}", USER)
 
 
 def test_scheme_may_be_in_capitals(folder: LocalFolder, root: Path) -> None:
-    """URL schemes have no case."""
+    """URL schemes are case-insensitive."""
     assert folder.key_of(f"{root.as_uri()}/{KEY}".replace("file", "FILE"), USER) == KEY
 
 
 async def test_link_out_of_the_folder_is_forbidden(folder: LocalFolder, root: Path, tmp_path: Path) -> None:
-    """Neither a linked file nor a file in a linked folder is read."""
+    """A linked file is not read, nor is a file in a linked folder."""
     (tmp_path / "secret").write_bytes(b"secret")
     uploads = root / "uploads" / USER
     uploads.mkdir(parents=True)
@@ -93,7 +88,7 @@ async def test_link_out_of_the_folder_is_forbidden(folder: LocalFolder, root: Pa
 
 
 async def test_link_to_another_user_is_forbidden(folder: LocalFolder, root: Path) -> None:
-    """A link that stays in the folder does not lead to another user's upload either."""
+    """A link inside the root to another user's uploads is not followed."""
     folder.put_upload("uploads/user-2/cat", b"secret")
     (root / "uploads" / USER).symlink_to(root / "uploads" / "user-2", target_is_directory=True)
     with pytest.raises(ImageUrlForbidden):
@@ -101,14 +96,14 @@ async def test_link_to_another_user_is_forbidden(folder: LocalFolder, root: Path
 
 
 async def test_link_to_itself_is_refused(folder: LocalFolder, root: Path) -> None:
-    """A link that leads nowhere ends in one of our errors."""
+    """A link to itself raises a StorageError."""
     (root / "uploads").symlink_to(root / "uploads")
     with pytest.raises((ImageUrlForbidden, ObjectNotFound)):
         await folder.download_image(KEY, USER, 100)
 
 
 async def test_mask_does_not_follow_a_link(folder: LocalFolder, root: Path, tmp_path: Path) -> None:
-    """A mask is not written through a link out of the folder."""
+    """A mask is not written through a link to the outside."""
     (tmp_path / "outside").mkdir()
     (root / "masks").symlink_to(tmp_path / "outside", target_is_directory=True)
     with pytest.raises(StorageUnavailable):
@@ -117,7 +112,7 @@ async def test_mask_does_not_follow_a_link(folder: LocalFolder, root: Path, tmp_
 
 
 def bind_socket(path: Path) -> None:
-    """Leave the file of a unix socket at `path`, which may be longer than such addresses are."""
+    """Create a unix socket at `path`, which may be too long for a socket's address."""
     here = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -138,7 +133,7 @@ SPECIAL_FILES: dict[str, Callable[[Path], None]] = {
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
 @pytest.mark.parametrize("kind", SPECIAL_FILES)
 def test_only_a_file_is_an_image(root: Path, kind: str) -> None:
-    """What is no regular file is not found, at once: nobody waits for its other end, nor reads for ever."""
+    """A file that is not regular raises ObjectNotFound at once: no open or read blocks."""
     (root / KEY).parent.mkdir(parents=True)
     try:
         SPECIAL_FILES[kind](root / KEY)
@@ -162,10 +157,10 @@ except ObjectNotFound:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows opens by path alone")
 @pytest.mark.parametrize("swapped", ["the file", "its folder"])
-def test_link_that_is_swapped_in_is_not_read(
+def test_link_that_replaces_a_name_is_not_read(
     folder: LocalFolder, root: Path, tmp_path: Path, swapped: str
 ) -> None:
-    """However often a name changes between an image and a link, what is read is the image."""
+    """While a name alternates between an image and a link, only the image is read."""
     folder.put_upload(KEY, b"cat")
     uploads = root / "uploads" / USER
     outside = tmp_path / "outside"
@@ -198,10 +193,10 @@ def test_link_that_is_swapped_in_is_not_read(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows opens by path alone")
-def test_mask_goes_through_no_link_that_is_swapped_in(
+def test_link_that_replaces_a_folder_is_not_written_through(
     folder: LocalFolder, root: Path, tmp_path: Path
 ) -> None:
-    """However often a folder changes to a link, no mask is written, and none is deleted, outside."""
+    """While a folder alternates with a link, no mask is written or deleted outside."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "old.png").write_bytes(b"not ours")
@@ -209,7 +204,7 @@ def test_mask_goes_through_no_link_that_is_swapped_in(
 
     def swap() -> None:
         for number in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
-            with suppress(OSError):  # a write has made the folder anew in between
+            with suppress(OSError):  # a write has created the folder again
                 name.rename(tmp_path / f"aside-{number}")
                 name.symlink_to(outside)
                 name.unlink()
@@ -228,11 +223,11 @@ def test_mask_goes_through_no_link_that_is_swapped_in(
     assert files_below(outside) == ["old.png"]
 
 
-async def test_folder_that_is_opened_by_path(
+async def test_folder_without_directory_descriptors(
     folder: LocalFolder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Windows: objects are written, read and deleted, and links that stand in the way are refused."""
-    monkeypatch.setattr(beneath, "_BY_DESCRIPTOR", False)
+    """As on Windows: objects are written, read and deleted by path, and links are refused."""
+    monkeypatch.setattr(nofollow, "_HAS_DIR_FD", False)
     await folder.upload_mask(b"mask", "masks/user-1/0.png")
     await folder.delete_mask("masks/user-1/0.png")
     assert files_below(root) == []
@@ -250,15 +245,15 @@ async def test_folder_that_is_opened_by_path(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-async def test_hard_link_is_the_file_it_names(folder: LocalFolder, root: Path) -> None:
-    """Who may link a file may read it, so a hard link is an image as any other."""
+async def test_hard_link_is_read(folder: LocalFolder, root: Path) -> None:
+    """A hard link is a regular file: only a user who may read a file may link it."""
     folder.put_upload("uploads/user-1/dog", b"dog")
     (root / KEY).hardlink_to(root / "uploads/user-1/dog")
     assert await folder.download_image(KEY, USER, 100) == b"dog"
 
 
 async def test_no_descriptor_is_left_open(folder: LocalFolder, root: Path, tmp_path: Path) -> None:
-    """Reads, writes and refusals close what they opened."""
+    """Reads, writes and refused calls close all descriptors."""
     folder.put_upload(KEY, b"cat")
     (root / "uploads" / USER / "link").symlink_to(tmp_path)
     before = psutil.Process().num_fds()
@@ -273,7 +268,7 @@ async def test_no_descriptor_is_left_open(folder: LocalFolder, root: Path, tmp_p
 @given(text=st.text("aA./\\%25eEfFcC:~?# \0\u0301", max_size=30))
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_image_url_leaves_the_folder(folder: LocalFolder, root: Path, text: str) -> None:
-    """Whatever the image_url, with the prefix rule or without, its path stays in the folder."""
+    """For any image_url, with and without the prefix rule, the path stays in the folder."""
     for store in (folder, LocalFolder(root, user_prefix_required=False)):
         for start in ("", f"uploads/{USER}/", f"{root.as_uri()}/", "file://"):
             try:
@@ -285,7 +280,7 @@ def test_no_image_url_leaves_the_folder(folder: LocalFolder, root: Path, text: s
 
 
 async def test_huge_file_is_not_read(folder: LocalFolder, root: Path) -> None:
-    """A file of 64 GiB is refused with the memory of the cap."""
+    """A file of 64 GiB is refused, and at most the limit is held in memory."""
     folder.put_upload(KEY, b"")
     os.truncate(root / KEY, 64 << 30)
     tracemalloc.start()
@@ -297,10 +292,10 @@ async def test_huge_file_is_not_read(folder: LocalFolder, root: Path) -> None:
         tracemalloc.stop()
 
 
-async def test_unfinished_file_is_no_object(folder: LocalFolder, root: Path) -> None:
-    """What a killed write leaves behind cannot be read, nor its name be written."""
+async def test_unfinished_file_is_not_an_object(folder: LocalFolder, root: Path) -> None:
+    """The unfinished file of a killed write cannot be read, and no object can have such a name."""
     folder.put_upload(KEY, b"cat")
-    (root / f"{KEY}.unfinished").write_bytes(b"half a c")
+    (root / f"{KEY}.unfinished").write_bytes(b"ca")
     with pytest.raises(ObjectNotFound):
         await folder.download_image(f"{KEY}.unfinished", USER, 100)
     with pytest.raises(ValueError, match="unfinished"):
@@ -308,7 +303,7 @@ async def test_unfinished_file_is_no_object(folder: LocalFolder, root: Path) -> 
 
 
 async def test_failed_replace_leaves_nothing(folder: LocalFolder, root: Path) -> None:
-    """When the last step fails, here on a folder of the mask's name, no part of the mask stays."""
+    """When the final replace fails (a folder has the mask's name), no file is left."""
     (root / "masks" / "0.png").mkdir(parents=True)
     with pytest.raises(StorageUnavailable):
         await folder.upload_mask(b"mask", "masks/0.png")
@@ -334,8 +329,8 @@ KILLED = FULL_DISK.replace("signal.SIG_IGN", "signal.SIG_DFL")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-def test_upload_that_meets_a_full_disk_leaves_nothing(folder: LocalFolder, root: Path) -> None:
-    """A write that fails half-way is StorageUnavailable, and leaves the old object and no other file."""
+def test_upload_on_a_full_disk_leaves_nothing(folder: LocalFolder, root: Path) -> None:
+    """A write that fails half-way raises StorageUnavailable, and leaves only the previous object."""
     folder.put_upload("masks/0.png", b"old")
     assert subprocess.run([sys.executable, "-c", FULL_DISK, str(root)], check=False).returncode == 7
     assert files_below(root) == ["masks/0.png"]
@@ -344,7 +339,7 @@ def test_upload_that_meets_a_full_disk_leaves_nothing(folder: LocalFolder, root:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_upload_that_is_killed_leaves_no_object(root: Path) -> None:
-    """A process that is killed half-way through a write leaves no object, only an unfinished file."""
+    """A process that is killed during a write leaves no object, only an unfinished file."""
     killed = subprocess.run([sys.executable, "-c", KILLED, str(root)], check=False)
     assert killed.returncode < 0
     left = files_below(root)
@@ -355,7 +350,7 @@ def test_upload_that_is_killed_leaves_no_object(root: Path) -> None:
 
 
 def test_folder_that_is_a_file_is_unavailable(root: Path) -> None:
-    """A root that cannot be a folder stops the start, and the message names no path."""
+    """A root that is a file raises StorageUnavailable, and the message does not hold its path."""
     root.write_bytes(b"")
     with pytest.raises(StorageUnavailable) as raised:
         LocalFolder(root)
@@ -363,7 +358,7 @@ def test_folder_that_is_a_file_is_unavailable(root: Path) -> None:
 
 
 def test_root_may_be_a_link(root: Path, tmp_path: Path) -> None:
-    """The folder itself may be reached through a link, as an operator likes it."""
+    """The root itself may be a link."""
     (tmp_path / "disk").mkdir()
     root.symlink_to(tmp_path / "disk", target_is_directory=True)
     folder = LocalFolder(root)

@@ -1,4 +1,4 @@
-"""What every ObjectStore does; what only one of them does is in its own module."""
+"""The behaviour that all object stores share."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ pytestmark = pytest.mark.anyio
 USER = "user-1"
 TASK_ID = "0c8e6a2e-4f6b-4d0e-9d0c-3f6f1b1f2a11"
 IMAGE = b"\x89PNG image"
-CAP = 1000
+MAX_BYTES = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A store, and what its tests need that the service does not."""
+    """A store, and access to its objects that the service does not have."""
 
     store: ObjectStore
     unprefixed: ObjectStore  # the same objects, with user_prefix_required=False
@@ -97,13 +97,8 @@ def open_r2(service: S3Service, read_url: Callable[[str], bytes]) -> Opened:
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def user() -> str:
-    """A user without uploads: the servers' objects outlive a test."""
+    """A new user, since the objects of other tests stay in the store."""
     return f"user-{uuid4()}"
 
 
@@ -124,9 +119,9 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Opened]:
 
 
 async def test_image_is_found_by_its_key(opened: Opened, user: str) -> None:
-    """An uploaded image comes back byte for byte under its bare key."""
+    """A bare key returns the uploaded bytes."""
     opened.put_upload(f"uploads/{user}/cat", IMAGE)
-    assert await opened.store.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
+    assert await opened.store.download_image(f"uploads/{user}/cat", user, MAX_BYTES) == IMAGE
 
 
 @pytest.mark.parametrize("name", ["cat", "a b", "a+b", "a%41", "caf\u00e9", "100%", "a?b#c", "\u732b"])
@@ -135,29 +130,29 @@ async def test_image_is_found_by_its_url(opened: Opened, user: str, name: str) -
     key = f"uploads/{user}/{name}"
     opened.put_upload(key, IMAGE)
     assert opened.store.key_of(opened.url_base + quote(key), user) == key
-    assert await opened.store.download_image(opened.url_base + quote(key, safe=""), user, CAP) == IMAGE
+    assert await opened.store.download_image(opened.url_base + quote(key, safe=""), user, MAX_BYTES) == IMAGE
 
 
-def test_plus_in_a_url_stays(opened: Opened) -> None:
-    """A URL's path is no HTML form: its '+' is no space."""
+def test_plus_in_a_url_is_not_a_space(opened: Opened) -> None:
+    """A '+' in a URL's path is not decoded to a space."""
     assert opened.store.key_of(f"{opened.url_base}uploads/{USER}/a+b", USER) == f"uploads/{USER}/a+b"
 
 
 @pytest.mark.parametrize("character", ["\t", "\r", "\n", "\0"])
 def test_control_character_before_the_key_is_invalid(opened: Opened, character: str) -> None:
-    """A URL parser that deletes control characters never gets to see them."""
+    """Control characters are refused before a URL parser could delete them."""
     image_url = opened.url_base[:2] + character + opened.url_base[2:]
     with pytest.raises(ImageUrlInvalid):
         opened.store.key_of(f"{image_url}uploads/{USER}/cat", USER)
 
 
-def test_bare_key_is_taken_literally(opened: Opened) -> None:
-    """A bare key is not decoded: its %41 is three characters."""
+def test_bare_key_is_not_decoded(opened: Opened) -> None:
+    """The %41 of a bare key is three characters."""
     assert opened.store.key_of(f"uploads/{USER}/%41", USER) == f"uploads/{USER}/%41"
 
 
 def test_key_is_normalised(opened: Opened) -> None:
-    """A key in NFD becomes the NFC key that R2 keeps."""
+    """A key in NFD is normalised to NFC, as R2 stores it."""
     nfc = f"uploads/{USER}/caf\u00e9"
     assert opened.store.key_of(unicodedata.normalize("NFD", nfc), USER) == nfc
 
@@ -217,36 +212,36 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("image_url", MALFORMED.values(), ids=MALFORMED.keys())
 async def test_malformed_key_is_invalid(opened: Opened, image_url: str) -> None:
-    """A bare key that breaks a key rule is refused before anything is read."""
+    """A bare key that violates a rule raises ImageUrlInvalid."""
     with pytest.raises(ImageUrlInvalid):
-        await opened.store.download_image(image_url, USER, CAP)
+        await opened.store.download_image(image_url, USER, MAX_BYTES)
 
 
 @pytest.mark.parametrize("path", MALFORMED_PATHS.values(), ids=MALFORMED_PATHS.keys())
 async def test_malformed_url_is_invalid(opened: Opened, path: str) -> None:
-    """A URL of ours whose path breaks a key rule once decoded is refused before anything is read."""
+    """A URL of the store whose decoded path violates a rule raises ImageUrlInvalid."""
     with pytest.raises(ImageUrlInvalid):
-        await opened.store.download_image(opened.url_base + path, USER, CAP)
+        await opened.store.download_image(opened.url_base + path, USER, MAX_BYTES)
 
 
 @pytest.mark.parametrize("image_url", FORBIDDEN.values(), ids=FORBIDDEN.keys())
 async def test_foreign_image_is_forbidden(opened: Opened, image_url: str) -> None:
-    """What is not below the user's own uploads is refused before anything is read."""
+    """An image_url outside the user's own uploads raises ImageUrlForbidden."""
     with pytest.raises(ImageUrlForbidden):
-        await opened.store.download_image(image_url.replace("{base}", opened.url_base), USER, CAP)
+        await opened.store.download_image(image_url.replace("{base}", opened.url_base), USER, MAX_BYTES)
 
 
 @pytest.mark.parametrize("user_id", ["", ".", "..", "user-1/x", "user-2/../user-1", "u\u00e9"])
-def test_user_id_cannot_move_the_prefix(opened: Opened, user_id: str) -> None:
-    """A user_id that is no plain name owns no uploads at all."""
+def test_user_id_must_be_a_plain_name(opened: Opened, user_id: str) -> None:
+    """A user_id that is not a plain name owns no uploads."""
     with pytest.raises(ImageUrlForbidden):
         opened.store.key_of("uploads/user-1/x/cat", user_id)
 
 
 async def test_prefix_rule_can_be_off(opened: Opened, user: str) -> None:
-    """Without the prefix rule any key of the store is readable, and other stores stay forbidden."""
+    """Without the prefix rule any key of the store can be read; other stores stay forbidden."""
     opened.put_upload(f"elsewhere/{user}", IMAGE)
-    assert await opened.unprefixed.download_image(f"elsewhere/{user}", user, CAP) == IMAGE
+    assert await opened.unprefixed.download_image(f"elsewhere/{user}", user, MAX_BYTES) == IMAGE
     with pytest.raises(ImageUrlForbidden):
         opened.unprefixed.key_of("https://example.com/elsewhere/cat", user)
 
@@ -263,7 +258,7 @@ PIECES = st.sampled_from([*SPELLINGS, *ODD_CHARACTERS, *WORDS])
 )
 @settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_image_url_leaves_the_users_uploads(opened: Opened, pieces: list[str], start: str) -> None:
-    """Whatever the image_url, its key is a clean one below the user's uploads, or there is none."""
+    """Any image_url gives a normalised key below the user's uploads, or an error."""
     image_url = start.replace("{base}", opened.url_base) + "".join(pieces)
     try:
         key = opened.store.key_of(image_url, USER)
@@ -277,50 +272,50 @@ def test_no_image_url_leaves_the_users_uploads(opened: Opened, pieces: list[str]
 
 
 async def test_missing_image_is_not_found(opened: Opened, user: str) -> None:
-    """A key without an object is ObjectNotFound."""
+    """A key without an object raises ObjectNotFound."""
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{user}/cat", user, CAP)
+        await opened.store.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
 
 
 async def test_key_below_an_object_is_not_found(opened: Opened, user: str) -> None:
-    """A key that has an object's key for a folder is ObjectNotFound."""
+    """A key below another object's key raises ObjectNotFound."""
     opened.put_upload(f"uploads/{user}/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{user}/cat/tail", user, CAP)
+        await opened.store.download_image(f"uploads/{user}/cat/tail", user, MAX_BYTES)
 
 
 async def test_folder_of_objects_is_not_found(opened: Opened, user: str) -> None:
-    """A key that is only the folder of others is ObjectNotFound."""
+    """A key that is only a prefix of others raises ObjectNotFound."""
     opened.put_upload(f"uploads/{user}/album/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{user}/album", user, CAP)
+        await opened.store.download_image(f"uploads/{user}/album", user, MAX_BYTES)
 
 
 async def test_longest_key_is_not_found(opened: Opened, user: str) -> None:
-    """A key of 1024 bytes is a good key, and has no object."""
+    """A key of 1024 bytes is valid, and raises ObjectNotFound."""
     opened.put_upload(f"uploads/{user}/cat", IMAGE)
     with pytest.raises(ObjectNotFound):
-        await opened.store.download_image(f"uploads/{user}/".ljust(1024, "x"), user, CAP)
+        await opened.store.download_image(f"uploads/{user}/".ljust(1024, "x"), user, MAX_BYTES)
 
 
-async def test_image_may_have_exactly_the_cap(opened: Opened, user: str) -> None:
-    """`max_bytes` bytes are allowed, one more is ObjectTooLarge."""
-    opened.put_upload(f"uploads/{user}/full", b"x" * CAP)
-    opened.put_upload(f"uploads/{user}/over", b"x" * (CAP + 1))
-    assert len(await opened.store.download_image(f"uploads/{user}/full", user, CAP)) == CAP
+async def test_image_may_have_exactly_max_bytes(opened: Opened, user: str) -> None:
+    """An image of `max_bytes` is read, one byte more raises ObjectTooLarge."""
+    opened.put_upload(f"uploads/{user}/full", b"x" * MAX_BYTES)
+    opened.put_upload(f"uploads/{user}/over", b"x" * (MAX_BYTES + 1))
+    assert len(await opened.store.download_image(f"uploads/{user}/full", user, MAX_BYTES)) == MAX_BYTES
     with pytest.raises(ObjectTooLarge) as raised:
-        await opened.store.download_image(f"uploads/{user}/over", user, CAP)
-    assert raised.value.max_bytes == CAP
+        await opened.store.download_image(f"uploads/{user}/over", user, MAX_BYTES)
+    assert raised.value.max_bytes == MAX_BYTES
 
 
 async def test_mask_is_readable_at_its_url(opened: Opened, user: str) -> None:
-    """The URL of an uploaded mask leads to its bytes."""
+    """The URL of an uploaded mask returns its bytes."""
     url = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, 0, IMAGE, attempt_id="a"))
     assert opened.read_url(url) == IMAGE
 
 
 async def test_mask_may_be_uploaded_again(opened: Opened, user: str) -> None:
-    """The same mask at the same key gives the same URL, as a retry needs."""
+    """A repeated upload returns the same URL, as a retry needs."""
     key = mask_key(user, TASK_ID, "union", IMAGE, attempt_id="a")
     first = await opened.store.upload_mask(IMAGE, key)
     assert await opened.store.upload_mask(IMAGE, key) == first
@@ -329,13 +324,13 @@ async def test_mask_may_be_uploaded_again(opened: Opened, user: str) -> None:
 
 @pytest.mark.parametrize("key", ["", "../mask.png", "/mask.png", "masks//mask.png", "masks\\mask.png"])
 async def test_mask_key_must_be_a_key(opened: Opened, key: str) -> None:
-    """A mask cannot be put at what is no key: that is a bug of the caller."""
+    """An invalid key, a bug of the caller, raises ValueError."""
     with pytest.raises(ValueError, match=r"holds a|has an empty"):
         await opened.store.upload_mask(IMAGE, key)
 
 
 def test_errors_hold_no_user_data(opened: Opened) -> None:
-    """The message of a refused image_url repeats nothing of it, since it is logged."""
+    """The message of a refused image_url, which is logged, does not hold the URL."""
     with pytest.raises(ImageUrlForbidden) as forbidden:
         opened.store.key_of("https://secret-host/secret?token=secret", USER)
     with pytest.raises(ImageUrlInvalid) as invalid:
@@ -344,12 +339,12 @@ def test_errors_hold_no_user_data(opened: Opened) -> None:
 
 
 def test_description_is_one_line(opened: Opened) -> None:
-    """The start-up log gets one line."""
+    """The description for the start-up log is one line."""
     assert len(opened.store.describe().splitlines()) == 1
 
 
-def test_mask_key_tells_contents_and_attempts_apart() -> None:
-    """The key holds the user, the task, the prompt and a hash; the same attempt's same mask has the same."""
+def test_mask_key_depends_on_content_and_attempt() -> None:
+    """The key holds user, task, prompt and a hash of the attempt's id and the content."""
     digest = hashlib.sha256(b"a\0" + IMAGE).hexdigest()[:16]
     key = mask_key(USER, TASK_ID, 3, IMAGE, attempt_id="a")
     assert key == f"masks/{USER}/{TASK_ID}/3-{digest}.png"
@@ -359,26 +354,26 @@ def test_mask_key_tells_contents_and_attempts_apart() -> None:
 
 @pytest.mark.parametrize("part", ["", "..", "a/b", "a\\b", "a.b", "x" * 65, "a\n"])
 def test_mask_key_parts_are_plain_names(part: str) -> None:
-    """No part of a mask's key can bring a slash, a dot or a newline of its own."""
+    """No part of a mask's key may hold a slash, a dot or a newline."""
     for parts in [(part, TASK_ID, "0"), (USER, part, "0"), (USER, TASK_ID, part)]:
         with pytest.raises(ValueError, match="1 to 64"):
             mask_key(*parts, IMAGE, attempt_id="a")
 
 
 async def test_mask_may_be_deleted(opened: Opened, user: str) -> None:
-    """A mask that nobody needs is gone after its deletion; one that is not there is no error."""
+    """A deleted mask is not found; deleting a missing one is no error."""
     key = mask_key(user, TASK_ID, 0, IMAGE, attempt_id="a")
     kept = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, 0, IMAGE, attempt_id="b"))
     await opened.store.upload_mask(IMAGE, key)
     for _ in range(2):
         await opened.store.delete_mask(key)
         with pytest.raises(ObjectNotFound):
-            await opened.unprefixed.download_image(key, user, CAP)
+            await opened.unprefixed.download_image(key, user, MAX_BYTES)
     assert opened.read_url(kept) == IMAGE
 
 
-async def test_masks_of_a_task_are_known_by_their_url(opened: Opened, user: str) -> None:
-    """Only a URL of this store that names a mask of this very task is taken for one."""
+async def test_mask_url_of_a_task_is_recognised(opened: Opened, user: str) -> None:
+    """Only a URL of this store that names a mask of this task is accepted."""
     url = await opened.store.upload_mask(IMAGE, mask_key(user, TASK_ID, "union", IMAGE, attempt_id="a"))
     assert opened.store.holds_mask(url, user, TASK_ID)
     other_task = TASK_ID[::-1]

@@ -1,4 +1,4 @@
-"""What only R2 does: its headers, its faults, its connections. Everything goes over real sockets."""
+"""The R2 store alone: headers, faults, deadlines and connections, over real sockets."""
 
 from __future__ import annotations
 
@@ -39,12 +39,7 @@ pytestmark = pytest.mark.anyio
 TASK_ID = "0c8e6a2e-4f6b-4d0e-9d0c-3f6f1b1f2a11"
 IMAGE = bytes(range(256)) * 8
 MASK = b"\x89PNG mask"
-CAP = 1 << 20
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+MAX_BYTES = 1 << 20
 
 
 @pytest.fixture
@@ -63,7 +58,7 @@ def user(seaweedfs: S3Service) -> str:
 
 @asynccontextmanager
 async def opened(service: S3Service, endpoint: str, **changes: Any) -> AsyncIterator[R2Bucket]:
-    """The service's bucket, through what stands at `endpoint`."""
+    """The service's bucket, through the server at `endpoint`."""
     values = {
         "bucket": service.bucket,
         "access_key_id": service.access_key_id,
@@ -77,7 +72,7 @@ async def opened(service: S3Service, endpoint: str, **changes: Any) -> AsyncIter
 
 
 def xml(code: str) -> bytes:
-    """An error's body, as R2 writes it."""
+    """The body of an error of R2."""
     return f"<Error><Code>{code}</Code><Message>what R2 says</Message></Error>".encode()
 
 
@@ -89,11 +84,11 @@ def log_lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [(r.levelno, r.getMessage()) for r in caplog.records if r.name.startswith("storage.")]
 
 
-# What goes over the wire. boto3 behaves better on plain http than on https, so http proves nothing here.
+# The requests as sent. boto3 adds some headers over https alone, so these tests do not use http.
 
 
 async def sent_over_https(work: Callable[[R2Bucket], Any]) -> Any:
-    """The request that `work` would send to R2, signed and whole."""
+    """The complete signed request that `work` would send to R2."""
     bucket = R2Bucket(
         endpoint="https://acc0.r2.cloudflarestorage.com",
         bucket="s3-images",
@@ -116,8 +111,8 @@ async def sent_over_https(work: Callable[[R2Bucket], Any]) -> Any:
     return request
 
 
-async def test_put_as_it_goes_over_https() -> None:
-    """A PUT carries its body plain, under its SHA-256: no checksum trailer, no chunks, no Expect, no ACL."""
+async def test_put_over_https() -> None:
+    """A PUT has a plain body, signed by SHA-256: no checksum trailer, no chunks, no Expect, no ACL."""
     request = await sent_over_https(lambda bucket: bucket.upload_mask(MASK, "masks/u/t/0.png"))
     headers = {name.lower(): value for name, value in request.headers.items()}
     headers = {name: value.decode() if isinstance(value, bytes) else value for name, value in headers.items()}
@@ -140,17 +135,17 @@ async def test_put_as_it_goes_over_https() -> None:
     assert not [name for name in headers if "checksum" in name]
 
 
-async def test_get_as_it_goes_over_https() -> None:
-    """A GET asks for no checksum, for no part, and for nothing before it."""
-    request = await sent_over_https(lambda bucket: bucket.download_image("uploads/u/cat", "u", CAP))
+async def test_get_over_https() -> None:
+    """A GET is one request, without a checksum mode or a range."""
+    request = await sent_over_https(lambda bucket: bucket.download_image("uploads/u/cat", "u", MAX_BYTES))
     names = {name.lower() for name in request.headers}
     assert request.method == "GET"
     assert request.url == "https://acc0.r2.cloudflarestorage.com/s3-images/uploads/u/cat"
     assert not [name for name in names if "checksum" in name or name == "range"]
 
 
-async def test_mask_is_stored_as_a_png_for_good(r2_emulator: S3Service) -> None:
-    """What the browser gets of a mask is a PNG that it may keep for ever."""
+async def test_mask_is_an_immutable_png(r2_emulator: S3Service) -> None:
+    """A browser receives a mask as a PNG that may be cached without a limit."""
     base = r2_emulator.public_base_url
     async with opened(r2_emulator, r2_emulator.endpoint, public_base_url=base) as bucket:
         url = await bucket.upload_mask(MASK, mask_key("user-1", TASK_ID, 0, MASK, attempt_id="a"))
@@ -161,7 +156,7 @@ async def test_mask_is_stored_as_a_png_for_good(r2_emulator: S3Service) -> None:
     assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
 
 
-# Faults. Every one has an answer of its own, and a line in the log.
+# Faults: each one's error, and its line in the log.
 
 REFUSALS = {
     "401": (401, "Unauthorized"),
@@ -174,20 +169,20 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
-async def test_refusal_is_not_tried_again(
+async def test_refusal_is_not_retried(
     refusal: tuple[int, str],
     seaweedfs: S3Service,
     proxy: FaultProxy,
     user: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """When R2 refuses us, one request is made, an operator is called, and the caller is told 502."""
+    """A refusal by R2 is one request, an ERROR in the log, and StorageUnavailable for the caller."""
     status, code = refusal
     caplog.set_level(logging.INFO)
     proxy.fail_next(9, status=status, body=xml(code), headers={"Location": "http://169.254.169.254/"})
     async with opened(seaweedfs, proxy.url) as bucket:
         with pytest.raises(StorageUnavailable, match="refuses this server's requests"):
-            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+            await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
         with pytest.raises(StorageUnavailable, match="refuses this server's requests"):
             await bucket.upload_mask(MASK, f"masks/{user}.png")
     assert len(proxy.requests) == 2
@@ -197,19 +192,19 @@ async def test_refusal_is_not_tried_again(
     ]
 
 
-async def test_missing_image_is_told_apart(
+async def test_missing_image_is_not_found(
     seaweedfs: S3Service, proxy: FaultProxy, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A missing image is the caller's affair: 404, one request, a line that calls nobody."""
+    """A missing image is one request, ObjectNotFound, and only an INFO in the log."""
     caplog.set_level(logging.INFO)
     async with opened(seaweedfs, proxy.url) as bucket:
         with pytest.raises(ObjectNotFound):
-            await bucket.download_image(f"uploads/{user}/dog", user, CAP)
+            await bucket.download_image(f"uploads/{user}/dog", user, MAX_BYTES)
     assert len(proxy.requests) == 1
     assert log_lines(caplog) == [(logging.INFO, "r2 get failed: status=404 code=NoSuchKey tries=1")]
 
 
-PASSING: dict[str, Callable[[FaultProxy, int], None]] = {
+TRANSIENT: dict[str, Callable[[FaultProxy, int], None]] = {
     "429": lambda proxy, n: proxy.fail_next(n, status=429, body=xml("TooManyRequests")),
     "500": lambda proxy, n: proxy.fail_next(n, status=500, body=xml("InternalError")),
     "503 without a body": lambda proxy, n: proxy.fail_next(n, status=503),
@@ -217,43 +212,43 @@ PASSING: dict[str, Callable[[FaultProxy, int], None]] = {
     "cut connection": lambda proxy, n: proxy.cut_next(n),
     "lost answer": lambda proxy, n: proxy.lose_answer_next(n),
 }
-PASSING_OF_A_GET: dict[str, Callable[[FaultProxy, int], None]] = {
-    **PASSING,
+TRANSIENT_FOR_GET: dict[str, Callable[[FaultProxy, int], None]] = {
+    **TRANSIENT,
     "truncated body": lambda proxy, n: proxy.cut_next(n, after_bytes=700),
     "no byte of the body": lambda proxy, n: proxy.cut_next(n, after_bytes=0),
-    "fewer bytes than promised": lambda proxy, n: proxy.wrong_length_next(n, extra_bytes=1),
+    "fewer bytes than Content-Length": lambda proxy, n: proxy.wrong_length_next(n, extra_bytes=1),
 }
 
 
-@pytest.mark.parametrize("fault", PASSING_OF_A_GET.values(), ids=PASSING_OF_A_GET.keys())
-async def test_image_comes_after_a_fault_that_passes(
+@pytest.mark.parametrize("fault", TRANSIENT_FOR_GET.values(), ids=TRANSIENT_FOR_GET.keys())
+async def test_get_is_retried_after_a_transient_fault(
     fault: Callable[[FaultProxy, int], None],
     seaweedfs: S3Service,
     proxy: FaultProxy,
     user: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One bad answer costs a second request, and the image is whole."""
+    """One bad answer costs a second request, and the image is complete."""
     fault(proxy, 1)
     async with opened(seaweedfs, proxy.url) as bucket:
-        assert await bucket.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
+        assert await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES) == IMAGE
     assert len(proxy.requests) == 2
     assert log_lines(caplog) == []
 
 
-@pytest.mark.parametrize("fault", PASSING_OF_A_GET.values(), ids=PASSING_OF_A_GET.keys())
-async def test_image_that_never_comes_whole_is_unavailable(
+@pytest.mark.parametrize("fault", TRANSIENT_FOR_GET.values(), ids=TRANSIENT_FOR_GET.keys())
+async def test_persistent_fault_is_unavailable(
     fault: Callable[[FaultProxy, int], None],
     seaweedfs: S3Service,
     proxy: FaultProxy,
     user: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A fault that stays is told after four tries, in one line; a piece of an image is never given out."""
+    """A persistent fault raises StorageUnavailable after four tries, with one line in the log."""
     fault(proxy, 99)
     async with opened(seaweedfs, proxy.url) as bucket:
         with pytest.raises(StorageUnavailable, match="try again later"):
-            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+            await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
     assert len(proxy.requests) == 4
     [(level, line)] = log_lines(caplog)
     assert level == logging.WARNING
@@ -261,29 +256,31 @@ async def test_image_that_never_comes_whole_is_unavailable(
     assert line.endswith(" tries=4")
 
 
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING.keys())
-async def test_mask_is_stored_after_a_fault_that_passes(
+@pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT.keys())
+async def test_put_is_retried_after_a_transient_fault(
     fault: Callable[[FaultProxy, int], None], seaweedfs: S3Service, proxy: FaultProxy, user: str
 ) -> None:
-    """A PUT is made again a second later: R2 takes one write a second and key, and counts failed ones."""
-    begun_s: list[float] = []
+    """A PUT is retried a second later: R2 accepts one write per second and key, and counts failed ones."""
+    started_s: list[float] = []
 
-    def note(_: Seen) -> bool:
-        begun_s.append(time.monotonic())
+    def record(_: Seen) -> bool:
+        started_s.append(time.monotonic())
         return False
 
-    proxy.hang_next(when=note)  # never hangs: it only notes
+    proxy.hang_next(when=record)  # never hangs: it only records the times
     fault(proxy, 1)
     key = mask_key(user, TASK_ID, 0, MASK, attempt_id="a")
     async with opened(seaweedfs, proxy.url) as bucket:
         await bucket.upload_mask(MASK, key)
     assert seaweedfs.get(key) == MASK
-    first_s, second_s = begun_s
+    first_s, second_s = started_s
     assert second_s - first_s > 1.0
 
 
-async def test_mask_url_is_not_given_out_early(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
-    """The URL is not known until the bytes are stored: a public cache would keep the 404."""
+async def test_mask_url_is_returned_after_the_upload(
+    seaweedfs: S3Service, proxy: FaultProxy, user: str
+) -> None:
+    """The URL is returned once the bytes are stored: a public cache would store an earlier 404."""
     key = mask_key(user, TASK_ID, 0, MASK, attempt_id="a")
     proxy.hang_next(1, when=is_put)
     async with opened(seaweedfs, proxy.url) as bucket:
@@ -295,7 +292,7 @@ async def test_mask_url_is_not_given_out_early(seaweedfs: S3Service, proxy: Faul
     assert seaweedfs.get(key) == MASK
 
 
-# Time. A call ends at its deadline, and so does the thread that did its work.
+# Deadlines: of a call, and of the thread that does its work.
 
 SLOW: dict[str, Callable[[FaultProxy], None]] = {
     "ReadTimeoutError": lambda proxy: proxy.hang_next(99),
@@ -311,25 +308,25 @@ async def test_slow_answers_end_at_the_deadline(
     user: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """R2 that hangs or sends a few bytes a second costs the deadline and keeps no connection."""
+    """A call whose answer hangs or trickles ends at the deadline and frees its connection."""
     async with opened(seaweedfs, proxy.url, connections=1, deadline_s=4.0) as bucket:
         SLOW[code](proxy)
         with pytest.raises(StorageUnavailable, match="try again later"):
-            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+            await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
         proxy.heal()
-        # By the only thread and the only connection.
-        assert await bucket.download_image(f"uploads/{user}/cat", user, CAP) == IMAGE
+        # On the only thread, over the only connection.
+        assert await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES) == IMAGE
     [(_, line)] = log_lines(caplog)
     assert f"status=0 code={code} " in line
 
 
-async def test_waiting_for_a_connection_counts(
+async def test_deadline_includes_the_wait_for_a_connection(
     seaweedfs: S3Service, proxy: FaultProxy, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Calls that wait behind a hanging one end at their own deadline, and add no request after it."""
+    """Calls that wait behind a hanging one end at their own deadline, and send no request after it."""
     async with opened(seaweedfs, proxy.url, connections=1, deadline_s=2.0) as bucket:
         proxy.hang_next(99)
-        calls = [bucket.download_image(f"uploads/{user}/cat", user, CAP) for _ in range(6)]
+        calls = [bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES) for _ in range(6)]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [StorageUnavailable] * 6
     assert len(proxy.requests) <= 3
@@ -337,20 +334,20 @@ async def test_waiting_for_a_connection_counts(
 
 
 async def test_refused_connection_is_unavailable(seaweedfs: S3Service, user: str) -> None:
-    """Where nothing listens the answer is 502, not an error of the network's own."""
+    """A refused connection raises StorageUnavailable, not an error of the network library."""
     async with opened(seaweedfs, "http://127.0.0.1:9", deadline_s=5.0) as bucket:
         with pytest.raises(StorageUnavailable):
-            await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+            await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
 
 
-# Answers that no real server gives.
+# Answers that no real server sends.
 
 
 @asynccontextmanager
 async def raw_server(
     *pieces: bytes, pause_s: float = 0.0, times: int = 1, enough: asyncio.Event | None = None
 ) -> AsyncIterator[str]:
-    """A server that answers every request with these bytes, repeated until it is `enough`, and closes."""
+    """A server that answers with `pieces`, all but the first `times` times, until `enough` is set."""
     enough = enough or asyncio.Event()
     serving: set[asyncio.Task[None] | None] = set()
 
@@ -365,7 +362,7 @@ async def raw_server(
                 writer.write(piece)
                 await writer.drain()
         except (OSError, asyncio.IncompleteReadError):
-            pass  # the client has gone
+            pass  # the client has disconnected
         finally:
             writer.close()
             with suppress(OSError):
@@ -377,7 +374,7 @@ async def raw_server(
     finally:
         server.close()
         enough.set()
-        # A socket that the event loop leaves open would be found, and reported, in another test.
+        # A socket that stays open would be reported as a warning in another test.
         await asyncio.gather(*filter(None, serving))
 
 
@@ -385,60 +382,60 @@ OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-async def get_from(service: S3Service, url: str, max_bytes: int = CAP) -> bytes:
+async def get_from(service: S3Service, url: str, max_bytes: int = MAX_BYTES) -> bytes:
     async with opened(service, url, deadline_s=3.0) as bucket:
         return await bucket.download_image("uploads/u/cat", "u", max_bytes)
 
 
 async def test_chunked_image_is_read(seaweedfs: S3Service) -> None:
-    """A body without a length is whole when its last chunk has come."""
+    """A chunked body is complete with its last chunk."""
     async with raw_server(CHUNKED + b"3\r\ncat\r\n0\r\n\r\n") as url:
         assert await get_from(seaweedfs, url) == b"cat"
 
 
-async def test_endless_chunks_meet_the_cap(seaweedfs: S3Service) -> None:
-    """A body without a length or an end is read up to the cap, and no further."""
+async def test_endless_chunks_are_too_large(seaweedfs: S3Service) -> None:
+    """A chunked body without an end is read up to `max_bytes`."""
     chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
     async with raw_server(CHUNKED, chunk, times=10_000) as url:
         with pytest.raises(ObjectTooLarge):
             await get_from(seaweedfs, url)
 
 
-UNWHOLE = {
+INCOMPLETE = {
     "cut between chunks": CHUNKED + b"3\r\ncat\r\n",
     "cut in a chunk": CHUNKED + b"9\r\ncat",
     "neither length nor chunks": OK + b"\r\ncat",
     "a part": b"HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\n\r\ncat",
-    "nothing to say": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
     "not HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
     "length that is no number": OK + b"Content-Length: many\r\n\r\ncat",
 }
 
 
-@pytest.mark.parametrize("answer", UNWHOLE.values(), ids=UNWHOLE.keys())
-async def test_image_that_may_lack_its_end_is_refused(answer: bytes, seaweedfs: S3Service) -> None:
-    """What cannot be proved to be the whole object is not taken for an image."""
+@pytest.mark.parametrize("answer", INCOMPLETE.values(), ids=INCOMPLETE.keys())
+async def test_incomplete_image_is_refused(answer: bytes, seaweedfs: S3Service) -> None:
+    """An answer that may not be the complete object raises StorageUnavailable."""
     async with raw_server(answer) as url:
         with pytest.raises(StorageUnavailable):
             await get_from(seaweedfs, url)
 
 
 async def test_large_image_is_refused_by_its_length(seaweedfs: S3Service) -> None:
-    """An image over the cap is refused by what the answer says, before its bytes come."""
+    """An image whose Content-Length exceeds `max_bytes` is refused before its body is read."""
     async with raw_server(OK + b"Content-Length: 1001\r\n\r\n", b"x", pause_s=0.1, times=1001) as url:
         with pytest.raises(ObjectTooLarge):
             await get_from(seaweedfs, url, max_bytes=1000)
 
 
-async def test_trickling_headers_do_not_hold_the_caller(seaweedfs: S3Service) -> None:
-    """Headers that never end cost the caller the deadline: it has its answer while they still come."""
+async def test_slow_headers_end_at_the_deadline(seaweedfs: S3Service) -> None:
+    """A call ends at its deadline while an answer's headers still arrive."""
     enough = asyncio.Event()
     async with (
         raw_server(OK, b"X: y\r\n", pause_s=0.1, times=100_000, enough=enough) as url,
         opened(seaweedfs, url, deadline_s=2.0) as bucket,
     ):
         with pytest.raises(StorageUnavailable):
-            await bucket.download_image("uploads/u/cat", "u", CAP)
+            await bucket.download_image("uploads/u/cat", "u", MAX_BYTES)
         enough.set()
 
 
@@ -446,11 +443,11 @@ async def test_trickling_headers_do_not_hold_the_caller(seaweedfs: S3Service) ->
 
 
 async def test_burst_stays_in_the_pool(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
-    """50 tasks at once open no more than 16 connections, and use them again."""
+    """50 concurrent tasks open at most 16 connections, and reuse them."""
     proxy.slow_next(50, bytes_per_s=20_000)
     async with opened(seaweedfs, proxy.url) as bucket:
         for _ in range(2):
-            images = [bucket.download_image(f"uploads/{user}/cat", user, CAP) for _ in range(50)]
+            images = [bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES) for _ in range(50)]
             keys = [mask_key(user, TASK_ID, index, MASK, attempt_id="a") for index in range(50)]
             masks = [bucket.upload_mask(MASK, key) for key in keys]
             answers = await asyncio.gather(*images, *masks)
@@ -459,8 +456,8 @@ async def test_burst_stays_in_the_pool(seaweedfs: S3Service, proxy: FaultProxy, 
         assert proxy.connections_made == 16
 
 
-async def test_close_lets_work_end(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
-    """Closing waits for an upload that was begun, its second try too."""
+async def test_close_waits_for_uploads(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
+    """Closing waits for a running upload, its retry included."""
     key = mask_key(user, TASK_ID, 0, MASK, attempt_id="a")
     proxy.hang_next(1, when=is_put)
     async with opened(seaweedfs, proxy.url) as bucket:
@@ -471,10 +468,10 @@ async def test_close_lets_work_end(seaweedfs: S3Service, proxy: FaultProxy, user
     await upload
 
 
-async def test_close_leaves_no_connection(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
-    """A bucket that is closed holds no socket."""
+async def test_close_closes_connections(seaweedfs: S3Service, proxy: FaultProxy, user: str) -> None:
+    """A closed bucket has no open socket."""
     async with opened(seaweedfs, proxy.url) as bucket:
-        await bucket.download_image(f"uploads/{user}/cat", user, CAP)
+        await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
         assert proxy.connections_open == 1
     await asyncio.to_thread(wait_until, lambda: proxy.connections_open == 0)
 
@@ -490,8 +487,8 @@ def service(request: pytest.FixtureRequest) -> S3Service:
     return found
 
 
-async def test_check_of_a_good_store(service: S3Service) -> None:
-    """A store that works is told so, and the check leaves nothing in it."""
+async def test_check_of_a_working_store(service: S3Service) -> None:
+    """The check of a working store returns no warning, and stores no object."""
     with fault_proxy(service.endpoint) as proxy:
         async with opened(service, proxy.url, public_base_url="https://img.example.com") as bucket:
             assert await bucket.check() == []
@@ -507,14 +504,14 @@ async def test_check_of_a_good_store(service: S3Service) -> None:
     ],
 )
 async def test_check_names_what_is_wrong(service: S3Service, change: dict[str, str], named: str) -> None:
-    """A store that refuses us stops the start with the variable to mend."""
+    """A refusal at the start raises StorageMisconfigured, which names the variable to correct."""
     async with opened(service, service.endpoint, **change) as bucket:
         with pytest.raises(StorageMisconfigured, match=named):
             await bucket.check()
 
 
 async def test_check_finds_an_endpoint_that_is_no_store(r2_emulator: S3Service) -> None:
-    """An endpoint that is some other web server stops the start."""
+    """An endpoint without the S3 API stops the start."""
     elsewhere = r2_emulator.endpoint.removesuffix("/s3")
     async with opened(r2_emulator, elsewhere) as bucket:
         with pytest.raises(StorageMisconfigured, match="R2_ENDPOINT"):
@@ -522,38 +519,42 @@ async def test_check_finds_an_endpoint_that_is_no_store(r2_emulator: S3Service) 
 
 
 async def test_check_finds_a_token_that_only_reads(seaweedfs: S3Service, proxy: FaultProxy) -> None:
-    """A token without the right to write is found before the first mask is lost."""
+    """A token without the right to write stops the start."""
     proxy.fail_next(1, status=403, body=xml("AccessDenied"), when=is_put)
     async with opened(seaweedfs, proxy.url) as bucket:
         with pytest.raises(StorageMisconfigured, match="may not write in R2_BUCKET"):
             await bucket.check()
 
 
-CUT_REFUSALS: dict[str, Callable[[FaultProxy, int], None]] = {
-    f"refusal cut after {count} bytes": lambda proxy, n, count=count: proxy.cut_next(n, after_bytes=count)  # type: ignore[misc]
+TRUNCATED_REFUSALS: dict[str, Callable[[FaultProxy, int], None]] = {
+    f"refusal truncated after {count} bytes": lambda proxy, n, count=count: proxy.cut_next(
+        n, after_bytes=count
+    )  # type: ignore[misc]
     for count in (0, 20)
 }
 
 
-@pytest.mark.parametrize("fault", (PASSING | CUT_REFUSALS).values(), ids=(PASSING | CUT_REFUSALS).keys())
-async def test_check_of_a_store_that_is_away(
+@pytest.mark.parametrize(
+    "fault", (TRANSIENT | TRUNCATED_REFUSALS).values(), ids=(TRANSIENT | TRUNCATED_REFUSALS).keys()
+)
+async def test_check_of_an_unavailable_store(
     fault: Callable[[FaultProxy, int], None], seaweedfs: S3Service, proxy: FaultProxy
 ) -> None:
-    """A store that is only away does not stop the start; it and closed mask URLs are warnings."""
+    """An unavailable store is a warning at the start, as are mask URLs that browsers cannot read."""
     fault(proxy, 99)
     async with opened(seaweedfs, proxy.url) as bucket:
-        closed, away = await bucket.check()
-    assert closed.startswith("R2_PUBLIC_BASE_URL is not set")
-    assert away.startswith("R2 could not be checked: status=")
+        no_public_url, unavailable = await bucket.check()
+    assert no_public_url.startswith("R2_PUBLIC_BASE_URL is not set")
+    assert unavailable.startswith("R2 could not be checked: status=")
 
 
 # Secrets.
 
 
-async def test_nothing_tells_secrets(
+async def test_errors_and_logs_hold_no_secret(
     seaweedfs: S3Service, proxy: FaultProxy, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither an error, nor its traceback, nor any log record holds a key, a URL, a host or a secret."""
+    """No error, traceback or log record holds a key, a URL, a host or a secret."""
     caplog.set_level(logging.INFO)
     secrets = [
         seaweedfs.secret_access_key,
@@ -563,7 +564,7 @@ async def test_nothing_tells_secrets(
         "http:",
         "what R2 says",
     ]
-    told = ""
+    text = ""
     faults: list[Callable[[], None]] = [
         lambda: proxy.fail_next(1, status=403, body=xml(f"{user}\nlevel=INFO")),
         lambda: proxy.fail_next(9, status=500, body=xml("InternalError")),
@@ -575,11 +576,11 @@ async def test_nothing_tells_secrets(
         for fault in faults:
             fault()
             with pytest.raises(StorageError) as raised:
-                await bucket.download_image(f"uploads/{user}/cat", user, CAP)
-            told += "".join(traceback.format_exception(raised.value))
+                await bucket.download_image(f"uploads/{user}/cat", user, MAX_BYTES)
+            text += "".join(traceback.format_exception(raised.value))
             proxy.heal()
         proxy.cut_next(9)
-        told += " ".join(await bucket.check())
-    told += "".join(str(vars(record)) for record in caplog.records if record.name != "asyncio")
-    assert "tries=" in told
-    assert [secret for secret in secrets if secret in told] == []
+        text += " ".join(await bucket.check())
+    text += "".join(str(vars(record)) for record in caplog.records if record.name != "asyncio")
+    assert "tries=" in text
+    assert [secret for secret in secrets if secret in text] == []

@@ -1,4 +1,4 @@
-"""Which image_url names which key of the bucket: nothing here is ever fetched."""
+"""The key that an image_url names, for every form of URL; no test sends a request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIGNED = (
 
 
 def bucket_at(endpoint: str = ACCOUNT, **changes: object) -> R2Bucket:
-    """A bucket that is never asked for anything."""
+    """A bucket to which no request is sent."""
     values: dict[str, object] = {
         "endpoint": endpoint,
         "bucket": BUCKET,
@@ -47,10 +47,10 @@ def r2() -> R2Bucket:
     return bucket_at()
 
 
-SHAPES = {
+FORMS = {
     "public base": f"{PUBLIC}/",
     "r2.dev that is configured": "https://pub-0f.r2.dev/",
-    "first Edge's": f"{SUPABASE}/",
+    "base of an Edge": f"{SUPABASE}/",
     "path style": f"{ACCOUNT}/{BUCKET}/",
     "virtual host": f"https://{BUCKET}.acc0.r2.cloudflarestorage.com/",
     "r2 scheme": f"r2://{BUCKET}/",
@@ -58,17 +58,17 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("base", SHAPES.values(), ids=SHAPES.keys())
-def test_every_shape_names_the_key(r2: R2Bucket, base: str) -> None:
-    """Each shape of URL that an Edge may make leads to the same key."""
+@pytest.mark.parametrize("base", FORMS.values(), ids=FORMS.keys())
+def test_every_form_names_the_key(r2: R2Bucket, base: str) -> None:
+    """Each form of URL that an Edge may send gives the same key."""
     assert r2.key_of(base + KEY, USER) == KEY
 
 
-@pytest.mark.parametrize("base", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("base", FORMS.values(), ids=FORMS.keys())
 @given(name=st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=40))
 @settings(max_examples=150, deadline=None)
-def test_every_key_survives_every_shape(r2: R2Bucket, base: str, name: str) -> None:
-    """Whatever a user's upload is called, its percent-encoded URL leads to it, and to its NFC form."""
+def test_every_key_in_every_form(r2: R2Bucket, base: str, name: str) -> None:
+    """The percent-encoded URL of any upload gives its key, in NFC."""
     key = f"uploads/{USER}/{name}"
     try:
         checked = checked_key(key)
@@ -88,14 +88,14 @@ def test_every_key_survives_every_shape(r2: R2Bucket, base: str, name: str) -> N
         f"https://PINK.example.COM:443/files/{KEY}",
     ],
 )
-def test_other_spellings_of_ours(r2: R2Bucket, image_url: str) -> None:
-    """A signature is dropped, and the host's case and the default port say nothing."""
+def test_equivalent_urls(r2: R2Bucket, image_url: str) -> None:
+    """A signature, the host's case and the default port do not change the key."""
     assert r2.key_of(image_url, USER) == KEY
 
 
 @pytest.mark.parametrize("jurisdiction", ["eu", "fedramp"])
-def test_jurisdictions_are_other_endpoints(jurisdiction: str) -> None:
-    """A bucket of a jurisdiction is read at its own host, and the plain host's bucket is another one."""
+def test_jurisdictions_have_their_own_hosts(jurisdiction: str) -> None:
+    """A bucket of a jurisdiction has its own host; the same name at the plain host is another bucket."""
     host = f"acc0.{jurisdiction}.r2.cloudflarestorage.com"
     r2 = bucket_at(f"https://{host}")
     assert r2.key_of(f"https://{host}/{BUCKET}/{KEY}", USER) == KEY
@@ -108,7 +108,7 @@ INVALID = {
     "fragment": f"{PUBLIC}/{KEY}#x",
     "unknown query": f"{PUBLIC}/{KEY}?width=100",
     "empty query": f"{PUBLIC}/{KEY}?",
-    "signature where nothing is signed": f"{PUBLIC}/{KEY}?{SIGNED}",
+    "signature outside the S3 API": f"{PUBLIC}/{KEY}?{SIGNED}",
     "unknown parameter beside a signature": f"{ACCOUNT}/{BUCKET}/{KEY}?{SIGNED}&versionId=1",
     "empty query in the API": f"{ACCOUNT}/{BUCKET}/{KEY}?",
     "parameter that only holds a signature's name": f"{ACCOUNT}/{BUCKET}/{KEY}?a=X-Amz-Signature",
@@ -117,7 +117,7 @@ INVALID = {
     "user and password": f"https://a:b@pink.example.com/files/{KEY}",
     "double slash": f"{PUBLIC}//{KEY}",
     "dot segments": f"{PUBLIC}/uploads/{USER}/../user-2/cat",
-    "dot segments that step out of the base": f"{PUBLIC}/../{KEY}",
+    "dot segments that leave the base": f"{PUBLIC}/../{KEY}",
     "encoded dot segments": f"{PUBLIC}/uploads/{USER}/%2e%2e/user-2/cat",
     "backslash": f"{PUBLIC}/uploads\\{USER}\\cat",
     "encoded backslash": f"{PUBLIC}/uploads/{USER}/%5c..%5cuser-2",
@@ -181,14 +181,14 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("image_url", INVALID.values(), ids=INVALID.keys())
 def test_malformed_url_is_invalid(r2: R2Bucket, image_url: str) -> None:
-    """A URL that no honest caller makes is INVALID_REQUEST."""
+    """A malformed URL raises ImageUrlInvalid."""
     with pytest.raises(ImageUrlInvalid):
         r2.key_of(image_url, USER)
 
 
 @pytest.mark.parametrize("image_url", FORBIDDEN.values(), ids=FORBIDDEN.keys())
 def test_foreign_url_is_forbidden(r2: R2Bucket, image_url: str) -> None:
-    """A URL outside our bucket, or outside the user's uploads, is FORBIDDEN."""
+    """A URL outside the bucket, or outside the user's uploads, raises ImageUrlForbidden."""
     with pytest.raises(ImageUrlForbidden):
         r2.key_of(image_url, USER)
 
@@ -199,14 +199,14 @@ ESCAPES = ["%2e", "%2f", "%5c", "%00", "%25", "%ff"]
 WORDS = ["https", "http", "s3", "r2", BUCKET, "files", "uploads", USER, "user-2", "masks", SIGNED]
 ODD = ["\u212a", "\uff0f", "\uff0e", "\u2044", "\ud800", "[::1]", "127.0.0.1", ":443", "xn--"]
 URL_PIECES = st.one_of(st.sampled_from([*HOSTS, *SIGNS, *ESCAPES, *WORDS, *ODD]), st.text(max_size=3))
-STARTS = ["", *SHAPES.values(), *(f"{base}uploads/{USER}/" for base in SHAPES.values())]
+STARTS = ["", *FORMS.values(), *(f"{base}uploads/{USER}/" for base in FORMS.values())]
 
 
 @given(start=st.sampled_from(STARTS), pieces=st.lists(URL_PIECES, max_size=12))
 @example(start="", pieces=["https://pink.example.com", "\\", "@evil.example/files/", KEY])
 @settings(max_examples=3000, deadline=None)
-def test_whatever_the_url_no_foreign_key(r2: R2Bucket, start: str, pieces: list[str]) -> None:
-    """Any text is a clean key below the user's own uploads, or one of the two refusals."""
+def test_any_text_gives_no_foreign_key(r2: R2Bucket, start: str, pieces: list[str]) -> None:
+    """Any text gives a normalised key below the user's own uploads, or one of the two errors."""
     try:
         key = r2.key_of(start + "".join(pieces), USER)
     except (ImageUrlForbidden, ImageUrlInvalid):
@@ -221,21 +221,21 @@ def test_whatever_the_url_no_foreign_key(r2: R2Bucket, start: str, pieces: list[
 )
 @settings(max_examples=500, deadline=None)
 def test_only_configured_hosts(r2: R2Bucket, host: str, path: str) -> None:
-    """No other host is ours, however it is written."""
+    """No host but the configured ones is accepted."""
     assume(host.lower().removesuffix(":443") not in {*HOSTS, "pub-0f.r2.dev", "project.supabase.co"})
     with pytest.raises((ImageUrlForbidden, ImageUrlInvalid)):
         r2.key_of(f"https://{host}{path}", USER)
 
 
-def test_longer_base_wins() -> None:
-    """Of two bases that fit, the longer one says where the key begins."""
+def test_longer_base_applies() -> None:
+    """Of two matching bases the longer one determines the key."""
     r2 = bucket_at(public_base_url="https://e.example", image_url_bases=("https://e.example/files",))
     assert r2.key_of(f"https://e.example/files/{KEY}", USER) == KEY
     assert r2.key_of(f"https://e.example/{KEY}", USER) == KEY
 
 
 def test_loopback_may_be_http() -> None:
-    """A server of this machine, as tests and developers run it, needs no TLS and no host of its own."""
+    """A server on this host, as in tests and development, may use plain http."""
     api = "http://127.0.0.1:9000/cdn-cgi/local/r2/s3"
     r2 = bucket_at(
         api, public_base_url="http://localhost:9000/public", image_url_bases=("http://[::1]:80/x/",)
@@ -252,13 +252,13 @@ def urls(public_base_url: str | None) -> R2Urls:
 
 
 def test_mask_url_is_public() -> None:
-    """A mask's URL stands below the public base, percent-encoded."""
+    """A mask's URL is below the public base, percent-encoded."""
     assert urls(f"{PUBLIC}/").mask_url("masks/u/t/0 a.png") == f"{PUBLIC}/masks/u/t/0%20a.png"
     assert urls(PUBLIC).masks_are_public
 
 
 def test_mask_url_without_a_public_base() -> None:
-    """Without a public base it is the S3 API's URL, and that is known."""
+    """Without a public base it is the S3 API's URL, and `masks_are_public` is false."""
     assert urls(None).mask_url("masks/u/t/0.png") == f"{ACCOUNT}/{BUCKET}/masks/u/t/0.png"
     assert not urls(None).masks_are_public
 
@@ -280,7 +280,7 @@ def test_mask_url_without_a_public_base() -> None:
         (lambda: bucket_at(bucket="a/b"), "R2_BUCKET must be"),
     ],
 )
-def test_wrong_settings_are_named(change: Callable[[], R2Bucket], named: str) -> None:
-    """A store with a wrong setting cannot be made, and the sentence begins with the variable."""
+def test_wrong_setting_is_named(change: Callable[[], R2Bucket], named: str) -> None:
+    """A wrong setting raises ValueError, whose message begins with the variable."""
     with pytest.raises(ValueError, match=f"^{named}"):
         change()

@@ -1,4 +1,4 @@
-"""The table's rules, met through PostgREST as users, the Edge and this server meet them."""
+"""The table's rules for users, the Edge and this server, tested through PostgREST."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEASE_COLUMNS = ["attempt_id", "lease_s", "lease_until"]
 def database(
     request: pytest.FixtureRequest, database: Database, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Database]:
-    """A project with each default of what migrations make: the one since 2026-05-30, and the one before."""
+    """A project with each of Supabase's default grants: the one since 2026-05-30, and the one before."""
     if not request.param:
         yield database
     else:
@@ -39,20 +39,20 @@ def database(
 
 
 def ask(database: Database, method: str, path: str, jwt: str | None, **sent: Any) -> httpx.Response:
-    """One call in the role of `jwt`, or of anon, that asks for the rows it changed."""
+    """One request in the role of `jwt`, or of anon, which returns the changed rows."""
     headers = {"Prefer": "return=representation", **sent.pop("headers", {})}
     return database.request(method, path, jwt=jwt, headers=headers, **sent)
 
 
 def insert_row(database: Database, user_id: str) -> str:
-    """A pending row of the user's, inserted as the Edge does: in the user's role."""
+    """Insert a pending row in the user's role, as the Edge does; returns its id."""
     row = {"id": str(uuid4()), "user_id": user_id, "source_image_url": "uploads/x", "text_prompt": "cat"}
     ask(database, "POST", TABLE, database.user_jwt(user_id), json=row).raise_for_status()
     return row["id"]
 
 
 def row_of(database: Database, task_id: str) -> tuple[Any, ...]:
-    """The row as it stands, whoever asks."""
+    """The row, read by the database's owner."""
     [row] = database.execute("select * from public.segmentation_results where id = %s", task_id)
     return row
 
@@ -68,7 +68,7 @@ def task_id(database: Database, user: str) -> str:
 
 
 def test_new_row_has_its_defaults(database: Database, user: str, task_id: str) -> None:
-    """The Edge names four columns; the rest of a pending task is the table's."""
+    """The Edge writes four columns; the others have the table's defaults."""
     [row] = ask(database, "GET", f"{TABLE}?id=eq.{task_id}", database.user_jwt(user)).json()
     created, updated = (datetime.fromisoformat(row.pop(f"{name}_at")) for name in ("created", "updated"))
     assert row == {
@@ -87,8 +87,8 @@ def test_new_row_has_its_defaults(database: Database, user: str, task_id: str) -
     assert abs(datetime.now(UTC) - created) < timedelta(minutes=1)
 
 
-def test_updated_at_is_the_databases(database: Database, task_id: str) -> None:
-    """An update moves updated_at, whatever time the update itself names."""
+def test_updated_at_is_set_by_the_database(database: Database, task_id: str) -> None:
+    """An update sets updated_at to the database's time, whatever value it holds."""
     [(before,)] = database.execute(
         "select updated_at from public.segmentation_results where id = %s", task_id
     )
@@ -101,7 +101,7 @@ def test_updated_at_is_the_databases(database: Database, task_id: str) -> None:
 
 @pytest.mark.parametrize("status", ["cancelled", "", "DONE", None])
 def test_status_is_one_of_four(database: Database, user: str, task_id: str, status: str | None) -> None:
-    """No other word gets into the status."""
+    """The status accepts no other value."""
     before = row_of(database, task_id)
     answer = ask(
         database, "PATCH", f"{TABLE}?id=eq.{task_id}", database.user_jwt(user), json={"status": status}
@@ -111,8 +111,8 @@ def test_status_is_one_of_four(database: Database, user: str, task_id: str, stat
     assert row_of(database, task_id) == before
 
 
-def test_anonymous_callers_see_nothing(database: Database, task_id: str) -> None:
-    """With the publishable key alone nobody reads or changes a row."""
+def test_anonymous_callers_have_no_access(database: Database, task_id: str) -> None:
+    """The publishable key alone does not allow to read or change a row."""
     before = row_of(database, task_id)
     for method, sent in (("GET", None), ("PATCH", {"status": "done"}), ("DELETE", None), ("POST", {})):
         answer = ask(database, method, f"{TABLE}?id=eq.{task_id}", None, json=sent)
@@ -120,8 +120,8 @@ def test_anonymous_callers_see_nothing(database: Database, task_id: str) -> None
     assert row_of(database, task_id) == before
 
 
-def test_users_see_their_own_rows_alone(database: Database, user: str, task_id: str) -> None:
-    """A user's list holds the user's own rows, another's does not."""
+def test_users_see_only_their_own_rows(database: Database, user: str, task_id: str) -> None:
+    """A user reads the user's own rows, and no other."""
     stranger = database.add_user()
     own = insert_row(database, stranger)
     seen = ask(database, "GET", f"{TABLE}?select=id", database.user_jwt(stranger)).json()
@@ -129,15 +129,15 @@ def test_users_see_their_own_rows_alone(database: Database, user: str, task_id: 
     assert {"id": task_id} in ask(database, "GET", f"{TABLE}?select=id", database.user_jwt(user)).json()
 
 
-def test_users_cannot_touch_others_rows(database: Database, user: str, task_id: str) -> None:
-    """Nobody updates, deletes, inserts for or gives a row to another user."""
+def test_users_cannot_change_others_rows(database: Database, user: str, task_id: str) -> None:
+    """A user cannot update, delete or insert another user's row, or transfer a row to another user."""
     stranger = database.add_user()
     jwt = database.user_jwt(stranger)
     before = row_of(database, task_id)
     assert ask(database, "PATCH", f"{TABLE}?id=eq.{task_id}", jwt, json={"status": "done"}).json() == []
     assert ask(database, "DELETE", f"{TABLE}?id=eq.{task_id}", jwt).json() == []
     row = {"user_id": user, "source_image_url": "uploads/x", "text_prompt": "cat"}
-    # Asking for the row back would need the right to read it, and so hide what the insert may do.
+    # Returning the row would need the right to read it, and hide whether the insert is allowed.
     unread = {"Prefer": "return=minimal"}
     assert ask(database, "POST", TABLE, jwt, json=row, headers=unread).json()["code"] == RIGHTS_MISSING
     own = insert_row(database, stranger)
@@ -147,13 +147,13 @@ def test_users_cannot_touch_others_rows(database: Database, user: str, task_id: 
 
 
 def test_users_may_delete_their_own(database: Database, user: str, task_id: str) -> None:
-    """A task's owner can delete it, also while it is processed."""
+    """A user can delete an own row."""
     deleted = ask(database, "DELETE", f"{TABLE}?id=eq.{task_id}&select=id", database.user_jwt(user))
     assert deleted.json() == [{"id": task_id}]
 
 
-def test_rows_go_with_their_user(database: Database) -> None:
-    """When an account is deleted, so are its tasks."""
+def test_rows_are_deleted_with_their_user(database: Database) -> None:
+    """Deleting an account deletes its tasks."""
     leaving = database.add_user()
     task_id = insert_row(database, leaving)
     database.execute("delete from auth.users where id = %s", leaving)
@@ -161,8 +161,8 @@ def test_rows_go_with_their_user(database: Database) -> None:
 
 
 @pytest.mark.parametrize("path", OTHER_TABLES)
-def test_parents_are_not_open(database: Database, user: str, path: str) -> None:
-    """The parent tables, where this repository makes them, show users no more than their own rows."""
+def test_parent_tables_show_own_rows_alone(database: Database, user: str, path: str) -> None:
+    """The parent tables that the migrations create show users only their own rows."""
     database.execute("insert into public.projects (user_id) values (%s)", user)
     stranger = database.user_jwt(database.add_user())
     nobody = ask(database, "GET", f"{path}?select=id", None)
@@ -172,15 +172,15 @@ def test_parents_are_not_open(database: Database, user: str, path: str) -> None:
 
 
 def test_realtime_publishes_the_table(database: Database) -> None:
-    """Users who watch their row hear of its updates."""
+    """The table is in the publication of Supabase Realtime, so that users receive its updates."""
     published = database.execute(
         "select tablename from pg_publication_tables where pubname = 'supabase_realtime'"
     )
     assert ("segmentation_results",) in published
 
 
-def test_users_write_their_rows_as_before(database: Database, user: str, task_id: str) -> None:
-    """A user may still set every column of a row but the lease's, and read all of it."""
+def test_users_may_write_all_other_columns(database: Database, user: str, task_id: str) -> None:
+    """A user may write every column of an own row but those of leases, and read all."""
     jwt = database.user_jwt(user)
     [row] = ask(database, "GET", f"{TABLE}?id=eq.{task_id}", jwt).json()
     written = {name: row[name] for name in row if name not in LEASE_COLUMNS}
@@ -195,7 +195,7 @@ def test_users_write_their_rows_as_before(database: Database, user: str, task_id
 
 @pytest.mark.parametrize("column", LEASE_COLUMNS)
 def test_users_cannot_write_leases(database: Database, user: str, task_id: str, column: str) -> None:
-    """Who holds a task is no column of its user's, neither at the insert nor later."""
+    """A user cannot write the columns of leases, at the insert or later."""
     jwt, before = database.user_jwt(user), row_of(database, task_id)
     value = {"attempt_id": str(uuid4()), "lease_s": 3600, "lease_until": "2099-01-01"}[column]
     row = {"user_id": user, "source_image_url": "uploads/x", "text_prompt": "cat", column: value}
@@ -211,15 +211,15 @@ def test_users_cannot_write_leases(database: Database, user: str, task_id: str, 
 
 
 @pytest.mark.parametrize("updated_at", ["infinity", "9999-12-31", "2001-01-01"])
-def test_no_row_is_inserted_with_a_time_of_its_own(database: Database, user: str, updated_at: str) -> None:
-    """updated_at is the database's from the insert on."""
+def test_insert_cannot_set_updated_at(database: Database, user: str, updated_at: str) -> None:
+    """The database sets updated_at at the insert too."""
     row = {"user_id": user, "source_image_url": "", "text_prompt": "", "updated_at": updated_at}
     [inserted] = ask(database, "POST", TABLE, database.user_jwt(user), json=row).json()
     assert abs(datetime.now(UTC) - datetime.fromisoformat(inserted["updated_at"])) < timedelta(minutes=1)
 
 
 def test_service_role_has_the_four_verbs(database: Database, user: str) -> None:
-    """The Edge and this server, with the secret key: insert, select, update and delete of every table."""
+    """The secret key allows to insert, select, update and delete in the table, and to read the others."""
     own = {"apikey": database.secret_key}
     row = {"user_id": user, "source_image_url": "uploads/x", "text_prompt": "cat"}
     [inserted] = ask(database, "POST", TABLE, None, json=row, **own).json()
@@ -231,8 +231,8 @@ def test_service_role_has_the_four_verbs(database: Database, user: str) -> None:
         assert ask(database, "GET", other, None, **own).status_code == httpx.codes.OK
 
 
-def test_users_have_projects(database: Database, user: str) -> None:
-    """The parent that this repository makes can be used by its users: all four verbs on their own."""
+def test_users_may_use_projects(database: Database, user: str) -> None:
+    """Users may insert, select, update and delete their own rows of the parent table."""
     jwt = database.user_jwt(user)
     [project] = ask(database, "POST", "projects", jwt, json={"user_id": user}).json()
     one = f"projects?id=eq.{project['id']}"
@@ -241,7 +241,7 @@ def test_users_have_projects(database: Database, user: str) -> None:
 
 
 def lease_of(database: Database, task_id: str) -> tuple[Any, ...]:
-    """The attempt, its lease, and how many seconds of it are left."""
+    """The attempt id, the length of its lease, and the rest of it in seconds."""
     [(attempt_id, lease_s, left_s)] = database.execute(
         "select attempt_id, lease_s, extract(epoch from lease_until - now())"
         " from public.segmentation_results where id = %s",
@@ -251,7 +251,7 @@ def lease_of(database: Database, task_id: str) -> tuple[Any, ...]:
 
 
 def test_lease_is_renewed_by_writing_it(database: Database, task_id: str) -> None:
-    """lease_s makes lease_until, again with the same value, and null ends it; other updates leave it."""
+    """Writing lease_s sets lease_until, with the same value too; null ends it; other updates keep it."""
     one, own = f"{TABLE}?id=eq.{task_id}", {"apikey": database.secret_key}
     claim = {"status": "processing", "attempt_id": "a", "lease_s": 60}
     for _ in range(2):
@@ -272,7 +272,7 @@ def make_lease_older(database: Database, task_id: str, seconds: float) -> None:
 
 
 def test_processing_without_a_lease_gets_one(database: Database, user: str, task_id: str) -> None:
-    """A row that its owner or an older server makes processing has a quarter of an hour, and its attempt."""
+    """A row that a user or an older server sets to processing gets 15 minutes, and the attempt id in it."""
     one, jwt, attempt_id = f"{TABLE}?id=eq.{task_id}", database.user_jwt(user), str(uuid4())
     for metadata, attempt in (
         ({}, None),
@@ -287,8 +287,8 @@ def test_processing_without_a_lease_gets_one(database: Database, user: str, task
     assert lease_of(database, inserted["id"]) == (None, None, pytest.approx(900, abs=3))
 
 
-def test_owner_cannot_take_a_live_lease(database: Database, user: str, task_id: str) -> None:
-    """Writing `processing` changes a lease only once it is over."""
+def test_user_cannot_change_a_valid_lease(database: Database, user: str, task_id: str) -> None:
+    """Writing `processing` changes a lease only once it has expired."""
     one, jwt = f"{TABLE}?id=eq.{task_id}", database.user_jwt(user)
     claim = {"status": "processing", "attempt_id": "a", "lease_s": 60}
     ask(database, "PATCH", one, None, json=claim, apikey=database.secret_key).raise_for_status()
@@ -300,18 +300,18 @@ def test_owner_cannot_take_a_live_lease(database: Database, user: str, task_id: 
     assert lease_of(database, task_id)[2] == pytest.approx(900, abs=3)
 
 
-def test_time_is_told_to_servers_alone(database: Database, user: str) -> None:
-    """The function behind leases answers the service role and the worker, and no user."""
+def test_time_function_is_for_servers_alone(database: Database, user: str) -> None:
+    """The service role and the worker's role may call the time function, and users may not."""
     path = "rpc/segmentation_results_now"
     for jwt in (database.service_role_key, database.role_jwt("sam3_worker")):
-        told = datetime.fromisoformat(ask(database, "GET", path, jwt).json())
-        assert abs(datetime.now(UTC) - told) < timedelta(minutes=1)
+        answered = datetime.fromisoformat(ask(database, "GET", path, jwt).json())
+        assert abs(datetime.now(UTC) - answered) < timedelta(minutes=1)
     for nobody in (None, database.user_jwt(user)):
         assert ask(database, "GET", path, nobody).json()["code"] == RIGHTS_MISSING
 
 
 def test_worker_settles_with_six_columns(database: Database, user: str, task_id: str) -> None:
-    """The least-privilege role claims and settles a row by the filters that this server uses."""
+    """The least-privilege role can claim and settle a row with this server's filters."""
     jwt = database.role_jwt("sam3_worker")
     guard = (
         f"{TABLE}?id=eq.{task_id}&user_id=eq.{user}&status=eq.pending&updated_at=gt.2001-01-01"
@@ -349,7 +349,7 @@ def test_worker_settles_with_six_columns(database: Database, user: str, task_id:
 def test_worker_can_do_nothing_else(
     database: Database, user: str, task_id: str, verb: str, sent: dict[str, str] | None
 ) -> None:
-    """Every other column and every other verb is refused, and the row stays."""
+    """Any other column and verb is refused, and the row does not change."""
     method, columns = verb.split()
     query = f"select={columns}" if method == "POST" else f"select={columns}&id=eq.{task_id}"
     if method == "POST" and sent is not None:
@@ -362,19 +362,19 @@ def test_worker_can_do_nothing_else(
 
 @pytest.mark.parametrize("path", OTHER_TABLES)
 def test_worker_sees_no_other_table(database: Database, path: str) -> None:
-    """The least-privilege role reads tasks alone."""
+    """The least-privilege role can read no other table."""
     assert ask(database, "GET", path, database.role_jwt("sam3_worker")).json()["code"] == RIGHTS_MISSING
 
 
-def test_users_cannot_become_the_worker(database: Database, user: str, task_id: str) -> None:
-    """The worker's policies hold for its own role alone: a user still sees no stranger's row."""
+def test_policies_of_the_worker_do_not_apply_to_users(database: Database, user: str, task_id: str) -> None:
+    """A user reads no other user's row after the worker's policies are applied."""
     stranger = database.add_user()
     assert ask(database, "GET", f"{TABLE}?id=eq.{task_id}", database.user_jwt(stranger)).json() == []
     assert len(ask(database, "GET", f"{TABLE}?id=eq.{task_id}", database.user_jwt(user)).json()) == 1
 
 
 def test_migrations_apply_again(database: Database, user: str, task_id: str) -> None:
-    """Applied to a database that has them, the migrations and the role's file change no row and no rule."""
+    """Applying the migrations and the role's file again changes no row and no rule."""
     before = row_of(database, task_id), _rules(database)
     for path in (*MIGRATIONS, WORKER_ROLE):
         database.execute(path.read_text())
@@ -383,7 +383,7 @@ def test_migrations_apply_again(database: Database, user: str, task_id: str) -> 
 
 
 def _rules(database: Database) -> list[list[tuple[Any, ...]]]:
-    """All that decides who may do what with the tables, and what is done beside it."""
+    """The policies, indexes, triggers, publications and grants of the tables."""
     return [
         database.execute(f"select {columns} from {catalogue} where schemaname = 'public' order by 1, 2")  # noqa: S608
         for columns, catalogue in [
@@ -410,15 +410,15 @@ def _rules(database: Database) -> list[list[tuple[Any, ...]]]:
 def before_leases(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Database]:
-    """A project to which the first migration alone was applied, with each default."""
+    """A project with the first migration alone, with each of the default grants."""
     with databases.database(
         tmp_path_factory.mktemp("before"), default_grants=request.param, migrations=MIGRATIONS[:1]
     ) as project:
         yield project
 
 
-def test_leases_come_to_a_project_with_rows(before_leases: Database, database: Database) -> None:
-    """Applied over the first migration, the second gives rows in work a lease, and makes the same rules."""
+def test_leases_are_added_to_a_project_with_rows(before_leases: Database, database: Database) -> None:
+    """The second migration gives processing rows a lease, and makes the same rules as on an empty project."""
     database, whole = before_leases, database
     user_id, attempt_id = database.add_user(), str(uuid4())
     tasks: dict[str, str] = {}
@@ -437,8 +437,8 @@ def test_leases_come_to_a_project_with_rows(before_leases: Database, database: D
         assert _rules(database) == _rules(whole)
 
 
-def test_column_that_came_later_gets_its_grant(before_leases: Database) -> None:
-    """A column that the application adds is its users' once the migration is applied again."""
+def test_column_of_the_application_gets_its_grant(before_leases: Database) -> None:
+    """Applying the migration again grants users a column that the application has added."""
     database = before_leases
     database.execute(MIGRATIONS[1].read_text())
     database.execute('alter table public.segmentation_results add column "Odd, note" text')
