@@ -45,7 +45,7 @@ ALLOWED = {
         *("bentoml_patches", "connections", "contract", "gate", "observability", "pipeline", "processes"),
         *("recovery", "sam3_runner", "startup", "stores", "version"),
     },
-    "commands": {"processes", "results", "sam3_runner", "settings"},
+    "commands": {"results", "sam3_runner", "settings"},
 }
 """Our modules that each part may import."""
 

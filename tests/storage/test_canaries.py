@@ -69,7 +69,9 @@ def test_redirects_are_not_followed() -> None:
     redirect = {"status": 301, "body": ERROR % b"PermanentRedirect"}
     with server(**redirect) as (url, seen):
         with pytest.raises((ClientError, RecursionError)):
-            client_of(url, without=("before-call.s3", r2._stay_in_region)).get_object(Bucket="b", Key="k")
+            client_of(url, without=("before-call.s3", r2._disable_region_redirect)).get_object(
+                Bucket="b", Key="k"
+            )
         assert len(seen) > 1
     with server(**redirect) as (url, seen):
         with pytest.raises(ClientError):
@@ -80,7 +82,9 @@ def test_redirects_are_not_followed() -> None:
 def test_no_100_continue_is_expected() -> None:
     """Without the change each upload has the header Expect."""
     with server() as (url, seen):
-        client_of(url, without=("before-send.s3", r2._drop_expect)).put_object(Bucket="b", Key="k", Body=b"x")
+        client_of(url, without=("before-send.s3", r2._remove_expect_header)).put_object(
+            Bucket="b", Key="k", Body=b"x"
+        )
         client_of(url).put_object(Bucket="b", Key="k", Body=b"x")
         assert ["expect" in headers for _, headers in seen] == [True, False]
 
@@ -90,6 +94,8 @@ def test_errors_that_are_cut_off_are_no_answers() -> None:
     cut = {"status": 403, "body": ERROR[:20], "missing_bytes": 60}
     with server(**cut) as (url, _):
         with pytest.raises(ClientError):
-            client_of(url, without=("before-parse.s3", r2._refuse_cut_errors)).get_object(Bucket="b", Key="k")
+            client_of(url, without=("before-parse.s3", r2._reject_truncated_errors)).get_object(
+                Bucket="b", Key="k"
+            )
         with pytest.raises(CutError):
             client_of(url).get_object(Bucket="b", Key="k")
