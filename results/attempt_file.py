@@ -7,7 +7,7 @@ A task and user have at most one attempt. An attempt is in one of three states:
     undelivered  it has an outcome that the task's row does not hold yet
 
 Times are those of `time.monotonic`, which all processes of a host share and nobody can set;
-`reset_after_restart` sets them anew when the host's clock may have another origin.
+`reset_after_restart` resets them, since the clock of another boot has another origin.
 """
 
 from __future__ import annotations

@@ -94,12 +94,7 @@ class ResultStore(Protocol):
         ...
 
     async def update_status(
-        self,
-        task_id: str,
-        status: Literal["error"],
-        *,
-        attempt_id: str,
-        error_message: str | None = None,
+        self, task_id: str, status: Status, *, attempt_id: str, error_message: str | None = None
     ) -> None:
         """Settle the task as "error", with a message for the user. Repeating the call is no error.
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
 
-from results.base import Claim, Row, StoredResult, Task
+from results.base import Claim, Row, Status, StoredResult, Task
 from results.errors import (
     AlreadySettled,
     AttemptLost,
@@ -119,12 +119,7 @@ class SqliteResults:
         await self._settle(task_id, attempt_id, "done", mask_url=mask_url, labels=labels, metadata=metadata)
 
     async def update_status(
-        self,
-        task_id: str,
-        status: Literal["error"],
-        *,
-        attempt_id: str,
-        error_message: str | None = None,
+        self, task_id: str, status: Status, *, attempt_id: str, error_message: str | None = None
     ) -> None:
         """See ResultStore."""
         if status != "error":

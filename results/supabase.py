@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from results.base import Claim, StoredResult, Task
+from results.base import Claim, Status, StoredResult, Task
 from results.errors import (
     AlreadySettled,
     AttemptLost,
@@ -101,12 +101,7 @@ class SupabaseResults:
         await self._settle(task_id, attempt_id, "done", mask_url=mask_url, labels=labels, metadata=metadata)
 
     async def update_status(
-        self,
-        task_id: str,
-        status: Literal["error"],
-        *,
-        attempt_id: str,
-        error_message: str | None = None,
+        self, task_id: str, status: Status, *, attempt_id: str, error_message: str | None = None
     ) -> None:
         """See ResultStore."""
         if status != "error":

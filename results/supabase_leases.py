@@ -143,7 +143,7 @@ class ColumnLeases:
 class MetadataLeases:
     """Leases in a table without our columns: the attempt's id in metadata, the lease's start in updated_at.
 
-    A user who edits the metadata of a task that is processed ends the attempt's right to settle it.
+    A user who edits the metadata of a task in processing ends the attempt's right to settle it.
     """
 
     columns: tuple[str, ...] = ()

@@ -46,7 +46,7 @@ async def test_given_up_task_is_allowed_after_a_change(host: Host) -> None:
         assert await outbox.find_given_up(task) is not None
     assert await outbox.find_given_up(replace(tasks[0], prompts=("dog",))) is None
     assert await outbox.find_given_up(tasks[0]) is None
-    # An image is identified by its bytes, not by its URL, which may be signed anew each time.
+    # An image is identified by its bytes, not by its URL, whose signature changes.
     assert await outbox.find_given_up(replace(tasks[1], source_image_url="uploads/user-1/dog")) is not None
     await outbox.remove_given_up(tasks[2].task_id)
     assert await outbox.find_given_up(tasks[2]) is None

@@ -54,7 +54,7 @@ async def test_task_waits_while_the_file_fails(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "damage",
     [
         "task = 'no JSON'",
         """task = '{"task_id": 3}'""",
@@ -63,13 +63,13 @@ async def test_task_waits_while_the_file_fails(host: Host) -> None:
         "outcome = '[', due_s = 0",
     ],
 )
-async def test_unreadable_attempt_is_set_aside(host: Host, spoil: str) -> None:
+async def test_unreadable_attempt_is_set_aside(host: Host, damage: str) -> None:
     """An attempt that is not readable is set aside, and the others are not affected."""
     outbox = host.process()
-    spoiled, whole = await record_and_claim(outbox, new_task()), await record_and_claim(outbox, new_task())
+    damaged, whole = await record_and_claim(outbox, new_task()), await record_and_claim(outbox, new_task())
     await requeue_for_r2(outbox, whole)
-    await requeue_for_r2(outbox, spoiled)
-    host.edit_file(f"UPDATE attempts SET {spoil} WHERE attempt_id = '{spoiled.attempt_id}'")  # noqa: S608
+    await requeue_for_r2(outbox, damaged)
+    host.edit_file(f"UPDATE attempts SET {damage} WHERE attempt_id = '{damaged.attempt_id}'")  # noqa: S608
     host.now_s += MAX_BACKOFF_S
     await outbox.deliver_due()
     await outbox.renew_leases(model_is_ready=True)

@@ -199,7 +199,7 @@ def test_link_that_replaces_a_folder_is_not_written_through(
     """While a folder alternates with a link, no mask is written or deleted outside."""
     outside = tmp_path / "outside"
     outside.mkdir()
-    (outside / "old.png").write_bytes(b"not ours")
+    (outside / "old.png").write_bytes(b"outside")
     name, done = root / "masks" / "user-1", threading.Event()
 
     def swap() -> None:

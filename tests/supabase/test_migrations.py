@@ -26,7 +26,7 @@ CHECK_VIOLATED = "23514"
 LEASE_COLUMNS = ["attempt_id", "lease_s", "lease_until"]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["granted to nobody", "granted to all"])
+@pytest.fixture(scope="module", params=[False, True], ids=["no default grants", "default grants"])
 def database(
     request: pytest.FixtureRequest, database: Database, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Database]:
@@ -165,8 +165,8 @@ def test_parent_tables_show_own_rows_alone(database: Database, user: str, path: 
     """The parent tables that the migrations create show users only their own rows."""
     database.execute("insert into public.projects (user_id) values (%s)", user)
     stranger = database.user_jwt(database.add_user())
-    nobody = ask(database, "GET", f"{path}?select=id", None)
-    assert nobody.json() == [] or nobody.json()["code"] == RIGHTS_MISSING
+    anonymous = ask(database, "GET", f"{path}?select=id", None)
+    assert anonymous.json() == [] or anonymous.json()["code"] == RIGHTS_MISSING
     assert len(ask(database, "GET", f"{path}?select=id", database.user_jwt(user)).json()) >= 1
     assert len(ask(database, "GET", f"{path}?select=id", stranger).json()) <= 1
 
@@ -306,8 +306,8 @@ def test_time_function_is_for_servers_alone(database: Database, user: str) -> No
     for jwt in (database.service_role_key, database.role_jwt("sam3_worker")):
         answered = datetime.fromisoformat(ask(database, "GET", path, jwt).json())
         assert abs(datetime.now(UTC) - answered) < timedelta(minutes=1)
-    for nobody in (None, database.user_jwt(user)):
-        assert ask(database, "GET", path, nobody).json()["code"] == RIGHTS_MISSING
+    for refused in (None, database.user_jwt(user)):
+        assert ask(database, "GET", path, refused).json()["code"] == RIGHTS_MISSING
 
 
 def test_worker_settles_with_six_columns(database: Database, user: str, task_id: str) -> None:
@@ -406,7 +406,7 @@ def _rules(database: Database) -> list[list[tuple[Any, ...]]]:
     ]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["granted to nobody", "granted to all"])
+@pytest.fixture(scope="module", params=[False, True], ids=["no default grants", "default grants"])
 def before_leases(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Database]:
