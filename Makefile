@@ -76,7 +76,7 @@ image: $(VENV)/dev ## Build the server's image by podman or docker (VARIANT=cu13
 .PHONY: audit
 audit: audit-secrets audit-licences audit-workflows audit-advisories ## Look for secrets, licences that are not allowed, unsafe workflows and known vulnerabilities
 
-# In all that is committed, now or before, and in what is not ignored. The words are keys of runs that are over, in README.md.
+# In all that is committed, now or before, and in what is not ignored. The words are keys of runs that have ended, in README.md.
 .PHONY: audit-secrets
 audit-secrets: $(VENV)/dev
 	git ls-files -coz --exclude-standard | xargs -0 $(BIN)/kingfisher scan --quiet --no-validate --no-update-check \
@@ -101,6 +101,19 @@ release: $(VENV)/dev ## Test, build and describe release VERSION=x.y.z (VARIANTS
 	$(BIN)/python -m deploy.release "$$VERSION" \
 		$(if $(VARIANTS),--variants $(VARIANTS)) $(if $(IMAGE),--image $(IMAGE)) \
 		$(if $(SKIP),--skip $(SKIP)) $(if $(CHECK_ONLY),--check-only)
+
+# Text, lines, boxes; GitHub's own colours for light and dark pages.
+DIAGRAM_LIGHT := 1f2328 59636e f6f8fa
+DIAGRAM_DARK := f0f6fc 9198a1 212830
+draw = dot -Tsvg -Gfontcolor='\#$(word 1,$(2))' -Gcolor='\#$(word 2,$(2))' \
+	-Nfontcolor='\#$(word 1,$(2))' -Ncolor='\#$(word 2,$(2))' -Nfillcolor='\#$(word 3,$(2))' \
+	-Efontcolor='\#$(word 1,$(2))' -Ecolor='\#$(word 2,$(2))' \
+	-o docs/diagrams/processes-$(1).svg docs/diagrams/processes.dot
+
+.PHONY: diagrams
+diagrams: ## Draw the pictures of docs/diagrams for light and dark pages (needs Graphviz)
+	$(call draw,light,$(DIAGRAM_LIGHT))
+	$(call draw,dark,$(DIAGRAM_DARK))
 
 .PHONY: train
 train: $(VENV)/dev ## Train the demo checkpoint anew (needs a GPU)
