@@ -12,15 +12,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 import results
 import sam3_runner
 import storage
+from sam3_runner.instances import SCORE_THRESHOLD
 from sam3_runner.invisible import is_invisible, trimmed
-from sam3_runner.prompts import CONTEXT_TOKENS
+from sam3_runner.prompts import CONTEXT_TOKENS, MAX_PROMPT_CHARACTERS, MAX_PROMPTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-MAX_PROMPTS = 10
-MAX_PROMPT_CHARACTERS = 200
-"""As sent, before the ends are stripped."""
 RETRY_AFTER_S = 2
 """For callers of a full or loading server."""
 INTERNAL_MESSAGE = "something went wrong on our side"
@@ -154,7 +152,7 @@ class InstanceModel(BaseModel):
     """One object that was found."""
 
     label: str = Field(description="the prompt that found it")
-    score: float = Field(description="0.5 to 1")
+    score: float = Field(description=f"{SCORE_THRESHOLD} to 1")
     box: tuple[float, float, float, float] = Field(
         description="x0, y0, x1, y1 in px of the image", examples=[[102.4, 88.1, 230.9, 216.0]]
     )

@@ -29,14 +29,14 @@ from contract import (
 from observability.log_lines import log_ids
 from observability.metrics import TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
-from sam3_runner import ModelNotLoaded, PromptTooLong, RunnerStopped
+from sam3_runner import ModelNotLoaded, RunnerStopped
 from sam3_runner.cpu_share import cpu_share
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import union_mask
 from sam3_runner.metrics import stage
-from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
+from sam3_runner.prompts import PromptTokenizer
 from storage import StorageUnavailable, mask_key
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ class Pipeline:
 
     def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
         for name, text in request.texts_by_field.items():
-            tokens = self._tokenizer.count(text)
-            if tokens > CONTEXT_TOKENS:
-                raise PromptTooLong(f"{name}: has {tokens} tokens; the model reads {CONTEXT_TOKENS}")
+            self._tokenizer.check_length(text, name=f"{name}:")
 
     async def _check_capacity(self) -> None:
         """Refuse before anything is claimed, so that the row stays as it is for the next attempt."""

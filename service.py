@@ -45,10 +45,10 @@ from processes import identity
 from processes.lifecycle import end_server, on_stop_signal, outlive_siblings
 from recovery import Recovery
 from sam3_runner import ModelNotLoaded
-from sam3_runner.checkpoint import SCORE_THRESHOLD
 from sam3_runner.client import RunnerClient
 from sam3_runner.cpu_share import cpu_share
 from sam3_runner.engine import EngineConfig
+from sam3_runner.instances import SCORE_THRESHOLD
 from sam3_runner.liveness import RunnerLiveness, write_identity
 from sam3_runner.runner import runner_service
 from startup import begin_process, expected_checkpoint, hub_source, prepare_deployment, settings_or_defaults

@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, HubSource
+from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from setting_text import TextRefused, checked_url, cleaned, hint, read_env_file, rule, shown, split_list
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ SUPABASE_REQUIRED = ("supabase_url", "supabase_service_key")
 SAM3_COMMIT = "3c879f39826c281e95690f02c7821c4de09afae7"
 """Of facebook/sam3 on the hub: its sam3.pt has 3,450,062,241 bytes and the sha256 9999e234...c3cf8c9e."""
 
-DEMO = "demo"
-"""In place of a path: the embedded demo checkpoint."""
 
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
 """A variable with such a prefix that is no setting is taken for a misspelt one, and refused."""
@@ -56,7 +56,7 @@ class WeightsSettings(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     sam3_weights_path: str = Field(
-        "weights/sam3.pt", description="the weights, or the word demo for the embedded demo checkpoint"
+        DEFAULT_WEIGHTS_PATH, description="the weights, or the word demo for the embedded demo checkpoint"
     )
     hf_token: SecretStr | None = Field(
         None, description="downloads the gated weights from the Hugging Face hub, where they are missing"
@@ -77,6 +77,12 @@ class WeightsSettings(BaseModel):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
             raise ValueError("must be owner/name, such as facebook/sam3")
         return value
+
+    @property
+    def hub_source(self) -> HubSource:
+        """The repository that missing weights are downloaded from."""
+        token = self.hf_token.get_secret_value() if self.hf_token else None
+        return HubSource(self.sam3_hf_repo, self.sam3_hf_revision, token)
 
 
 class DataSettings(BaseModel):
@@ -177,7 +183,9 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         description="a claimed task that waits longer for R2 or the model ends as error",
     )
     max_image_bytes: int = Field(10 * 1024 * 1024, ge=1, description="10 MB")
-    max_image_pixels: int = Field(2**26, ge=1, description="67 megapixels: phones' 50 are up to 8192 x 6144")
+    max_image_pixels: int = Field(
+        DEFAULT_MAX_PIXELS, ge=1, description="67 megapixels: phones' 50 are up to 8192 x 6144"
+    )
     max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
     metrics_and_docs: Literal["open", "key", "loopback"] | None = Field(
         None,

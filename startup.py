@@ -106,8 +106,8 @@ def prepare_deployment() -> None:
 
 def hub_source(settings: Settings) -> HubSource | None:
     """Where missing weights are downloaded from; None without a token."""
-    token = settings.hf_token.get_secret_value() if settings.hf_token else ""
-    return HubSource(settings.sam3_hf_repo, settings.sam3_hf_revision, token) if token else None
+    source = settings.hub_source
+    return source if source.token else None
 
 
 def expected_checkpoint(settings: Settings) -> Checkpoint:

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sam3_runner.checkpoint import HubSource
+from sam3_runner.checkpoint import DEMO
 from sam3_runner.download import download
 from sam3_runner.errors import WeightsError
 from settings import SettingsError, load_weights_settings
@@ -18,10 +18,9 @@ def main() -> None:
     logging.getLogger("stamina").setLevel(logging.ERROR)  # its line for a retry holds no reason
     try:
         read = load_weights_settings()
-        if read.sam3_weights_path == "demo":
+        if read.sam3_weights_path == DEMO:
             sys.exit("SAM3_WEIGHTS_PATH=demo is embedded: there is nothing to download")
-        token = read.hf_token.get_secret_value() if read.hf_token else None
-        download(Path(read.sam3_weights_path), HubSource(read.sam3_hf_repo, read.sam3_hf_revision, token))
+        download(Path(read.sam3_weights_path), read.hub_source)
     except (SettingsError, WeightsError) as error:
         sys.exit(str(error))
     print(f"{read.sam3_weights_path} is complete")  # noqa: T201 - it is a command

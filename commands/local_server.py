@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from sam3_runner.checkpoint import DEMO
 from settings import OWN_PREFIXES, Settings
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def clean_environment(data_dir: Path, api_key: str) -> dict[str, str]:
     }
     return inherited | {
         "ENV_FILE": os.devnull,
-        "SAM3_WEIGHTS_PATH": "demo",
+        "SAM3_WEIGHTS_PATH": DEMO,
         "DATA_DIR": str(data_dir),
         "API_SECRET_KEY": api_key,
         "BENTOML_DO_NOT_TRACK": "True",

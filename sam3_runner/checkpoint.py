@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and what its files say of it. Knows nothing of torch."""
+"""Finds a checkpoint's files and reads its configuration. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from sam3_runner.errors import WeightsError
 
+DEMO = "demo"
+"""In place of a path: the embedded demo checkpoint."""
 DEMO_FOLDER = Path(__file__).parent / "demo_checkpoint"
 CLIP_TOKENIZER_FILE = DEMO_FOLDER / "tokenizer.json"
-"""CLIP's whole vocabulary, which SAM 3 reads too; `sam3.pt` brings none."""
+"""CLIP's complete vocabulary, which SAM 3 uses as well; `sam3.pt` has no tokenizer."""
 
 DEFAULT_WEIGHTS_PATH = "weights/sam3.pt"
-SCORE_THRESHOLD = 0.5
-"""Instances above it are kept: `confidence_threshold` of the official Sam3Processor."""
 
 SAM3_SIDE_PX = 1008
 SAM3_VISION_EPS = 1e-5
-"""Of the vision encoder's LayerNorms in the official code; transformers' configuration says 1e-6."""
+"""Of the vision encoder's LayerNorms in the official code; transformers' configuration has 1e-6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Checkpoint:
     Attributes:
         weights_file: in any layout that `weights.py` reads.
         tokenizer_file: a `tokenizer.json`.
-        config: of `Sam3Config`, as config.json has it; what is missing is SAM 3's own.
-        name: what logs and `/api/v1/model/info` call it.
+        config: for `Sam3Config`, as in config.json; SAM 3's own values are the defaults.
+        name: its name in logs and in `/api/v1/model/info`.
         demo: it is the embedded demo checkpoint, which knows coloured shapes and nothing else.
     """
 
@@ -42,19 +42,19 @@ class Checkpoint:
 
     @property
     def input_side_px(self) -> int:
-        """Side of the square that the model takes."""
+        """Side of the model's square input."""
         return _side_px(self.config)
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """Where the weights come from.
+    """The repository that missing weights are downloaded from.
 
     Attributes:
         repo: `owner/name` on the hub that HF_ENDPOINT names, by default huggingface.co.
         revision: a commit, tag or branch.
-        token: of an account that was given access, printable ASCII (the HTTP client logs what it cannot
-            send); never shown.
+        token: of an account with access to the repository, in printable ASCII: the HTTP client logs a
+            header that it cannot encode. Not part of the repr.
     """
 
     repo: str
@@ -63,27 +63,27 @@ class HubSource:
 
 
 def is_missing(weights_path: str) -> bool:
-    """Nothing lies at `weights_path`, or a transformers folder without its weights."""
+    """Whether nothing exists at `weights_path`, or only a transformers folder without its weights."""
     path = Path(weights_path)
-    return weights_path != "demo" and not (path / "model.safetensors" if path.is_dir() else path).exists()
+    return weights_path != DEMO and not (path / "model.safetensors" if path.is_dir() else path).exists()
 
 
 def find_checkpoint(weights_path: str, *, to_be_downloaded: bool = False) -> Checkpoint:
     """Find the checkpoint that `weights_path` names.
 
-    It is `demo`, a file (`sam3.pt`, `model.safetensors`, a fine-tuned one), or a transformers folder
-    (config.json, model.safetensors, tokenizer.json). Beside a file, config.json and tokenizer.json are
-    read if they are there; else it is taken for a SAM 3 of the official size.
+    The path is `demo`, a file (`sam3.pt`, `model.safetensors`, a fine-tuned one), or a transformers folder
+    (config.json, model.safetensors, tokenizer.json). For a file, config.json and tokenizer.json are read
+    from the same folder if they exist; without them it is taken for a SAM 3 of the official size.
 
     Args:
         weights_path: as in the setting SAM3_WEIGHTS_PATH.
-        to_be_downloaded: what is not there yet is described as what it will be: Meta's own SAM 3.
+        to_be_downloaded: where nothing exists yet, describe Meta's SAM 3, which will be downloaded.
 
     Raises:
-        WeightsError: there is none, files are missing, or it lies in a folder that is closed to this process.
+        WeightsError: nothing is there, files are missing, or this process may not enter the folder.
     """
     try:
-        return _found(weights_path, to_be_downloaded=to_be_downloaded)
+        return _find(weights_path, to_be_downloaded=to_be_downloaded)
     except PermissionError as error:
         raise WeightsError(
             f"{error.filename} cannot be read ({error.strerror}): let this server's user enter the folders "
@@ -91,24 +91,24 @@ def find_checkpoint(weights_path: str, *, to_be_downloaded: bool = False) -> Che
         ) from error
 
 
-def _found(weights_path: str, *, to_be_downloaded: bool) -> Checkpoint:
-    if weights_path == "demo":
-        return _folder(DEMO_FOLDER, name="demo", demo=True)
+def _find(weights_path: str, *, to_be_downloaded: bool) -> Checkpoint:
+    if weights_path == DEMO:
+        return _from_folder(DEMO_FOLDER, name=DEMO, demo=True)
     path = Path(weights_path)
     if to_be_downloaded and is_missing(weights_path):
         weights_file = path if path.suffix else path / "model.safetensors"
         return Checkpoint(weights_file, CLIP_TOKENIZER_FILE, _official_config(), path.name)
     if path.is_dir():
-        return _folder(path, name=path.resolve().name)
+        return _from_folder(path, name=path.resolve().name)
     if path.exists():
-        return _file(path)
+        return _from_file(path)
     raise WeightsError(
         f"no weights at {path}: put sam3.pt or a transformers folder of SAM 3 there, or set HF_TOKEN to "
         "download them, or choose the embedded demo checkpoint with SAM3_WEIGHTS_PATH=demo"
     )
 
 
-def _folder(folder: Path, *, name: str, demo: bool = False) -> Checkpoint:
+def _from_folder(folder: Path, *, name: str, demo: bool = False) -> Checkpoint:
     files = [folder / each for each in ("config.json", "model.safetensors", "tokenizer.json")]
     for file in files:
         if not file.is_file():
@@ -116,7 +116,7 @@ def _folder(folder: Path, *, name: str, demo: bool = False) -> Checkpoint:
     return Checkpoint(files[1], files[2], _read_config(files[0]), name, demo)
 
 
-def _file(path: Path) -> Checkpoint:
+def _from_file(path: Path) -> Checkpoint:
     config_file, tokenizer_file = path.parent / "config.json", path.parent / "tokenizer.json"
     return Checkpoint(
         weights_file=path,
@@ -127,7 +127,7 @@ def _file(path: Path) -> Checkpoint:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The part of a config.json that `Sam3Config` takes."""
+    """The part of a config.json that describes a `Sam3Config`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         match config:
@@ -142,26 +142,26 @@ def _read_config(path: Path) -> dict[str, Any]:
         _side_px(config)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    found: dict[str, Any] = config
-    return found
+    sam3_config: dict[str, Any] = config
+    return sam3_config
 
 
 def _side_px(config: dict[str, Any]) -> int:
     side = _section(_section(config, "vision_config"), "backbone_config").get("image_size") or SAM3_SIDE_PX
     if not isinstance(side, int):
-        raise ValueError(f"image_size is {side!r}, not a number of pixels")  # noqa: TRY004 - as of bad JSON
+        raise ValueError(f"image_size is {side!r}, not a number of pixels")  # noqa: TRY004 - as for bad JSON
     return side
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name) or {}
     if not isinstance(section, dict):
-        raise ValueError(f"{name} is {section!r}, not an object")  # noqa: TRY004 - as of bad JSON
+        raise ValueError(f"{name} is {section!r}, not an object")  # noqa: TRY004 - as for bad JSON
     return section
 
 
 def _official_config(config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`config` with the official model's LayerNorm; without one, SAM 3 at its own size."""
+    """`config` with the official model's LayerNorm eps; without `config`, SAM 3 of the official size."""
     config = dict(config or {}) | {"model_type": "sam3"}
     vision = _section(config, "vision_config")
     backbone = {"model_type": "sam3_vit_model"} | _section(vision, "backbone_config")

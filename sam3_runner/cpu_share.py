@@ -1,7 +1,7 @@
 """How many cores this process may use: in a container often fewer than the host has.
 
-Two limits count: the cores that it may run on (affinity, cpuset), and the CPU quota of its cgroups. Python
-3.11 knows neither; `loky.cpu_count` looks at the topmost cgroup alone. Knows nothing of torch.
+Two limits apply: the cores that it may run on (affinity, cpuset), and the CPU quota of its cgroups. Python
+3.11 reads neither; `loky.cpu_count` reads the topmost cgroup only. Does not import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CpuShare:
     """What a process may use of its host's CPU.
 
     Attributes:
-        cores: cores' worth of time; a quota may be a fraction.
+        cores: cores' worth of CPU time; a quota may be a fraction.
         host_cores: cores of the host.
     """
 
@@ -31,7 +31,7 @@ class CpuShare:
 
     @property
     def threads(self) -> int:
-        """Threads that keep these cores busy: `cores` rounded up, at least 1."""
+        """Threads for these cores: `cores` rounded up, at least 1."""
         return max(1, math.ceil(self.cores))
 
     def __str__(self) -> str:
@@ -39,26 +39,26 @@ class CpuShare:
 
 
 def cpu_share() -> CpuShare:
-    """The share of this process now."""
+    """The current share of this process."""
     host_cores = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else host_cores
     return CpuShare(min(allowed, quota_cores()), host_cores)
 
 
 def quota_cores(root: Path = Path("/")) -> float:
-    """Cores' worth of time that the process' cgroups grant, the tightest of them; infinity without a quota.
+    """Cores' worth of CPU time in the smallest quota of the process' cgroups; infinity without a quota.
 
     Args:
         root: of the file system with /proc and the cgroups, of either version.
     """
     try:
         return min((_quota(folder) for folder in _cgroup_folders(root)), default=math.inf)
-    except OSError:  # no /proc, so no Linux
+    except OSError:  # no /proc: not Linux
         return math.inf
 
 
 def _cgroup_folders(root: Path) -> Iterator[Path]:
-    """The process' own cgroups and those above them, as far as they are mounted."""
+    """The process' own cgroups and their parents, up to the mount point."""
     own = _own_cgroups(root)
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         mount, _, file_system = line.partition(" - ")
@@ -76,7 +76,7 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
 
 
 def _own_cgroups(root: Path) -> dict[str, str]:
-    """The path of the process' cgroup by controller; version 2 has one for all, under an empty name."""
+    """Path of the process' cgroup for each controller; version 2 has one for all, under an empty name."""
     own: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -85,7 +85,7 @@ def _own_cgroups(root: Path) -> dict[str, str]:
 
 
 def _below(mount_root: str, cgroup: str | None) -> PurePosixPath:
-    """Where a cgroup lies below the mount; the mount itself when it is not seen there, as in a container."""
+    """Path of a cgroup below the mount; empty when it is not visible there, as in a container."""
     path = PurePosixPath(cgroup or "/")
     if ".." in path.parts or not path.is_relative_to(mount_root):
         return PurePosixPath()
@@ -99,5 +99,5 @@ def _quota(folder: Path) -> float:
         quota, period = version_1.read_text(), (folder / "cpu.cfs_period_us").read_text()
     else:
         return math.inf
-    # Without a quota version 2 says max, version 1 says -1.
+    # Without a quota version 2 has max, version 1 has -1.
     return int(quota) / int(period) if quota.strip().isdecimal() else math.inf

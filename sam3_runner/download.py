@@ -1,8 +1,8 @@
-"""Brings SAM 3's gated weights from the Hugging Face hub to the path where they are looked for.
+"""Downloads SAM 3's gated weights from the Hugging Face hub to the path where the server reads them.
 
-`hf_hub_download` and hf-xet throw a broken download away, so only the hub's look-up and its plain HTTP
-transfer are used: what was fetched stays beside the target, and any later start goes on there by Range.
-Knows nothing of torch.
+`hf_hub_download` and hf-xet delete the part of a file that arrived before an error. So only the hub's
+look-up and its plain HTTP transfer are used: the part stays beside the target, and the next attempt resumes
+it with a Range request. Does not import torch.
 """
 
 from __future__ import annotations
@@ -50,20 +50,21 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".download.lock"
 FOLDER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-"""The weights last: without them a folder does not look complete."""
+"""The weights last: a folder without them counts as missing."""
 
-TRIES = 5
-FIRST_WAIT_S = 0.5
-LOG_EVERY_S = 30.0
-TOO_BUSY = (408, 429)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHECKSUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+MAX_ATTEMPTS = 5
+FIRST_RETRY_WAIT_S = 0.5
+LOG_INTERVAL_S = 30.0
+RETRYABLE_STATUSES = (408, 429)
+"""Beside those from 500 on."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKSUM_PATTERN = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 """The hub's ETags: the sha256 of a large file, git's own hash of a small one."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Remote:
-    """One file on the hub, at one commit, and where it goes."""
+class _RemoteFile:
+    """One file on the hub, at one commit, and its target path."""
 
     name: str
     url: str
@@ -73,21 +74,21 @@ class _Remote:
     path: Path
 
     @property
-    def part(self) -> Path:
-        """What was fetched so far; another content never goes on in it."""
+    def partial_path(self) -> Path:
+        """The bytes that have arrived; the name holds the checksum, so no other content is resumed."""
         return self.path.with_name(f".{self.path.name}.{self.checksum[:16]}.part")
 
     @property
     def missing_bytes(self) -> int:
-        """What is not in `part` yet."""
-        return self.size_bytes - (self.part.stat().st_size if self.part.exists() else 0)
+        """Bytes that have not arrived yet."""
+        return self.size_bytes - (self.partial_path.stat().st_size if self.partial_path.exists() else 0)
 
 
 def files_for(target: Path) -> dict[str, Path]:
-    """Names on the hub and the paths where they go, the weights last.
+    """Names on the hub and their target paths, the weights last.
 
     Args:
-        target: `.pt` and `.safetensors` are files, a path without a suffix is a transformers folder.
+        target: a `.pt` or `.safetensors` file; without a suffix, a transformers folder.
 
     Raises:
         WeightsError: it has another suffix.
@@ -107,21 +108,21 @@ def files_for(target: Path) -> dict[str, Path]:
 
 
 def download(target: Path, source: HubSource, on_progress: OnProgress | None = None) -> None:
-    """Fetch what `target` still lacks. Files that are there are kept, and nothing is asked for them.
+    """Download the files of `target` that are missing. Without a missing file, no request is sent.
 
-    Each file appears at its path whole and with its checksum verified, or not at all. Processes that
-    start at once wait for the first of them.
+    A file appears at its path only when it is complete and its checksum is verified. Processes that start
+    together wait for the first of them.
 
     Args:
-        target: as `files_for` takes it.
-        source: the repository; its files are all taken from one commit.
-        on_progress: told bytes that are there and bytes in all, of the files that were missing.
+        target: as for `files_for`.
+        source: the repository; all files are taken from one commit.
+        on_progress: called with the bytes that have arrived and the total bytes, of the missing files.
 
     Raises:
-        HubUnavailable: the hub or its store is away after five tries; what was fetched is kept.
-        WeightsError: the sentence that says what to do; what was fetched is kept.
+        HubUnavailable: the hub or its store is unavailable after five attempts; what arrived is kept.
+        WeightsError: any other failure; the message says what to do, and what arrived is kept.
     """
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs URLs, and the store's are signed
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs URLs, and those of the store are signed
     files = files_for(target)
     folder = next(iter(files.values())).parent
     try:
@@ -129,38 +130,38 @@ def download(target: Path, source: HubSource, on_progress: OnProgress | None = N
         with WeakFileLock(folder / LOCK_NAME):
             missing = {name: path for name, path in files.items() if not path.is_file()}
             remotes = _look_up(missing, source)
-            _check_room(folder, remotes)
+            _check_disk_space(folder, remotes)
             _fetch_all(remotes, source, on_progress or (lambda _done, _total: None))
     except (httpx2.HTTPError, httpx2.InvalidURL, HFValidationError, OSError) as error:
-        kind = HubUnavailable if _may_pass(error) else WeightsError
-        raise kind(_sentence(error, target, source)) from error
+        kind = HubUnavailable if _is_transient(error) else WeightsError
+        raise kind(_message(error, target, source)) from error
 
 
-def _look_up(files: Mapping[str, Path], source: HubSource) -> list[_Remote]:
-    """What the hub says of `files`; it sends none of them to who may not read them."""
-    remotes: list[_Remote] = []
+def _look_up(files: Mapping[str, Path], source: HubSource) -> list[_RemoteFile]:
+    """The hub's metadata of `files`; the hub refuses it to accounts without access."""
+    remotes: list[_RemoteFile] = []
     for name, path in files.items():
         revision = remotes[0].commit if remotes else source.revision
         url = hf_hub_url(source.repo, name, revision=revision)
-        told = _tried(partial(get_hf_file_metadata, url, token=source.token or False))
-        checksum = told.etag or ""
-        if told.commit_hash is None or told.size is None or not CHECKSUM.fullmatch(checksum):
+        metadata = _call_with_retries(partial(get_hf_file_metadata, url, token=source.token or False))
+        commit, size_bytes, checksum = metadata.commit_hash, metadata.size, metadata.etag or ""
+        if commit is None or size_bytes is None or not CHECKSUM_PATTERN.fullmatch(checksum):
             raise WeightsError(
-                f"{constants.ENDPOINT} does not tell commit, size and checksum of {name} as a Hugging Face "
+                f"{constants.ENDPOINT} does not send commit, size and checksum of {name} as a Hugging Face "
                 "hub does: set HF_ENDPOINT to one that does, or unset it"
             )
-        pinned = hf_hub_url(source.repo, name, revision=told.commit_hash)
-        remotes.append(_Remote(name, pinned, told.commit_hash, told.size, checksum, path))
+        pinned_url = hf_hub_url(source.repo, name, revision=commit)
+        remotes.append(_RemoteFile(name, pinned_url, commit, size_bytes, checksum, path))
     return remotes
 
 
-def _check_room(folder: Path, remotes: list[_Remote]) -> None:
+def _check_disk_space(folder: Path, remotes: list[_RemoteFile]) -> None:
     missing_bytes = sum(remote.missing_bytes for remote in remotes)
     if missing_bytes > shutil.disk_usage(folder).free:
-        raise WeightsError(_no_room(folder, missing_bytes))
+        raise WeightsError(_disk_full_message(folder, missing_bytes))
 
 
-def _fetch_all(remotes: list[_Remote], source: HubSource, on_progress: OnProgress) -> None:
+def _fetch_all(remotes: list[_RemoteFile], source: HubSource, on_progress: OnProgress) -> None:
     headers = build_hf_headers(token=source.token or False)
     total_bytes = sum(remote.size_bytes for remote in remotes)
     done_bytes = 0
@@ -172,140 +173,140 @@ def _fetch_all(remotes: list[_Remote], source: HubSource, on_progress: OnProgres
         _fetch(remote, headers, report)
         done_bytes += remote.size_bytes
         logger.info(
-            "%s of %s, commit %s, lies at %s: %s, checksum %s verified",
+            "%s of %s, commit %s, is at %s: %s, checksum %s verified",
             remote.name,
             source.repo,
             remote.commit,
             remote.path,
-            _size(remote.size_bytes),
+            _format_size(remote.size_bytes),
             remote.checksum,
         )
 
 
-def _fetch(remote: _Remote, headers: dict[str, str], report: Callable[[int], None]) -> None:
+def _fetch(remote: _RemoteFile, headers: dict[str, str], report: Callable[[int], None]) -> None:
     for other in remote.path.parent.glob(f".{remote.path.name}.*.part"):
-        if other != remote.part:
+        if other != remote.partial_path:
             other.unlink()
     try:
-        _tried(partial(_transfer, remote, headers, report))
+        _call_with_retries(partial(_transfer, remote, headers, report))
     except OSError as error:
-        if error.errno in NO_ROOM:
-            why = _no_room(remote.part.parent, remote.missing_bytes)
-            raise WeightsError(f"{why} ({error.strerror})") from error
+        if error.errno in DISK_FULL_ERRNOS:
+            message = _disk_full_message(remote.path.parent, remote.missing_bytes)
+            raise WeightsError(f"{message} ({error.strerror})") from error
         raise
-    if _checksum(remote.part, remote.checksum) != remote.checksum:
-        remote.part.unlink()
+    if _checksum(remote.partial_path, remote.checksum) != remote.checksum:
+        remote.partial_path.unlink()
         raise WeightsError(
-            f"{remote.name} came damaged: its checksum is not {remote.checksum}, which {constants.ENDPOINT} "
-            "tells; it was deleted, so start again, and if that does not help look at the proxy or mirror"
+            f"{remote.name} arrived damaged: its checksum is not {remote.checksum}, as {constants.ENDPOINT} "
+            "says; it was deleted, so start again, and if that does not help check the proxy or mirror"
         )
-    remote.part.replace(remote.path)
+    remote.partial_path.replace(remote.path)
 
 
-def _transfer(remote: _Remote, headers: dict[str, str], report: Callable[[int], None]) -> None:
-    with remote.part.open("ab") as part:
-        if part.tell() > remote.size_bytes:  # more came than was told: nothing to go on from
-            part.seek(0)
-            part.truncate()
+def _transfer(remote: _RemoteFile, headers: dict[str, str], report: Callable[[int], None]) -> None:
+    with remote.partial_path.open("ab") as file:
+        if file.tell() > remote.size_bytes:  # more bytes than the file has: it cannot be resumed
+            file.seek(0)
+            file.truncate()
         http_get(
             remote.url,
-            part,
-            resume_size=part.tell(),
-            # Compressed, it could not be resumed.
+            file,
+            resume_size=file.tell(),
+            # A compressed transfer could not be resumed.
             headers=headers | {"Accept-Encoding": "identity"},
             expected_size=remote.size_bytes,
             displayed_filename=remote.name,
             tqdm_class=cast("type[tqdm[Any]]", partial(_Progress, report=report)),
         )
-        part.flush()
-        os.fsync(part.fileno())
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _tried(once: Callable[[], _T]) -> _T:
-    """`http_get` tries again by itself, but not after a reset connection or an error of the server."""
+def _call_with_retries(function: Callable[[], _T]) -> _T:
+    """Call `function` up to five times. `http_get` itself retries neither a reset connection nor a 5xx."""
     for attempt in stamina.retry_context(
-        on=_may_pass, attempts=TRIES, timeout=None, wait_initial=FIRST_WAIT_S
+        on=_is_transient, attempts=MAX_ATTEMPTS, timeout=None, wait_initial=FIRST_RETRY_WAIT_S
     ):
         with attempt:
-            return once()
-    raise AssertionError("stamina tries at least once")
+            return function()
+    raise AssertionError("stamina makes at least one attempt")
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in TOO_BUSY or error.response.status_code >= 500
+        return error.response.status_code in RETRYABLE_STATUSES or error.response.status_code >= 500
     return isinstance(error, httpx2.NetworkError | httpx2.TimeoutException | httpx2.RemoteProtocolError)
 
 
 class _Progress(tqdm):  # type: ignore[type-arg]
-    """What `http_get` counts with: a bar on a terminal, lines in a log elsewhere."""
+    """The progress of `http_get`: a bar on a terminal, log lines elsewhere."""
 
     def __init__(self, *, report: Callable[[int], None], **options: Any) -> None:
-        super().__init__(**options, disable=None)  # None: where stderr is no terminal
+        super().__init__(**options, disable=None)  # None: disabled where stderr is no terminal
         self._report = report
         self._name = options["desc"]
-        self._begun_bytes = options["initial"]
-        self._begun_s = self._said_s = time.monotonic()
-        self._said_tenths = self._tenths
+        self._initial_bytes = options["initial"]
+        self._start_s = self._logged_s = time.monotonic()
+        self._logged_tenths = self._tenths
 
     def update(self, n: float | None = 1) -> bool | None:
         """Count `n` bytes more."""
-        shown = super().update(n)
+        displayed = super().update(n)
         if self.disable:
             self.n += n or 0
-            self._say()
+            self._log()
         self._report(int(self.n))
-        return shown
+        return displayed
 
     @property
     def _tenths(self) -> int:
         return int(self.n * 10 // (self.total or 1))
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         now_s = time.monotonic()
-        if self._tenths == self._said_tenths and now_s - self._said_s < LOG_EVERY_S:
+        if self._tenths == self._logged_tenths and now_s - self._logged_s < LOG_INTERVAL_S:
             return
-        self._said_tenths, self._said_s = self._tenths, now_s
-        bytes_per_s = (self.n - self._begun_bytes) / max(now_s - self._begun_s, 1e-3)
+        self._logged_tenths, self._logged_s = self._tenths, now_s
+        bytes_per_s = (self.n - self._initial_bytes) / max(now_s - self._start_s, 1e-3)
         logger.info(
             "downloading %s: %d %% of %s, %s/s, %s left",
             self._name,
             self.n * 100 // (self.total or 1),
-            _size(self.total or 0),
-            _size(bytes_per_s),
+            _format_size(self.total or 0),
+            _format_size(bytes_per_s),
             tqdm.format_interval(((self.total or 0) - self.n) / max(bytes_per_s, 1)),
         )
 
 
-def _checksum(path: Path, like: str) -> str:
-    """Of the kind that `like` is: sha256, or git's hash of a small file."""
+def _checksum(path: Path, expected: str) -> str:
+    """The checksum of a file, of the same kind as `expected`: sha256, or git's hash of a small file."""
     with path.open("rb") as file:
-        if len(like) == 64:
+        if len(expected) == 64:
             return hashlib.file_digest(file, "sha256").hexdigest()
         return git_hash(file.read())
 
 
-def _sentence(error: Exception, target: Path, source: HubSource) -> str:
+def _message(error: Exception, target: Path, source: HubSource) -> str:
     by_hand = f"copy the files to {target} by hand"
     match error:
         case OfflineModeIsEnabled():
             return f"{target} is missing and HF_HUB_OFFLINE forbids to download it: unset it, or {by_hand}"
         case HFValidationError():
-            return f"SAM3_HF_REPO={source.repo} is no repository's name, which is owner/name"
+            return f"SAM3_HF_REPO={source.repo} is not the name of a repository, which is owner/name"
         case HfHubHTTPError():
-            return _refusal(error, source)
+            return _http_error_message(error, source)
         case httpx2.HTTPError() | httpx2.InvalidURL():
             return (
                 f"the hub at {constants.ENDPOINT} or its store does not answer ({_reason(error)}): check "
-                f"network, DNS, proxy and HF_ENDPOINT (what was fetched is kept), or {by_hand}"
+                f"network, DNS, proxy and HF_ENDPOINT (what arrived is kept), or {by_hand}"
             )
         case OSError(errno=int()):
-            return f"{target} cannot be written ({_reason(error)}): set SAM3_WEIGHTS_PATH to where it can"
+            return f"{target} cannot be written ({_reason(error)}): set SAM3_WEIGHTS_PATH to a writable path"
         case _:
-            return f"{source.repo} sent another number of bytes than it told: start again, or {by_hand}"
+            return f"{source.repo} sent another number of bytes than it announced: start again, or {by_hand}"
 
 
-def _refusal(error: HfHubHTTPError, source: HubSource) -> str:
+def _http_error_message(error: HfHubHTTPError, source: HubSource) -> str:
     status, url = error.response.status_code, error.response.url
     page = f"{constants.ENDPOINT}/{source.repo}"
     if isinstance(error, RevisionNotFoundError):
@@ -314,17 +315,17 @@ def _refusal(error: HfHubHTTPError, source: HubSource) -> str:
         name = url.path.rpartition("/")[2]
         return f"{page} has no {name} at revision {source.revision}: check SAM3_HF_REPO"
     if status in (401, 403, 404) and str(url).startswith(f"{constants.ENDPOINT}/"):
-        return _denial(error, page, has_token=source.token is not None)
-    return f"{url.host} answers {status} to the download from {page}: later it may not"
+        return _access_error_message(error, page, has_token=source.token is not None)
+    return f"{url.host} answers {status} to the download from {page}: try again later"
 
 
-def _denial(error: HfHubHTTPError, page: str, *, has_token: bool) -> str:
+def _access_error_message(error: HfHubHTTPError, page: str, *, has_token: bool) -> str:
     if error.response.status_code == 401:
         fault = "does not accept HF_TOKEN, which is wrong or expired" if has_token else "needs HF_TOKEN"
         return f"{page} {fault}: make one at {constants.ENDPOINT}/settings/tokens"
     if isinstance(error, GatedRepoError):
         return (
-            f"access to {page} is gated, and not given to HF_TOKEN's account: ask for it there (it is "
+            f"access to {page} is gated, and not granted to HF_TOKEN's account: ask for it there (it is "
             "granted by hand), and let a fine-grained token read public gated repositories"
         )
     return f"there is no {page}, or HF_TOKEN may not read it: check SAM3_HF_REPO and the token's rights"
@@ -334,12 +335,12 @@ def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
-def _no_room(folder: Path, missing_bytes: int) -> str:
+def _disk_full_message(folder: Path, missing_bytes: int) -> str:
     return (
-        f"{folder} has no room for the weights: {_size(missing_bytes)} more are needed and "
-        f"{_size(shutil.disk_usage(folder).free)} are free; make room or set SAM3_WEIGHTS_PATH elsewhere"
+        f"{folder} has no room for the weights: {_format_size(missing_bytes)} more are needed and "
+        f"{_format_size(shutil.disk_usage(folder).free)} are free; free some or set another SAM3_WEIGHTS_PATH"
     )
 
 
-def _size(number_of_bytes: float) -> str:
-    return f"{tqdm.format_sizeof(number_of_bytes)}B"
+def _format_size(size_bytes: float) -> str:
+    return f"{tqdm.format_sizeof(size_bytes)}B"

@@ -1,6 +1,6 @@
-"""The life of one predictor inside a server: loading in the background, batches, one outcome an item.
+"""One predictor inside a server: it loads in the background and runs batches, with one outcome per request.
 
-Knows nothing of BentoML; torch is imported by the loading thread, never at import.
+Does not import BentoML. Only the loading thread imports torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sam3_runner.errors import (
     SAM3Error,
 )
 from sam3_runner.images.square import SquareImage
-from sam3_runner.memory import telling_full_memory
+from sam3_runner.memory import out_of_memory_as
 from sam3_runner.metrics import (
     BATCH_FALLBACKS,
     BATCH_REQUESTS,
@@ -51,23 +51,23 @@ logger = logging.getLogger(__name__)
 WARM_UP_PROMPTS = ("warm up", "twice")
 
 LOADING = "the model is loading"
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
-"""Between tries to load, where the next one may do better: each wait is twice the one before."""
-MEMORY_PATIENCE_S = 300.0
-"""Tries go on so long while the GPU's memory is full: who has it may be a server that is just ending."""
+FIRST_RETRY_WAIT_S, MAX_RETRY_WAIT_S = 1.0, 30.0
+"""Between attempts to load where a retry may succeed: each wait is twice the one before."""
+FULL_MEMORY_RETRY_S = 300.0
+"""Attempts continue this long while the GPU's memory is full: a server may be about to stop and free it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the engine needs to know.
+    """Configuration of the engine.
 
     Attributes:
-        weights_path: as `SAM3Predictor` takes it.
+        weights_path: as for `SAM3Predictor`.
         device: `cuda`, `cpu`, or None for cuda if there is one.
-        cpu_threads: threads of one operation where the model runs on the CPU; None: one a core
-            that this process may use.
+        cpu_threads: threads of one operation where the model runs on the CPU; None: one per core that this
+            process may use.
         max_batch: most requests in one pass.
-        hub: brings the weights if nothing lies at their path; None: that is an error.
+        hub: source of the weights if nothing exists at their path; None: that is an error.
     """
 
     weights_path: str
@@ -84,9 +84,9 @@ class SegmentRequest:
     Attributes:
         prompts: texts of at most 32 tokens.
         deadline_s: on the clock of `time.monotonic`, which all processes of a host share.
-        sent_s: when it was sent, on that clock.
-        log_ids: fields of what is logged of it.
-        trace_parent: the trace that it is a part of; empty where it is not traced.
+        sent_s: time of sending, on that clock.
+        log_ids: fields for log lines about this request.
+        trace_parent: context of its trace; empty where there is no trace.
     """
 
     image: SquareImage
@@ -102,7 +102,7 @@ class SegmentOutcome:
     """Exactly one of `results` and `error` is set.
 
     Attributes:
-        results: one a prompt, in their order.
+        results: one per prompt, in their order.
         error: a `SAM3Error`.
         inference_ms: time of the pass that this request shared.
     """
@@ -114,10 +114,10 @@ class SegmentOutcome:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What `/health` and `/api/v1/model/info` tell; the model's facts are None until it is loaded.
+    """Content of `/health` and `/api/v1/model/info`; the model's fields are None until it is loaded.
 
     Attributes:
-        detail: a sentence, unless the state is ok: what is going on, or what went wrong.
+        detail: a sentence unless the state is ok: the current step, or the error.
     """
 
     state: Literal["loading", "ok", "error"]
@@ -143,75 +143,75 @@ class Engine:
         self._config = config
         self._predictor: SAM3Predictor | None = None
         self._error: str | None = None
-        self._doing = LOADING
+        self._progress = LOADING
         self._model_facts: dict[str, Any] = {}
 
     def start(self, on_failure: Callable[[], None] | None = None) -> None:
-        """Load and warm up in the background; `ready` tells when it is done.
+        """Load and warm up in the background; `ready` becomes true at the end.
 
-        While the hub is away it is tried again without end, and while the GPU's memory is full for five
-        minutes. Whatever else goes wrong will not pass by itself.
+        While the hub is unavailable, attempts continue without limit; while the GPU's memory is full, for
+        five minutes. Any other error is final.
 
         Args:
-            on_failure: is called, in the thread that loads, when the model will never be ready.
+            on_failure: called in the loading thread after a final error.
         """
         threading.Thread(target=self._load, args=(on_failure,), name="load-weights", daemon=True).start()
 
     @property
     def ready(self) -> bool:
-        """The weights are in and the warm-up is done."""
+        """The weights are loaded and the warm-up is done."""
         return self._predictor is not None
 
     def status(self) -> EngineStatus:
-        """Cheap: never waits for a running batch."""
+        """The current state. Cheap: does not wait for a running batch."""
         if self._error is not None:
             return EngineStatus(state="error", detail=self._error)
         if self._predictor is None:
-            return EngineStatus(state="loading", detail=self._doing)
+            return EngineStatus(state="loading", detail=self._progress)
         return EngineStatus(state="ok", **self._model_facts, **_vram(self._predictor))
 
     def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
-        """One outcome a request, in their order. Never raises."""
+        """One outcome per request, in their order. Never raises."""
         predictor = self._predictor
         if predictor is None:
-            error = ModelNotLoaded(self._error or self._doing)
+            error = ModelNotLoaded(self._error or self._progress)
             return [SegmentOutcome(error=error) for _ in requests]
         now_s = time.monotonic()
-        alive = [request for request in requests if request.deadline_s > now_s]
-        done = iter(_run(predictor, alive) if alive else [])
-        late = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
-        return [next(done) if request.deadline_s > now_s else late for request in requests]
+        pending = [request for request in requests if request.deadline_s > now_s]
+        outcomes = iter(_run_batch(predictor, pending) if pending else [])
+        expired = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
+        return [next(outcomes) if request.deadline_s > now_s else expired for request in requests]
 
     def _load(self, on_failure: Callable[[], None] | None) -> None:
         try:
-            self._predictor = self._patiently_loaded()
+            self._predictor = self._load_with_retries()
         except SAM3Error as error:
             self._error = str(error)
-            logger.error("the model cannot be loaded: %s", error)  # noqa: TRY400 - the sentence says it all
-        except Exception as error:  # the thread's end: whatever it is, the server must say so
+            logger.error("the model cannot be loaded: %s", error)  # noqa: TRY400 - the message is complete
+        except Exception as error:  # the thread ends here: the status must report any error
             self._error = f"the model cannot be loaded: {type(error).__name__}"
             logger.exception("the model cannot be loaded")
         if self._error is not None and on_failure is not None:
             on_failure()
 
-    def _patiently_loaded(self) -> SAM3Predictor:
+    def _load_with_retries(self) -> SAM3Predictor:
         started_s = time.monotonic()
-        wait_s = FIRST_WAIT_S
+        wait_s = FIRST_RETRY_WAIT_S
         while True:
             try:
-                return self._loaded_predictor()
+                return self._load_once()
             except HubUnavailable as error:
-                self._doing = str(error)
+                self._progress = str(error)
             except DeviceFull as error:
-                if time.monotonic() - started_s > MEMORY_PATIENCE_S:
+                if time.monotonic() - started_s > FULL_MEMORY_RETRY_S:
                     raise
-                self._doing = str(error)
-            _give_memory_back()
-            logger.warning("the model is not loaded yet: %s; another try in %.0f s", self._doing, wait_s)
+                self._progress = str(error)
+            _release_gpu_memory()
+            logger.warning("the model is not loaded yet: %s; next attempt in %.0f s", self._progress, wait_s)
             time.sleep(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            wait_s = min(2 * wait_s, MAX_RETRY_WAIT_S)
 
-    def _loaded_predictor(self) -> SAM3Predictor:
+    def _load_once(self) -> SAM3Predictor:
         import torch  # noqa: PLC0415 - only the runner's process may load it
 
         from sam3_runner.predictor import SAM3Predictor  # noqa: PLC0415
@@ -219,13 +219,13 @@ class Engine:
         torch.set_num_threads(self._config.cpu_threads or cpu_share().threads)
         if self._config.hub is not None and is_missing(self._config.weights_path):
             self._download(self._config.hub)
-        self._doing = LOADING
+        self._progress = LOADING
         started_s = time.monotonic()
         checkpoint = find_checkpoint(self._config.weights_path)
         predictor = SAM3Predictor(self._config.weights_path, self._config.device)
-        # The sum of 3.4 GB takes seconds: beside the loading, not after it.
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            digest = beside.submit(_sha256, checkpoint.weights_file)
+        # The checksum of 3.4 GB takes seconds, so it is computed while the model loads.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            digest = executor.submit(_sha256, checkpoint.weights_file)
             predictor.load()
             read_s = time.monotonic() - started_s
             self._model_facts = {
@@ -253,19 +253,19 @@ class Engine:
         return predictor
 
     def _download(self, hub: HubSource) -> None:
-        from sam3_runner.download import download  # noqa: PLC0415 - brings the hub's client, used once
+        from sam3_runner.download import download  # noqa: PLC0415 - loads the hub's client, used once
 
-        def tell(done_bytes: int, total_bytes: int) -> None:
-            self._doing = (
+        def report_progress(done_bytes: int, total_bytes: int) -> None:
+            self._progress = (
                 f"the weights are being downloaded: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB"
             )
 
-        download(Path(self._config.weights_path), hub, tell)
+        download(Path(self._config.weights_path), hub, report_progress)
 
     def _warm_up(self, predictor: SAM3Predictor) -> None:
-        """Run the smallest and the largest batch once, so that the first caller does not pay for it.
+        """Run the smallest and the largest batch once, so that the first request is as fast as later ones.
 
-        On a CPU the smallest alone: there a batch of the full-size model takes minutes.
+        On a CPU only the smallest: a largest batch of the full-size model takes minutes there.
 
         Raises:
             DeviceFull: the memory has room for the weights, but not for such a batch.
@@ -273,28 +273,28 @@ class Engine:
         side_px = self._model_facts["input_side_px"]
         blank = SquareImage(np.zeros((side_px, side_px, 3), dtype=np.uint8), width=side_px, height=side_px)
         for images in (1, self._config.max_batch) if predictor.device.type == "cuda" else (1,):
-            with telling_full_memory(
+            with out_of_memory_as(
                 f"the memory of {predictor.device} is too full for a batch of {images} requests: free it, or "
                 "set SAM3_MAX_BATCH lower"
             ):
                 predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
 
 
-def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
-    """Run a batch; if it fails, each request alone, so that only the culprit fails."""
-    from sam3_runner.pass_clock import PassClock  # noqa: PLC0415 - brings torch
+def _run_batch(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+    """Run a batch; if it fails, run each request alone, so that only the faulty one fails."""
+    from sam3_runner.pass_clock import PassClock  # noqa: PLC0415 - imports torch
 
     started_s = time.monotonic()
     clock = PassClock(predictor.device)
     try:
         results = predictor.segment([(request.image, request.prompts) for request in requests], clock)
-    except Exception as error:  # torch raises what it likes; the others of the batch must not suffer
+    except Exception as error:  # torch raises any kind; the other requests of the batch must not fail
         if len(requests) > 1:
             BATCH_FALLBACKS.inc()
             logger.warning(
                 "a batch of %d failed (%s); running each alone", len(requests), type(error).__name__
             )
-            return [outcome for request in requests for outcome in _run(predictor, [request])]
+            return [outcome for request in requests for outcome in _run_batch(predictor, [request])]
         if isinstance(error, SAM3Error):
             return [SegmentOutcome(error=error)]
         logger.exception("inference failed", extra=requests[0].log_ids)
@@ -302,12 +302,12 @@ def _run(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[Segme
     elapsed_s = time.monotonic() - started_s
     BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
-    _record(requests, started_s, clock.times())
+    _record_stages(requests, started_s, clock.times())
     return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
 
 
-def _record(requests: list[SegmentRequest], started_s: float, times: list[StageTime]) -> None:
-    """Count the stages of a pass once, and put them into the trace of each request that shared it."""
+def _record_stages(requests: list[SegmentRequest], started_s: float, times: list[StageTime]) -> None:
+    """Observe the stages of a pass once, and add them to the trace of each request of the batch."""
     observe(times)
     for request in requests:
         queue = StageTime("queue", request.sent_s, started_s)
@@ -315,8 +315,8 @@ def _record(requests: list[SegmentRequest], started_s: float, times: list[StageT
         add_spans(request.trace_parent, [queue, *times], len(requests))
 
 
-def _give_memory_back() -> None:
-    """Of a try to load that failed: others may need it, and so may the next try."""
+def _release_gpu_memory() -> None:
+    """Free what a failed attempt to load allocated, for the next attempt and for other processes."""
     import torch  # noqa: PLC0415 - loaded already
 
     gc.collect()
@@ -330,12 +330,12 @@ def _sha256(path: Path) -> str:
 
 def _vram(predictor: SAM3Predictor) -> dict[str, Any]:
     if predictor.device.type != "cuda":
-        _show_memory(0, 0)
+        _set_memory_metrics(0, 0)
         return {}
     import torch  # noqa: PLC0415 - loaded already
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(predictor.device)
-    _show_memory(total_bytes - free_bytes, total_bytes)
+    _set_memory_metrics(total_bytes - free_bytes, total_bytes)
     return {
         "gpu_name": torch.cuda.get_device_name(predictor.device),
         "vram_used_bytes": total_bytes - free_bytes,
@@ -343,6 +343,6 @@ def _vram(predictor: SAM3Predictor) -> dict[str, Any]:
     }
 
 
-def _show_memory(used_bytes: int, total_bytes: int) -> None:
+def _set_memory_metrics(used_bytes: int, total_bytes: int) -> None:
     GPU_MEMORY_BYTES.labels("used").set(used_bytes)
     GPU_MEMORY_BYTES.labels("total").set(total_bytes)

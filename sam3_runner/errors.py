@@ -1,14 +1,14 @@
-"""What can go wrong on the way from an image and a prompt to instances.
+"""Errors between an image with a prompt and its instances.
 
 SAM3Error
     WeightsError            the checkpoint is missing, unreadable or not a SAM 3
-        HubUnavailable          the hub that it should come from is away
-    DeviceUnavailable       the device is not there
-        DeviceFull              its memory is taken by others
-    ModelNotLoaded          asked before the weights were in, or after they failed to load
-    RunnerStopped           the model's process died while it had the request
+        HubUnavailable          the hub that it is downloaded from is unavailable
+    DeviceUnavailable       the device is unavailable
+        DeviceFull              its memory is full
+    ModelNotLoaded          the weights are not loaded yet, or failed to load
+    RunnerStopped           the model's process died during the request
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or over a limit
-    DecoderFailed           the processes that decode cannot work, whatever the image
+    DecoderFailed           the decoder processes cannot work, whatever the image
     PromptTooLong           more tokens than the text encoder reads
     DeadlineExceeded        the caller's deadline passed before the work began
     InferenceFailed         the model failed on this image
@@ -24,31 +24,31 @@ class WeightsError(SAM3Error):
 
 
 class HubUnavailable(WeightsError):
-    """The hub or its store does not answer, or not well; it may do so later."""
+    """The hub or its store does not respond, or responds with an error; a retry may succeed."""
 
 
 class DeviceUnavailable(SAM3Error):
-    """The device that was asked for is not there, or its memory is full."""
+    """The requested device does not exist, or its memory is full."""
 
 
 class DeviceFull(DeviceUnavailable):
-    """The device's memory is too full for the model; others may give theirs back."""
+    """The device's memory is too full for the model; other processes may free theirs."""
 
 
 class ModelNotLoaded(SAM3Error):
-    """Asked before the weights were in, or after they failed to load."""
+    """The weights are not loaded yet, or failed to load."""
 
 
 class RunnerStopped(SAM3Error):
-    """The model's process died while it had the request, which may have been why."""
+    """The model's process died during the request, which may have been the cause."""
 
 
 class UnsupportedImage(SAM3Error):
-    """The bytes are no PNG, JPEG or WEBP, are damaged, or cost more than is allowed."""
+    """The bytes are no PNG, JPEG or WEBP, are damaged, or exceed a limit."""
 
 
 class DecoderFailed(SAM3Error):
-    """A process that decodes ended by itself: it cannot start, or has a bug."""
+    """A decoder process exited by itself: it cannot start, or has a bug."""
 
 
 class PromptTooLong(SAM3Error):
@@ -60,4 +60,4 @@ class DeadlineExceeded(SAM3Error):
 
 
 class InferenceFailed(SAM3Error):
-    """The model failed on this image; its neighbours in the batch are not touched."""
+    """The model failed on this image; the other requests of the batch are not affected."""

@@ -1,6 +1,6 @@
-"""Can this installation's PyTorch use a GPU here? Asked of NVIDIA's driver itself, without loading torch.
+"""Checks whether the installed PyTorch can use a GPU of this host. Asks NVIDIA's driver, without torch.
 
-So the start refuses in a second what the model's process would find out only after it has loaded torch.
+So the server refuses to start within a second, before any process loads torch.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from sam3_runner.errors import DeviceUnavailable
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""NVIDIA's driver branch that each major version of CUDA needs, whatever its minor version."""
+"""Oldest branch of NVIDIA's driver for each major version of CUDA, whatever its minor version."""
 
 NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE."""
 
 
 def check_gpu() -> None:
-    """Raise `DeviceUnavailable`, with what to do, unless torch can use a GPU here."""
-    built_for = _cuda_of_torch()
+    """Raise `DeviceUnavailable`, with the remedy, unless torch can use a GPU of this host."""
+    built_for = _torch_cuda_version()
     if built_for is None:
         raise DeviceUnavailable("PyTorch here is built without CUDA: install its CUDA build")
     try:
@@ -30,12 +30,12 @@ def check_gpu() -> None:
         raise DeviceUnavailable(
             "there is no NVIDIA driver here (libcuda.so.1): give the container a GPU (--gpus all)"
         ) from None
-    _refuse_old(driver, built_for)
-    _ask(driver, "cuInit", 0)
+    _check_driver_version(driver, built_for)
+    _call(driver, "cuInit", 0)
 
 
-def _cuda_of_torch() -> str | None:
-    """The CUDA version that torch is built for, from the one small file of it that says so."""
+def _torch_cuda_version() -> str | None:
+    """The CUDA version that torch is built for, from torch's own small version file."""
     torch = find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
@@ -43,9 +43,9 @@ def _cuda_of_torch() -> str | None:
     return version
 
 
-def _refuse_old(driver: ctypes.CDLL, built_for: str) -> None:
+def _check_driver_version(driver: ctypes.CDLL, built_for: str) -> None:
     version = ctypes.c_int()
-    _ask(driver, "cuDriverGetVersion", ctypes.byref(version))
+    _call(driver, "cuDriverGetVersion", ctypes.byref(version))
     major, minor = version.value // 1000, version.value % 1000 // 10
     needed = int(built_for.partition(".")[0])
     if major < needed:
@@ -58,15 +58,15 @@ def _refuse_old(driver: ctypes.CDLL, built_for: str) -> None:
         )
 
 
-def _ask(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
-    """Call a function of the driver that returns a status, which is not 0 where there is no GPU."""
+def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
+    """Call a function of the driver. Raises `DeviceUnavailable` when its status is not 0."""
     status = getattr(driver, function)(*arguments)
     if status != 0:
         name = ctypes.c_char_p()
         driver.cuGetErrorName(status, ctypes.byref(name))
         reason = name.value.decode() if name.value else f"error {status}"
         if status == NO_DEVICE:
-            mend = "give the container one (--gpus all, CUDA_VISIBLE_DEVICES)"
+            remedy = "give the container one (--gpus all, CUDA_VISIBLE_DEVICES)"
         else:
-            mend = "look at nvidia-smi on the host, or use another host"
-        raise DeviceUnavailable(f"NVIDIA's driver shows no GPU here ({function}: {reason}): {mend}")
+            remedy = "look at nvidia-smi on the host, or use another host"
+        raise DeviceUnavailable(f"NVIDIA's driver shows no GPU here ({function}: {reason}): {remedy}")

@@ -1,4 +1,4 @@
-"""What a prediction is made of. Plain values: they cross the process border, and hold no tensor."""
+"""The values of a prediction. They hold no tensor, so that they can be pickled to another process."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
 
+SCORE_THRESHOLD = 0.5
+"""Default: instances with a higher score are kept (`confidence_threshold` of the official Sam3Processor)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MaskCrop:
-    """A binary mask, kept as the bits of the smallest rectangle that holds it.
+    """A binary mask, stored as the bits of its bounding rectangle.
 
     Attributes:
         left, top: corner of the rectangle in px of the image.
         width, height: its size in px; both 0 for an empty mask.
-        bits: its rows one after another without padding, 8 px a byte, first px in the highest bit.
+        bits: its rows in order without padding, 8 px per byte, the first px in the highest bit.
     """
 
     left: int
@@ -34,21 +37,21 @@ class MaskCrop:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Where the rectangle lies in the image: rows, columns."""
+        """Position of the rectangle in the image: rows, columns."""
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One object that the model kept.
+    """One object that the model found.
 
     Attributes:
         score: sigmoid(logit) x sigmoid(presence logit), above the threshold.
-        box: x0, y0, x1, y1 in px of the image and inside of it, not rounded; the decoder's box, not the
-            mask's.
+        box: x0, y0, x1, y1 in px of the image, clamped to it, not rounded; the decoder's box, not that of
+            the mask.
         area_px: pixels of the mask.
-        mask: the mask, at the image's size.
-        query: which of the decoder's queries found it, from 0: tells instances of two runs apart.
+        mask: at the image's size.
+        query: index of the decoder's query that found it, from 0; identifies the instance across runs.
     """
 
     score: float
@@ -63,7 +66,7 @@ class PredictResult:
     """Every instance of one prompt in one image, best score first.
 
     Attributes:
-        prompt: the text as it was given.
+        prompt: the text, unchanged.
         presence: probability that the concept is in the image at all.
         image_width, image_height: px.
     """
@@ -76,7 +79,7 @@ class PredictResult:
 
     @property
     def confidence(self) -> float:
-        """The best kept score, 0.0 when nothing was found."""
+        """The highest score, 0.0 when nothing was found."""
         return max((instance.score for instance in self.instances), default=0.0)
 
     def mask_array(self) -> Mask:

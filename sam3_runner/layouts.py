@@ -1,10 +1,10 @@
-"""The layouts that SAM 3's weights are passed round in, and the way from each to `transformers.Sam3Model`.
+"""The layouts of SAM 3's weights files, and the translation of each to `transformers.Sam3Model`.
 
-official        `sam3.pt` of the hub, and what Meta's training code writes: `detector.*` or bare keys
+official        `sam3.pt` of the hub, and files of Meta's training code: `detector.*` or bare keys
 transformers    `model.safetensors` of the hub, and fine-tuned ones: `detector_model.*` or bare keys
 
-Read off the keys of the PyPI package sam3 0.1.4 and of transformers' Sam3Model; that the two then
-compute the same is measured by benchmarks/parity.py.
+The names come from the keys of the PyPI package sam3 0.1.4 and of transformers' Sam3Model.
+benchmarks/parity.py measures that both models compute the same.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ PREFIXES: dict[Layout, tuple[str, ...]] = {
     "official": ("detector.", ""),
     "transformers": ("detector_model.", ""),
 }
-_SIGNS: dict[Layout, str] = {
+_MARKER_KEYS: dict[Layout, str] = {
     "official": "backbone.vision_backbone.trunk.patch_embed.proj.weight",
     "transformers": "vision_encoder.backbone.embeddings.patch_embeddings.projection.weight",
 }
-"""One key of the detector that tells its layout."""
+"""A key of the detector that only this layout has."""
 
-_OTHERS_PARTS: dict[Layout, tuple[str, ...]] = {
+_OTHER_MODEL_PREFIXES: dict[Layout, tuple[str, ...]] = {
     "official": ("tracker.", "inst_interactive_predictor."),
     "transformers": ("tracker_model.", "tracker_neck."),
 }
-"""Whole models that lie in the same file: the video tracker, and clicks on single objects."""
+"""Other models in the same file: the video tracker, and the interactive predictor for single objects."""
 
-_UNUSED: dict[Layout, re.Pattern[str]] = {
-    # The tracker's neck; weights of point prompts, which text never reaches; tables that are computed.
+_UNUSED_KEYS: dict[Layout, re.Pattern[str]] = {
+    # The tracker's neck; weights of point prompts, which text prompts do not use; computed tables.
     "official": re.compile(
         r"backbone\.vision_backbone\.sam2_convs\..*"
         r"|geometry_encoder\.points_\w+\..*"
@@ -46,9 +46,9 @@ _UNUSED: dict[Layout, re.Pattern[str]] = {
     ),
     "transformers": re.compile(r"text_encoder\.text_model\.embeddings\.position_ids"),
 }
-"""Keys of the detector that have no place in `Sam3Model`."""
+"""Keys of the detector that `Sam3Model` does not have."""
 
-_STRANGERS = (
+FOREIGN_CHECKPOINTS = (
     (
         re.compile(r".*\.(interactive_convs|propagation_convs)\..*|tracker\.model\..*"),
         "a SAM 3.1 (multiplex) checkpoint: this server serves SAM 3",
@@ -62,7 +62,7 @@ _STRANGERS = (
         "a SAM 1 checkpoint: this server serves SAM 3",
     ),
 )
-"""Families that are taken for SAM 3 by mistake, and what to say of them."""
+"""Patterns of other models' keys, and what the error message calls each model."""
 
 _FEED_FORWARD = {"linear1": "mlp.fc1", "linear2": "mlp.fc2"}
 _FUSION_LAYER = {
@@ -102,7 +102,7 @@ _NECK_LEVEL = {
     "conv_1x1": "proj1",
     "conv_3x3": "proj2",
 }
-_LAYERED = {
+_LAYER_STACKS = {
     "backbone.vision_backbone.trunk.blocks": ("vision_encoder.backbone.layers", _VISION_LAYER),
     "backbone.vision_backbone.convs": ("vision_encoder.neck.fpn_layers", _NECK_LEVEL),
     "backbone.language_backbone.encoder.transformer.resblocks": (
@@ -113,7 +113,7 @@ _LAYERED = {
     "transformer.encoder.layers": ("detr_encoder.layers", _FUSION_LAYER),
     "transformer.decoder.layers": ("detr_decoder.layers", _DECODER_LAYER),
 }
-"""Official stack of layers: that of transformers, and the names of the modules in a layer."""
+"""Official stack of layers: its name in transformers, and the names of the modules in a layer."""
 
 _MODULES = {
     "backbone.vision_backbone.trunk.patch_embed.proj": (
@@ -148,7 +148,7 @@ _MODULES = {
     "dot_prod_scoring.prompt_proj": "dot_product_scoring.text_proj",
     "dot_prod_scoring.hs_proj": "dot_product_scoring.query_proj",
 }
-_PERCEPTRONS = {
+MLPS = {
     "transformer.decoder.bbox_embed": "detr_decoder.box_head",
     "transformer.decoder.boxRPB_embed_x": "detr_decoder.box_rpb_embed_x",
     "transformer.decoder.boxRPB_embed_y": "detr_decoder.box_rpb_embed_y",
@@ -156,15 +156,15 @@ _PERCEPTRONS = {
     "transformer.decoder.ref_point_head": "detr_decoder.ref_point_head",
     "dot_prod_scoring.prompt_mlp": "dot_product_scoring.text_mlp",
 }
-"""Official `layers.0`, `layers.1` are `layer1`, `layer2` in transformers."""
+"""Their `layers.0`, `layers.1` are `layer1`, `layer2` in transformers."""
 
-_NUMBERED = {
+_NUMBERED_MODULES = {
     "segmentation_head.pixel_decoder.conv_layers": "mask_decoder.pixel_decoder.conv_layers",
     "segmentation_head.pixel_decoder.norms": "mask_decoder.pixel_decoder.norms",
     "segmentation_head.mask_predictor.mask_embed.layers": "mask_decoder.mask_embedder.layers",
 }
 _BARE_TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    # The first row is the class token's, which the model was pretrained with and does not use.
+    # The first row belongs to the class token of the pretraining, which the model does not use.
     "backbone.vision_backbone.trunk.pos_embed": (
         "vision_encoder.backbone.embeddings.position_embeddings",
         lambda tensor: tensor[:, 1:],
@@ -178,70 +178,68 @@ _BARE_TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
         lambda tensor: tensor.T,
     ),
 }
-_FUSED = re.compile(r"(?P<attention>.+)\.(in_proj_|qkv\.)(?P<kind>weight|bias)")
+_FUSED_QKV = re.compile(r"(?P<attention>.+)\.(in_proj_|qkv\.)(?P<kind>weight|bias)")
 _LAYER_KEY = re.compile(r"(?P<stack>[^\d]+)\.(?P<number>\d+)\.(?P<rest>.+)")
 
 
 def find_layout(keys: Iterable[str]) -> tuple[Layout, str]:
-    """The layout of a checkpoint with these `keys`, and the prefix of its detector's.
+    """The layout of a checkpoint with these `keys`, and the prefix of its detector's keys.
 
     Raises:
-        WeightsError: it is no SAM 3 image model; the message says what it is, as far as can be told.
+        WeightsError: it is no SAM 3 image model; the message names the model where it is a known one.
     """
-    names = list(keys)
-    for pattern, what in _STRANGERS:
-        # A file of SAM 3 holds the tracker too, whose parts have the names of SAM 2.
-        if any(pattern.fullmatch(key) for key in names if not _is_tracker_of_sam3(key)):
-            raise WeightsError(f"it is {what}")
-    known = set(names)
-    for layout, sign in _SIGNS.items():
+    names = set(keys)
+    for pattern, description in FOREIGN_CHECKPOINTS:
+        # A SAM 3 file holds the tracker too, whose modules have SAM 2's names.
+        if any(pattern.fullmatch(name) for name in names if not _is_sam3_tracker(name)):
+            raise WeightsError(f"it is {description}")
+    for layout, marker in _MARKER_KEYS.items():
         for prefix in PREFIXES[layout]:
-            if prefix + sign in known:
+            if prefix + marker in names:
                 return layout, prefix
     raise WeightsError(
         "it holds no SAM 3 detector; its first keys: " + (", ".join(sorted(names)[:3]) or "it has none")
     )
 
 
-def detector_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The detector of a checkpoint, under the keys of `Sam3Model`.
+def detector_state(state: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+    """The layout of a checkpoint, and its detector under the keys of `Sam3Model`.
 
-    Keys that this server has no use for (tracker, point prompts) are left out by name; keys that are
-    not known keep their name, so that a strict load meets them. The tensors are views: of a file that
-    is mapped, nothing is read yet.
+    Keys of the tracker and of point prompts are left out. Unknown keys keep their name, so that a strict
+    load reports them. The tensors are views: of a mapped file, nothing is read yet.
 
     Raises:
-        WeightsError: as `find_layout`; or a tensor is there twice, say with the prefix and without.
+        WeightsError: as `find_layout`; or a tensor is there twice, for example with and without prefix.
     """
     layout, prefix = find_layout(state)
-    found: dict[str, Tensor] = {}
-    twice: set[str] = set()
+    detector: dict[str, Tensor] = {}
+    duplicates: set[str] = set()
     for key, tensor in state.items():
-        if key.startswith(_OTHERS_PARTS[layout]):
+        if key.startswith(_OTHER_MODEL_PREFIXES[layout]):
             continue
         name = key.removeprefix(prefix)
-        if _UNUSED[layout].fullmatch(name):
+        if _UNUSED_KEYS[layout].fullmatch(name):
             continue
         renamed = _from_official(name, tensor) if layout == "official" else {name: tensor}
-        twice |= found.keys() & renamed.keys()
-        found.update(renamed)
-    if twice:
-        # Which of the two is meant cannot be told: the order of the keys would decide.
-        raise WeightsError(f"it holds {len(twice)} tensors twice: " + ", ".join(sorted(twice)[:3]))
-    return found
+        duplicates |= detector.keys() & renamed.keys()
+        detector.update(renamed)
+    if duplicates:
+        # Otherwise the order of the keys would decide which one is used.
+        raise WeightsError(f"it holds {len(duplicates)} tensors twice: " + ", ".join(sorted(duplicates)[:3]))
+    return layout, detector
 
 
-def _is_tracker_of_sam3(key: str) -> bool:
-    parts = ("tracker.", "tracker_model.", "inst_interactive_predictor.")
-    return key.startswith(parts) and not key.startswith("tracker.model.")
+def _is_sam3_tracker(key: str) -> bool:
+    prefixes = ("tracker.", "tracker_model.", "inst_interactive_predictor.")
+    return key.startswith(prefixes) and not key.startswith("tracker.model.")
 
 
 def _from_official(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What one official tensor is in transformers: one tensor, or the three that were fused."""
+    """The tensors of transformers for one official tensor: one, or three where q, k and v are fused."""
     if key in _BARE_TENSORS:
-        name, change = _BARE_TENSORS[key]
-        return {name: change(tensor)}
-    if fused := _FUSED.fullmatch(key):
+        name, convert = _BARE_TENSORS[key]
+        return {name: convert(tensor)}
+    if fused := _FUSED_QKV.fullmatch(key):
         attention = _module(fused["attention"])
         if attention is None or tensor.shape[0] % 3:
             return {key: tensor}
@@ -255,19 +253,19 @@ def _from_official(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _module(path: str) -> str | None:
-    """The module of transformers for the official one at `path`; None: there is none."""
+    """The module of transformers for the official one at `path`, or None."""
     if path in _MODULES:
         return _MODULES[path]
     head, _, last = path.rpartition(".")
     if last in {"proj", "out_proj"} and (attention := _module(head)):
-        # CLIP's own attention keeps the name.
+        # CLIP's own attention is the only one that keeps this name.
         return f"{attention}.{'out_proj' if attention.startswith('text_encoder') else 'o_proj'}"
     if last.isdecimal():
         stack = head.removesuffix(".layers")
-        if stack in _PERCEPTRONS:
-            return f"{_PERCEPTRONS[stack]}.layer{int(last) + 1}"
-        return f"{_NUMBERED[head]}.{last}" if head in _NUMBERED else None
-    if (layer := _LAYER_KEY.fullmatch(path)) and layer["stack"] in _LAYERED:
-        stack, parts = _LAYERED[layer["stack"]]
-        return f"{stack}.{layer['number']}.{parts[layer['rest']]}" if layer["rest"] in parts else None
+        if stack in MLPS:
+            return f"{MLPS[stack]}.layer{int(last) + 1}"
+        return f"{_NUMBERED_MODULES[head]}.{last}" if head in _NUMBERED_MODULES else None
+    if (layer := _LAYER_KEY.fullmatch(path)) and layer["stack"] in _LAYER_STACKS:
+        stack, modules = _LAYER_STACKS[layer["stack"]]
+        return f"{stack}.{layer['number']}.{modules[layer['rest']]}" if layer["rest"] in modules else None
     return None

@@ -1,4 +1,4 @@
-"""Mask logits on the device to the instances of an image. Knows tensors and image sizes."""
+"""Converts mask logits on the device to the instances of an image."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
 def to_instances(
     queries: Tensor, scores: Tensor, boxes: Tensor, mask_logits: Tensor, *, width: int, height: int
 ) -> list[Instance]:
-    """Instances, best score first.
+    """Instances, highest score first.
 
     Args:
-        queries: (K,) int64, the decoder's queries that were kept.
+        queries: (K,) int64, indices of the decoder's kept queries.
         scores: (K,) fp32.
-        boxes: (K, 4) fp32, x0 y0 x1 y1 in 0..1; what lies outside, as it does by some px where an object
-            is cut off by the image's edge, is clamped: annotation tools refuse such boxes.
+        boxes: (K, 4) fp32, x0 y0 x1 y1 in 0..1. They are clamped to the image: the box of an object at the
+            edge may exceed it by some px, and annotation tools refuse such boxes.
         mask_logits: (K, h, w) fp32 on the model's mask grid. They are upsampled as logits (bilinear,
-            corners not aligned) and cut at 0, as the official processor does.
+            align_corners=False) and thresholded at 0, as in the official processor.
         width: of the image in px.
         height: of the image in px.
     """
@@ -47,27 +47,27 @@ def to_instances(
 def _crops(mask_logits: Tensor, *, width: int, height: int) -> list[tuple[MaskCrop, int]]:
     """Each mask and its area in px.
 
-    Only the part of the image that can be positive is upsampled: time and memory follow the objects'
-    size and not the image's, which may have 50 megapixels.
+    Only the part of the image that can be positive is upsampled, so time and memory depend on the size of
+    the objects, not on that of the image, which may have 50 megapixels.
     """
     positive = mask_logits > 0
-    # One transfer tells where every mask may be positive.
+    # One transfer for the positive rows and columns of all masks.
     rows, columns = positive.any(dim=2).cpu().numpy(), positive.any(dim=1).cpu().numpy()
     crops = []
-    for logits, in_rows, in_columns in zip(mask_logits, rows, columns, strict=True):
-        if not in_rows.any():
+    for logits, mask_rows, mask_columns in zip(mask_logits, rows, columns, strict=True):
+        if not mask_rows.any():
             crops.append((EMPTY, 0))
             continue
-        top, bottom = _reach(in_rows, height)
-        left, right = _reach(in_columns, width)
-        tall = _upsample_rows(logits, top, bottom, height)
-        inside = _upsample_rows(tall.T, left, right, width).T > 0
-        crops.append(_crop(inside.cpu().numpy(), top=top, left=left))
+        top, bottom = _pixel_range(mask_rows, height)
+        left, right = _pixel_range(mask_columns, width)
+        upsampled_rows = _upsample_rows(logits, top, bottom, height)
+        mask = _upsample_rows(upsampled_rows.T, left, right, width).T > 0
+        crops.append(_crop(mask.cpu().numpy(), top=top, left=left))
     return crops
 
 
-def _reach(positive: Mask, size_px: int) -> tuple[int, int]:
-    """First and last + 1 px of an axis that touch a positive cell: within one cell of its centre."""
+def _pixel_range(positive: Mask, size_px: int) -> tuple[int, int]:
+    """First px and last px + 1 of an axis that are within one cell of the centre of a positive cell."""
     cells = np.flatnonzero(positive)
     px_per_cell = size_px / len(positive)
     first, last = (cells[0] - 0.5) * px_per_cell, (cells[-1] + 1.5) * px_per_cell
@@ -78,14 +78,14 @@ def _upsample_rows(logits: Tensor, first: int, last: int, size_px: int) -> Tenso
     """Rows `first` to `last` of the (h, w) `logits` upsampled to `size_px` rows: (last - first, w)."""
     cells = len(logits)
     px = torch.arange(first, last, dtype=torch.float32, device=logits.device)
-    place = ((px + 0.5) * (cells / size_px) - 0.5).clamp(min=0.0)
-    above = place.long()
+    position = ((px + 0.5) * (cells / size_px) - 0.5).clamp(min=0.0)
+    above = position.long()
     below = (above + 1).clamp(max=cells - 1)
-    return torch.lerp(logits[above], logits[below], (place - above)[:, None])
+    return torch.lerp(logits[above], logits[below], (position - above)[:, None])
 
 
 def _crop(mask: Mask, *, top: int, left: int) -> tuple[MaskCrop, int]:
-    """The smallest rectangle that holds `mask`, which lies at (top, left) of the image."""
+    """The bounding rectangle of `mask`, whose first px is (top, left) of the image, and its area in px."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return EMPTY, 0

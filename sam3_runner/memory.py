@@ -1,4 +1,4 @@
-"""A GPU whose memory is full. Knows nothing of torch."""
+"""Recognises torch's errors for a full GPU memory. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sam3_runner.errors import DeviceFull
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_FULL = re.compile(r"CUDA (error: )?out of memory|_ALLOC_FAILED")
-"""In torch's words (2.11, on an H200): without room for a context, for a tensor, and for cuBLAS's workspace.
-Only the second has a class of its own; after all three the process could go on once memory was free."""
+_OUT_OF_MEMORY = re.compile(r"CUDA (error: )?out of memory|_ALLOC_FAILED")
+"""torch's messages (2.11, on an H200) where a context, a tensor or cuBLAS's workspace does not fit. Only the
+second has an exception class of its own. After each of them the process worked on once memory was free."""
 
 
 @contextmanager
-def telling_full_memory(what: str) -> Iterator[None]:
-    """Raise `DeviceFull` with the sentence `what` where torch finds no memory; other errors go on."""
+def out_of_memory_as(message: str) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into `DeviceFull(message)`; other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:
-        if not _FULL.search(str(error)):
+        if not _OUT_OF_MEMORY.search(str(error)):
             raise
-        raise DeviceFull(what) from error
+        raise DeviceFull(message) from error

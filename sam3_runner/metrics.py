@@ -1,6 +1,6 @@
-"""What the model's side and its callers measure: metrics, and the stages of a task as spans of its trace.
+"""Metrics of the model's side and of its callers, and the stages of a task as spans of its trace.
 
-Every label has few values, all known here; each series begins at 0, so that rates are right from the start.
+Every label has few values, all listed here. Each series starts at 0, so that rates are right from the start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STAGES: Final = (
     *("claim", "fetch", "decode", "segment", "encode_masks", "store", "settle"),  # in an API worker
     *("queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"),  # in the runner
 )
-"""`segment` is the call of the runner: it holds the runner's five."""
+"""`segment` is the call of the runner: it includes the runner's five stages."""
 
 _BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -37,7 +37,7 @@ BATCH_FALLBACKS = Counter(
 TEXTS = Counter("sam3_texts", "Distinct prompts of passes, by whether their encoding was cached", ["cache"])
 DECODER_KILLS = Counter("sam3_decoder_kills", "Image decoders that were killed, by a limit or by a crash")
 
-# "mostrecent": one runner; an API worker knows of the model what all know.
+# "mostrecent": there is one runner, and every API worker reports the same of the model.
 MODEL_READY = Gauge("sam3_model_ready", "1 while the model answers, else 0", multiprocess_mode="mostrecent")
 GPU_MEMORY_BYTES = Gauge(
     "sam3_gpu_memory_bytes",
@@ -56,7 +56,7 @@ _tracer: trace.Tracer = trace.NoOpTracer()
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """When a stage ran, on the clock of `time.monotonic`."""
+    """Start and end of a stage, on the clock of `time.monotonic`."""
 
     stage: str
     begin_s: float
@@ -64,16 +64,16 @@ class StageTime:
 
 
 def trace_with(tracer: trace.Tracer) -> None:
-    """Make spans of the stages from now on; without a tracer there are none."""
-    global _tracer  # noqa: PLW0603 - as OpenTelemetry's own provider, but ours alone
+    """Create spans for the stages from now on; without a tracer there are none."""
+    global _tracer  # noqa: PLW0603 - one per process, as OpenTelemetry's own provider
     _tracer = tracer
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Time a stage of a task: one observation, and one span where the task is traced."""
+    """Measure a stage of a task: one observation, and one span where the task is traced."""
     span = _tracer.start_span(name)
-    # An error's own words may hold what is private; its kind does not.
+    # An error's message may hold private data; its type does not.
     with (
         STAGE_SECONDS.labels(name).time(),
         trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False),
@@ -86,7 +86,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 def trace_parent() -> dict[str, str]:
-    """The trace that the caller is in, to be sent to another process; empty where it is not traced."""
+    """Context of the caller's trace, to send to another process; empty where there is no trace."""
     carrier: dict[str, str] = {}
     if trace.get_current_span().is_recording():
         propagate.inject(carrier)
@@ -94,7 +94,7 @@ def trace_parent() -> dict[str, str]:
 
 
 def observe(times: Iterable[StageTime]) -> None:
-    """Count the stages of one pass of the model, each once, however many parts it had."""
+    """Observe each stage of one pass of the model once, with the sum of its parts."""
     totals: dict[str, float] = {}
     for each in times:
         totals[each.stage] = totals.get(each.stage, 0.0) + each.end_s - each.begin_s
@@ -103,10 +103,10 @@ def observe(times: Iterable[StageTime]) -> None:
 
 
 def add_spans(parent: Mapping[str, str], times: Iterable[StageTime], batch_requests: int) -> None:
-    """Put stages that are over into the trace that `trace_parent` gave, in another process.
+    """Add finished stages to the trace of a `trace_parent` that another process sent.
 
     Args:
-        parent: what it gave; nothing is added to an empty one.
+        parent: its context; nothing is added to an empty one.
         times: of the stages.
         batch_requests: how many requests shared the pass.
     """

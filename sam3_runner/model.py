@@ -1,17 +1,17 @@
-"""The eager reference path: SAM 3's forward over the weights of `transformers.Sam3Model`.
+"""SAM 3's forward pass in eager PyTorch, over the weights of `transformers.Sam3Model`.
 
-Three verbs: `encode_image` once per image, `encode_text` once per text, `decode_prompts` for pairs of
-the two; `decode_masks` then draws only what was kept. Every function is differentiable, so that the
-training script learns through the very code that serves.
+`encode_image` runs once per image, `encode_text` once per text, and `decode_prompts` once per
+(image, text) pair. `pixel_features` and `predict_masks` then run for the queries that were kept. Every
+function is differentiable: training uses the same code as serving.
 
-transformers holds the weights and the layers; the order of the steps is ours wherever its forward
-differs from the official model (docs/architecture.md, "Fidelity"): the geometry token that the
-official model adds to a text-only prompt, and masks only for the queries that were kept.
+transformers provides the weights and the layers. The order of the steps is ours wherever its forward
+differs from the official model (docs/architecture.md, "Fidelity"): the official model appends a geometry
+token to a text-only prompt, and we predict masks only for kept queries.
 
-Under bf16 autocast the text encoder, the decoder with its heads, and the product that draws the masks
-stay in fp32: together they are a few per cent of the work, and half of the error that bf16 would bring.
+Under bf16 autocast the text encoder, the decoder with its heads, and the final product of the masks
+stay in fp32. They are a few per cent of the work, and would cause half of the error of bf16.
 
-Knows tensors, and nothing of files, images' own sizes or thresholds.
+This module handles tensors only: no files, no original image sizes, no thresholds.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """What the model keeps of B images; g is the side of the patch grid, D the model's width.
+    """Features of B images; g is the side of the patch grid, D the model's width.
 
     Attributes:
         levels: feature maps from fine to coarse, (B, D, 4g, 4g), (B, D, 2g, 2g) and (B, D, g, g).
         position: sine position encoding of the coarse level, (1, g*g, D).
-        attended: coarse tokens after the fusion encoder's first self-attention, (B, g*g, D): that
-            step sees no prompt, so it is done once per image.
-        geometry_token: what the geometry encoder says of "no box given", (B, 1, D).
+        attended: coarse tokens after the first self-attention of the fusion encoder, (B, g*g, D). This
+            step does not depend on the prompt, so it runs once per image.
+        geometry_token: output of the geometry encoder without a box, (B, 1, D).
     """
 
     levels: tuple[Tensor, ...]
@@ -46,7 +46,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True, slots=True)
 class TextFeatures:
-    """T encoded texts: `tokens` (T, L, D), `valid` (T, L) bool, False where padded."""
+    """T encoded texts: `tokens` (T, L, D), `valid` (T, L) bool, False for padding."""
 
     tokens: Tensor
     valid: Tensor
@@ -54,14 +54,14 @@ class TextFeatures:
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """What the decoder says of P (image, text) pairs with Q queries each, before any threshold.
+    """The decoder's output for P (image, text) pairs with Q queries each, before any threshold.
 
     Attributes:
-        logits: (P, Q), one a query; clamped to +-12.
-        presence_logits: (P,), is the concept in the image at all; clamped to +-10.
+        logits: (P, Q), one per query; clamped to +-12.
+        presence_logits: (P,), whether the concept is in the image at all; clamped to +-10.
         boxes: (P, Q, 4), x0 y0 x1 y1 in 0..1 of the image's own sides.
-        queries: (decoder layers, P, Q, D); the last layer draws the masks.
-        reference_boxes: (decoder layers, P, Q, 4), cx cy w h in 0..1 that each layer started from.
+        queries: (decoder layers, P, Q, D); masks are predicted from the last layer.
+        reference_boxes: (decoder layers, P, Q, 4), cx cy w h in 0..1, the input boxes of each layer.
         layer_presence_logits: (decoder layers, P).
         fused: image tokens after the fusion encoder, (P, g*g, D).
         prompt: text tokens and the geometry token, (P, L + 1, D).
@@ -78,27 +78,37 @@ class Detections:
     prompt: Tensor
     prompt_valid: Tensor
 
+    @property
+    def presence(self) -> Tensor:
+        """(P,), probability that the concept is in the image."""
+        return self.presence_logits.sigmoid()
+
+    @property
+    def scores(self) -> Tensor:
+        """(P, Q), probability of each query times that of presence; compared with `SCORE_THRESHOLD`."""
+        return self.logits.sigmoid() * self.presence[:, None]
+
 
 def encode_image(model: Any, pixels: Tensor) -> ImageFeatures:
-    """Encode B images, (B, 3, S, S) uint8 RGB squares of the model's own side S."""
-    # mean = std = 0.5, as the official processor normalises.
+    """Encode B images, (B, 3, S, S) uint8 RGB squares of the model's input side S."""
+    # mean = std = 0.5, as in the official processor.
     vision: Any = model.vision_encoder(pixels.to(torch.float32) / 127.5 - 1.0)
-    # The 0.5x level is computed by transformers and used by nobody.
+    # transformers computes a 0.5x level as well; nothing uses it.
     levels = tuple(vision.fpn_hidden_states[:-1])
     coarse = levels[-1].flatten(2).transpose(1, 2)
-    # Drawn anew in fp32: under autocast transformers draws it in bf16, off by up to 0.034.
+    # Computed again in fp32: under autocast transformers computes it in bf16, off by up to 0.034.
     grid = model.vision_encoder.neck.position_encoding(levels[-1][:1].shape, levels[-1].device, torch.float32)
     position = grid.flatten(2).transpose(1, 2)
     return ImageFeatures(
         levels=levels,
         position=position,
-        attended=_attend_image(model.detr_encoder.layers[0], coarse, position),
-        geometry_token=_encode_no_geometry(model.geometry_encoder, coarse, position),
+        attended=_self_attention(model.detr_encoder.layers[0], coarse, position),
+        geometry_token=_geometry_token(model.geometry_encoder, coarse, position),
     )
 
 
 def encode_text(model: Any, input_ids: Tensor, valid: Tensor) -> TextFeatures:
-    """Encode T texts in fp32: `input_ids` (T, L) int64, `valid` (T, L) bool, False where padded."""
+    """Encode T texts in fp32: `input_ids` (T, L) int64, `valid` (T, L) bool, False for padding."""
     with _float32(input_ids.device):
         features: Any = model.get_text_features(
             input_ids=input_ids, attention_mask=valid.long(), return_dict=True
@@ -109,7 +119,7 @@ def encode_text(model: Any, input_ids: Tensor, valid: Tensor) -> TextFeatures:
 def decode_prompts(
     model: Any, image: ImageFeatures, text: TextFeatures, image_index: Tensor, text_index: Tensor
 ) -> Detections:
-    """Look for text `text_index[p]` in image `image_index[p]`, for P pairs at once (both (P,) int64)."""
+    """Detect text `text_index[p]` in image `image_index[p]`, for P pairs at once (both (P,) int64)."""
     geometry_token = image.geometry_token[image_index]
     prompt = torch.cat([text.tokens[text_index], geometry_token.float()], dim=1)
     prompt_valid = F.pad(text.valid[text_index], (0, 1), value=True)
@@ -148,19 +158,20 @@ def score_queries(model: Any, queries: Tensor, prompt: Tensor, prompt_valid: Ten
 
 
 def refine_boxes(model: Any, queries: Tensor, reference_boxes: Tensor) -> Tensor:
-    """Boxes x0 y0 x1 y1 in 0..1, (..., Q, 4), from `queries` (..., Q, D) and where they started."""
+    """Boxes x0 y0 x1 y1 in 0..1, (..., Q, 4), from `queries` (..., Q, D) and their reference boxes."""
     with _float32(queries.device):
         offset = model.detr_decoder.box_head(queries)
-    center_x, center_y, width, height = (_logit(reference_boxes) + offset).sigmoid().unbind(-1)
+    refined = (_inverse_sigmoid(reference_boxes) + offset).sigmoid()
+    center_x, center_y, width, height = refined.unbind(-1)
     half_width, half_height = width / 2, height / 2
     corners = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
     return torch.stack(corners, dim=-1)
 
 
-def decode_masks(
+def pixel_features(
     model: Any, image: ImageFeatures, detections: Detections, image_index: Tensor, pair_index: Tensor
 ) -> Tensor:
-    """Pixel features (M, D, 4g, 4g) of the M pairs in `pair_index`; `draw_masks` reads masks from them."""
+    """Pixel features (M, D, 4g, 4g) of the M pairs in `pair_index`: the input of `predict_masks`."""
     head = model.mask_decoder
     fused = detections.fused[pair_index]
     attended, _ = head.prompt_cross_attn(
@@ -171,18 +182,19 @@ def decode_masks(
     )
     coarse = (fused + attended).transpose(1, 2).unflatten(2, image.levels[-1].shape[-2:])
     finer = [level[image_index[pair_index]] for level in image.levels[:-1]]
-    pixels: Tensor = head.pixel_decoder([*finer, coarse])
-    return pixels
+    features: Tensor = head.pixel_decoder([*finer, coarse])
+    return features
 
 
-def draw_masks(model: Any, pixels: Tensor, queries: Tensor) -> Tensor:
-    """Mask logits (K, 4g, 4g) in fp32 of K queries (K, D) over the pixel features (D, 4g, 4g) of one pair."""
+def predict_masks(model: Any, features: Tensor, queries: Tensor) -> Tensor:
+    """fp32 mask logits (K, 4g, 4g) of K queries (K, D), from the pixel features (D, 4g, 4g) of one pair."""
     head = model.mask_decoder
-    with _float32(pixels.device):
+    with _float32(features.device):
         embedding = head.mask_embedder(queries)
-        # The 1x1 instance projection, moved from the many pixels to the K queries: e.(Wx + b) = (eW).x + e.b
+        # The 1x1 instance projection is applied to the K queries, not to the pixels, which are many more:
+        # e.(Wx + b) = (eW).x + e.b
         weight, bias = head.instance_projection.weight.flatten(1), head.instance_projection.bias
-        logits = torch.einsum("kd,dhw->khw", embedding @ weight, pixels.float())
+        logits = torch.einsum("kd,dhw->khw", embedding @ weight, features.float())
         masks: Tensor = logits + (embedding @ bias)[:, None, None]
     return masks
 
@@ -191,35 +203,36 @@ def _fuse(
     layers: Any, image: ImageFeatures, image_index: Tensor, prompt: Tensor, prompt_valid: Tensor
 ) -> Tensor:
     mask = _attention_mask(prompt_valid)
-    hidden = _attend_prompt(layers[0], image.attended[image_index], prompt, mask)
+    hidden = _cross_attention_and_mlp(layers[0], image.attended[image_index], prompt, mask)
     for layer in layers[1:]:
-        hidden = _attend_prompt(layer, _attend_image(layer, hidden, image.position), prompt, mask)
+        hidden = _self_attention(layer, hidden, image.position)
+        hidden = _cross_attention_and_mlp(layer, hidden, prompt, mask)
     return hidden
 
 
-def _attend_image(layer: Any, hidden: Tensor, position: Tensor) -> Tensor:
-    """First half of a fusion layer: image tokens look at each other."""
+def _self_attention(layer: Any, hidden: Tensor, position: Tensor) -> Tensor:
+    """First half of a fusion layer: self-attention over the image tokens."""
     normed = layer.layer_norm1(hidden)
-    placed = normed + position
-    attended, _ = layer.self_attn(query=placed, key=placed, value=normed)
-    seen: Tensor = hidden + layer.dropout(attended)
-    return seen
+    with_position = normed + position
+    attended, _ = layer.self_attn(query=with_position, key=with_position, value=normed)
+    output: Tensor = hidden + layer.dropout(attended)
+    return output
 
 
-def _attend_prompt(layer: Any, hidden: Tensor, prompt: Tensor, mask: Tensor) -> Tensor:
-    """Second half of a fusion layer: image tokens look at the prompt, then think."""
+def _cross_attention_and_mlp(layer: Any, hidden: Tensor, prompt: Tensor, mask: Tensor) -> Tensor:
+    """Second half of a fusion layer: cross-attention from the image tokens to the prompt, then the MLP."""
     attended, _ = layer.cross_attn(
         query=layer.layer_norm2(hidden), key=prompt, value=prompt, attention_mask=mask
     )
     hidden = hidden + layer.dropout(attended)
-    thought: Tensor = hidden + layer.dropout(layer.mlp(layer.layer_norm3(hidden)))
-    return thought
+    output: Tensor = hidden + layer.dropout(layer.mlp(layer.layer_norm3(hidden)))
+    return output
 
 
-def _encode_no_geometry(encoder: Any, coarse: Tensor, position: Tensor) -> Tensor:
-    """The geometry encoder with no box: its class token, (B, 1, D), after it has looked at the image.
+def _geometry_token(encoder: Any, coarse: Tensor, position: Tensor) -> Tensor:
+    """The geometry encoder's class token without a box, (B, 1, D), after cross-attention to the image.
 
-    The official model appends it to every text-only prompt; transformers leaves it out.
+    The official model appends it to every text-only prompt; transformers does not.
     """
     token = encoder.cls_embed.weight.expand(len(coarse), 1, -1)
     token = encoder.prompt_layer_norm(encoder.final_proj(token))
@@ -230,7 +243,7 @@ def _encode_no_geometry(encoder: Any, coarse: Tensor, position: Tensor) -> Tenso
 
 
 def _float32(device: torch.device) -> torch.autocast:
-    """What runs inside is left out of autocast; its inputs are given in fp32."""
+    """Disable autocast for the block; its inputs must be fp32."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -239,7 +252,7 @@ def _attention_mask(valid: Tensor) -> Tensor:
     return valid[:, None, None, :]
 
 
-def _logit(probability: Tensor, eps: float = 1e-3) -> Tensor:
-    """Inverse sigmoid; `eps` is the official model's."""
+def _inverse_sigmoid(probability: Tensor, eps: float = 1e-3) -> Tensor:
+    """Inverse of the sigmoid; `eps` is the official model's."""
     bounded = probability.clamp(0.0, 1.0)
     return torch.log(bounded.clamp(min=eps) / (1.0 - bounded).clamp(min=eps))

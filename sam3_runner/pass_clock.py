@@ -1,4 +1,4 @@
-"""When the stages of a pass of the model ran."""
+"""Start and end times of the stages of one forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PassClock:
-    """The times of one pass. On a GPU they are the GPU's own, since the host runs ahead of it.
+    """Times of one pass. On a GPU they come from CUDA events, since the host runs ahead of the GPU.
 
     Args:
         device: of the model.
@@ -23,22 +23,22 @@ class PassClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
-        self._began_s = time.monotonic()
-        self._began = self._mark()
+        self._stages: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._start_s = time.monotonic()
+        self._start = self._mark()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note when the block begins and ends; waits for nothing."""
+        """Record the start and the end of the block; does not block."""
         begin = self._mark()
         yield
-        self._marks.append((name, begin, self._mark()))
+        self._stages.append((name, begin, self._mark()))
 
     def times(self) -> list[StageTime]:
-        """The stages, once the pass is over; waits for what the GPU has still to do."""
+        """The stages, after the pass; blocks until the GPU has finished them."""
         return [
-            StageTime(name, self._began_s + self._since(begin), self._began_s + self._since(end))
-            for name, begin, end in self._marks
+            StageTime(name, self._start_s + self._elapsed_s(begin), self._start_s + self._elapsed_s(end))
+            for name, begin, end in self._stages
         ]
 
     def _mark(self) -> float | torch.cuda.Event:
@@ -48,10 +48,10 @@ class PassClock:
         event.record()
         return event
 
-    def _since(self, mark: float | torch.cuda.Event) -> float:
+    def _elapsed_s(self, mark: float | torch.cuda.Event) -> float:
         if isinstance(mark, float):
-            return mark - self._began_s
-        assert isinstance(self._began, torch.cuda.Event)
+            return mark - self._start_s
+        assert isinstance(self._start, torch.cuda.Event)
         mark.synchronize()
-        elapsed_ms: float = self._began.elapsed_time(mark)
+        elapsed_ms: float = self._start.elapsed_time(mark)
         return elapsed_ms / 1000

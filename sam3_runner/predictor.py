@@ -1,4 +1,4 @@
-"""SAM3Predictor: images and prompts in, instances out. What the server's runner and Python users share."""
+"""SAM3Predictor: images and prompts in, instances out. Used by the server's runner and by Python callers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, SCORE_THRESHOLD, Checkpoint, find_checkpoint
+from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
 from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
 from sam3_runner.images.decode import decode_square
+from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from sam3_runner.images.read import read_image_file
 from sam3_runner.images.square import SquareImage, to_square
-from sam3_runner.instances import Instance, PredictResult
+from sam3_runner.instances import SCORE_THRESHOLD, Instance, PredictResult
 from sam3_runner.masks import to_instances
-from sam3_runner.memory import telling_full_memory
+from sam3_runner.memory import out_of_memory_as
 from sam3_runner.metrics import TEXTS
 from sam3_runner.model import (
     Detections,
     ImageFeatures,
     TextFeatures,
-    decode_masks,
     decode_prompts,
-    draw_masks,
     encode_image,
     encode_text,
+    pixel_features,
+    predict_masks,
 )
 from sam3_runner.optimize import optimize
 from sam3_runner.pass_clock import PassClock
@@ -44,35 +45,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source = Image.Image | bytes | str | Path
-"""An image as Python users have it."""
-
-MAX_FILE_PIXELS = 2**26
-"""Of a file; the server's default."""
+ImageSource = Image.Image | bytes | str | Path
+"""An image as Python callers pass it."""
 
 PAIRS_PER_PASS = 16
 """(image, prompt) pairs decoded at once; bounds the memory of the fusion encoder."""
 
 MASK_PAIRS_PER_PASS = 4
-"""Pairs whose pixel features are held at once: 4g x 4g x D fp32 each, 85 MB at SAM 3's full size."""
+"""Pairs whose pixel features are in memory at once: 4g x 4g x D fp32 each, 85 MB at SAM 3's full size."""
 
 CACHED_TEXTS = 1024
-"""Encoded prompts kept: 16 to 32 KB each at full size."""
+"""Encoded prompts in the cache: 16 to 32 KB each at full size."""
 
 
 class SAM3Predictor:
     """SAM 3 for text prompts.
 
-    `load` first. Not safe for use from several threads at once.
+    Call `load` before anything else. Not safe for use from several threads at once.
 
     Args:
         weights_path: `sam3.pt`, a `.safetensors` file, a transformers folder, or `demo` for the embedded
-            demo checkpoint. None: the project's default place if something lies there, else the demo
-            checkpoint, with a warning.
+            demo checkpoint. None: `weights/sam3.pt` if it exists, else the demo checkpoint, with a
+            warning.
         device: `cuda`, `cpu`, or None for cuda if there is one.
         score_threshold: instances with a higher score are kept.
         dtype: of the large matrix products; None for bfloat16 on a GPU, float32 on a CPU. Scores, boxes
-            and positions are float32 in either.
+            and positions are float32 in either case.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class SAM3Predictor:
         self.layout: Layout | None = None
         self._model: Any = None
         self._tokenizer: PromptTokenizer | None = None
-        self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._text_cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._clock = PassClock(torch.device("cpu"))
 
     def load(self) -> None:
@@ -103,7 +101,7 @@ class SAM3Predictor:
             )
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
-        with telling_full_memory(f"the memory of {self.device} is too full for the model: free it"):
+        with out_of_memory_as(f"the memory of {self.device} is too full for the model: free it"):
             model, self.layout = load_model(checkpoint, self.device)
             optimize(model)
         self._model = model
@@ -111,16 +109,16 @@ class SAM3Predictor:
 
     @property
     def parameters(self) -> int:
-        """Weights of the loaded model, counted."""
+        """Number of weights of the loaded model."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
-    def predict(self, image: Source, text_prompt: str) -> PredictResult:
+    def predict(self, image: ImageSource, text_prompt: str) -> PredictResult:
         """Every instance of `text_prompt` in `image`, masks at the image's size.
 
         Args:
-            image: a PNG, JPEG or WEBP as its path or its bytes, which is read as the server reads it; or an
-                image of Pillow's, in any mode. One that Pillow opened is treated as its file would be:
-                turned by its EXIF, laid on white, converted from its colour profile.
+            image: path or bytes of a PNG, JPEG or WEBP, which is read as the server reads it; or a Pillow
+                image of any mode. An image that Pillow opened is processed as its file would be: EXIF
+                orientation applied, transparency composited on white, colour profile converted.
             text_prompt: a noun phrase.
 
         Raises:
@@ -131,26 +129,26 @@ class SAM3Predictor:
         """
         return self.predict_batch(image, [text_prompt])[0]
 
-    def predict_batch(self, image: Source, prompts: Sequence[str]) -> list[PredictResult]:
-        """One result a prompt, in their order; the image is encoded once. Raises as `predict`."""
+    def predict_batch(self, image: ImageSource, prompts: Sequence[str]) -> list[PredictResult]:
+        """One result per prompt, in their order; the image is encoded once. Raises as `predict`."""
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
         if not prompts:
             return []
-        square = _square(image, self.checkpoint.input_side_px)
+        square = _to_square(image, self.checkpoint.input_side_px)
         return self.segment([(square, prompts)])[0]
 
     @torch.inference_mode()
     def segment(
         self, requests: Sequence[tuple[SquareImage, Sequence[str]]], clock: PassClock | None = None
     ) -> list[list[PredictResult]]:
-        """Several images at once, each with its own prompts: one list of results an image.
+        """Several images at once, each with its own prompts: one list of results per image.
 
-        Images are encoded in one pass, each distinct text once, and all pairs are decoded together.
+        The images are encoded in one pass, each distinct text once, and the pairs are decoded together.
 
         Args:
             requests: images and prompts.
-            clock: notes when the stages run.
+            clock: records the times of the stages.
         """
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
@@ -184,75 +182,69 @@ class SAM3Predictor:
         text_index = self._index([texts.index(prompt) for _, prompt in pairs])
         with self._clock.stage("decode_prompts"):
             detections = decode_prompts(self._model, images, text, image_index, text_index)
-        presence = detections.presence_logits.sigmoid()
-        scores = detections.logits.sigmoid() * presence[:, None]
         squares = [requests[row][0] for row, _ in pairs]
-        with self._clock.stage("draw_masks"):
-            found = self._draw(images, detections, image_index, scores, squares)
+        with self._clock.stage("draw_masks"):  # a label of the metrics
+            instances = self._kept_instances(images, detections, image_index, squares)
         return [
             PredictResult(
                 prompt=prompt,
-                presence=probability,
+                presence=presence,
                 image_width=square.width,
                 image_height=square.height,
-                instances=found.get(pair, []),
+                instances=instances.get(pair, []),
             )
-            for pair, ((_, prompt), square, probability) in enumerate(
-                zip(pairs, squares, presence.tolist(), strict=True)
+            for pair, ((_, prompt), square, presence) in enumerate(
+                zip(pairs, squares, detections.presence.tolist(), strict=True)
             )
         ]
 
-    def _draw(
-        self,
-        images: ImageFeatures,
-        detections: Detections,
-        image_index: Tensor,
-        scores: Tensor,
-        squares: list[SquareImage],
+    def _kept_instances(
+        self, images: ImageFeatures, detections: Detections, image_index: Tensor, squares: list[SquareImage]
     ) -> dict[int, list[Instance]]:
-        """Instances of the pairs that kept any query; the others never reach the mask head."""
-        found: dict[int, list[Instance]] = {}
+        """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only."""
+        instances: dict[int, list[Instance]] = {}
+        scores = detections.scores
         kept = scores > self.score_threshold
-        positive: list[int] = kept.any(dim=1).nonzero().flatten().tolist()
-        for start in range(0, len(positive), MASK_PAIRS_PER_PASS):
-            chunk = positive[start : start + MASK_PAIRS_PER_PASS]
-            pixels = decode_masks(self._model, images, detections, image_index, self._index(chunk))
+        pairs: list[int] = kept.any(dim=1).nonzero().flatten().tolist()
+        for start in range(0, len(pairs), MASK_PAIRS_PER_PASS):
+            chunk = pairs[start : start + MASK_PAIRS_PER_PASS]
+            features = pixel_features(self._model, images, detections, image_index, self._index(chunk))
             for row, pair in enumerate(chunk):
                 queries = kept[pair].nonzero().flatten()
-                found[pair] = to_instances(
+                instances[pair] = to_instances(
                     queries,
                     scores[pair][queries],
                     detections.boxes[pair][queries],
-                    draw_masks(self._model, pixels[row], detections.queries[-1, pair][queries]),
+                    predict_masks(self._model, features[row], detections.queries[-1, pair][queries]),
                     width=squares[pair].width,
                     height=squares[pair].height,
                 )
-        return found
+        return instances
 
     def _encode_texts(self, texts: list[str]) -> TextFeatures:
-        """Features of distinct texts, in their order; texts seen before come from the cache."""
+        """Features of distinct texts, in their order; from the cache where it has them."""
         assert self._tokenizer is not None
-        unseen = [text for text in texts if text not in self._texts]
-        TEXTS.labels("hit").inc(len(texts) - len(unseen))
-        TEXTS.labels("miss").inc(len(unseen))
-        if unseen:
-            tokens = self._tokenizer.encode(unseen)
+        misses = [text for text in texts if text not in self._text_cache]
+        TEXTS.labels("hit").inc(len(texts) - len(misses))
+        TEXTS.labels("miss").inc(len(misses))
+        if misses:
+            tokens = self._tokenizer.encode(misses)
             ids, valid = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid)
             with self._clock.stage("encode_text"):
                 encoded = encode_text(self._model, ids.to(self.device), valid.to(self.device))
-            self._texts.update(zip(unseen, zip(encoded.tokens, encoded.valid, strict=True), strict=True))
+            self._text_cache.update(zip(misses, zip(encoded.tokens, encoded.valid, strict=True), strict=True))
         for text in texts:
-            self._texts.move_to_end(text)
-        rows = [self._texts[text] for text in texts]
-        while len(self._texts) > CACHED_TEXTS:
-            self._texts.popitem(last=False)
+            self._text_cache.move_to_end(text)
+        rows = [self._text_cache[text] for text in texts]
+        while len(self._text_cache) > CACHED_TEXTS:
+            self._text_cache.popitem(last=False)
         return TextFeatures(
             tokens=torch.stack([tokens for tokens, _ in rows]),
             valid=torch.stack([valid for _, valid in rows]),
         )
 
     def _check_sides(self, squares: list[SquareImage]) -> None:
-        """The model takes any size, and gives nonsense for all but its own."""
+        """Refuse other sizes than the model's own: it would run, and its results would be wrong."""
         assert self.checkpoint is not None
         side_px = self.checkpoint.input_side_px
         for square in squares:
@@ -268,11 +260,11 @@ class SAM3Predictor:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
 
-def _square(image: Source, side_px: int) -> SquareImage:
+def _to_square(image: ImageSource, side_px: int) -> SquareImage:
     if isinstance(image, Image.Image):
         return to_square(image, side_px)
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    return decode_square(read_image_file(data, max_pixels=MAX_FILE_PIXELS), side_px)
+    return decode_square(read_image_file(data, max_pixels=DEFAULT_MAX_PIXELS), side_px)
 
 
 def _default_weights_path() -> str:
@@ -282,4 +274,4 @@ def _default_weights_path() -> str:
         "nothing at %s: loading the embedded demo checkpoint, which knows coloured shapes only",
         DEFAULT_WEIGHTS_PATH,
     )
-    return "demo"
+    return DEMO

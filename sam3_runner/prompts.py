@@ -1,4 +1,4 @@
-"""Text prompts to token ids, as the official model reads them. Knows nothing of torch."""
+"""Text prompts: their limits, and their token ids as in the official model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+MAX_PROMPTS = 10
+"""Of one request."""
+MAX_PROMPT_CHARACTERS = 200
+"""As sent, before both ends are stripped."""
 CONTEXT_TOKENS = 32
-"""Tokens that the text encoder reads, start and end token included (`context_length` of SAM 3)."""
+"""Input length of the text encoder, start and end token included (`context_length` of SAM 3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """T texts as the text encoder takes them: `ids` (T, 32) int64, `valid` (T, 32) bool."""
+    """Input of the text encoder for T texts: `ids` (T, 32) int64, `valid` (T, 32) bool."""
 
     ids: npt.NDArray[np.int64]
     valid: npt.NDArray[np.bool_]
@@ -40,23 +44,27 @@ class PromptTokenizer:
             raise WeightsError(f"{path} is missing: the checkpoint has no tokenizer") from error
         except Exception as error:  # tokenizers raises bare Exception for any malformed file
             raise WeightsError(f"{path} is not a tokenizer: {error}") from error
-        self._pad = self._tokenizer.token_to_id("<|endoftext|>")
+        self._padding_id = self._tokenizer.token_to_id("<|endoftext|>")
 
     def count(self, text: str) -> int:
         """Tokens of `text`, start and end token included."""
         return len(self._tokenizer.encode(_cleaned(text)).ids)
 
-    def encode(self, texts: list[str]) -> TokenIds:
-        """Encode `texts`, padded to 32 tokens; raises `PromptTooLong` for a text of more.
+    def check_length(self, text: str, *, name: str = "the prompt") -> None:
+        """Raise `PromptTooLong`, with `name` first, for a text of more than 32 tokens."""
+        _check_tokens(self.count(text), name)
 
-        The official model cuts longer texts silently; a caller is better told.
+    def encode(self, texts: list[str]) -> TokenIds:
+        """Encode `texts`, padded to 32 tokens.
+
+        Raises:
+            PromptTooLong: a text has more tokens. The official model truncates it without notice.
         """
-        ids = np.full((len(texts), CONTEXT_TOKENS), self._pad, dtype=np.int64)
+        ids = np.full((len(texts), CONTEXT_TOKENS), self._padding_id, dtype=np.int64)
         valid = np.zeros((len(texts), CONTEXT_TOKENS), dtype=np.bool_)
         for row, encoding in enumerate(self._tokenizer.encode_batch([_cleaned(text) for text in texts])):
             tokens = len(encoding.ids)
-            if tokens > CONTEXT_TOKENS:
-                raise PromptTooLong(f"the prompt has {tokens} tokens; the model reads {CONTEXT_TOKENS}")
+            _check_tokens(tokens, "the prompt")
             ids[row, :tokens] = encoding.ids
             valid[row, :tokens] = True
         return TokenIds(ids=ids, valid=valid)
@@ -69,5 +77,10 @@ def clean_text(text: str) -> str:
 
 
 def _cleaned(text: str) -> str:
-    # The official model makes tokens of a zero-width space at an end, which came there by a paste.
+    # The official model encodes a zero-width space at an end as tokens; pasted texts often have one.
     return clean_text(trimmed(text))
+
+
+def _check_tokens(tokens: int, name: str) -> None:
+    if tokens > CONTEXT_TOKENS:
+        raise PromptTooLong(f"{name} has {tokens} tokens; the model reads {CONTEXT_TOKENS}")

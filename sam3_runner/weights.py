@@ -1,4 +1,4 @@
-"""A checkpoint's weights into a `transformers.Sam3Model`, strictly, whatever layout they come in."""
+"""Loads a checkpoint's weights, of any layout, into a `transformers.Sam3Model`, strictly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers.models.sam3.configuration_sam3 import Sam3Config
 from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 from sam3_runner.errors import WeightsError
-from sam3_runner.layouts import Layout, detector_state, find_layout
-from sam3_runner.weights_header import cut_short, file_kind, not_served
+from sam3_runner.layouts import Layout, detector_state
+from sam3_runner.weights_header import file_kind, truncated_file, unsupported_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,30 +27,29 @@ if TYPE_CHECKING:
 
     from sam3_runner.checkpoint import Checkpoint
 
-WRAPPERS = ("model", "state_dict")
-"""Names under which training code keeps the weights beside its optimizer."""
+WRAPPER_KEYS = ("model", "state_dict")
+"""Keys under which training code stores the weights, beside its optimizer."""
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LISTED_KEYS = 8
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_LISTED_KEYS = 8
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Layout]:
     """The model in fp32 on `device`, in evaluation mode, and the layout of its file.
 
-    fp16 and bf16 files are widened. The file is mapped: its tensors are read one by one on their way to
-    the device, and on a CPU an fp32 file is used as it lies.
+    fp16 and bf16 tensors are converted. The file is mapped: its tensors are read one by one while they
+    are copied to the device; on a CPU the mapped tensors of an fp32 file are used without a copy.
 
     Raises:
-        WeightsError: unreadable, another model's, or a key is missing, unexpected, of another shape or
-            of a type that is no floating-point number. Nothing is ever left random.
+        WeightsError: the file is unreadable or holds another model; or a key is missing, unexpected, or has
+            another shape or an unsupported dtype. No weight is ever left uninitialised.
     """
     path = checkpoint.weights_file
     stored = read_tensors(path)
     try:
-        layout, _ = find_layout(stored)
-        state = detector_state(stored)
+        layout, state = detector_state(stored)
     except WeightsError as error:
-        raise not_served(path, error) from error
+        raise unsupported_model(path, error) from error
     model = _empty_model(checkpoint)
     _check_fit(path, model.state_dict(), state)
     for name in list(state):
@@ -61,45 +60,43 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Layou
 
 def _empty_model(checkpoint: Checkpoint) -> Any:
     try:
-        # Its own tensors are never touched: no memory goes into them before they are replaced.
+        # Its weights are not initialised, so they take no physical memory until they are replaced.
         with no_init_weights():
             return Sam3Model(Sam3Config.from_dict(checkpoint.config))
-    except Exception as error:  # what transformers raises depends on which number makes no sense
+    except Exception as error:  # the kind that transformers raises depends on the invalid value
         reason = " ".join(str(error).split())
-        raise WeightsError(
-            f"the configuration of {checkpoint.weights_file} makes no model: {reason}"
-        ) from error
+        raise WeightsError(f"the configuration of {checkpoint.weights_file} is invalid: {reason}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a `.safetensors` or `.pt` file, told apart by content and mapped, not copied.
+    """Every tensor of a `.safetensors` or `.pt` file, recognised by its content; mapped, not copied.
 
     Raises:
-        WeightsError: empty, torn, no weights at all, or a pickle with anything but tensors in it: nothing
-            in a file is ever run.
+        WeightsError: the file is empty, truncated, holds no weights, or is a pickle with other objects
+            than tensors. No code from a file is ever run.
     """
     try:
         if file_kind(path) == "safetensors":
             return load_file(path)
         return _unwrap(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {asked[1]}, and " if asked else ""
+        requested = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {requested[1]}, and " if requested else ""
         raise WeightsError(
             f"{path} is refused: {what}only tensors are taken from a pickle, since anything else can run code"
         ) from error
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError) as error:
-        if "TorchScript" in str(error):  # torch's own words advise to read it with code and all
+        if "TorchScript" in str(error):  # torch's message advises to load it, which would run its code
             raise WeightsError(
                 f"{path} is refused: it is a TorchScript program, not weights; torch.save the model's "
                 "state_dict() instead"
             ) from error
-        raise cut_short(path, error) from error
+        raise truncated_file(path, error) from error
 
 
 def _unwrap(path: Path, stored: Any) -> dict[str, Tensor]:
     if isinstance(stored, dict):
-        stored = next((stored[name] for name in WRAPPERS if isinstance(stored.get(name), dict)), stored)
+        stored = next((stored[key] for key in WRAPPER_KEYS if isinstance(stored.get(key), dict)), stored)
         tensors = {
             name: each
             for name, each in stored.items()
@@ -107,7 +104,7 @@ def _unwrap(path: Path, stored: Any) -> dict[str, Tensor]:
         }
         if tensors:
             return tensors
-    raise WeightsError(f"{path} holds no tensors under names")
+    raise WeightsError(f"{path} holds no named tensors")
 
 
 def _check_fit(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -123,15 +120,15 @@ def _check_fit(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, T
         "of a type that is not read (float32, float16 and bfloat16 are)": {
             f"{name} {str(state[name].dtype).removeprefix('torch.')}"
             for name in common
-            if state[name].dtype not in DTYPES
+            if state[name].dtype not in SUPPORTED_DTYPES
         },
     }
-    found = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
-    if found:
-        raise WeightsError(f"{path} does not fit the model: {'; '.join(found)}")
+    present = [f"{len(keys)} {problem}: {_listed(keys)}" for problem, keys in problems.items() if keys]
+    if present:
+        raise WeightsError(f"{path} does not fit the model: {'; '.join(present)}")
 
 
 def _listed(keys: set[str]) -> str:
     names = sorted(keys)
-    more = f" and {len(names) - LISTED_KEYS} more" if len(names) > LISTED_KEYS else ""
-    return ", ".join(names[:LISTED_KEYS]) + more
+    more = f" and {len(names) - MAX_LISTED_KEYS} more" if len(names) > MAX_LISTED_KEYS else ""
+    return ", ".join(names[:MAX_LISTED_KEYS]) + more

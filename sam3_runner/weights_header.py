@@ -1,4 +1,4 @@
-"""What a weights file is, by its first bytes and its index: no tensor is read. Knows nothing of torch."""
+"""Identifies a weights file by its first bytes and its index, without reading a tensor or importing torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 START_BYTES = 9
-"""Of a safetensors file: the header's length in 8, and the brace with which its JSON begins."""
+"""Of a safetensors file: 8 for the header's length, 1 for the opening brace of its JSON."""
 
 
 def file_kind(path: Path) -> Literal["torch", "safetensors"]:
-    """What kind of file it is, whatever its name. Raises `WeightsError`: neither, empty, or unreadable."""
+    """The kind of a file, whatever its name. Raises `WeightsError`: neither, empty, or unreadable."""
     try:
         with path.open("rb") as file:
             start = file.read(START_BYTES)
@@ -28,17 +28,17 @@ def file_kind(path: Path) -> Literal["torch", "safetensors"]:
         return "torch"
     if start[START_BYTES - 1 :] == b"{":
         return "safetensors"
-    raise WeightsError(f"{path} {_what_it_is(start)}")
+    raise WeightsError(f"{path} {_description(start)}")
 
 
 def check_header(path: Path) -> None:
-    """Refuse what is seen to be no SAM 3 without reading it; a file that passes may still not fit.
+    """Refuse a file whose index shows that it is no SAM 3; a file that passes may still not fit.
 
-    Of a safetensors file the names of its tensors and its length are checked, of a torch file the list of
-    its parts, which lies at its end.
+    For a safetensors file this checks the tensors' names and the file's length; for a torch file the list
+    of its parts, which is at its end.
 
     Raises:
-        WeightsError: another kind of file, cut short, or without SAM 3's detector.
+        WeightsError: another kind of file, truncated, or without SAM 3's detector.
     """
     try:
         if file_kind(path) == "torch":
@@ -50,29 +50,29 @@ def check_header(path: Path) -> None:
         with safe_open(path, framework="numpy") as tensors:
             names = list(tensors.keys())
     except (OSError, zipfile.BadZipFile, SafetensorError) as error:
-        raise cut_short(path, error) from error
+        raise truncated_file(path, error) from error
     try:
         find_layout(names)
     except WeightsError as error:
-        raise not_served(path, error) from error
+        raise unsupported_model(path, error) from error
 
 
-def cut_short(path: Path, error: Exception) -> WeightsError:
-    """The error for a file that is torn."""
+def truncated_file(path: Path, error: Exception) -> WeightsError:
+    """The error for a file that cannot be parsed."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     return WeightsError(f"{path} cannot be read, it may be cut short: {reason}")
 
 
-def not_served(path: Path, error: WeightsError) -> WeightsError:
+def unsupported_model(path: Path, error: WeightsError) -> WeightsError:
     """The error for a file of another model."""
     return WeightsError(f"{path} cannot be served: {error}")
 
 
-def _what_it_is(start: bytes) -> str:
+def _description(start: bytes) -> str:
     if not start:
         return "is empty"
     if start.startswith(b"version "):
         return "is a Git LFS pointer, not the weights: `git lfs pull` fetches them"
     if start.startswith(b"\x80"):
-        return "is a bare pickle, which is not read; torch.save of torch 1.6 or newer writes what is"
+        return "is a bare pickle, which is not read; torch.save of torch 1.6 or newer writes a readable file"
     return "is neither a torch nor a safetensors file"

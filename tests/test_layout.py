@@ -30,7 +30,7 @@ ALLOWED = {
     **{package: {package} for package in PACKAGES},
     "version": set(),
     "setting_text": set(),
-    "settings": {"setting_text"},
+    "settings": {"sam3_runner", "setting_text"},
     "processes": {"processes", "settings"},
     "observability": {"sam3_runner"},
     "bentoml_patches": {"bentoml_patches", "processes"},

@@ -13,7 +13,7 @@ from tests.image_files import PICTURES
 
 if TYPE_CHECKING:
     from sam3_runner.instances import Mask
-    from sam3_runner.predictor import Source
+    from sam3_runner.predictor import ImageSource
     from tests.edge import Edge
 
     Masks = list[Mask]
@@ -46,7 +46,7 @@ def by_http(edge: Edge, name: str) -> Masks:
     return [edge.mask(result["mask_url"]) for result in answer["results"]]
 
 
-def by_predictor(predictor: SAM3Predictor, source: Source) -> Masks:
+def by_predictor(predictor: SAM3Predictor, source: ImageSource) -> Masks:
     return [result.mask_array() for result in predictor.predict_batch(source, PROMPTS)]
 
 

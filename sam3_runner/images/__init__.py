@@ -1,1 +1,1 @@
-"""Images in, masks out: strangers' files, the model's square, PNGs of masks. Knows nothing of torch."""
+"""Reads and decodes untrusted image files, resizes them to the model's square, encodes masks. No torch."""

@@ -1,4 +1,4 @@
-"""Any of Pillow's modes to 8-bit channels as a viewer shows them: on white, and at last in sRGB."""
+"""Converts images of any Pillow mode to 8-bit channels on a white background, and to sRGB."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 NEAR_SRGB_LEVELS = 4
-"""Profiles that move no colour by more are left alone: cameras and scanners have an sRGB of their own."""
+"""A profile that changes no colour by more is ignored: cameras and scanners have variants of sRGB."""
 CACHED_PROFILES = 8
 GRID = 9
 
 
 def grey_scale_of(image: Image.Image) -> float:
-    """What the levels of a grey image of more than 8 bits are multiplied by to become 0 to 255; 1 for others.
+    """Factor from the levels of a grey image of more than 8 bits to 0..255; 1 for other images.
 
-    16-bit images use the whole of their range. Modes I and F do not say theirs: by the brightest pixel it is
-    1 (F alone), 255, 65535, or that pixel.
+    16-bit images use their full range. Modes I and F have no defined range; the brightest pixel decides: 1
+    (F only), 255, 65535, or that pixel's level.
     """
     if image.mode.startswith("I;16"):
         return 255 / 65535
@@ -31,13 +31,13 @@ def grey_scale_of(image: Image.Image) -> float:
 
 
 def on_white(image: Image.Image, grey_scale: float) -> Image.Image:
-    """8-bit L, RGB or CMYK of `image`; what is transparent is laid on white, as viewers show it."""
+    """`image` as 8-bit L, RGB or CMYK; transparent pixels are composited on white, as viewers show them."""
     if image.mode[0] in "IF":
         return _grey(image, grey_scale)
     if image.mode in {"L", "RGB", "CMYK"} and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
-        # Pillow goes from La to RGBA by LA alone.
+        # Pillow converts La to RGBA only via LA.
         colours = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(colours, mask=colours.getchannel("A"))
@@ -48,8 +48,8 @@ def on_white(image: Image.Image, grey_scale: float) -> Image.Image:
 def to_srgb(pixels: npt.NDArray[np.uint8], icc_profile: bytes) -> npt.NDArray[np.uint8]:
     """(H, W, 3) sRGB of (H, W, 1, 3 or 4) grey, RGB or CMYK.
 
-    The profile counts where it is of that kind of colours and not near sRGB. One that cannot be read is as
-    none.
+    The profile is applied where its colour space matches and it is not near sRGB. An unreadable profile is
+    ignored.
     """
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[pixels.shape[2]]
     image = Image.fromarray(pixels.squeeze(2) if mode == "L" else pixels, mode)
@@ -61,7 +61,7 @@ def to_srgb(pixels: npt.NDArray[np.uint8], icc_profile: bytes) -> npt.NDArray[np
 
 @lru_cache(CACHED_PROFILES)
 def _conversion(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile to sRGB; None where that would do nothing, or cannot be done."""
+    """The transform from the profile to sRGB; None where it would change nothing, or cannot be built."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         if profile.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
@@ -76,7 +76,7 @@ def _conversion(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 
 def _grid(mode: str) -> Image.Image:
-    """An image of colours that lie evenly in all of `mode`."""
+    """An image of evenly spaced colours of the whole range of `mode`."""
     steps = np.linspace(0, 255, GRID).astype(np.uint8)
     channels = len(Image.new(mode, (1, 1)).getbands())
     colours = np.stack(np.meshgrid(*[steps] * channels), axis=-1).reshape(1, -1, channels)
@@ -84,7 +84,7 @@ def _grid(mode: str) -> Image.Image:
 
 
 def _grey(image: Image.Image, grey_scale: float) -> Image.Image:
-    """8-bit grey of a mode I or F, and white where its transparent level stands."""
+    """8-bit grey of an image of mode I or F; its transparent level becomes white."""
     stored = np.asarray(image)
     grey = np.rint((stored.astype(np.float32) * np.float32(grey_scale)).clip(0, 255)).astype(np.uint8)
     transparent = image.info.get("transparency")

@@ -1,4 +1,4 @@
-"""The pixels of an image file, by Pillow and imagecodecs, as the model's square."""
+"""Decodes an image file, with Pillow and imagecodecs, and resizes it to the model's square."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def decode_square(file: ImageFile, side_px: int) -> SquareImage:
 
 
 def decode(file: ImageFile) -> Image.Image:
-    """The pixels as they are stored, in Pillow's mode for them. Raises `UnsupportedImage`, `MemoryError`."""
+    """The pixels as stored, as an image of Pillow. Raises `UnsupportedImage`, `MemoryError`."""
     try:
-        return _decode_webp(file) if file.kind == "WEBP" else _decode_by_pillow(file)
+        return _decode_webp(file) if file.kind == "WEBP" else _decode_with_pillow(file)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and more
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and others
         raise damaged("its pixels cannot be decoded") from error
 
 
-def _decode_by_pillow(file: ImageFile) -> Image.Image:
+def _decode_with_pillow(file: ImageFile) -> Image.Image:
     image = Image.open(io.BytesIO(file.data), formats=[file.kind])
     if image.size != (file.width, file.height):
-        raise ValueError("the decoder sees another size")
+        raise ValueError("the decoder reports another size")
     if file.reduced:
         image.draft(None, (file.width // 2, file.height // 2))
     image.load()
@@ -47,9 +47,9 @@ def _decode_by_pillow(file: ImageFile) -> Image.Image:
 
 
 def _decode_webp(file: ImageFile) -> Image.Image:
-    """By imagecodecs: Pillow decodes every WEBP as an animation, in twice the memory and the time."""
+    """Decode with imagecodecs: Pillow decodes every WEBP as an animation, in twice the memory and time."""
     pixels = imagecodecs.webp_decode(file.data, hasalpha=True)
-    # Four bytes a pixel are what Pillow takes without a copy.
+    # Pillow takes four bytes per pixel without a copy.
     frame = Image.frombuffer("RGBA", pixels.shape[1::-1], pixels, "raw", "RGBA", 0, 1)
     if frame.size == (file.width, file.height):
         return frame

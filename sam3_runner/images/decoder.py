@@ -1,7 +1,7 @@
-"""The process that decodes: `python -m sam3_runner.images.decoder SIDE_PX`, started by decoders.py.
+"""A decoder process: `python -m sam3_runner.images.decoder SIDE_PX`, started by decoders.py.
 
-It reads image files from standard input and writes squares to standard output, until the input ends. It holds
-no secret and no connection, and the kernel ends it when an image takes more than an honest one.
+It reads image files from standard input and writes squares to standard output, until the input ends. It has
+no secret and no connection. The kernel ends it when an image takes more time or memory than any valid one.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from sam3_runner.images.image_file import ImageFile
 
 PIPE_BYTES = 2**20
-"""The most that Linux gives to everybody."""
+"""The largest pipe that Linux grants to an unprivileged process."""
 
 MAX_CPU_S = 5.0
-"""For one image, of all threads. An honest one of 50 megapixels takes 0.8 to 2 s of a server's core."""
+"""For one image, over all threads. A photo of 50 megapixels takes 0.8 to 2 s of a server's core."""
 MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
-"""Of private memory as the kernel counts it: libraries and threads reserve more than they use."""
+"""Private memory as the kernel counts it: libraries and threads reserve more than they use."""
 
 
 def main() -> None:
-    """Decode file after file, until standard input ends."""
+    """Decode files until standard input ends."""
     side_px = int(sys.argv[1])
-    # Ours was checked by the file's header, and may be higher.
+    # Our own limit may be higher; the API worker has checked it on the file's header.
     Image.MAX_IMAGE_PIXELS = None
     _limit_memory()
     _widen_pipes()
@@ -44,30 +44,30 @@ def main() -> None:
         pass
 
 
-def _decode_next(files: BinaryIO, answers: BinaryIO, side_px: int) -> bool:
-    """Decode one file; False when there will be no more. Nothing of it is left when this returns."""
-    file = _receive(files)
+def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool:
+    """Decode one file; False at the end of the input. Keeps nothing of the file after the return."""
+    file = _receive(input_stream)
     if file is None:
         return False
     try:
         with _limited_time():
             square = decode_square(file, side_px)
     except UnsupportedImage as refusal:
-        _send(answers, json.dumps({"refusal": str(refusal)}).encode())
+        _send(output, json.dumps({"refusal": str(refusal)}).encode())
     except MemoryError:
-        _send(answers, json.dumps({"refusal": "the image takes too much memory to decode"}).encode())
+        _send(output, json.dumps({"refusal": "the image takes too much memory to decode"}).encode())
     else:
-        _send(answers, json.dumps({"width": square.width, "height": square.height}).encode())
-        _send(answers, square.pixels.data)
+        _send(output, json.dumps({"width": square.width, "height": square.height}).encode())
+        _send(output, square.pixels.data)
     return True
 
 
 def _receive(stream: BinaryIO) -> ImageFile | None:
-    """The next file; None when there will be none."""
+    """The next file; None at the end of the input."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
-    file: ImageFile = pickle.loads(stream.read(*LENGTH.unpack(head)))  # noqa: S301 - from our own worker
+    file: ImageFile = pickle.loads(stream.read(*LENGTH.unpack(head)))  # noqa: S301 - from our own API worker
     return file
 
 
@@ -78,15 +78,15 @@ def _send(stream: BinaryIO, message: bytes | memoryview) -> None:
 
 
 def _limit_memory() -> None:
-    with contextlib.suppress(ImportError):  # Windows has no such limits
+    with contextlib.suppress(ImportError):  # not on Windows
         import resource  # noqa: PLC0415
 
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
 
 
 def _widen_pipes() -> None:
-    """Let a square cross in a few pieces: by default 64 KiB wait in a pipe, and both sides wake for each."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # Linux alone has it
+    """Enlarge the pipes' buffers from 64 KiB, so that a square is sent with few context switches."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # Linux only
         import fcntl  # noqa: PLC0415
 
         for pipe in (sys.stdin, sys.stdout):
@@ -95,7 +95,7 @@ def _widen_pipes() -> None:
 
 @contextlib.contextmanager
 def _limited_time() -> Iterator[None]:
-    """SIGPROF, which nobody here handles, ends the process after `MAX_CPU_S` of its time."""
+    """End the process by SIGPROF, which has no handler here, after `MAX_CPU_S` of CPU time."""
     if not hasattr(signal, "setitimer"):  # Windows
         yield
         return

@@ -1,7 +1,7 @@
-"""The API worker's side of the processes that decode.
+"""The API worker's side of the decoder processes.
 
-A stranger's pixels never meet a decoder in the worker itself: what takes too much time or memory, or crashes
-the decoder, ends one small process, and the worker starts another.
+The API worker itself never decodes an untrusted file. A file that takes too much time or memory, or crashes
+the decoder, ends one small process, and the API worker starts another.
 """
 
 from __future__ import annotations
@@ -34,74 +34,77 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 STREAM_LIMIT_BYTES = 2**22
-"""A square of SAM 3 waits in the pipe's buffer without stopping its decoder."""
+"""More than a square of SAM 3, so that a decoder never has to wait for its reader."""
 
 ENVIRONMENT = {
-    # What this process can import, however it came by it.
+    # Everything that this process can import.
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-    # glibc would take each band's memory from the kernel anew, page by page: 58 ms an image instead of 22.
+    # By default glibc maps each band's memory anew, page by page: 58 ms per image instead of 22.
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""All that a decoder gets: none of the server's secrets."""
+"""The whole environment of a decoder: none of the server's secrets."""
 
 
 class ImageDecoders:
-    """Decodes images in processes of their own.
+    """Decodes images in separate processes.
 
     Args:
         side_px: of the model's square.
-        count: processes at most.
+        count: most processes.
     """
 
     def __init__(self, *, side_px: int, count: int) -> None:
         self._side_px = side_px
-        self._places = asyncio.Semaphore(count)
+        self._slots = asyncio.Semaphore(count)
         self._idle: list[Process] = []
 
     async def start(self) -> None:
-        """Start the first process, so that no image waits for it; the others start when they are needed."""
+        """Start the first process, so that no image waits for it; the others start on demand."""
         self._idle.append(await self._new_process())
 
     async def decode(self, file: ImageFile) -> SquareImage:
-        """The model's square of a file. Cancelled, it ends the decoding before it gives its place free.
+        """The model's square of a file. When cancelled, it ends the decoder before it frees the slot.
 
         Raises:
-            UnsupportedImage: the pixels are damaged, or take too much time or memory, or crash a decoder.
+            UnsupportedImage: the pixels are damaged, take too much time or memory, or crash a decoder.
             DecoderFailed: the decoder cannot work, whatever the file.
         """
-        async with self._places:
+        async with self._slots:
             try:
                 return await self._decode_once(file)
-            except _Killed as killed:
+            except _DecoderKilled as killed:
                 DECODER_KILLS.inc()
-                if killed.by == signal.SIGPROF:
+                if killed.signal_number == signal.SIGPROF:
                     raise UnsupportedImage("the image takes too much time to decode") from killed
-                logger.warning("a process that decodes was killed by signal %d; once more", killed.by)
+                logger.warning(
+                    "a decoder process was killed by signal %d; decoding the file once more",
+                    killed.signal_number,
+                )
             try:
                 return await self._decode_once(file)
-            except _Killed as killed:
+            except _DecoderKilled as killed:
                 DECODER_KILLS.inc()
                 raise UnsupportedImage("the image cannot be decoded: it ends the decoder") from killed
 
     async def close(self) -> None:
-        """End the processes; nothing is being decoded any more."""
+        """End the processes. Call it when no file is being decoded."""
         while self._idle:
             await _end(self._idle.pop())
 
     async def _decode_once(self, file: ImageFile) -> SquareImage:
-        # A heavy image has a process of its own: what others left does not add to its memory, and all of it
-        # goes back to the host for certain.
+        # A heavy image has its own process: memory of earlier images does not add to its own, and all of it
+        # is returned to the host.
         process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
         try:
             head, pixels = await _exchange(process, file)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             code = await process.wait()
             if code < 0:
-                raise _Killed(-code) from error
-            raise DecoderFailed(f"a process that decodes ended with {code}") from error
-        except BaseException:  # cancelled, above all: what it has begun must not go on
+                raise _DecoderKilled(-code) from error
+            raise DecoderFailed(f"a decoder process ended with exit code {code}") from error
+        except BaseException:  # cancellation above all: the decoding must not continue
             await _end(process)
             raise
         if file.is_heavy:
@@ -114,11 +117,11 @@ class ImageDecoders:
         return SquareImage(square, head["width"], head["height"])
 
     def _idle_process(self) -> Process | None:
-        """One that waits for work and still lives."""
+        """An idle process that is still alive."""
         while self._idle:
             process = self._idle.pop()
             assert process.stdin is not None
-            # To write to one that has died while it waited would be a RuntimeError of uvloop's.
+            # Writing to a process that died while idle would raise uvloop's RuntimeError.
             if process.returncode is None and not process.stdin.is_closing():
                 return process
         return None
@@ -130,21 +133,21 @@ class ImageDecoders:
             stdout=PIPE,
             limit=STREAM_LIMIT_BYTES,
             env=ENVIRONMENT,
-            # A terminal's Ctrl-C is for the server, which lets its tasks end.
+            # A terminal's Ctrl-C must reach only the server, which finishes its tasks first.
             start_new_session=True,
         )
 
 
-class _Killed(Exception):
-    """A process was ended by a signal while it decoded."""
+class _DecoderKilled(Exception):
+    """A process was killed by a signal while it decoded."""
 
-    def __init__(self, by: int) -> None:
-        super().__init__(f"killed by signal {by}")
-        self.by = by
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"killed by signal {signal_number}")
+        self.signal_number = signal_number
 
 
 async def _exchange(process: Process, file: ImageFile) -> tuple[dict[str, Any], bytes]:
-    """What the process says of the file, and the square's bytes, unless it refuses the file."""
+    """The process' answer for a file, and the square's bytes unless it refuses the file."""
     assert process.stdin is not None
     packed = pickle.dumps(file)
     process.stdin.writelines([LENGTH.pack(len(packed)), packed])

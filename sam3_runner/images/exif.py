@@ -1,4 +1,4 @@
-"""The orientation in EXIF data. Nothing else of EXIF is read, and none is ever written."""
+"""Reads the orientation from EXIF data. No other EXIF tag is read, and none is ever written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXIF_PREFIX = b"Exif\0\0"
 
 
 def orientation_of(tiff: bytes) -> int:
-    """EXIF's orientation, 1 to 8; 1 (as it is stored) where there is none, or none that can be read.
+    """EXIF's orientation, 1 to 8; 1 (as stored) where there is none, or it cannot be read.
 
     Args:
-        tiff: EXIF data behind its prefix: a TIFF header and its first directory. Other entries are not
-            looked at, whatever they hold (TIFF 6.0, section 2; EXIF 2.32, 4.6.4).
+        tiff: EXIF data after its prefix: a TIFF header and its first directory. Other entries are skipped
+            without being read (TIFF 6.0, section 2; EXIF 2.32, 4.6.4).
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:

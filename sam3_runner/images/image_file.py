@@ -1,8 +1,8 @@
-"""What an image file says of itself, read before any pixel is decoded.
+"""The metadata of an image file, read before any pixel is decoded, and its limits.
 
-A file comes from a stranger. It is walked piece by piece in one cheap pass: how large the image is, how it
-lies, what its decoding will cost. The decoder gets the pieces that make the pixels and no others, so nothing
-that it would do with metadata can fail or take time.
+Files are untrusted. A file is parsed chunk by chunk in one cheap pass, for the image's size, its orientation,
+and the memory that decoding needs. The decoder gets only the chunks that hold pixels, so metadata can neither
+fail nor slow the decoding.
 """
 
 from __future__ import annotations
@@ -13,37 +13,39 @@ from typing import Literal
 
 from sam3_runner.errors import UnsupportedImage
 
+DEFAULT_MAX_PIXELS = 2**26
+"""67 megapixels: phones with "50 megapixels" store up to 8192 x 6144."""
 MAX_SIDE_PX = 65_535
-"""JPEG's own limit; WEBP's is lower. Only a PNG can be longer, and then it is no photo."""
+"""JPEG's own limit; WEBP's is lower. Only a PNG can exceed it, and such a PNG is no photo."""
 
 MAX_DECODE_BYTES = 405_000_000
-"""What decoding one image may hold at once. With code and bands of pixels a process stays below 450 MB."""
+"""Most memory for decoding one image. With code and bands of pixels a process stays below 450 MB."""
 
 LENGTH = struct.Struct(">Q")
-"""Stands before all that crosses between a worker and a decoder: how many bytes follow."""
+"""Prefix of each message between an API worker and a decoder: how many bytes follow."""
 
 HEAVY_PX = 24_000_000
-"""What `is_heavy` compares with: a photo of 20 megapixels, a progressive one of 8. Half a core's second."""
+"""Limit of `is_heavy`: a photo of 20 megapixels, a progressive one of 8. Half a second of one core."""
 
 MAX_PROFILE_BYTES = 4 * 2**20
-"""Longer colour profiles are left out. Those of printers, the longest in use, have 0.5 to 3 MB."""
+"""Longer colour profiles are ignored. Those of printers, the longest in use, have 0.5 to 3 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image file that may be decoded.
+    """A parsed image file.
 
     Attributes:
-        kind: of the file, by its content.
-        data: the file without the pieces that its pixels do not need.
-        width, height: px, as they are stored.
-        decode_bytes: what decoding holds at once, without `data`.
-        scans: passes over the image in which its pixels are coded.
-        orientation: EXIF's, 1 to 8; 1 where there is none, or none that can be read.
-        icc_profile: the colour profile; empty where there is none, or none that can be read.
-        reduced_bytes: the same as `decode_bytes` when a JPEG is decoded at half its size.
+        kind: the file's format, by its content.
+        data: the file without the chunks that its pixels do not need.
+        width, height: px, as stored.
+        decode_bytes: memory that decoding needs, without `data`.
+        scans: passes over the image in which its pixels are encoded.
+        orientation: EXIF's, 1 to 8; 1 where there is none, or it cannot be read.
+        icc_profile: the colour profile; empty where there is none, or it cannot be read.
+        reduced_bytes: as `decode_bytes`, for a JPEG decoded at half its size.
         reduced: decode the JPEG at half its size.
-        frame_left, frame_top: px; where the first frame of a WEBP animation lies in the image.
+        frame_left, frame_top: px; position of the first frame of a WEBP animation in the image.
     """
 
     kind: Literal["PNG", "JPEG", "WEBP"]
@@ -61,23 +63,23 @@ class ImageFile:
 
     @property
     def is_heavy(self) -> bool:
-        """Whether decoding takes so long that such images should not keep others waiting.
+        """Whether decoding takes so long that other images should not wait for it.
 
-        A scan of a JPEG costs about a fifth of what making and resizing the pixels does.
+        A scan of a JPEG takes about a fifth of the time of converting and resizing the pixels.
         """
         return self.width * self.height * (5 + self.scans) > 5 * HEAVY_PX
 
 
 def damaged(detail: str) -> UnsupportedImage:
-    """The refusal of a file whose pixels are not whole; `detail` is one of ours, never the file's text."""
+    """The error for a file with incomplete pixels; `detail` is our own text, never the file's."""
     return UnsupportedImage(f"the image is damaged: {detail}")
 
 
 def within_limits(file: ImageFile, max_pixels: int) -> ImageFile:
-    """`file`, to be decoded at half its size where only that is within `MAX_DECODE_BYTES`.
+    """`file`; marked to be decoded at half its size where the full size exceeds `MAX_DECODE_BYTES`.
 
     Raises:
-        UnsupportedImage: more than `max_pixels`, a side over `MAX_SIDE_PX`, or too much memory either way.
+        UnsupportedImage: more than `max_pixels`, a side over `MAX_SIDE_PX`, or too much memory.
     """
     size = f"the image has {file.width} x {file.height} pixels"
     if file.width < 1 or file.height < 1:

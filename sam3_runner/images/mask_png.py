@@ -1,4 +1,4 @@
-"""Masks to PNG bytes."""
+"""Encodes masks as PNG."""
 
 from __future__ import annotations
 

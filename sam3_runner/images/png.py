@@ -1,4 +1,4 @@
-"""The pieces of a PNG (W3C PNG, third edition)."""
+"""Parses a PNG's chunks (W3C PNG, third edition)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER_BYTES = 13
 PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
-"""Critical: their checksums count. Others are left out when theirs is wrong, as viewers do."""
+"""A wrong checksum in one of them is an error. Other chunks are then skipped, as viewers do."""
 USED_CHUNKS = frozenset({*PIXEL_CHUNKS, b"tRNS", b"iCCP", b"eXIf"})
 
 MAX_CHUNKS = 20_000
 """10 MB of IDAT chunks of 512 bytes; encoders write 8 KiB or more."""
 BYTES_PER_PIXEL = 4
-"""Pillow's memory for a pixel of any mode but grey."""
+"""Pillow's memory for a pixel of any mode except grey."""
 
 
 def read_png(data: bytes) -> ImageFile:
-    """Read a PNG's pieces. Of an animation the default image counts.
+    """Parse a PNG; of an animation the default image.
 
     Raises:
-        UnsupportedImage: it is cut off, a piece that the pixels need is damaged, or there are too many.
+        UnsupportedImage: it is truncated, a chunk that the pixels need is damaged, or it has too many chunks.
     """
     pixels = [SIGNATURE]
     width = height = 0
@@ -42,10 +42,10 @@ def read_png(data: bytes) -> ImageFile:
             continue
         if kind == b"IHDR":
             if len(body) != HEADER_BYTES:
-                raise damaged("its header is not one")
+                raise damaged("its header is not valid")
             width, height = struct.unpack_from(">II", body)
         if kind in {b"eXIf", b"iCCP"}:
-            # Behind the first pixels they count for no browser.
+            # After the first pixels browsers ignore them.
             if not has_pixels and kind == b"eXIf":
                 orientation = orientation_of(body)
             elif not has_pixels:
@@ -67,9 +67,9 @@ def read_png(data: bytes) -> ImageFile:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of each chunk that is used, up to IEND, or to where the file breaks off.
+    """Kind, start and end of each used chunk, up to IEND, or to the end of a truncated file.
 
-    Behind its pixels a file may do so: whether they are whole is the decoder's to say.
+    A file may be truncated after its pixels start; the decoder checks whether they are complete.
     """
     position, has_pixels = len(SIGNATURE), False
     for _ in range(MAX_CHUNKS):
@@ -91,11 +91,11 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _profile(body: bytes) -> bytes:
-    """The colour profile of an iCCP chunk; empty where it cannot be unpacked, or is too long."""
-    _, _, packed = body.partition(b"\0")
-    unpacking = zlib.decompressobj()
+    """The colour profile of an iCCP chunk; empty where it cannot be decompressed, or is too long."""
+    _, _, compressed = body.partition(b"\0")
+    decompressor = zlib.decompressobj()
     try:
-        profile = unpacking.decompress(packed[1:], MAX_PROFILE_BYTES)
+        profile = decompressor.decompress(compressed[1:], MAX_PROFILE_BYTES)
     except zlib.error:
         return b""
-    return profile if unpacking.eof else b""
+    return profile if decompressor.eof else b""

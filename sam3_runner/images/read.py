@@ -1,4 +1,4 @@
-"""Any file to what it says of itself. Nothing is decoded: this is Python alone, and cheap."""
+"""Parses an image file of any supported format. Decodes no pixel: plain Python, and cheap."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from sam3_runner.images.image_file import ImageFile, within_limits
 
 
 def read_image_file(data: bytes, *, max_pixels: int) -> ImageFile:
-    """What a file says of itself, within the limits.
+    """The metadata of a file within the limits.
 
-    The format is told by content, not by name. Metadata that is damaged or huge is as none.
+    The format is recognised by content, not by name. Damaged or oversized metadata is ignored.
 
     Raises:
-        UnsupportedImage: not a PNG, JPEG or WEBP, cut off, in more pieces than an encoder writes, of more
+        UnsupportedImage: not a PNG, JPEG or WEBP, truncated, in more chunks than an encoder writes, of more
             than `max_pixels`, or over a limit of `within_limits`.
     """
     if data.startswith(png.SIGNATURE):

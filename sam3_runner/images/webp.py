@@ -1,4 +1,4 @@
-"""The pieces of a WEBP (RFC 9649)."""
+"""Parses a WEBP's chunks (RFC 9649)."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_CHUNKS = 1_000
-"""What stands behind is not read. A still has at most eight."""
+"""Later chunks are not read. A still image has at most eight."""
 FRAME_HEADER_BYTES = 16
 LOSSY, LOSSLESS = b"VP8 ", b"VP8L"
 ALPHA_FLAG = 0x10
 BYTES_PER_PIXEL = 4
 UNPACKED_BYTES_PER_PIXEL = 5
-"""What libwebp 1.6 holds of lossless pixels or alpha beside the pixels that it gives: 4.7 were seen."""
+"""Memory of libwebp 1.6 for lossless pixels or alpha, beside the decoded pixels; measured: 4.7."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """One picture: its coded pixels, and where it lies in the image."""
+    """One frame: its encoded pixels, and its position in the image."""
 
     kind: bytes
-    coded: bytes
+    data: bytes
     alpha: bytes
     left: int = 0
     top: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in px, from the coded pixels (RFC 6386 9.1, RFC 9649 3.4)."""
-        if self.kind == LOSSY and self.coded[3:6] == b"\x9d\x01\x2a" and len(self.coded) >= 10:
-            width, height = struct.unpack_from("<HH", self.coded, 6)
+        """Width and height in px, from the encoded pixels (RFC 6386 9.1, RFC 9649 3.4)."""
+        if self.kind == LOSSY and self.data[3:6] == b"\x9d\x01\x2a" and len(self.data) >= 10:
+            width, height = struct.unpack_from("<HH", self.data, 6)
             return width & 0x3FFF, height & 0x3FFF
-        if self.kind == LOSSLESS and self.coded[:1] == b"\x2f" and len(self.coded) >= 5:
-            [bits] = struct.unpack_from("<L", self.coded, 1)
+        if self.kind == LOSSLESS and self.data[:1] == b"\x2f" and len(self.data) >= 5:
+            [bits] = struct.unpack_from("<L", self.data, 1)
             return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-        raise damaged("its frame is not one")
+        raise damaged("its frame is not valid")
 
     @property
     def decode_bytes(self) -> int:
-        """What its decoding holds."""
+        """Memory that decoding needs."""
         width, height = self.size
         unpacked = self.kind == LOSSLESS or bool(self.alpha)
         return width * height * (BYTES_PER_PIXEL + unpacked * UNPACKED_BYTES_PER_PIXEL)
 
     def as_still(self) -> bytes:
-        """A file of this frame alone."""
-        chunks = _chunk(self.kind, self.coded)
+        """A file of this frame only."""
+        chunks = _chunk(self.kind, self.data)
         if self.kind == LOSSY and self.alpha:
             width, height = self.size
             size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -61,15 +61,15 @@ class _Frame:
 
 
 def is_webp(data: bytes) -> bool:
-    """Whether a file begins as a WEBP does."""
+    """Whether `data` starts as a WEBP."""
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 
 
 def read_webp(data: bytes) -> ImageFile:
-    """Read a WEBP's pieces; of an animation the first frame's. Its EXIF is not followed, as browsers do not.
+    """Parse a WEBP; of an animation the first frame. EXIF is ignored, as in browsers.
 
     Raises:
-        UnsupportedImage: it is cut off or has no frame.
+        UnsupportedImage: it is truncated or has no frame.
     """
     first: dict[bytes, bytes] = {}
     for kind, body in _chunks(data, 12):
@@ -95,7 +95,7 @@ def read_webp(data: bytes) -> ImageFile:
 
 
 def _animated(body: bytes) -> _Frame:
-    """The frame in an ANMF chunk."""
+    """The frame of an ANMF chunk."""
     parts: dict[bytes, bytes] = {}
     for kind, part in _chunks(body, FRAME_HEADER_BYTES):
         parts.setdefault(kind, part)
