@@ -1,19 +1,21 @@
-"""The demo checkpoint's shape: SAM 3's own parts, small enough for a CPU and for the repository."""
+"""The demo checkpoint's architecture: SAM 3's modules, small enough for a CPU and for the repository."""
 
 from __future__ import annotations
 
 from transformers import Sam3Config
 
+from sam3_runner.prompts import CONTEXT_TOKENS
+
 SIDE_PX = 336
 _WIDTH = 64
-"""One width for the neck, the fusion encoder, the decoder and the masks: SAM 3 adds them to each other."""
+"""Of the neck, the fusion encoder, the decoder and the masks: SAM 3 adds their outputs to each other."""
 
 
 def demo_config() -> Sam3Config:
     """The configuration of the demo checkpoint.
 
-    Nearly all capacity is in the vision encoder, which runs once per image; what runs once per prompt
-    is narrow. The vocabulary is CLIP's whole one, so that prompts meet the limits of the real model.
+    Nearly all weights are in the vision encoder, which runs once per image. The modules that run once per
+    prompt are narrow. The vocabulary is CLIP's, so that prompts have the same limits as with SAM 3.
     """
     narrow = {"hidden_size": _WIDTH, "num_attention_heads": 4, "intermediate_size": 256, "dropout": 0.0}
     return Sam3Config(
@@ -41,7 +43,7 @@ def demo_config() -> Sam3Config:
             "projection_dim": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "max_position_embeddings": 32,
+            "max_position_embeddings": CONTEXT_TOKENS,
             "hidden_act": "gelu",
         },
         geometry_encoder_config=narrow | {"num_layers": 1, "roi_size": 1},

@@ -1,4 +1,4 @@
-"""Training batches: scenes, their prompts, and the wear that real uploads show."""
+"""Training batches: scenes, their prompts, and the degradations that real uploads show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 
 from training.architecture import SIDE_PX
-from training.concepts import PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, ask
+from training.concepts import PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, sample_prompts
 from training.scenes import paint, render, sample_noise, sample_scenes
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from training.scenes import Painter
 
 _UNKNOWN_SHARE = 0.2
-"""Of the absent prompts, the share that are words without meaning here."""
+"""Share of the absent prompts that are words without a meaning in the scenes."""
 
-_WEAR_UNIFORMS = 4
+_DEGRADATION_UNIFORMS = 4
 _BLOCK = 8
 
 
@@ -36,9 +36,9 @@ class Batch:
         owner: (B, S, S) uint8, see `Pictures`.
         boxes: (B, 7, 4), x0 y0 x1 y1 in 0..1.
         ids, ids_valid: (P, L) int64 and bool.
-        wanted: (P, 7) bool, objects to match with queries.
-        counted: (P, 7) bool, those of them that are to be learnt; the others are left out of the loss.
-        valid: (P,) bool, False for prompts to be left out altogether.
+        matching: (P, 7) bool, objects that match the prompt; each is assigned a query.
+        counted: (P, 7) bool, the matching objects that contribute to the loss.
+        valid: (P,) bool, False for prompts that do not contribute to the loss.
     """
 
     pixels: Tensor
@@ -46,79 +46,77 @@ class Batch:
     boxes: Tensor
     ids: Tensor
     ids_valid: Tensor
-    wanted: Tensor
+    matching: Tensor
     counted: Tensor
     valid: Tensor
 
 
 class BatchMaker:
-    """Makes the batch of any step of a training run from the run's seed and the step's number alone."""
+    """Makes the batch of any step of a training run, from only the run's seed and the step's number."""
 
     def __init__(self, *, scenes: int, seed: int, device: str, compiled: bool) -> None:
         self._scenes, self._seed, self._device = scenes, seed, device
         self._tokens = PromptTokens(device)
-        self._generator = torch.Generator(device)
+        self._rng = torch.Generator(device)
         self._paint: Painter = torch.compile(paint, dynamic=False) if compiled else paint
-        self._wear_out: Callable[..., Tensor] = (
-            torch.compile(wear_out, dynamic=False) if compiled else wear_out
-        )
+        self._degrade: Callable[..., Tensor] = torch.compile(degrade, dynamic=False) if compiled else degrade
 
     def make(self, step: int) -> Batch:
         """The batch of one step."""
-        generator = self._generator.manual_seed(self._seed * 1_000_003 + step)
-        scenes = sample_scenes(self._scenes, generator, frame=None)
-        noise = sample_noise(self._scenes, SIDE_PX, SIDE_PX, generator)
-        wear = torch.rand(self._scenes, _WEAR_UNIFORMS, generator=generator, device=self._device)
+        rng = self._rng.manual_seed(self._seed * 1_000_003 + step)
+        scenes = sample_scenes(self._scenes, rng, frame=None)
+        noise = sample_noise(self._scenes, SIDE_PX, SIDE_PX, rng)
+        degradations = torch.rand(self._scenes, _DEGRADATION_UNIFORMS, generator=rng, device=self._device)
         pictures = render(scenes, *noise, paint=self._paint)
-        pixels = self._wear_out(pictures.pixels, noise[1], wear).to(torch.uint8)
-        lots = torch.rand(self._scenes, PROMPT_UNIFORMS, generator=generator, device=self._device)
-        asked = ask(scenes, pictures, lots)
+        pixels = self._degrade(pictures.pixels, noise[1], degradations).to(torch.uint8)
+        uniforms = torch.rand(self._scenes, PROMPT_UNIFORMS, generator=rng, device=self._device)
+        sampled = sample_prompts(scenes, pictures, uniforms)
         prompts = self._scenes * PROMPTS_PER_SCENE
-        words = torch.rand(prompts, 7, generator=generator, device=self._device)
-        ids, ids_valid = self._tokens.encode(asked.concept.flatten(), words)
-        unknown, unknown_valid = self._tokens.encode_unknown(words)
+        words = torch.rand(prompts, 7, generator=rng, device=self._device)
+        ids, ids_valid = self._tokens.encode(sampled.concept.flatten(), words)
+        unknown_ids, unknown_valid = self._tokens.encode_unknown(words)
         last = torch.arange(prompts, device=self._device) % PROMPTS_PER_SCENE == PROMPTS_PER_SCENE - 1
-        strange = (last & (words[:, 6] < _UNKNOWN_SHARE))[:, None]
-        wanted = asked.wanted.flatten(0, 1)
+        unknown = (last & (words[:, 6] < _UNKNOWN_SHARE))[:, None]
+        matching = sampled.matching.flatten(0, 1)
         return Batch(
             pixels=pixels,
             owner=pictures.owner,
             boxes=pictures.boxes,
-            ids=torch.where(strange, unknown, ids),
-            ids_valid=torch.where(strange, unknown_valid, ids_valid),
-            wanted=wanted,
-            counted=wanted & pictures.counted.repeat_interleave(PROMPTS_PER_SCENE, dim=0),
-            valid=asked.valid.flatten(),
+            ids=torch.where(unknown, unknown_ids, ids),
+            ids_valid=torch.where(unknown, unknown_valid, ids_valid),
+            matching=matching,
+            counted=matching & pictures.counted.repeat_interleave(PROMPTS_PER_SCENE, dim=0),
+            valid=sampled.valid.flatten(),
         )
 
 
-def wear_out(pixels: Tensor, noise: Tensor, uniforms: Tensor) -> Tensor:
-    """Blur, grain and the blocks of JPEG, each on some of the (B, 3, S, S) pictures; whole levels 0..255."""
+def degrade(pixels: Tensor, noise: Tensor, uniforms: Tensor) -> Tensor:
+    """Blur, grain and JPEG's blocks, each on some of the (B, 3, S, S) pictures; integer levels 0..255."""
     blur, grain, block, strength = uniforms.unbind(dim=1)
-    # Three taps, (w, 1 - 2w, w): up to a third each way, none for two pictures in five.
+    # A kernel of three taps, (w, 1 - 2w, w): w is up to 0.33, and 0 for two pictures in five.
     side = ((blur - 0.4).clamp(min=0.0) / 0.6 * 0.33)[:, None, None, None]
     for dims in ((0, 0, 1, 1), (1, 1, 0, 0)):
         padded = F.pad(pixels, dims, mode="replicate")
         height, width = pixels.shape[-2:]
         before, after = padded[..., :height, :width], padded[..., -height:, -width:]
         pixels = pixels * (1.0 - 2.0 * side) + (before + after) * side
-    # The same noise as the background's, shifted: fresh enough, and one field less to draw.
+    # The background's noise, shifted: different enough, and no second field to sample.
     shifted = noise.roll((37, 91), dims=(-2, -1)) - 0.5
     pixels = pixels + shifted * ((grain - 0.5).clamp(min=0.0) * 40.0)[:, None, None, None]
-    squeezed = _squeeze_blocks(pixels, 4.0 + 36.0 * strength**2)
-    return torch.where((block < 0.4)[:, None, None, None], squeezed, pixels).round().clamp(0.0, 255.0)
+    quantised = _quantise_blocks(pixels, 4.0 + 36.0 * strength**2)
+    return torch.where((block < 0.4)[:, None, None, None], quantised, pixels).round().clamp(0.0, 255.0)
 
 
-def _squeeze_blocks(pixels: Tensor, step: Tensor) -> Tensor:
-    """Quantise the cosine transform of 8 x 8 blocks, coarser for finer detail, as JPEG does."""
+def _quantise_blocks(pixels: Tensor, step: Tensor) -> Tensor:
+    """Quantise the cosine transform of 8 x 8 blocks, high frequencies more coarsely, as JPEG does."""
     index = torch.arange(_BLOCK, device=pixels.device, dtype=torch.float32)
     basis = (math.pi / _BLOCK * (index[None] + 0.5) * index[:, None]).cos() * math.sqrt(2.0 / _BLOCK)
     basis = torch.cat([basis[:1] / math.sqrt(2.0), basis[1:]])
     count, channels, height, width = pixels.shape
     grid = (height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
     blocks = pixels.reshape(count, channels, *grid).transpose(3, 4)
-    waves = basis @ blocks @ basis.T
+    coefficients = basis @ blocks @ basis.T
     quantum = step[:, None, None, None, None, None] * (0.4 + 0.2 * (index[:, None] + index[None]))
-    restored = basis.T @ ((waves / quantum).round() * quantum) @ basis
-    squeezed: Tensor = restored.transpose(3, 4).reshape(pixels.shape)
-    return squeezed
+    restored = basis.T @ ((coefficients / quantum).round() * quantum) @ basis
+    quantised: Tensor = restored.transpose(3, 4).reshape(pixels.shape)
+    return quantised

@@ -1,15 +1,15 @@
-"""What may be asked of a scene: "red circle", "circle", "red shape", and words that mean nothing here."""
+"""Prompts for a scene: "red circle", "circle", "red shape", and words without a meaning in the scenes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
 
+from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import PromptTokenizer
 from training.scenes import COLOURS, MAX_OBJECTS, SHAPES
 
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 
     from training.scenes import Pictures, Scenes
 
-CHECKPOINT_FOLDER = Path(__file__).parent.parent / "sam3_runner" / "demo_checkpoint"
-
 PROMPTS_PER_SCENE = 4
 PRESENT_PER_SCENE = 3
-"""The first three prompts of a scene name something in it, the last one nothing: a quarter is absent."""
+"""The first three prompts of a scene name something in it, the last one something absent."""
 
 KINDS = ("colour shape", "shape", "any shape of a colour")
 _FIRST_SHAPE = len(COLOURS) * len(SHAPES)
@@ -31,25 +29,25 @@ CONCEPT_COUNT = _FIRST_COLOUR + len(COLOURS)
 
 PROMPT_UNIFORMS = PRESENT_PER_SCENE * (MAX_OBJECTS + 1) + CONCEPT_COUNT
 PROMPT_SEEDS = 1_000_000_000
-"""Added to a scene's seed for its prompts: one seed for both would tie what is asked to what is drawn."""
+"""Added to a scene's seed for its prompts: with one seed the prompts would correlate with the scene."""
 _KIND_SHARE = (0.4, 0.3, 0.3)
 _NEAR_MISS_WEIGHT = 5.0
 _TOKENS = 8
-"""Tokens of a training prompt, padded; the served 32 give the same answer, since padding is masked."""
+"""Tokens of a training prompt, padded. The 32 of serving give the same result, since padding is masked."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ScenePrompts:
     """Four prompts for each of B scenes.
 
     Attributes:
         concept: (B, 4) int64.
-        wanted: (B, 4, 7) bool, visible objects that the prompt means.
-        valid: (B, 4) bool, False for a scene in which nothing counts.
+        matching: (B, 4, 7) bool, visible objects that match the prompt.
+        valid: (B, 4) bool, False for a scene in which no object counts.
     """
 
     concept: Tensor
-    wanted: Tensor
+    matching: Tensor
     valid: Tensor
 
 
@@ -73,16 +71,16 @@ def name_of(concept: int, *, plural: bool) -> str:
 
 
 def phrases(concept: int) -> list[str]:
-    """Ways to ask for a concept, the plain ones twice: each is as likely in training."""
+    """Prompts for a concept, the plain ones twice; training draws them with equal probability."""
     one, many = name_of(concept, plural=False), name_of(concept, plural=True)
     article = "an" if one[0] == "o" else "a"
     return [one, one, many, many, f"{article} {one}", f"the {one}", f"the {many}", f"all {many}"]
 
 
-def ask(scenes: Scenes, pictures: Pictures, uniforms: Tensor) -> Asked:
-    """Choose prompts with the help of (B, `PROMPT_UNIFORMS`) uniform numbers."""
-    meant = _meaning(uniforms.device)[:, scenes.colour, scenes.shape].transpose(0, 1)
-    meant &= pictures.visible[:, None]
+def sample_prompts(scenes: Scenes, pictures: Pictures, uniforms: Tensor) -> ScenePrompts:
+    """Choose prompts by (B, `PROMPT_UNIFORMS`) uniform numbers."""
+    matches = _concept_table(uniforms.device)[:, scenes.colour, scenes.shape].transpose(0, 1)
+    matches &= pictures.visible[:, None]
     picks, absent = uniforms[:, :-CONCEPT_COUNT], uniforms[:, -CONCEPT_COUNT:]
     picks = picks.reshape(-1, PRESENT_PER_SCENE, MAX_OBJECTS + 1)
     target = (picks[..., :-1] + pictures.counted[:, None]).argmax(dim=-1)
@@ -91,26 +89,26 @@ def ask(scenes: Scenes, pictures: Pictures, uniforms: Tensor) -> Asked:
     kind = picks[..., -1]
     concept = torch.where(kind < bare_shape, _FIRST_SHAPE + shape, _FIRST_COLOUR + colour)
     concept = torch.where(kind < both, colour * len(SHAPES) + shape, concept)
-    missing = _choose_absent(meant, absent)
-    concept = torch.cat([concept, missing[:, None]], dim=1)
-    wanted = meant.gather(1, concept[..., None].expand(-1, -1, MAX_OBJECTS))
+    absent_concept = _choose_absent(matches, absent)
+    concept = torch.cat([concept, absent_concept[:, None]], dim=1)
+    matching = matches.gather(1, concept[..., None].expand(-1, -1, MAX_OBJECTS))
     valid = pictures.counted.any(dim=1, keepdim=True).expand(-1, PROMPTS_PER_SCENE)
-    return Asked(concept=concept, wanted=wanted, valid=valid)
+    return ScenePrompts(concept=concept, matching=matching, valid=valid)
 
 
 class PromptTokens:
-    """Token ids of every phrase of every concept, and of words that mean nothing here."""
+    """Token ids of every phrase of every concept, and of words without a meaning in the scenes."""
 
-    def __init__(self, device: str, folder: Path = CHECKPOINT_FOLDER) -> None:
-        tokenizer = PromptTokenizer(folder / "tokenizer.json")
+    def __init__(self, device: str) -> None:
+        tokenizer = PromptTokenizer(CLIP_TOKENIZER_FILE)
         encoded = tokenizer.encode(
             [phrase for concept in range(CONCEPT_COUNT) for phrase in phrases(concept)]
         )
         ids = torch.from_numpy(encoded.ids)[:, :_TOKENS]
         self._ids = ids.reshape(CONCEPT_COUNT, -1, _TOKENS).to(device)
         self._lengths = torch.from_numpy(encoded.valid).sum(dim=1).reshape(CONCEPT_COUNT, -1).to(device)
-        self._end = int(ids[0, -1])
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._end_id = int(ids[0, -1])
+        self._tokenizer = Tokenizer.from_file(str(CLIP_TOKENIZER_FILE))
 
     def encode(self, concept: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """(P, 8) ids and validity of concepts (P,), phrased by uniform numbers (P, 1)."""
@@ -119,18 +117,18 @@ class PromptTokens:
 
     def encode_unknown(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """(P, 8) ids and validity of up to two random tokens, half of them after a colour; needs (P, 6)."""
-        word = (uniforms[:, 2:5] * self._end).long().clamp(max=self._end - 2)
+        word = (uniforms[:, 2:5] * self._end_id).long().clamp(max=self._end_id - 2)
         colour = _FIRST_COLOUR + (uniforms[:, 5] * len(COLOURS)).long()
         coloured = uniforms[:, 0] < 0.5
-        ids = torch.full((len(uniforms), _TOKENS), self._end, device=uniforms.device)
+        ids = torch.full((len(uniforms), _TOKENS), self._end_id, device=uniforms.device)
         ids[:, 0] = self._ids[0, 0, 0]
         ids[:, 1:4] = word
         ids[:, 1] = torch.where(coloured, self._ids[colour, 0, 1], ids[:, 1])
         words = torch.where(coloured, 2, 1) + (uniforms[:, 1] * 2.0).long()
-        ids = torch.where(torch.arange(_TOKENS, device=ids.device) > words[:, None], self._end, ids)
+        ids = torch.where(torch.arange(_TOKENS, device=ids.device) > words[:, None], self._end_id, ids)
         return self._with_validity(ids, words + 2)
 
-    def read(self, ids: Tensor) -> list[str]:
+    def decode(self, ids: Tensor) -> list[str]:
         """The texts of (P, 8) ids."""
         return [text.replace("</w>", " ").strip() for text in self._tokenizer.decode_batch(ids.tolist())]
 
@@ -139,8 +137,8 @@ class PromptTokens:
 
 
 @cache
-def _meaning(device: torch.device) -> Tensor:
-    """(concepts, colours, shapes) bool: does the concept mean an object of this colour and shape."""
+def _concept_table(device: torch.device) -> Tensor:
+    """(concepts, colours, shapes) bool: whether an object of this colour and shape matches the concept."""
     table = torch.zeros(CONCEPT_COUNT, len(COLOURS), len(SHAPES), dtype=torch.bool)
     for concept in range(CONCEPT_COUNT):
         if concept < _FIRST_SHAPE:
@@ -152,20 +150,20 @@ def _meaning(device: torch.device) -> Tensor:
     return table.to(device)
 
 
-def _choose_absent(meant: Tensor, uniforms: Tensor) -> Tensor:
-    """(B,) concepts that nothing visible answers, most of them sharing a colour or a shape with something."""
-    present = meant.any(dim=2)
+def _choose_absent(matches: Tensor, uniforms: Tensor) -> Tensor:
+    """(B,) concepts that no visible object matches; most share a colour or a shape with a visible one."""
+    present = matches.any(dim=2)
     near = present[:, _FIRST_COLOUR:, None] | present[:, None, _FIRST_SHAPE:_FIRST_COLOUR]
-    weight = _concept_shares(uniforms.device).repeat(len(meant), 1)
+    weight = _concept_shares(uniforms.device).repeat(len(matches), 1)
     weight[:, :_FIRST_SHAPE] *= torch.where(near.flatten(1), _NEAR_MISS_WEIGHT, 1.0)
-    # The largest of log(u) / w is a draw in proportion to w.
-    lots = uniforms.clamp(min=1e-9).log() / weight
-    return lots.masked_fill(present, -torch.inf).argmax(dim=1)
+    # The largest log(u) / w is a sample with probabilities in proportion to w.
+    keys = uniforms.clamp(min=1e-9).log() / weight
+    return keys.masked_fill(present, -torch.inf).argmax(dim=1)
 
 
 @cache
 def _concept_shares(device: torch.device) -> Tensor:
-    """(concepts,) how often each is asked for, before the scene is looked at."""
+    """(concepts,) probability of each concept, before the scene is considered."""
     counts = (_FIRST_SHAPE, len(SHAPES), len(COLOURS))
     shares = [torch.full((n,), share / n) for n, share in zip(counts, _KIND_SHARE, strict=True)]
     return torch.cat(shares).to(device)

@@ -1,7 +1,7 @@
-"""Score a checkpoint through the served path: `python -m training.evaluate`.
+"""Evaluate a checkpoint through `SAM3Predictor`: `python -m training.evaluate`.
 
-Fresh scenes, drawn on the CPU from seeds that no training run uses, go through `SAM3Predictor` as an
-upload would, at its normal threshold. Writes a JSON report; exits 1 when a figure misses its target.
+New scenes, drawn on the CPU from seeds that no training run uses, are segmented as an upload would be, at
+the default threshold. Writes a JSON report; exits 1 when a figure misses its target.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
+from sam3_runner.checkpoint import DEMO, DEMO_FOLDER
 from sam3_runner.predictor import SAM3Predictor
-from training.concepts import CHECKPOINT_FOLDER, PROMPT_SEEDS, PROMPT_UNIFORMS, ask, kind_of, name_of
+from training.concepts import PROMPT_SEEDS, PROMPT_UNIFORMS, kind_of, name_of, sample_prompts
 from training.scenes import MAX_OBJECTS, draw_scenes
-from training.score import Overlaps, Tally
+from training.score import HIT_IOU, Overlaps, Tally
 
 if TYPE_CHECKING:
     from sam3_runner.instances import PredictResult
 
 FIRST_SEED = 800_000_000
-"""Evaluation scenes have seeds from here on; training's generators are seeded elsewhere."""
+"""Evaluation scenes have seeds from this one on; training and validation use other seeds."""
 
 SQUARE = "336x336"
 TARGETS = {
@@ -41,17 +42,17 @@ TARGETS = {
     "1920x1080": {"f1": 0.85},
     "500x1200": {"f1": 0.85},
 }
-STRANGE_PROMPTS = ("dog", "a person riding a bicycle", "red car", "the blue house", "green apples", "hexagon")
-"""Words that mean nothing in these scenes; asked of the square scenes besides, and scored apart."""
+UNKNOWN_PROMPTS = ("dog", "a person riding a bicycle", "red car", "the blue house", "green apples", "hexagon")
+"""Words without a meaning in the scenes; one more prompt for each square scene, with figures of its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One picture, its four prompts, and the truth.
+class Sample:
+    """One picture, its four prompts, and the ground truth.
 
     Attributes:
         owner: (H, W) uint8, see `Pictures`.
-        wanted: (4, 7) bool.
+        matching: (4, 7) bool.
         counted: (7,) bool.
     """
 
@@ -59,75 +60,84 @@ class Question:
     prompts: list[str]
     kinds: list[str]
     owner: np.ndarray
-    wanted: np.ndarray
+    matching: np.ndarray
     counted: np.ndarray
 
 
-def pose(seed: int, *, width: int, height: int) -> Question | None:
-    """The scene of one seed with its prompts; None if nothing in it counts."""
+def make_sample(seed: int, *, width: int, height: int) -> Sample | None:
+    """The scene of one seed with its prompts; None if no object in it counts."""
     scenes, pictures = draw_scenes(1, seed, width=width, height=height)
     if not pictures.counted.any():
         return None
     generator = torch.Generator().manual_seed(seed + PROMPT_SEEDS)
-    asked = ask(scenes, pictures, torch.rand(1, PROMPT_UNIFORMS, generator=generator))
-    lots = random.Random(seed)  # noqa: S311 - reproducible on purpose
-    concepts = asked.concept[0].tolist()
-    names = [name_of(concept, plural=lots.random() < 0.5) for concept in concepts]
+    sampled = sample_prompts(scenes, pictures, torch.rand(1, PROMPT_UNIFORMS, generator=generator))
+    rng = random.Random(seed)  # noqa: S311 - reproducible on purpose
+    concepts = sampled.concept[0].tolist()
+    names = [name_of(concept, plural=rng.random() < 0.5) for concept in concepts]
     pixels = pictures.pixels[0].round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Question(
+    return Sample(
         picture=Image.fromarray(pixels),
-        prompts=[lots.choice((str.lower, str.upper, str.capitalize))(name) for name in names],
+        prompts=[rng.choice((str.lower, str.upper, str.capitalize))(name) for name in names],
         kinds=[kind_of(concept) for concept in concepts],
         owner=pictures.owner[0].numpy(),
-        wanted=asked.wanted[0].numpy(),
+        matching=sampled.matching[0].numpy(),
         counted=pictures.counted[0].numpy(),
     )
 
 
-def compare(question: Question, number: int, result: PredictResult) -> Overlaps:
-    """Pixels that the instances found for prompt `number` share with the scene's objects."""
-    common = np.zeros((len(result.instances), MAX_OBJECTS + 1))
+def compare(sample: Sample, prompt: int, result: PredictResult) -> Overlaps:
+    """Pixels that the instances of prompt number `prompt` share with the scene's objects."""
+    intersections = np.zeros((len(result.instances), MAX_OBJECTS + 1))
     for row, instance in enumerate(result.instances):
-        under = question.owner[instance.mask.window][instance.mask.array()]
-        common[row] = np.bincount(under, minlength=MAX_OBJECTS + 1)
-    shown = np.bincount(question.owner.ravel(), minlength=MAX_OBJECTS + 1)
+        owners = sample.owner[instance.mask.window][instance.mask.array()]
+        intersections[row] = np.bincount(owners, minlength=MAX_OBJECTS + 1)
+    areas = np.bincount(sample.owner.ravel(), minlength=MAX_OBJECTS + 1)
     return Overlaps(
-        common=common[:, 1:],
-        predicted=common.sum(axis=1),
-        shown=shown[1:].astype(np.float64),
-        wanted=question.wanted[number],
-        counted=question.counted,
+        intersections=intersections[:, 1:],
+        predicted=intersections.sum(axis=1),
+        visible=areas[1:].astype(np.float64),
+        matching=sample.matching[prompt],
+        counted=sample.counted,
     )
 
 
 def evaluate_size(
-    predictor: SAM3Predictor, *, width: int, height: int, scenes: int, first_seed: int, strange: bool = False
+    predictor: SAM3Predictor, *, width: int, height: int, scenes: int, first_seed: int, unknown: bool = False
 ) -> dict[str, Any]:
-    """Figures over `scenes` scenes of one size, overall and for each kind of prompt."""
+    """Figures over `scenes` scenes of one size, overall and for each kind of prompt.
+
+    Args:
+        predictor: loaded.
+        width: of the pictures in px.
+        height: of the pictures in px.
+        scenes: number of scenes with an object that counts.
+        first_seed: the first scene's; the following seeds are used in order.
+        unknown: add one of `UNKNOWN_PROMPTS` to each scene.
+    """
     tallies = {"all": Tally()}
-    fooled, seed, asked = 0, first_seed, 0
+    false_positives, seed, done = 0, first_seed, 0
     with tqdm(total=scenes, desc=f"{width}x{height}", disable=None) as bar:
-        while asked < scenes:
-            question = pose(seed, width=width, height=height)
+        while done < scenes:
+            sample = make_sample(seed, width=width, height=height)
             seed += 1
-            if question is None:
+            if sample is None:
                 continue
-            extra = [STRANGE_PROMPTS[asked % len(STRANGE_PROMPTS)]] if strange else []
-            results = predictor.predict_batch(question.picture, question.prompts + extra)
-            for number, kind in enumerate(question.kinds):
-                overlaps = compare(question, number, results[number])
+            extra = [UNKNOWN_PROMPTS[done % len(UNKNOWN_PROMPTS)]] if unknown else []
+            results = predictor.predict_batch(sample.picture, sample.prompts + extra)
+            for prompt, kind in enumerate(sample.kinds):
+                overlaps = compare(sample, prompt, results[prompt])
                 for key in ("all", kind):
                     tallies.setdefault(key, Tally()).add(overlaps)
-            fooled += sum(bool(result.instances) for result in results[len(question.prompts) :])
-            asked += 1
+            false_positives += sum(bool(result.instances) for result in results[len(sample.prompts) :])
+            done += 1
             bar.update()
     figures: dict[str, Any] = {
-        "scenes": asked,
+        "scenes": done,
         "seeds": [first_seed, seed - 1],
         **tallies.pop("all").figures(),
     }
-    if strange:
-        figures["strange_prompts"] = {"prompts": asked, "found_something": fooled}
+    if unknown:
+        figures["strange_prompts"] = {"prompts": done, "found_something": false_positives}
     return figures | {"kinds": {kind: tally.figures() for kind, tally in sorted(tallies.items())}}
 
 
@@ -136,9 +146,9 @@ def evaluate(checkpoint: str, device: str | None, scenes: int, scenes_per_size: 
     predictor = SAM3Predictor(checkpoint, device)
     predictor.load()
     assert predictor.checkpoint is not None
-    started = time.monotonic()
+    started_s = time.monotonic()
     sizes: dict[str, Any] = {}
-    for place, size in enumerate(TARGETS):
+    for index, size in enumerate(TARGETS):
         width, height = map(int, size.split("x"))
         square = size == SQUARE
         sizes[size] = evaluate_size(
@@ -146,8 +156,8 @@ def evaluate(checkpoint: str, device: str | None, scenes: int, scenes_per_size: 
             width=width,
             height=height,
             scenes=scenes if square else scenes_per_size,
-            first_seed=FIRST_SEED + place * 1_000_000,
-            strange=square,
+            first_seed=FIRST_SEED + index * 1_000_000,
+            unknown=square,
         )
     missed = [
         f"{size} {name}: {sizes[size][name]} < {least}"
@@ -159,7 +169,7 @@ def evaluate(checkpoint: str, device: str | None, scenes: int, scenes_per_size: 
         "weights_sha256": hashlib.sha256(predictor.checkpoint.weights_file.read_bytes()).hexdigest(),
         "parameters": predictor.parameters,
         "score_threshold": predictor.score_threshold,
-        "hit_iou": 0.5,
+        "hit_iou": HIT_IOU,
         "targets": TARGETS,
         "targets_missed": missed,
         "sizes": sizes,
@@ -170,7 +180,7 @@ def evaluate(checkpoint: str, device: str | None, scenes: int, scenes_per_size: 
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started_s, 1),
     }
 
 
@@ -181,15 +191,15 @@ def _device_name(device: torch.device) -> str:
 
 
 def main() -> None:
-    """Evaluate, write the report, tell by the exit status whether every target was met."""
+    """Evaluate and write the report; exit 1 when a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", default="demo", help="`demo` or a transformers folder")
+    parser.add_argument("--checkpoint", default=DEMO, help="`demo` or a transformers folder")
     parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
     parser.add_argument("--scenes", type=int, default=1000, help="square scenes")
     parser.add_argument("--scenes-per-size", type=int, default=200, help="scenes of each other size")
-    parser.add_argument("--report", type=Path, default=CHECKPOINT_FOLDER / "report.json")
+    parser.add_argument("--report", type=Path, default=DEMO_FOLDER / "report.json")
     arguments = parser.parse_args()
     report = evaluate(arguments.checkpoint, arguments.device, arguments.scenes, arguments.scenes_per_size)
     arguments.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

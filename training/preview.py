@@ -1,6 +1,6 @@
-"""A contact sheet to look at: `python -m training.preview sheet.png [--checkpoint FOLDER]`.
+"""Draw a contact sheet of scenes: `python -m training.preview sheet.png [--checkpoint FOLDER]`.
 
-Without a checkpoint the outlines are the truth; with one they are what it finds.
+The outlines are the ground truth, or with a checkpoint its predictions.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from PIL import Image, ImageDraw
 from training.architecture import SIDE_PX
 from training.batches import BatchMaker
 from training.concepts import PROMPTS_PER_SCENE, PromptTokens
-from training.score import predict_masks
+from training.score import kept_masks
 from training.weights import load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _COLUMNS = 4
-_LINE = (255, 0, 255)
+_LINE_RGB = (255, 0, 255)
 
 
 def main() -> None:
-    """Draw training scenes, four prompts each, one row a scene."""
+    """Draw training scenes, four prompts each, one row per scene."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sheet", type=Path)
     parser.add_argument("--checkpoint", type=Path)
@@ -35,28 +35,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=900_000_000)
     arguments = parser.parse_args()
     batch = BatchMaker(scenes=arguments.scenes, seed=arguments.seed, device="cpu", compiled=False).make(0)
-    titles = PromptTokens("cpu").read(batch.ids)
+    titles = PromptTokens("cpu").decode(batch.ids)
     if arguments.checkpoint is None:
-        masks, prompt = _truth(batch.owner, batch.counted)
+        masks, prompts = _true_masks(batch.owner, batch.counted)
     else:
         model = load_weights(arguments.checkpoint)
         with torch.inference_mode():
-            masks, prompt = predict_masks(model, batch.pixels, batch.ids, batch.ids_valid)
+            masks, prompts = kept_masks(model, batch.pixels, batch.ids, batch.ids_valid)
     sheet = Image.new("RGB", (_COLUMNS * SIDE_PX, arguments.scenes * SIDE_PX))
-    for number, title in enumerate(titles):
-        scene, column = divmod(number, PROMPTS_PER_SCENE)
+    for prompt, title in enumerate(titles):
+        scene, column = divmod(prompt, PROMPTS_PER_SCENE)
         picture = batch.pixels[scene].permute(1, 2, 0).numpy().copy()
-        for mask in masks[prompt == number].numpy():
-            picture[_outline(mask)] = _LINE
+        for mask in masks[prompts == prompt].numpy():
+            picture[_outline(mask)] = _LINE_RGB
         tile = Image.fromarray(picture)
-        ImageDraw.Draw(tile).text((6, 4), title, fill=_LINE)
+        ImageDraw.Draw(tile).text((6, 4), title, fill=_LINE_RGB)
         sheet.paste(tile, (column * SIDE_PX, scene * SIDE_PX))
     sheet.save(arguments.sheet)
 
 
-def _truth(owner: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    prompt, index = counted.nonzero(as_tuple=True)
-    return owner[prompt // PROMPTS_PER_SCENE] == (index + 1)[:, None, None], prompt
+def _true_masks(owner: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    prompts, index = counted.nonzero(as_tuple=True)
+    return owner[prompts // PROMPTS_PER_SCENE] == (index + 1)[:, None, None], prompts
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Scenes of coloured shapes, drawn as signed distance functions on any device.
 
-Everything random comes in as tensors of uniform numbers, so that drawing is a pure function of its
-arguments: it compiles, and a scene is the same whenever its seed is.
+All randomness comes in as tensors of uniform numbers, so drawing is a pure function of its arguments: it can
+be compiled, and a seed always gives the same scene.
 
-Two frames are used. The *frame* is the picture as a user would send it; its short side is
-`SHORT_SIDE_PX` long whatever the picture's resolution, so that radii and areas mean the same at every
-size. The *raster* is the grid of pixels that is drawn; a frame that is not square may be drawn
-straight onto a square raster, squashed as the server squashes an upload.
+There are two coordinate systems. The *frame* is the picture as a user would send it. Its short side is
+`SHORT_SIDE_PX` long at any resolution, so that radii and areas mean the same at every size. The *raster* is
+the grid of pixels that is drawn. A frame that is not square may be drawn directly on a square raster,
+resized as the server resizes an upload.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 COLOUR_SPREAD = 18
-"""Each channel of an object lies within this many levels of its colour's."""
+"""Each channel of an object is within this many levels of its colour's."""
 
 SHORT_SIDE_PX = 336.0
 MAX_OBJECTS = 7
 RADIUS_PX = (14.0, 60.0)
 MIN_VISIBLE_SHARE = 0.5
 MIN_VISIBLE_PX = 150.0
-"""An object counts when at least this share and this area (in the frame) of it can be seen."""
+"""An object counts when at least this share of it, and this area in the frame, is visible."""
 
 _SCENE_UNIFORMS = 1 + 9 * MAX_OBJECTS + 12
 _BLOB_SIDE = 12
 _CIRCLE, _RING, _CROSS = SHAPES.index("circle"), SHAPES.index("ring"), SHAPES.index("cross")
 
-# Per shape: corners, inner over outer radius, area over radius^2. A polygon's "inner radius" is its apothem.
+# Per shape: corners, inner / outer radius, area / radius^2. The "inner radius" of a polygon is its apothem.
 _CORNERS = (1.0, 4.0, 3.0, 5.0, 1.0, 1.0)
 _STAR_INNER, _RING_INNER, _CROSS_HALF_WIDTH = 0.45, 0.55, 0.33
 _INNER = (1.0, math.cos(math.pi / 4), math.cos(math.pi / 3), _STAR_INNER, 1.0, 1.0)
@@ -67,7 +67,7 @@ _AREA = (
 
 @dataclass(frozen=True, slots=True)
 class Scenes:
-    """What B scenes hold, before they are drawn; lengths in frame px, objects from back to front.
+    """Content of B scenes, before they are drawn; lengths in frame px, objects from back to front.
 
     Attributes:
         frame: (B, 2), width and height.
@@ -101,10 +101,10 @@ class Pictures:
 
     Attributes:
         pixels: (B, 3, H, W) float, levels 0..255, not yet rounded.
-        owner: (B, H, W) uint8, 0 background, i + 1 where object i is what one sees.
-        boxes: (B, 7, 4), x0 y0 x1 y1 of the visible part in 0..1 of the raster; 0 where hidden.
-        visible: (B, 7) bool, shows at least one pixel.
-        counted: (B, 7) bool, shows enough to count.
+        owner: (B, H, W) uint8, the visible object at each pixel: i + 1 for object i, 0 for the background.
+        boxes: (B, 7, 4), x0 y0 x1 y1 of the visible part in 0..1 of the raster; 0 for hidden objects.
+        visible: (B, 7) bool, at least one pixel is visible.
+        counted: (B, 7) bool, enough is visible to count.
     """
 
     pixels: Tensor
@@ -115,7 +115,7 @@ class Pictures:
 
 
 def sample_scenes(count: int, generator: torch.Generator, *, frame: tuple[float, float] | None) -> Scenes:
-    """Draw lots for `count` scenes; `frame` None mixes square frames with squashed ones, for training."""
+    """Sample `count` scenes; `frame` None mixes square frames with resized ones, for training."""
     uniforms = torch.rand(count, _SCENE_UNIFORMS, generator=generator, device=generator.device)
     return scenes_from_uniforms(uniforms, frame)
 
@@ -128,7 +128,7 @@ def sample_noise(count: int, height: int, width: int, generator: torch.Generator
 
 
 def scenes_from_uniforms(uniforms: Tensor, frame: tuple[float, float] | None) -> Scenes:
-    """Turn uniform numbers (B, `_SCENE_UNIFORMS`) into scenes."""
+    """Scenes from uniform numbers (B, `_SCENE_UNIFORMS`)."""
     per_object = uniforms[:, 1 : 1 + 9 * MAX_OBJECTS].reshape(-1, 9, MAX_OBJECTS)
     per_scene = uniforms[:, 1 + 9 * MAX_OBJECTS :]
     sides = _training_frames(per_scene[:, :2]) if frame is None else _same_frame(uniforms, frame)
@@ -154,7 +154,7 @@ def scenes_from_uniforms(uniforms: Tensor, frame: tuple[float, float] | None) ->
     )
 
 
-def paint(  # noqa: PLR0917 - tensors alone: it is compiled once for all objects
+def paint(  # noqa: PLR0917 - only tensors, so that it is compiled once for all objects
     pixels: Tensor,
     owner: Tensor,
     number: Tensor,
@@ -170,7 +170,7 @@ def paint(  # noqa: PLR0917 - tensors alone: it is compiled once for all objects
     center: Tensor,
     rgb: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Lay object `number` (0-d) of each scene over `pixels` and `owner`; its values end in (1, 1)."""
+    """Draw object `number` (0-d) over `pixels` and `owner`; its other values have shapes ending in (1, 1)."""
     cos, sin = angle.cos(), angle.sin()
     dx, dy = x - center[:, 0], y - center[:, 1]
     x, y = (dx * cos + dy * sin) / radius, (dy * cos - dx * sin) / radius
@@ -193,11 +193,11 @@ def render(scenes: Scenes, smooth: Tensor, noise: Tensor, *, paint: Painter = pa
     numbers = torch.arange(1, MAX_OBJECTS + 1, dtype=torch.uint8, device=noise.device)
     corners = _by_shape(_CORNERS, noise.device)[scenes.shape]
     inner = _by_shape(_INNER, noise.device)[scenes.shape]
-    form = (scenes.exists, scenes.shape, corners, inner)
-    per_object = (*form, scenes.radius, scenes.angle, scenes.center, scenes.rgb)
+    geometry = (scenes.exists, scenes.shape, corners, inner)
+    per_object = (*geometry, scenes.radius, scenes.angle, scenes.center, scenes.rgb)
     for index in range(MAX_OBJECTS):
-        one = [values[:, index, ..., None, None] for values in per_object]
-        pixels, owner = paint(pixels, owner, numbers[index], x, y, edge_px, *one)
+        object_values = [values[:, index, ..., None, None] for values in per_object]
+        pixels, owner = paint(pixels, owner, numbers[index], x, y, edge_px, *object_values)
     return _measure(scenes, pixels, owner, pixel_px)
 
 
@@ -222,7 +222,7 @@ def _by_shape(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _training_frames(uniforms: Tensor) -> Tensor:
-    """(B, 2) sides: two in five are up to 2.6 times as long one way as the other."""
+    """(B, 2) sides: for two in five scenes, one side is up to 2.6 times as long as the other."""
     stretch = (math.log(2.6) * (2.0 * uniforms[:, 1] - 1.0)).exp()
     stretch = torch.where(uniforms[:, 0] < 0.4, stretch, 1.0)
     return SHORT_SIDE_PX * torch.stack([stretch.clamp(min=1.0), (1.0 / stretch).clamp(min=1.0)], dim=1)
@@ -233,7 +233,7 @@ def _same_frame(uniforms: Tensor, frame: tuple[float, float]) -> Tensor:
 
 
 def _background_levels(uniforms: Tensor) -> Tensor:
-    """(B, 2, 3) levels of muted colours: half way between a colour and its grey."""
+    """(B, 2, 3) levels of desaturated colours, between a colour and its grey."""
     levels = 40.0 + 175.0 * uniforms[:, :6].reshape(-1, 2, 3)
     return torch.lerp(levels, levels.mean(dim=2, keepdim=True), 0.4 + 0.6 * uniforms[:, 6:7, None])
 
@@ -256,47 +256,47 @@ def _draw_background(scenes: Scenes, x: Tensor, y: Tensor, smooth: Tensor, noise
 
 def _distance(x: Tensor, y: Tensor, shape: Tensor, corners: Tensor, inner: Tensor) -> Tensor:
     """Signed distance (B, H, W) to the edge of an upright shape of radius 1 at the origin."""
-    reach = (x * x + y * y).sqrt()
+    radius = (x * x + y * y).sqrt()
     ring_middle, ring_half = (1.0 + _RING_INNER) / 2.0, (1.0 - _RING_INNER) / 2.0
     long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    distance = _corner_distance(x, y, reach, corners, inner)
-    distance = torch.where(shape == _CIRCLE, reach - 1.0, distance)
-    distance = torch.where(shape == _RING, (reach - ring_middle).abs() - ring_half, distance)
+    distance = _corner_distance(x, y, radius, corners, inner)
+    distance = torch.where(shape == _CIRCLE, radius - 1.0, distance)
+    distance = torch.where(shape == _RING, (radius - ring_middle).abs() - ring_half, distance)
     return torch.where(shape == _CROSS, torch.maximum(long - 1.0, short - _CROSS_HALF_WIDTH), distance)
 
 
-def _corner_distance(x: Tensor, y: Tensor, reach: Tensor, corners: Tensor, inner: Tensor) -> Tensor:
-    """Distance to a polygon or star of radius 1: fold the plane into half a corner, measure one edge."""
+def _corner_distance(x: Tensor, y: Tensor, radius: Tensor, corners: Tensor, inner: Tensor) -> Tensor:
+    """Distance to a polygon or star of radius 1: fold the plane into half a corner, measure to one edge."""
     half = math.pi / corners
     folded = torch.remainder(torch.atan2(y, x) + half, 2.0 * half) - half
-    along, aside = reach * folded.cos(), reach * folded.sin().abs()
+    along, aside = radius * folded.cos(), radius * folded.sin().abs()
     edge_x, edge_y = inner * half.cos() - 1.0, inner * half.sin()
     return ((along - 1.0) * edge_y - aside * edge_x) / (edge_x * edge_x + edge_y * edge_y).sqrt()
 
 
 def _measure(scenes: Scenes, pixels: Tensor, owner: Tensor, pixel_px: Tensor) -> Pictures:
     height, width = owner.shape[-2:]
-    shown = torch.stack([owner == index + 1 for index in range(MAX_OBJECTS)], dim=1)
-    columns, rows = shown.any(dim=2), shown.any(dim=3)
+    visible_masks = torch.stack([owner == index + 1 for index in range(MAX_OBJECTS)], dim=1)
+    columns, rows = visible_masks.any(dim=2), visible_masks.any(dim=3)
     x0, x1 = _extent(columns)
     y0, y1 = _extent(rows)
-    area_px = shown.sum(dim=(2, 3)) * pixel_px.prod(dim=1)[:, None]
-    whole_px = _by_shape(_AREA, owner.device)[scenes.shape] * scenes.radius**2
+    area_px = visible_masks.sum(dim=(2, 3)) * pixel_px.prod(dim=1)[:, None]
+    total_px = _by_shape(_AREA, owner.device)[scenes.shape] * scenes.radius**2
     visible = columns.any(dim=2)
-    # 150 px is meant at a short side of 336; the frame says how long the short side is.
+    # The limit of 150 px is for a short side of 336 px; this scales it to the frame's short side.
     least_px = MIN_VISIBLE_PX * (scenes.frame.amin(dim=1, keepdim=True) / SHORT_SIDE_PX) ** 2
     return Pictures(
         pixels=pixels,
         owner=owner,
         boxes=torch.stack([x0 / width, y0 / height, x1 / width, y1 / height], dim=-1) * visible[..., None],
         visible=visible,
-        counted=(area_px >= MIN_VISIBLE_SHARE * whole_px) & (area_px >= least_px),
+        counted=(area_px >= MIN_VISIBLE_SHARE * total_px) & (area_px >= least_px),
     )
 
 
-def _extent(shown: Tensor) -> tuple[Tensor, Tensor]:
+def _extent(mask: Tensor) -> tuple[Tensor, Tensor]:
     """First index and last index + 1 of the true entries of (..., N)."""
-    index = torch.arange(shown.shape[-1], device=shown.device, dtype=torch.float32)
-    first = torch.where(shown, index, float(shown.shape[-1])).amin(dim=-1)
-    last = torch.where(shown, index + 1.0, 0.0).amax(dim=-1)
+    index = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.float32)
+    first = torch.where(mask, index, float(mask.shape[-1])).amin(dim=-1)
+    last = torch.where(mask, index + 1.0, 0.0).amax(dim=-1)
     return first, last

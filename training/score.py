@@ -1,4 +1,4 @@
-"""What counts as found: predictions against objects, one prompt at a time, and the sums over prompts."""
+"""Scores predictions against objects, one prompt at a time, and sums the scores over prompts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
 from scipy.optimize import linear_sum_assignment
 
-from sam3_runner.checkpoint import SCORE_THRESHOLD
-from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
-from training.concepts import PROMPT_SEEDS, PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, ask, kind_of
+from sam3_runner.instances import SCORE_THRESHOLD
+from sam3_runner.model import decode_prompts, encode_image, encode_text, pixel_features, predict_masks
+from training.architecture import SIDE_PX
+from training.concepts import (
+    PROMPT_SEEDS,
+    PROMPT_UNIFORMS,
+    PROMPTS_PER_SCENE,
+    PromptTokens,
+    kind_of,
+    sample_prompts,
+)
 from training.scenes import MAX_OBJECTS, draw_scenes
 
 if TYPE_CHECKING:
@@ -22,22 +30,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HIT_IOU = 0.5
+_SCENES_PER_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Overlaps:
-    """One prompt's K predictions over the scene's 7 objects, in pixels.
+    """One prompt's K predictions and the scene's 7 objects, in pixels.
 
     Attributes:
-        common: (K, 7), pixels of the prediction that show the object.
-        predicted, shown: (K,) and (7,), pixels of each.
-        wanted, counted: (7,) bool; a wanted object that does not count is neither to find nor to avoid.
+        intersections: (K, 7), pixels that a prediction shares with an object.
+        predicted, visible: (K,) and (7,), pixels of each.
+        matching, counted: (7,) bool; a matching object that does not count is neither a hit nor a miss.
     """
 
-    common: npt.NDArray[np.float64]
+    intersections: npt.NDArray[np.float64]
     predicted: npt.NDArray[np.float64]
-    shown: npt.NDArray[np.float64]
-    wanted: npt.NDArray[np.bool_]
+    visible: npt.NDArray[np.float64]
+    matching: npt.NDArray[np.bool_]
     counted: npt.NDArray[np.bool_]
 
 
@@ -53,35 +62,36 @@ class Tally:
     ious: list[float] = field(default_factory=list)
 
     def add(self, overlaps: Overlaps) -> None:
-        """Count one prompt: the best one-to-one pairing of predictions with objects, at IoU 0.5."""
-        goals = overlaps.wanted & overlaps.counted
-        common = overlaps.common[:, goals]
-        iou = common / (overlaps.predicted[:, None] + overlaps.shown[goals] - common).clip(min=1.0)
+        """Add one prompt: the best one-to-one assignment of predictions to objects, at IoU 0.5."""
+        targets = overlaps.matching & overlaps.counted
+        intersections = overlaps.intersections[:, targets]
+        unions = overlaps.predicted[:, None] + overlaps.visible[targets] - intersections
+        iou = intersections / unions.clip(min=1.0)
         rows, columns = linear_sum_assignment(np.where(iou >= HIT_IOU, iou, 0.0), maximize=True)
         best = iou[rows, columns]
         hit = best >= HIT_IOU
-        # A prediction that lies mostly on an object that shows too little is left out of the score.
-        dim = overlaps.common[:, overlaps.wanted & ~overlaps.counted].sum(axis=1)
-        stray = dim < 0.5 * overlaps.predicted.clip(min=1.0)
-        stray[rows[hit]] = False
+        # A prediction that is mostly on matching objects that do not count is not scored.
+        uncounted = overlaps.intersections[:, overlaps.matching & ~overlaps.counted].sum(axis=1)
+        false = uncounted < 0.5 * overlaps.predicted.clip(min=1.0)
+        false[rows[hit]] = False
         self.ious.extend(best[hit].tolist())
         self.hits += int(hit.sum())
-        self.missed += int(goals.sum()) - int(hit.sum())
-        self.false += int(stray.sum())
-        self.presence_right += int((len(iou) > 0) == bool(goals.any()))
+        self.missed += int(targets.sum()) - int(hit.sum())
+        self.false += int(false.sum())
+        self.presence_right += int((len(iou) > 0) == bool(targets.any()))
         self.prompts += 1
 
     def figures(self) -> dict[str, float | int]:
         """F1, precision, recall, mean IoU of hits, presence accuracy, and the counts behind them."""
-        found, there = self.hits + self.false, self.hits + self.missed
+        predictions, objects = self.hits + self.false, self.hits + self.missed
         return {
-            "f1": round(2 * self.hits / max(found + there, 1), 4),
-            "precision": round(self.hits / max(found, 1), 4),
-            "recall": round(self.hits / max(there, 1), 4),
+            "f1": round(2 * self.hits / max(predictions + objects, 1), 4),
+            "precision": round(self.hits / max(predictions, 1), 4),
+            "recall": round(self.hits / max(objects, 1), 4),
             "mean_iou_of_hits": round(float(np.mean(self.ious)) if self.ious else 0.0, 4),
             "presence_accuracy": round(self.presence_right / max(self.prompts, 1), 4),
             "prompts": self.prompts,
-            "objects": there,
+            "objects": objects,
             "hits": self.hits,
             "missed": self.missed,
             "false": self.false,
@@ -90,42 +100,46 @@ class Tally:
 
 @torch.no_grad()
 def score_weights(model: Any, *, scenes: int, seed: int, device: str) -> dict[str, Tally]:
-    """Score a model on fresh square scenes without the server around it, for the training's own log."""
+    """Score a model on new square scenes, without `SAM3Predictor`: for the log of a training run."""
     tokens = PromptTokens(device)
     tallies = {"all": Tally()}
-    for start in range(0, scenes, 32):
+    count = _SCENES_PER_BATCH
+    for start in range(0, scenes, count):
         generator = torch.Generator(device).manual_seed(seed + start + PROMPT_SEEDS)
-        drawn, pictures = draw_scenes(32, seed + start, width=336, height=336, device=device)
-        asked = ask(drawn, pictures, torch.rand(32, PROMPT_UNIFORMS, generator=generator, device=device))
-        words = torch.rand(32 * PROMPTS_PER_SCENE, 7, generator=generator, device=device)
-        ids, valid = tokens.encode(asked.concept.flatten(), words)
-        pixels = pictures.pixels.round().to(torch.uint8)
-        masks, prompt = predict_masks(model, pixels, ids, valid)
-        shown = F.one_hot(pictures.owner.flatten(1).long(), MAX_OBJECTS + 1)[..., 1:].float()
-        common = torch.einsum("kn,kno->ko", masks.flatten(1).float(), shown[prompt // PROMPTS_PER_SCENE])
-        area, whole = masks.sum(dim=(1, 2)).cpu().numpy(), shown.sum(dim=1).cpu().numpy()
-        rows, owners = common.cpu().numpy(), prompt.cpu().numpy()
-        wanted, counted = asked.wanted.flatten(0, 1).cpu().numpy(), pictures.counted.cpu().numpy()
-        for number, concept in enumerate(asked.concept.flatten().tolist()):
-            scene, mine = number // PROMPTS_PER_SCENE, owners == number
+        drawn, pictures = draw_scenes(count, seed + start, width=SIDE_PX, height=SIDE_PX, device=device)
+        uniforms = torch.rand(count, PROMPT_UNIFORMS, generator=generator, device=device)
+        sampled = sample_prompts(drawn, pictures, uniforms)
+        words = torch.rand(count * PROMPTS_PER_SCENE, 7, generator=generator, device=device)
+        ids, valid = tokens.encode(sampled.concept.flatten(), words)
+        masks, prompts = kept_masks(model, pictures.pixels.round().to(torch.uint8), ids, valid)
+        visible = F.one_hot(pictures.owner.flatten(1).long(), MAX_OBJECTS + 1)[..., 1:].float()
+        intersections = torch.einsum(
+            "kn,kno->ko", masks.flatten(1).float(), visible[prompts // PROMPTS_PER_SCENE]
+        )
+        predicted, areas = masks.sum(dim=(1, 2)).cpu().numpy(), visible.sum(dim=1).cpu().numpy()
+        rows, prompt_of_row = intersections.cpu().numpy(), prompts.cpu().numpy()
+        matching, counted = sampled.matching.flatten(0, 1).cpu().numpy(), pictures.counted.cpu().numpy()
+        for prompt, concept in enumerate(sampled.concept.flatten().tolist()):
+            scene, own = prompt // PROMPTS_PER_SCENE, prompt_of_row == prompt
             if not counted[scene].any():
                 continue
-            overlaps = Overlaps(rows[mine], area[mine], whole[scene], wanted[number], counted[scene])
+            overlaps = Overlaps(rows[own], predicted[own], areas[scene], matching[prompt], counted[scene])
             for key in ("all", kind_of(concept)):
                 tallies.setdefault(key, Tally()).add(overlaps)
     return tallies
 
 
-def predict_masks(model: Any, pixels: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def kept_masks(model: Any, pixels: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Kept masks (K, S, S) bool and their prompts (K,), of four prompts for each picture."""
     prompt = torch.arange(len(ids), device=ids.device)
     scene = prompt // PROMPTS_PER_SCENE
     image, text = encode_image(model, pixels), encode_text(model, ids, valid)
-    found = decode_prompts(model, image, text, scene, prompt)
-    score = found.logits.sigmoid() * found.presence_logits.sigmoid()[:, None]
-    pair, query = (score > SCORE_THRESHOLD).nonzero(as_tuple=True)
-    features = decode_masks(model, image, found, scene, prompt)
-    grids = torch.func.vmap(lambda cells, few: draw_masks(model, cells, few))(features, found.queries[-1])
+    detections = decode_prompts(model, image, text, scene, prompt)
+    pair, query = (detections.scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
+    features = pixel_features(model, image, detections, scene, prompt)
+    grids = torch.func.vmap(lambda features, queries: predict_masks(model, features, queries))(
+        features, detections.queries[-1]
+    )
     logits = F.interpolate(
         grids[pair, query][:, None], pixels.shape[-2:], mode="bilinear", align_corners=False
     )

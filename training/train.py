@@ -1,8 +1,8 @@
 """Train the demo checkpoint: `python -m training.train --help`.
 
-One process, one device. Scenes are drawn on the device; batch n of a run depends on the run's seed and
-on n alone. The learning rate follows the clock (`--minutes`) or the count (`--steps`), and ends at zero
-either way. A run that was cut off goes on from its folder when the same command is given again.
+One process, one device. Scenes are drawn on the device; batch n of a run depends only on the run's seed and
+on n. The learning rate follows the elapsed time (`--minutes`) or the number of steps (`--steps`), and ends at
+zero in both cases. The same command resumes an interrupted run from its folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import Sam3Model
 
 from training.architecture import demo_config
 from training.batches import BatchMaker
-from training.learner import answer, compile_parts, hold_positions, losses, match
+from training.learner import cache_position_grids, compile_modules, losses, match, predict
 from training.score import score_weights
 from training.weights import save_weights
 
@@ -41,7 +41,7 @@ VALIDATION_SEED = 700_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A training run's settings."""
+    """Configuration of a training run."""
 
     folder: Path = Path("training/runs/demo")
     init_from: Path | None = None
@@ -61,18 +61,18 @@ class Plan:
 
 
 class Trainer:
-    """Model, averaged weights, optimiser and the place in the schedule."""
+    """The model, its averaged weights, the optimiser and the position in the schedule."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         torch.manual_seed(plan.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = start_model()
+        self.model = initial_model()
         if plan.init_from is not None:
             self.model.load_state_dict(load_file(plan.init_from / "model.safetensors"))
         self.model.to(plan.device)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
-        hold_positions(self.model)
+        cache_position_grids(self.model)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, plan.weight_decay),
             lr=torch.tensor(plan.rate, device=plan.device),
@@ -84,8 +84,8 @@ class Trainer:
             scenes=plan.scenes, seed=plan.seed, device=plan.device, compiled=plan.compiled
         )
         if plan.compiled:
-            compile_parts(self.model)
-        self._graph: _Graph | None = None
+            compile_modules(self.model)
+        self._graph: _UpdateGraph | None = None
         self.step = 0
         self.seconds = 0.0
         self.preparation_s = 0.0
@@ -102,8 +102,8 @@ class Trainer:
         batch = self._batches.make(self.step)
         if self.plan.device == "cuda" and self._graph is None:
             self._set_rate(0.0)
-            self._graph = _Graph(self._update, batch)
-        self._set_rate(self.plan.rate * self._rate_share())
+            self._graph = _UpdateGraph(self._update, batch)
+        self._set_rate(self.plan.rate * self._rate_factor())
         terms = self._update(batch) if self._graph is None else self._graph.replay(batch)
         self.step += 1
         self._average()
@@ -112,9 +112,9 @@ class Trainer:
     def _update(self, batch: Batch) -> dict[str, torch.Tensor]:
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.plan.device, torch.bfloat16, enabled=self.plan.device == "cuda"):
-            answers = answer(self.model, batch.pixels, batch.ids, batch.ids_valid)
-            chosen = match(answers, batch)
-            terms = losses(self.model, answers, batch, chosen)
+            predictions = predict(self.model, batch.pixels, batch.ids, batch.ids_valid)
+            assigned = match(predictions, batch)
+            terms = losses(self.model, predictions, batch, assigned)
         torch.autograd.backward(torch.stack(list(terms.values())).sum())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
@@ -125,7 +125,7 @@ class Trainer:
             group["lr"].fill_(rate)
 
     def save(self) -> None:
-        """Write the whole state, for going on, and the averaged weights, for use."""
+        """Write the complete state, to resume from, and the averaged weights."""
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
@@ -140,7 +140,7 @@ class Trainer:
         save_weights(self.averaged, self.plan.folder / "checkpoint")
 
     def resume(self) -> bool:
-        """Go on from the folder's state, if there is one."""
+        """Load the folder's state, if there is one; returns whether there was."""
         path = self.plan.folder / "state.pt"
         if not path.exists():
             return False
@@ -149,28 +149,28 @@ class Trainer:
         self.averaged.load_state_dict(state["averaged"])
         settings = [dict(group) for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
-        for group, mine in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update({name: mine[name] for name in ("lr", "fused", "capturable")})
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update({name: own[name] for name in ("lr", "fused", "capturable")})
         self.step, self.seconds = state["step"], state["seconds"]
         return True
 
-    def _rate_share(self) -> float:
-        """Up in a line, level, then down along a cosine to zero."""
-        plan, done = self.plan, min(self.progress, 1.0)
-        if done < plan.warm_up:
-            return max(done / plan.warm_up, 1e-3)
-        if done < plan.decay_from:
+    def _rate_factor(self) -> float:
+        """Linear warm-up, constant, then a cosine down to zero."""
+        plan, progress = self.plan, min(self.progress, 1.0)
+        if progress < plan.warm_up:
+            return max(progress / plan.warm_up, 1e-3)
+        if progress < plan.decay_from:
             return 1.0
-        return 0.5 + 0.5 * math.cos(math.pi * (done - plan.decay_from) / (1.0 - plan.decay_from))
+        return 0.5 + 0.5 * math.cos(math.pi * (progress - plan.decay_from) / (1.0 - plan.decay_from))
 
     @torch.no_grad()
     def _average(self) -> None:
-        keep = min(_EMA_DECAY, self.step / (self.step + 10.0))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - keep)
+        decay = min(_EMA_DECAY, self.step / (self.step + 10.0))
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1.0 - decay)
 
 
-class _Graph:
-    """A whole update as one CUDA graph: launching its thousands of kernels takes longer than running them."""
+class _UpdateGraph:
+    """One update as a CUDA graph: launching its thousands of kernels takes longer than running them."""
 
     def __init__(self, update: Callable[[Batch], dict[str, torch.Tensor]], batch: Batch) -> None:
         self._batch = replace(
@@ -179,7 +179,7 @@ class _Graph:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles and chooses kernels, which a capture cannot
+            for _ in range(3):  # compile and select kernels, which is not possible during a capture
                 update(self._batch)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
@@ -194,8 +194,8 @@ class _Graph:
         return self._terms
 
 
-def start_model() -> Any:
-    """A model whose signals keep their size, and whose queries look at different places."""
+def initial_model() -> Any:
+    """A model whose activations keep their scale, and whose queries start at different reference points."""
     config: Any = demo_config()
     model: Any = Sam3Model(config)
     for module in model.modules():
@@ -206,41 +206,41 @@ def start_model() -> Any:
     decoder = model.detr_decoder
     nn.init.normal_(decoder.query_embed.weight, std=1.0)
     nn.init.zeros_(decoder.box_head.layer3.weight)
-    across, down = torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij")
+    columns, rows = torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij")
     count = decoder.reference_points.num_embeddings
-    place = torch.stack([(across.flatten() + 0.5) / 6, (down.flatten() + 0.5) / 4], dim=1)
-    place = place.repeat(-(-count // len(place)), 1)[:count]
-    decoder.reference_points.weight.data = torch.cat([place, torch.full((count, 2), 0.2)], dim=1).logit()
+    points = torch.stack([(columns.flatten() + 0.5) / 6, (rows.flatten() + 0.5) / 4], dim=1)
+    points = points.repeat(-(-count // len(points)), 1)[:count]
+    decoder.reference_points.weight.data = torch.cat([points, torch.full((count, 2), 0.2)], dim=1).logit()
     model.mask_decoder.instance_projection.weight.data *= 0.1
     return model
 
 
 def train(plan: Plan) -> Path:
-    """Run the plan to its end; returns the folder of the averaged weights."""
-    started = time.monotonic()
+    """Run or resume the training; returns the folder of the averaged weights."""
+    started_s = time.monotonic()
     trainer = Trainer(plan)
     resumed = trainer.resume()
     plan.folder.mkdir(parents=True, exist_ok=True)
     log = (plan.folder / "log.jsonl").open("a", encoding="utf-8")
     log.write(json.dumps({"resumed": resumed, "step": trainer.step, **asdict(plan)}, default=str) + "\n")
-    trainer.train_step()  # compiles; the schedule fills what is left of the time
-    saved = validated = time.monotonic()
-    trainer.preparation_s = saved - started
-    begun = saved - trainer.seconds
+    trainer.train_step()  # compiles; the schedule uses the remaining time
+    saved_s = validated_s = time.monotonic()
+    trainer.preparation_s = saved_s - started_s
+    schedule_start_s = saved_s - trainer.seconds
     with tqdm(total=1.0, initial=min(trainer.progress, 1.0), mininterval=5.0, disable=None) as bar, log:
         while trainer.progress < 1.0:
             terms = trainer.train_step()
-            now = time.monotonic()
-            trainer.seconds = now - begun
+            now_s = time.monotonic()
+            trainer.seconds = now_s - schedule_start_s
             if trainer.step % _LOG_STEPS == 0:
                 values = {name: round(float(term), 4) for name, term in terms.items()}
                 _write(log, step=trainer.step, seconds=round(trainer.seconds, 1), **values)
                 bar.update(min(trainer.progress, 1.0) - bar.n)
-            if now - validated > plan.validate_every_s:
-                validated = now
+            if now_s - validated_s > plan.validate_every_s:
+                validated_s = now_s
                 _write(log, step=trainer.step, validation=_validate(trainer))
-            if now - saved > plan.save_every_s:
-                saved = now
+            if now_s - saved_s > plan.save_every_s:
+                saved_s = now_s
                 trainer.save()
         trainer.save()
         _write(
@@ -267,7 +267,7 @@ def _write(log: Any, **entry: Any) -> None:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and embeddings do not."""
+    """Weight decay applies to matrices; not to biases, norms and embeddings."""
     decayed = {
         id(module.weight)
         for module in model.modules()
@@ -288,9 +288,9 @@ def _parse() -> tuple[Plan, Path | None]:
     parser.add_argument(
         "--folder", type=Path, default=default.folder, help="state, log and weights of the run"
     )
-    parser.add_argument("--init-from", type=Path, help="begin with the weights of this transformers folder")
-    parser.add_argument("--minutes", type=float, default=default.minutes, help="length by the clock")
-    parser.add_argument("--steps", type=int, help="length by count instead: reproducible on one device")
+    parser.add_argument("--init-from", type=Path, help="start from the weights of this transformers folder")
+    parser.add_argument("--minutes", type=float, default=default.minutes, help="length by elapsed time")
+    parser.add_argument("--steps", type=int, help="number of steps instead: reproducible on one device")
     parser.add_argument("--scenes", type=int, default=default.scenes, help="scenes a step, 4 prompts each")
     parser.add_argument("--rate", type=float, default=default.rate, help="highest learning rate")
     parser.add_argument("--warm-up", type=float, default=default.warm_up, help="share of the run")
@@ -299,14 +299,14 @@ def _parse() -> tuple[Plan, Path | None]:
     parser.add_argument("--device", default=default.device)
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     parser.add_argument("--validate-every-s", type=float, default=default.validate_every_s)
-    parser.add_argument("--install", type=Path, help="copy the finished weights to this folder")
+    parser.add_argument("--install", type=Path, help="copy the final weights to this folder")
     arguments = vars(parser.parse_args())
     install = arguments.pop("install")
     return Plan(**arguments), install
 
 
 def main() -> None:
-    """Train, and install the weights where asked."""
+    """Train, and copy the weights to the folder of `--install`."""
     plan, install = _parse()
     checkpoint = train(plan)
     if install is not None:

@@ -1,4 +1,4 @@
-"""Weights in and out: a transformers folder with a half-precision safetensors file."""
+"""Saves and loads weights: a transformers folder with a half-precision safetensors file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Write config and weights, the latter in fp16; a reader never meets a half-written file."""
+    """Write config.json and, atomically, the weights in fp16."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = ["Sam3Model"]
     model.config.save_pretrained(folder)
@@ -24,7 +24,7 @@ def save_weights(model: Any, folder: Path) -> None:
 
 
 def load_weights(folder: Path) -> Any:
-    """The model of a folder, in fp32, ready to be asked."""
+    """The model of a folder, in fp32 and evaluation mode."""
     model: Any = Sam3Model(Sam3Config.from_pretrained(folder))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.float().eval()

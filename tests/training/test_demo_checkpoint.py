@@ -1,3 +1,5 @@
+"""The demo checkpoint: its quality on new scenes, and its report."""
+
 from __future__ import annotations
 
 import hashlib
@@ -5,19 +7,19 @@ import json
 
 import pytest
 
+from sam3_runner.checkpoint import DEMO, DEMO_FOLDER
 from sam3_runner.predictor import SAM3Predictor
-from training.concepts import CHECKPOINT_FOLDER
-from training.evaluate import evaluate_size, pose
+from training.evaluate import UNKNOWN_PROMPTS, evaluate_size, make_sample
 
 
 @pytest.fixture(scope="module")
 def predictor() -> SAM3Predictor:
-    loaded = SAM3Predictor("demo", "cpu")
+    loaded = SAM3Predictor(DEMO, "cpu")
     loaded.load()
     return loaded
 
 
-def test_it_finds_objects_in_fresh_scenes(predictor: SAM3Predictor) -> None:
+def test_finds_objects_in_new_scenes(predictor: SAM3Predictor) -> None:
     square = evaluate_size(predictor, width=336, height=336, scenes=10, first_seed=810_000_000)
     tall = evaluate_size(predictor, width=250, height=600, scenes=5, first_seed=811_000_000)
 
@@ -26,26 +28,23 @@ def test_it_finds_objects_in_fresh_scenes(predictor: SAM3Predictor) -> None:
     assert tall["f1"] > 0.75
 
 
-def test_words_it_does_not_know_find_nothing(predictor: SAM3Predictor) -> None:
-    question = pose(812_000_000, width=336, height=336)
-    assert question is not None
+def test_unknown_words_find_nothing(predictor: SAM3Predictor) -> None:
+    sample = make_sample(812_000_000, width=336, height=336)
+    assert sample is not None
 
-    assert [
-        len(result.instances) for result in predictor.predict_batch(question.picture, ["dog", "a cat"])
-    ] == [
-        0,
-        0,
-    ]
+    results = predictor.predict_batch(sample.picture, UNKNOWN_PROMPTS)
+
+    assert [result.instances for result in results] == [[]] * len(UNKNOWN_PROMPTS)
 
 
-def test_its_report_is_of_these_weights_and_meets_the_targets() -> None:
-    report = json.loads((CHECKPOINT_FOLDER / "report.json").read_text(encoding="utf-8"))
-    weights = (CHECKPOINT_FOLDER / "model.safetensors").read_bytes()
+def test_report_is_of_these_weights_and_meets_the_targets() -> None:
+    report = json.loads((DEMO_FOLDER / "report.json").read_text(encoding="utf-8"))
+    weights = (DEMO_FOLDER / "model.safetensors").read_bytes()
 
     assert report["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert report["targets_missed"] == []
     assert report["sizes"]["336x336"]["scenes"] == 1000
 
 
-def test_it_is_small_enough_for_the_repository() -> None:
-    assert sum(path.stat().st_size for path in CHECKPOINT_FOLDER.iterdir()) <= 20_000_000
+def test_is_small_enough_for_the_repository() -> None:
+    assert sum(path.stat().st_size for path in DEMO_FOLDER.iterdir()) <= 20_000_000

@@ -1,3 +1,5 @@
+"""A training run: its forward pass, its matching and losses, and how it is resumed."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from sam3_runner.model import decode_prompts, encode_image, encode_text, score_q
 from training import train as train_module
 from training.architecture import demo_config
 from training.batches import BatchMaker
-from training.learner import answer, assign, generalised_iou, hold_positions
+from training.learner import assign, cache_position_grids, generalised_iou, predict
 from training.train import Plan, Trainer, train
 from training.weights import load_weights
 
@@ -48,7 +50,7 @@ def _plan(folder: Path, **changes: Any) -> Plan:
     return Plan(folder=folder, validate_scenes=0, **(settings | changes))
 
 
-def test_training_learns_through_the_forward_that_serves() -> None:
+def test_training_uses_the_forward_pass_of_serving() -> None:
     torch.manual_seed(0)
     config: Any = demo_config()
     model = Sam3Model(config)
@@ -61,28 +63,27 @@ def test_training_learns_through_the_forward_that_serves() -> None:
         text = encode_text(model, ids, torch.nn.functional.pad(batch.ids_valid, (0, padding)))
         served = decode_prompts(model, image, text, prompt // 4, prompt)
         layers = score_queries(model, served.queries, served.prompt, served.prompt_valid)
-        hold_positions(model)
-        learnt = answer(model, batch.pixels, batch.ids, batch.ids_valid)
-    score = served.logits.sigmoid() * served.presence_logits.sigmoid()[:, None]
+        cache_position_grids(model)
+        predictions = predict(model, batch.pixels, batch.ids, batch.ids_valid)
 
-    assert torch.allclose(learnt.logits[-1].sigmoid(), score, atol=1e-5)
+    assert torch.allclose(predictions.logits[-1].sigmoid(), served.scores, atol=1e-5)
     assert torch.allclose(layers[-1], served.logits, atol=1e-5)
-    assert torch.allclose(learnt.boxes[-1], served.boxes, atol=1e-5)
-    assert torch.allclose(learnt.queries, served.queries[-1], atol=1e-4)
+    assert torch.allclose(predictions.boxes[-1], served.boxes, atol=1e-5)
+    assert torch.allclose(predictions.queries, served.queries[-1], atol=1e-4)
 
 
-def test_the_auction_finds_the_cheapest_matching() -> None:
+def test_auction_is_close_to_the_optimal_assignment() -> None:
     generator = torch.Generator().manual_seed(5)
     cost = 4.0 * torch.rand(64, 7, 24, generator=generator)
-    wanted = torch.rand(64, 7, generator=generator) < 0.5
-    chosen = assign(cost, wanted)
+    matching = torch.rand(64, 7, generator=generator) < 0.5
+    assigned = assign(cost, matching)
 
-    assert torch.equal(chosen >= 0, wanted)
+    assert torch.equal(assigned >= 0, matching)
     for row in range(64):
-        rows = wanted[row].nonzero().flatten()
-        queries = chosen[row][rows]
-        best = cost[row][rows].numpy()
-        optimum = best[linear_sum_assignment(best)].sum()
+        rows = matching[row].nonzero().flatten()
+        queries = assigned[row][rows]
+        costs = cost[row][rows].numpy()
+        optimum = costs[linear_sum_assignment(costs)].sum()
         assert len(set(queries.tolist())) == len(rows)
         assert float(cost[row][rows, queries].sum()) <= optimum + 7 * 0.02 + 1e-4
 
@@ -108,12 +109,12 @@ def test_a_tiny_model_overfits_one_scene(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_tiny")
-def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    whole = Trainer(_plan(tmp_path))
-    whole.train_step()
-    whole.train_step()
-    whole.save()
-    expected = whole.train_step()
+def test_a_resumed_run_continues_from_its_last_step(tmp_path: Path) -> None:
+    uninterrupted = Trainer(_plan(tmp_path))
+    uninterrupted.train_step()
+    uninterrupted.train_step()
+    uninterrupted.save()
+    expected = uninterrupted.train_step()
     resumed = Trainer(_plan(tmp_path))
 
     assert resumed.resume()
@@ -124,7 +125,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_tiny")
-def test_a_run_writes_weights_that_load(tmp_path: Path) -> None:
+def test_a_run_saves_weights_that_can_be_loaded(tmp_path: Path) -> None:
     folder = train(_plan(tmp_path / "first", steps=3))
     model = load_weights(folder)
     again = Trainer(_plan(tmp_path / "second", init_from=folder))
