@@ -1,6 +1,6 @@
-"""SAM 3 on one device: weights, the model's forward, batches of requests, masks.
+"""SAM 3 on one device: weights, the forward pass, batches of requests, masks.
 
-Importing this package loads no torch: API workers use its values, images and prompts alone.
+Importing this package does not import torch: API workers use only its values, images and prompts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "SAM3Predictor":
-        from sam3_runner.predictor import SAM3Predictor  # noqa: PLC0415 - torch only for who asks
+        from sam3_runner.predictor import SAM3Predictor  # noqa: PLC0415 - imports torch
 
         return SAM3Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Writes the weights of a `Sam3Model` under the official names, for the loader to read back.
+"""Writes the weights of a `Sam3Model` under the official names, as input for the loader.
 
-The way there, where sam3_runner/layouts.py is the way back: written from the key list of Meta's model, and
-held to it by a digest.
+The inverse of sam3_runner/layouts.py, written independently of it from the key list of Meta's model; a test
+compares the names with that list by a digest.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _NAMES = (
     (r"dot_product_scoring\.text_proj", r"dot_prod_scoring.prompt_proj"),
     (r"dot_product_scoring\.query_proj", r"dot_prod_scoring.hs_proj"),
 )
-_INSIDE = (
+_LAYER_NAMES = (
     (r"(geometry_encoder\.encode\.\d+|transformer\.encoder\.layers\.\d+)\.layer_norm", r"\1.norm"),
     (
         r"(geometry_encoder\.encode\.\d+|transformer\.encoder\.layers\.\d+)\.cross_attn",
@@ -110,7 +110,7 @@ EXTRA_SHAPES = {
         for block in range(32)
     },
 }
-"""What the official model of full size holds and `Sam3Model` does not."""
+"""Tensors of the official model of full size that `Sam3Model` does not have."""
 
 TRACKER = {
     "tracker.maskmem_backbone.fuser.layers.0.gamma": (8,),
@@ -132,7 +132,7 @@ def as_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """q, k and v of each attention as one."""
+    """The state with q, k and v of each attention concatenated."""
     fused: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".q_proj." in name:
@@ -149,7 +149,7 @@ def _official_name(name: str) -> str:
         if found:
             name = renamed
             break
-    for pattern, official in _INSIDE:
+    for pattern, official in _LAYER_NAMES:
         name = re.sub(pattern, official, name)
-    perceptron = r"(bbox_embed|boxRPB_embed_[xy]|presence_token_head|ref_point_head|prompt_mlp)\.layer(\d)"
-    return re.sub(perceptron, lambda found: f"{found[1]}.layers.{int(found[2]) - 1}", name)
+    mlp_layer = r"(bbox_embed|boxRPB_embed_[xy]|presence_token_head|ref_point_head|prompt_mlp)\.layer(\d)"
+    return re.sub(mlp_layer, lambda found: f"{found[1]}.layers.{int(found[2]) - 1}", name)

@@ -1,4 +1,4 @@
-"""Which files a weights path names, and what their config.json must say."""
+"""Which files a weights path names, and what their config.json must contain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sam3_runner import WeightsError
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE, find_checkpoint, is_missing
+from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE, DEMO, find_checkpoint, is_missing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,8 +31,8 @@ FOLDER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
         ({"model_type": "sam3_video", "detector_config": [3]}, "detector_config is [3], not an object"),
     ],
 )
-def test_config_of_something_else(tmp_path: Path, config: object, sentence: str) -> None:
-    """A config.json that describes no SAM 3 is refused by its path before anything is loaded."""
+def test_config_of_another_model(tmp_path: Path, config: object, sentence: str) -> None:
+    """A config.json that describes no SAM 3 is refused before anything is loaded; the error has its path."""
     for name in FOLDER_FILES:
         (tmp_path / name).touch()
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -45,15 +45,15 @@ def test_config_of_something_else(tmp_path: Path, config: object, sentence: str)
 @pytest.mark.parametrize(
     "vision", [{}, {"vision_config": None}, {"vision_config": {"backbone_config": None}}]
 )
-def test_config_that_leaves_the_size_out(tmp_path: Path, vision: dict[str, object]) -> None:
-    """What a config.json does not say is SAM 3's own: 1008 px."""
+def test_config_without_a_size(tmp_path: Path, vision: dict[str, object]) -> None:
+    """The default for a size that config.json does not set is SAM 3's own: 1008 px."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "sam3"} | vision))
     (tmp_path / "sam3.pt").touch()
     assert find_checkpoint(str(tmp_path / "sam3.pt")).input_side_px == 1008
 
 
 def test_folder_with_the_name_of_a_file(tmp_path: Path) -> None:
-    """A folder named sam3.pt, which `docker run -v` makes of a path that is missing, is told as a folder."""
+    """A folder named sam3.pt, which `docker run -v` creates for a missing path, is reported as a folder."""
     (tmp_path / "sam3.pt").mkdir()
     with pytest.raises(WeightsError, match=r"sam3\.pt holds no config\.json"):
         find_checkpoint(str(tmp_path / "sam3.pt"))
@@ -67,23 +67,23 @@ def test_folder_with_the_name_of_a_file(tmp_path: Path) -> None:
         ("sam3", "sam3/model.safetensors"),
     ],
 )
-def test_what_will_be_downloaded(tmp_path: Path, path: str, weights_file: str) -> None:
-    """What is not there yet is described as Meta's own SAM 3, if a download is to bring it."""
-    wanted = str(tmp_path / path)
-    assert is_missing(wanted)
+def test_file_that_will_be_downloaded(tmp_path: Path, path: str, weights_file: str) -> None:
+    """A missing file that will be downloaded is described as Meta's own SAM 3."""
+    missing_path = str(tmp_path / path)
+    assert is_missing(missing_path)
     with pytest.raises(WeightsError, match="no weights at"):
-        find_checkpoint(wanted)
-    checkpoint = find_checkpoint(wanted, to_be_downloaded=True)
+        find_checkpoint(missing_path)
+    checkpoint = find_checkpoint(missing_path, to_be_downloaded=True)
     assert (checkpoint.weights_file, checkpoint.name) == (tmp_path / weights_file, path)
     assert (checkpoint.input_side_px, checkpoint.tokenizer_file) == (1008, CLIP_TOKENIZER_FILE)
 
 
-def test_what_is_there_is_not_downloaded(broken_checkpoint: Path) -> None:
-    """A whole folder and its file are taken as they are; without its weights the folder is missing."""
+def test_existing_files_are_not_missing(broken_checkpoint: Path) -> None:
+    """A complete folder and its file are used as they are; a folder without its weights is missing."""
     weights = broken_checkpoint / "model.safetensors"
     for path in (broken_checkpoint, weights):
         assert not is_missing(str(path))
         assert find_checkpoint(str(path), to_be_downloaded=True).input_side_px == 112
-    assert not is_missing("demo")
+    assert not is_missing(DEMO)
     weights.unlink()
     assert is_missing(str(broken_checkpoint))

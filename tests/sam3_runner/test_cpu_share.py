@@ -1,4 +1,4 @@
-"""What part of the host's CPU a process may use: read from cgroups as kernels and containers lay them out."""
+"""The share of the host's CPU that a process may use, from cgroups as kernels and containers lay them out."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, str], float]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_quota_is_found(tmp_path: Path, layout: str) -> None:
-    """The tightest quota of the process' own cgroup and of those above it counts, and nobody else's."""
+    """The smallest quota of the process' own cgroup and its parents applies; other cgroups do not."""
     own, mounts, files, cores = LAYOUTS[layout]
     files = {"/proc/self/cgroup": own + "\n", "/proc/self/mountinfo": f"{OTHERS}\n{mounts}\n"} | files
     for name, content in files.items():
@@ -99,13 +99,13 @@ def test_quota_is_found(tmp_path: Path, layout: str) -> None:
     assert quota_cores(tmp_path) == cores
 
 
-def test_no_linux_has_no_quota(tmp_path: Path) -> None:
-    """Without /proc there are no cgroups."""
+def test_no_quota_without_linux(tmp_path: Path) -> None:
+    """Without /proc there is no quota."""
     assert quota_cores(tmp_path) == math.inf
 
 
 @pytest.mark.parametrize(
-    ("cores", "threads", "said"),
+    ("cores", "threads", "text"),
     [
         (0.2, 1, "0.2 of 64 cores"),
         (2.5, 3, "2.5 of 64 cores"),
@@ -113,11 +113,11 @@ def test_no_linux_has_no_quota(tmp_path: Path) -> None:
         (7 / 3, 3, "2.33 of 64 cores"),
     ],
 )
-def test_threads_of_a_share(cores: float, threads: int, said: str) -> None:
-    """A part of a core needs a thread too."""
+def test_threads_of_a_share(cores: float, threads: int, text: str) -> None:
+    """A fraction of a core needs a thread too."""
     share = CpuShare(cores, 64)
     assert share.threads == threads
-    assert str(share) == said
+    assert str(share) == text
 
 
 def share_of_a_child(setup: str = "") -> list[float]:
@@ -131,19 +131,19 @@ def share_of_a_child(setup: str = "") -> list[float]:
 
 
 @LINUX
-def test_affinity_counts() -> None:
-    """A process that is bound to one core has one, whatever the host has."""
+def test_affinity_applies() -> None:
+    """A process that is bound to one core has one, however many the host has."""
     assert share_of_a_child("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})") == [1.0, 1.0]
 
 
 @LINUX
-def test_real_quota_counts() -> None:
-    """The kernel's own files, for a process in a cgroup with a quota and in one below it."""
+def test_real_quota_applies() -> None:
+    """The kernel's own files, for a process in a cgroup with a quota."""
     with cpu_quota(0.75):
         assert share_of_a_child() == [0.75, 1.0]
 
 
 def test_this_process() -> None:
-    """What is found here is no more than the host has."""
+    """The share of this process is at most the host's cores."""
     share = cpu_share()
     assert 0 < share.cores <= share.host_cores == os.cpu_count()

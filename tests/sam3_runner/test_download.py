@@ -1,4 +1,4 @@
-"""The weights come from the hub whole, once, and go on where they ended; failures say what to do."""
+"""Downloads of the weights: complete, once, resumed after an interruption; errors say what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 CHUNK_BYTES = 10 << 20
-"""What huggingface_hub writes at once: less than that is lost when a connection ends."""
+"""Size of one write by huggingface_hub; a broken connection loses at most this much."""
 
 WEIGHTS = os.urandom(4 * CHUNK_BYTES + 12_345)
 SMALL_FILES = {"config.json": b'{"model_type": "sam3_video"}', "tokenizer.json": b"{}"}
@@ -43,18 +43,18 @@ from sam3_runner.download import download
 logging.basicConfig(level=logging.DEBUG)
 target, repo, revision, token = sys.argv[1:]
 source = HubSource(repo, revision, token or None)
-told = []
+progress = []
 try:
-    download(Path(target), source, lambda done, total: told.append((done, total)))
+    download(Path(target), source, lambda done, total: progress.append((done, total)))
 except WeightsError as error:
     sys.exit(f"WeightsError: {error}")
-print(json.dumps({"told": told, "shown": repr(source), "torch": "torch" in sys.modules}))
+print(json.dumps({"progress": progress, "source": repr(source), "torch": "torch" in sys.modules}))
 """
 
 
 @pytest.fixture
 def served() -> Iterator[Hub]:
-    """A hub with every file that a download may ask for."""
+    """A hub with every file that a download may request."""
     with hub({"sam3.pt": WEIGHTS, "model.safetensors": WEIGHTS[::-1], **SMALL_FILES}) as running:
         yield running
 
@@ -70,7 +70,7 @@ def start(
     limits: str = "",
     **variables: str,
 ) -> subprocess.Popen[str]:
-    """The operator's command, in a process of its own, since the hub's address is read at import."""
+    """Start the operator's command in a separate process, since the hub's address is read at import."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(target.parent),
@@ -89,24 +89,24 @@ def start(
 
 
 def end(process: subprocess.Popen[str]) -> str:
-    """What a process said until it ended well."""
-    said, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, said
-    assert TOKEN not in said
-    return said
+    """The output of a process that must succeed."""
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert TOKEN not in output
+    return output
 
 
-def refusal(process: subprocess.Popen[str]) -> str:
-    """The one sentence with which a process ended."""
-    said, _ = process.communicate(timeout=TIMEOUT_S)
+def error_message(process: subprocess.Popen[str]) -> str:
+    """The error message of a process that must fail."""
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
-    assert "Traceback" not in said
-    assert TOKEN not in said
-    return said.splitlines()[-1]
+    assert "Traceback" not in output
+    assert TOKEN not in output
+    return output.splitlines()[-1]
 
 
 def in_a_process(url: str, target: Path, token: str) -> subprocess.CompletedProcess[str]:
-    """`download` as Python calls it."""
+    """Call `download` in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS, str(target), REPO, "main", token],
         cwd=ROOT,
@@ -119,44 +119,44 @@ def in_a_process(url: str, target: Path, token: str) -> subprocess.CompletedProc
 
 
 def parts(folder: Path) -> list[Path]:
-    """Files that are not whole yet."""
+    """Partial files."""
     return list(folder.glob(".*.part"))
 
 
 @pytest.mark.parametrize(
     ("name", "on_hub"), [("sam3.pt", "sam3.pt"), ("my.safetensors", "model.safetensors")]
 )
-def test_file_lands_at_its_path(served: Hub, tmp_path: Path, name: str, on_hub: str) -> None:
-    """A file comes bit for bit to the very path that was asked for, with its commit and sha256 in the log."""
+def test_file_is_written_to_its_path(served: Hub, tmp_path: Path, name: str, on_hub: str) -> None:
+    """A file is written unchanged to the requested path; its commit and sha256 are in the log."""
     target = tmp_path / "weights" / name
-    said = end(start(served.url, target))
+    output = end(start(served.url, target))
     assert target.read_bytes() == served.files[on_hub]
-    assert COMMIT in said
-    assert hashlib.sha256(served.files[on_hub]).hexdigest() in said
+    assert COMMIT in output
+    assert hashlib.sha256(served.files[on_hub]).hexdigest() in output
     assert not parts(target.parent)
 
 
-def test_folder_lands_whole(served: Hub, tmp_path: Path) -> None:
-    """A path without a suffix becomes a transformers folder; all of it is of one commit."""
+def test_folder_is_complete(served: Hub, tmp_path: Path) -> None:
+    """A path without a suffix becomes a transformers folder, with all files of one commit."""
     target = tmp_path / "sam3"
     end(start(served.url, target))
     names = ("config.json", "tokenizer.json", "model.safetensors")
     assert {name: (target / name).read_bytes() for name in names} == {
         name: served.files[name] for name in names
     }
-    asked = [seen.path.split("/")[-2:] for seen in served.requests if seen.method == "HEAD"]
-    assert asked == [["main", names[0]], [COMMIT, names[1]], [COMMIT, names[2]]]
+    requested = [seen.path.split("/")[-2:] for seen in served.requests if seen.method == "HEAD"]
+    assert requested == [["main", names[0]], [COMMIT, names[1]], [COMMIT, names[2]]]
 
 
-def test_complete_target_asks_nothing(tmp_path: Path) -> None:
-    """What lies there already is left alone, without a network."""
+def test_complete_target_sends_no_request(tmp_path: Path) -> None:
+    """An existing file is not changed, and no network is needed."""
     (tmp_path / "sam3.pt").write_bytes(b"mine")
     assert "is complete" in end(start("http://127.0.0.1:9", tmp_path / "sam3.pt"))
     assert (tmp_path / "sam3.pt").read_bytes() == b"mine"
 
 
-def test_killed_download_goes_on(served: Hub, tmp_path: Path) -> None:
-    """After a kill in the middle the path is still empty; the next start fetches the rest alone, by Range."""
+def test_killed_download_is_resumed(served: Hub, tmp_path: Path) -> None:
+    """After a kill there is no file at the path; the next start requests only the rest, with Range."""
     target = tmp_path / "sam3"
     served.hold_after_bytes = 2 * CHUNK_BYTES + 1
     first = start(served.url, target)
@@ -173,23 +173,23 @@ def test_killed_download_goes_on(served: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_broken_connection_is_mended(served: Hub, tmp_path: Path, how: str) -> None:
-    """A connection that ends or is reset is made again, and the download goes on in the same process."""
+def test_broken_connection_is_retried(served: Hub, tmp_path: Path, how: str) -> None:
+    """After a closed or reset connection the same process resumes the download."""
     served.cuts = [(3 * CHUNK_BYTES, how)]
     end(start(served.url, tmp_path / "sam3.pt"))
     assert (tmp_path / "sam3.pt").read_bytes() == WEIGHTS
     assert ["range" in seen.headers for seen in served.gets()] == [False, True]
 
 
-def test_error_of_the_store_passes(served: Hub, tmp_path: Path) -> None:
-    """A store that fails for a moment is asked again."""
+def test_error_of_the_store_is_retried(served: Hub, tmp_path: Path) -> None:
+    """Requests that the store answers with 5xx are retried."""
     served.failures = [503, 500]
     end(start(served.url, tmp_path / "sam3.pt"))
     assert len(served.gets()) == 3
 
 
-def test_changed_content_starts_anew(served: Hub, tmp_path: Path) -> None:
-    """What is left of another version of the file is thrown away, not gone on with."""
+def test_changed_content_is_downloaded_from_the_start(served: Hub, tmp_path: Path) -> None:
+    """The partial file of another version is deleted, not resumed."""
     (tmp_path / ".sam3.pt.0123456789abcdef.part").write_bytes(b"old" * 1000)
     end(start(served.url, tmp_path / "sam3.pt"))
     assert (tmp_path / "sam3.pt").read_bytes() == WEIGHTS
@@ -197,7 +197,7 @@ def test_changed_content_starts_anew(served: Hub, tmp_path: Path) -> None:
 
 
 def test_two_starts_at_once(served: Hub, tmp_path: Path) -> None:
-    """Of two processes one downloads, and the other finds it done."""
+    """Of two processes one downloads, and the other waits and uses its result."""
     both = [start(served.url, tmp_path / "sam3.pt") for _ in range(2)]
     for process in both:
         end(process)
@@ -205,49 +205,49 @@ def test_two_starts_at_once(served: Hub, tmp_path: Path) -> None:
     assert len(served.gets()) == 1
 
 
-def test_token_stays_on_the_hub(served: Hub, tmp_path: Path) -> None:
-    """The store, another host, gets the signed link and not the token."""
+def test_token_is_sent_to_the_hub_only(served: Hub, tmp_path: Path) -> None:
+    """The store, which is another host, gets the signed link and not the token."""
     end(start(served.url, tmp_path / "sam3.pt"))
     assert all(TOKEN in str(seen.headers) for seen in served.requests if not seen.at_store)
     assert [TOKEN in str(seen.headers) for seen in served.gets()] == [False]
 
 
 def test_log_has_lines(served: Hub, tmp_path: Path) -> None:
-    """Where stderr is no terminal, progress is whole lines: how far, of what, how fast, how long still."""
-    said = end(start(served.url, tmp_path / "sam3.pt"))
-    assert "\r" not in said
+    """Where stderr is no terminal, progress is logged as lines: per cent, size, speed, remaining time."""
+    output = end(start(served.url, tmp_path / "sam3.pt"))
+    assert "\r" not in output
     line = re.compile(r"^downloading sam3.pt: (\d+) % of 42.0MB, \S+B/s, [\d:]+ left$", re.MULTILINE)
-    assert line.findall(said) == ["24", "49", "74", "99", "100"]
+    assert line.findall(output) == ["24", "49", "74", "99", "100"]
 
 
 def test_terminal_has_a_bar(served: Hub, tmp_path: Path) -> None:
-    """On a terminal progress is one bar, and no lines."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    process = start(served.url, tmp_path / "sam3.pt", stderr=theirs)
-    os.close(theirs)
-    shown = b""
+    """On a terminal progress is one bar, without log lines."""
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    process = start(served.url, tmp_path / "sam3.pt", stderr=terminal)
+    os.close(terminal)
+    output = b""
     try:
-        while piece := os.read(ours, 1 << 16):
-            shown += piece
-    except OSError:  # the terminal's end
+        while piece := os.read(reader, 1 << 16):
+            output += piece
+    except OSError:  # the terminal is closed
         pass
-    os.close(ours)
+    os.close(reader)
     end(process)
-    assert re.search(rb"\rsam3.pt: +100%\|.*42.0M/42.0M", shown)
-    assert b"downloading" not in shown
-    assert TOKEN.encode() not in shown
+    assert re.search(rb"\rsam3.pt: +100%\|.*42.0M/42.0M", output)
+    assert b"downloading" not in output
+    assert TOKEN.encode() not in output
 
 
-def test_progress_is_told(served: Hub, tmp_path: Path) -> None:
-    """A caller is told the bytes of all files together; no torch is loaded, no token or link logged."""
+def test_progress_is_reported(served: Hub, tmp_path: Path) -> None:
+    """`on_progress` gets the bytes of all files together; torch is not loaded; no token or link is logged."""
     done = in_a_process(served.url, tmp_path / "sam3", TOKEN)
     assert TOKEN not in done.stdout + done.stderr
     assert "HTTP Request" not in done.stderr
     printed = json.loads(done.stdout)
     total = sum(len(served.files[name]) for name in (*SMALL_FILES, "model.safetensors"))
-    assert printed["told"][-1] == [total, total]
-    assert [done for done, _ in printed["told"]] == sorted(done for done, _ in printed["told"])
+    assert printed["progress"][-1] == [total, total]
+    assert [done for done, _ in printed["progress"]] == sorted(done for done, _ in printed["progress"])
     assert printed["torch"] is False
 
 
@@ -262,105 +262,107 @@ def test_progress_is_told(served: Hub, tmp_path: Path) -> None:
         ({"token": f"{TOKEN}\x7f"}, "^HF_TOKEN holds a line break or another control character"),
     ],
 )
-def test_refusal_says_what_to_do(
+def test_access_error_says_what_to_do(
     served: Hub, tmp_path: Path, variables: dict[str, str], sentence: str
 ) -> None:
-    """A wrong token, name or revision is one sentence that names the setting."""
-    said = refusal(start(served.url, tmp_path / "sam3.pt", **variables))  # type: ignore[arg-type]
-    assert re.search(sentence, said), said
+    """For a wrong token, name or revision the error names the setting."""
+    message = error_message(start(served.url, tmp_path / "sam3.pt", **variables))  # type: ignore[arg-type]
+    assert re.search(sentence, message), message
     assert not (tmp_path / "sam3.pt").exists()
 
 
-def test_gated_says_where_to_ask(served: Hub, tmp_path: Path) -> None:
-    """An account without access is told the page where it is asked for."""
+def test_gated_repository_is_named(served: Hub, tmp_path: Path) -> None:
+    """For an account without access the error names the page to request it."""
     served.granted = False
-    said = refusal(start(served.url, tmp_path / "sam3.pt"))
-    assert f"access to {served.url}/{REPO} is gated" in said
-    assert "granted by hand" in said
+    message = error_message(start(served.url, tmp_path / "sam3.pt"))
+    assert f"access to {served.url}/{REPO} is gated" in message
+    assert "granted by hand" in message
 
 
-def test_refusal_of_the_store_is_not_the_gate(served: Hub, tmp_path: Path) -> None:
-    """A link that the store refuses says nothing of the account's access."""
+def test_403_of_the_store_is_no_missing_access(served: Hub, tmp_path: Path) -> None:
+    """A link that the store refuses is not reported as missing access."""
     served.failures = [403]
-    said = refusal(start(served.url, tmp_path / "sam3.pt"))
-    assert f"127.0.0.1 answers 403 to the download from {served.url}/{REPO}" in said
+    message = error_message(start(served.url, tmp_path / "sam3.pt"))
+    assert f"127.0.0.1 answers 403 to the download from {served.url}/{REPO}" in message
 
 
 def test_missing_file_is_named(served: Hub, tmp_path: Path) -> None:
-    """A repository without the file that the path asks for is named with the file."""
+    """Where the repository lacks the requested file, the error names both."""
     del served.files["sam3.pt"]
-    said = refusal(start(served.url, tmp_path / "sam3.pt"))
-    assert f"{served.url}/{REPO} has no sam3.pt at revision main" in said
+    message = error_message(start(served.url, tmp_path / "sam3.pt"))
+    assert f"{served.url}/{REPO} has no sam3.pt at revision main" in message
 
 
 def test_other_suffix_is_refused(served: Hub, tmp_path: Path) -> None:
-    """A path that names neither layout is refused before anything is asked."""
-    assert "it ends in .bin" in refusal(start(served.url, tmp_path / "sam3.bin"))
+    """A path with another suffix is refused before any request."""
+    assert "it ends in .bin" in error_message(start(served.url, tmp_path / "sam3.bin"))
     assert not served.requests
 
 
-def test_dead_network_is_named(tmp_path: Path) -> None:
-    """A hub that cannot be reached is named, with the way by hand."""
+def test_unreachable_hub_is_named(tmp_path: Path) -> None:
+    """For an unreachable hub the error names its address, and the way without it."""
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    said = refusal(start(url, tmp_path / "sam3.pt"))
-    assert f"the hub at {url} or its store does not answer (" in said
-    assert "Connection refused" in said
-    assert f"copy the files to {tmp_path / 'sam3.pt'} by hand" in said
+    message = error_message(start(url, tmp_path / "sam3.pt"))
+    assert f"the hub at {url} or its store does not answer (" in message
+    assert "Connection refused" in message
+    assert f"copy the files to {tmp_path / 'sam3.pt'} by hand" in message
 
 
-def test_other_server_is_no_hub(tmp_path: Path) -> None:
-    """A server that does not answer as a hub is refused, since nothing could be verified."""
+def test_server_that_is_no_hub_is_refused(tmp_path: Path) -> None:
+    """A server without a hub's headers is refused, since nothing could be verified."""
     with hub({"sam3.pt": b""}) as served:
         url = f"{served.store_url}"
         served.files = {f"{REPO}/resolve/main/sam3.pt": b"page"}
-        said = refusal(start(url, tmp_path / "sam3.pt"))
-    assert "does not tell commit, size and checksum of sam3.pt as a Hugging Face hub does" in said
+        message = error_message(start(url, tmp_path / "sam3.pt"))
+    assert "does not send commit, size and checksum of sam3.pt as a Hugging Face hub does" in message
 
 
-def test_damage_is_found(served: Hub, tmp_path: Path) -> None:
-    """Bytes that differ from the hub's checksum never reach the path, and the next start begins anew."""
+def test_damaged_file_is_deleted(served: Hub, tmp_path: Path) -> None:
+    """A file with a wrong checksum never gets to the path; the next start downloads it again."""
     served.tampered = True
-    said = refusal(start(served.url, tmp_path / "sam3.pt"))
-    assert f"its checksum is not {hashlib.sha256(WEIGHTS).hexdigest()}" in said
+    message = error_message(start(served.url, tmp_path / "sam3.pt"))
+    assert f"its checksum is not {hashlib.sha256(WEIGHTS).hexdigest()}" in message
     assert not (tmp_path / "sam3.pt").exists()
     served.tampered = False
     end(start(served.url, tmp_path / "sam3.pt"))
     assert (tmp_path / "sam3.pt").read_bytes() == WEIGHTS
 
 
-def test_wrong_size_is_found(served: Hub, tmp_path: Path) -> None:
-    """A store that sends more than the hub told is not believed."""
+def test_wrong_size_is_refused(served: Hub, tmp_path: Path) -> None:
+    """A file that is longer than the hub announced is refused."""
     served.large_size_bytes = CHUNK_BYTES
-    assert "sent another number of bytes than it told" in refusal(start(served.url, tmp_path / "sam3.pt"))
+    assert "sent another number of bytes than it announced" in error_message(
+        start(served.url, tmp_path / "sam3.pt")
+    )
     assert not (tmp_path / "sam3.pt").exists()
 
 
-def test_too_much_is_thrown_away(served: Hub, tmp_path: Path) -> None:
-    """A rest that is longer than the file is not gone on with, since no Range begins after the end."""
+def test_partial_file_that_is_too_long_is_discarded(served: Hub, tmp_path: Path) -> None:
+    """A partial file that is longer than the file is not resumed: no Range starts after the end."""
     checksum = hashlib.sha256(WEIGHTS).hexdigest()
     (tmp_path / f".sam3.pt.{checksum[:16]}.part").write_bytes(WEIGHTS + b"more")
     end(start(served.url, tmp_path / "sam3.pt"))
     assert (tmp_path / "sam3.pt").read_bytes() == WEIGHTS
 
 
-def test_small_disk_is_seen_before(served: Hub, tmp_path: Path) -> None:
-    """A file larger than what is free is not begun; the sentence tells both."""
+def test_disk_space_is_checked_first(served: Hub, tmp_path: Path) -> None:
+    """A download that does not fit on the disk is not started; the error has both sizes."""
     served.large_size_bytes = 10**15
-    said = refusal(start(served.url, tmp_path / "sam3.pt"))
-    assert f"{tmp_path} has no room for the weights: 1.00PB more are needed" in said
+    message = error_message(start(served.url, tmp_path / "sam3.pt"))
+    assert f"{tmp_path} has no room for the weights: 1.00PB more are needed" in message
     assert not served.gets()
 
 
 def test_full_disk_is_named(served: Hub, tmp_path: Path) -> None:
-    """When a file may not grow any more, the sentence tells what is still needed, and what came is kept."""
-    said = refusal(start(served.url, tmp_path / "sam3.pt", limits="ulimit -f 40000;"))
-    assert "more are needed" in said
-    assert "File too large" in said
+    """When the disk is full, the error has the missing size, and the partial file is kept."""
+    message = error_message(start(served.url, tmp_path / "sam3.pt", limits="ulimit -f 40000;"))
+    assert "more are needed" in message
+    assert "File too large" in message
     assert parts(tmp_path)[0].stat().st_size > CHUNK_BYTES
 
 
-def test_forbidden_folder_is_named(served: Hub) -> None:
-    """A path that may not be written, even by root, is named with the setting."""
-    said = refusal(start(served.url, Path("/sys/sam3.pt"), HOME="/tmp"))  # noqa: S108 - only a home
-    assert "/sys/sam3.pt cannot be written" in said
-    assert "SAM3_WEIGHTS_PATH" in said
+def test_unwritable_folder_is_named(served: Hub) -> None:
+    """For a path that cannot be written, even by root, the error names the path and the setting."""
+    message = error_message(start(served.url, Path("/sys/sam3.pt"), HOME="/tmp"))  # noqa: S108 - only a home
+    assert "/sys/sam3.pt cannot be written" in message
+    assert "SAM3_WEIGHTS_PATH" in message

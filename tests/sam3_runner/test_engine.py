@@ -1,4 +1,4 @@
-"""The engine: one outcome a request, whatever happens."""
+"""The engine: exactly one outcome per request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIDE_PX = 112
 
 
 def loaded(folder: Path) -> Engine:
-    """An engine whose loading has ended, well or not."""
+    """An engine that has finished loading, with or without success."""
     engine = Engine(EngineConfig(str(folder), "cpu", cpu_threads=1, max_batch=4))
     engine.start()
     wait_for(engine.status, lambda status: status.state != "loading")
@@ -45,12 +45,12 @@ def request(*prompts: str, level: int = 0, side_px: int = SIDE_PX, seconds: floa
 
 
 def passes() -> float:
-    """Passes of the model that were counted so far."""
+    """Number of model passes in the metrics."""
     return REGISTRY.get_sample_value("sam3_batch_seconds_count") or 0.0
 
 
 def test_outcomes_are_in_order(engine: Engine) -> None:
-    """Each request gets the results of its own prompts, in one shared pass."""
+    """Each request gets the results of its own prompts, from one shared pass."""
     before = passes()
     outcomes = engine.segment([request("cat"), request("dog", "ring", level=200), request("cat")])
     assert [[result.prompt for result in outcome.results or []] for outcome in outcomes] == [
@@ -63,8 +63,8 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
     assert passes() == before + 1
 
 
-def test_bad_item_fails_alone(engine: Engine) -> None:
-    """An image of a wrong size fails as InferenceFailed; its neighbours get their results; it is counted."""
+def test_only_the_faulty_request_fails(engine: Engine) -> None:
+    """An image of a wrong size gives InferenceFailed; the other requests succeed; the fallback is counted."""
     before = REGISTRY.get_sample_value("sam3_batch_fallbacks_total") or 0
     good, bad, other = engine.segment([request("cat"), request("cat", side_px=70), request("dog")])
     assert isinstance(bad.error, InferenceFailed)
@@ -75,49 +75,49 @@ def test_bad_item_fails_alone(engine: Engine) -> None:
     assert REGISTRY.get_sample_value("sam3_batch_fallbacks_total") == before + 1
 
 
-def test_callers_fault_is_told_apart(engine: Engine) -> None:
-    """A prompt of too many tokens fails as such, alone."""
+def test_prompt_too_long_is_reported(engine: Engine) -> None:
+    """A prompt of too many tokens gives PromptTooLong for its own request only."""
     long, good = engine.segment([request("cat " * 40), request("cat")])
     assert isinstance(long.error, PromptTooLong)
     assert good.results
 
 
-def test_every_item_bad(engine: Engine) -> None:
-    """A batch of bad items gives an error each, and the engine lives on."""
+def test_all_requests_faulty(engine: Engine) -> None:
+    """A batch of faulty requests gives an error for each, and the engine still works."""
     outcomes = engine.segment([request("cat", side_px=50), request("cat", side_px=60)])
     assert [type(outcome.error) for outcome in outcomes] == [InferenceFailed] * 2
     assert engine.segment([request("cat")])[0].results
 
 
 def test_expired_requests_are_not_run(engine: Engine) -> None:
-    """A request whose deadline passed while it waited costs no pass of the model."""
+    """A request whose deadline passed before the batch is not run."""
     before = passes()
-    [late] = engine.segment([request("cat", seconds=-1)])
-    assert isinstance(late.error, DeadlineExceeded)
+    [expired] = engine.segment([request("cat", seconds=-1)])
+    assert isinstance(expired.error, DeadlineExceeded)
     assert passes() == before
-    late, good = engine.segment([request("cat", seconds=-1), request("dog")])
-    assert isinstance(late.error, DeadlineExceeded)
+    expired, good = engine.segment([request("cat", seconds=-1), request("dog")])
+    assert isinstance(expired.error, DeadlineExceeded)
     assert good.results
     assert good.results[0].prompt == "dog"
 
 
-def test_nothing_to_do(engine: Engine) -> None:
+def test_no_requests(engine: Engine) -> None:
     """No requests give no outcomes."""
     assert engine.segment([]) == []
 
 
 def test_not_started(tiny_checkpoint: Checkpoint) -> None:
-    """Before its weights are in, an engine answers every request with ModelNotLoaded."""
-    fresh = Engine(EngineConfig(str(tiny_checkpoint.weights_file.parent), "cpu"))
-    assert not fresh.ready
-    assert fresh.status() == EngineStatus(state="loading", detail="the model is loading")
-    outcomes = fresh.segment([request("cat"), request("dog")])
+    """Before its weights are loaded, an engine answers every request with ModelNotLoaded."""
+    unstarted = Engine(EngineConfig(str(tiny_checkpoint.weights_file.parent), "cpu"))
+    assert not unstarted.ready
+    assert unstarted.status() == EngineStatus(state="loading", detail="the model is loading")
+    outcomes = unstarted.segment([request("cat"), request("dog")])
     assert [type(outcome.error) for outcome in outcomes] == [ModelNotLoaded] * 2
 
 
 def test_broken_weights(broken_checkpoint: Path) -> None:
-    """An engine that could not load says why, in its status and to every request, and stays unready."""
-    (broken_checkpoint / "model.safetensors").write_bytes(b"torn")
+    """An engine that failed to load reports why in its status and in every outcome, and is not ready."""
+    (broken_checkpoint / "model.safetensors").write_bytes(b"truncated")
     broken = loaded(broken_checkpoint)
     status = broken.status()
     assert status.state == "error"
@@ -129,8 +129,8 @@ def test_broken_weights(broken_checkpoint: Path) -> None:
     assert str(outcome.error) == status.detail
 
 
-def test_status_tells_the_models_facts(engine: Engine, tiny_checkpoint: Checkpoint) -> None:
-    """A ready engine names its checkpoint, counts its parameters, and on a CPU has no GPU's memory."""
+def test_status_describes_the_model(engine: Engine, tiny_checkpoint: Checkpoint) -> None:
+    """A ready engine reports its checkpoint and number of parameters, and no GPU memory on a CPU."""
     assert engine.ready
     status = engine.status()
     assert (status.state, status.detail, status.demo) == ("ok", None, False)
@@ -154,7 +154,7 @@ print(engine.status().state, torch.get_num_threads())
 
 
 def test_threads_follow_the_quota() -> None:
-    """Torch itself counts the cores that a process may run on, and knows nothing of a quota."""
+    """The number of torch's threads follows the CPU quota, which torch itself does not read."""
     with cpu_quota(0.75):
         ended = subprocess.run(
             [sys.executable, "-c", THREADS], cwd=ROOT, check=True, capture_output=True, text=True

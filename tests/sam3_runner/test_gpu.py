@@ -1,4 +1,4 @@
-"""Which GPUs the start takes, by a real library in the place of NVIDIA's driver."""
+"""The start's check of the GPU, with a real shared library in place of NVIDIA's driver."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ except DeviceUnavailable as error:
 """
 
 
-def objection(environment: dict[str, str]) -> str:
-    """What a process with `environment` says of its GPU; empty when it takes it."""
+def gpu_error(environment: dict[str, str]) -> str:
+    """The error of `check_gpu` in a process with `environment`; empty without one."""
     ended = subprocess.run(
         [sys.executable, "-c", CODE],
         cwd=ROOT,
@@ -38,9 +38,9 @@ def objection(environment: dict[str, str]) -> str:
 @pytest.mark.parametrize(
     ("driver", "cuda"), [(13000, "13.0"), (13010, "13.0"), (13000, "13.2"), (13000, "12.8"), (12020, "12.8")]
 )
-def test_driver_of_the_same_major_version_serves(tmp_path: Path, driver: int, cuda: str) -> None:
-    """A driver runs every CUDA of its own major version, and of those before."""
-    assert objection(fake_driver(tmp_path, driver) | torch_built_for(tmp_path, cuda)) == ""
+def test_driver_of_the_same_major_version_is_accepted(tmp_path: Path, driver: int, cuda: str) -> None:
+    """A driver supports every CUDA version of its own major version, and of earlier ones."""
+    assert gpu_error(fake_driver(tmp_path, driver) | torch_built_for(tmp_path, cuda)) == ""
 
 
 @pytest.mark.parametrize(
@@ -52,27 +52,27 @@ def test_driver_of_the_same_major_version_serves(tmp_path: Path, driver: int, cu
     ],
 )
 def test_old_driver_is_refused(tmp_path: Path, driver: int, cuda: str, needed: str, supported: str) -> None:
-    """What torch needs and what the driver supports are named, and what would fit."""
-    said = objection(fake_driver(tmp_path, driver) | torch_built_for(tmp_path, cuda))
-    assert said == (
+    """The error names what torch needs, what the driver supports, and a suitable image."""
+    message = gpu_error(fake_driver(tmp_path, driver) | torch_built_for(tmp_path, cuda))
+    assert message == (
         f"PyTorch here is built for CUDA {cuda}{needed}; this host's driver supports CUDA {supported}: "
         f"use an image of the CUDA {supported[:2]} line, or a host with a newer driver"
     )
 
 
 def test_driver_without_a_gpu(tmp_path: Path) -> None:
-    """A container that has the driver and no GPU: the driver's own name for it is in the sentence."""
-    said = objection(fake_driver(tmp_path, 13000, NO_DEVICE) | torch_built_for(tmp_path, "13.0"))
-    assert said.startswith("NVIDIA's driver shows no GPU here (cuInit: CUDA_ERROR_NO_DEVICE): give the ")
+    """For a container with the driver and no GPU the error has the driver's name for the status."""
+    message = gpu_error(fake_driver(tmp_path, 13000, NO_DEVICE) | torch_built_for(tmp_path, "13.0"))
+    assert message.startswith("NVIDIA's driver shows no GPU here (cuInit: CUDA_ERROR_NO_DEVICE): give the ")
 
 
 def test_error_without_a_name(tmp_path: Path) -> None:
-    """A driver newer than we know may return what it has no name for."""
-    said = objection(fake_driver(tmp_path, 13000, 4711) | torch_built_for(tmp_path, "13.0"))
-    assert "(cuInit: error 4711)" in said
+    """A status without a name is reported as a number."""
+    message = gpu_error(fake_driver(tmp_path, 13000, 4711) | torch_built_for(tmp_path, "13.0"))
+    assert "(cuInit: error 4711)" in message
 
 
 def test_torch_without_cuda(tmp_path: Path) -> None:
-    """A CPU build of torch uses no GPU, whatever driver there is."""
-    said = objection(fake_driver(tmp_path, 13000) | torch_built_for(tmp_path, None))
-    assert said == "PyTorch here is built without CUDA: install its CUDA build"
+    """A CPU build of torch uses no GPU, whatever the driver."""
+    message = gpu_error(fake_driver(tmp_path, 13000) | torch_built_for(tmp_path, None))
+    assert message == "PyTorch here is built without CUDA: install its CUDA build"

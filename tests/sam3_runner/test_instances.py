@@ -1,4 +1,4 @@
-"""Masks as bits of their smallest rectangle."""
+"""Masks as the bits of their bounding rectangle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def result(*crops: MaskCrop, width: int = 20, height: int = 10) -> PredictResult
 )
 @settings(max_examples=100, deadline=None)
 def test_round_trip(width: int, height: int, density: float, seed: int) -> None:
-    """A mask comes back from its crop pixel by pixel; the crop is as small as it can be."""
+    """A mask is restored from its crop without a difference; the crop is the bounding rectangle."""
     mask = np.random.default_rng(seed).random((height, width)) < density
     crop, area_px = _crop(mask, top=0, left=0)
     assert area_px == mask.sum()
@@ -51,7 +51,7 @@ def test_round_trip(width: int, height: int, density: float, seed: int) -> None:
 
 
 def test_union() -> None:
-    """Overlapping instances count once in the union, also across prompts; nothing found is all zeros."""
+    """Overlapping instances count once in the union, also across prompts; no instances give all zeros."""
     left = MaskCrop(left=2, top=1, width=8, height=4, bits=b"\xff" * 4)
     right = MaskCrop(left=6, top=3, width=8, height=4, bits=b"\xff" * 4)
     both = result(left, right).mask_array()
@@ -62,22 +62,22 @@ def test_union() -> None:
 
 
 def test_confidence() -> None:
-    """The confidence is the best score, and 0.0 when nothing was found."""
+    """The confidence is the highest score, and 0.0 when nothing was found."""
     assert result().confidence == 0.0
     assert result(EMPTY, EMPTY).confidence == 0.9
 
 
 def test_values_cross_processes() -> None:
-    """Results are plain values: pickled and back they are equal, and a mask costs its bits."""
+    """Results are equal after pickling, and a pickled mask has the size of its bits."""
     mask = np.ones((300, 400), dtype=np.bool_)
     found = result(_crop(mask, top=0, left=0)[0], width=400, height=300)
-    packed = pickle.dumps(found)
-    assert pickle.loads(packed) == found  # noqa: S301 - our own bytes
-    assert len(packed) < 300 * 400 / 8 + 1000
+    pickled = pickle.dumps(found)
+    assert pickle.loads(pickled) == found  # noqa: S301 - our own pickle
+    assert len(pickled) < 300 * 400 / 8 + 1000
 
 
 def test_best_score_is_first() -> None:
-    """Instances come best score first, their boxes in pixels and their areas those of the masks."""
+    """Instances are ordered by score, with boxes in pixels and the areas of their masks."""
     logits = torch.full((2, 4, 4), -1.0)
     logits[0, :2] = 1.0
     boxes = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.1, 0.2, 0.3, 0.4]])
@@ -100,7 +100,7 @@ def test_best_score_is_first() -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_only_the_positive_part_is_upsampled(width: int, height: int, cells: int, seed: int) -> None:
-    """Masks are those of upsampling the whole grid, whatever the sizes and wherever the object lies."""
+    """Masks equal those of upsampling the whole grid, for any size and position of the object."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(3, 1, max(2, cells // 6), max(2, cells // 6), generator=generator) - 0.5
     logits = F.interpolate(coarse, (cells, cells), mode="bicubic")[:, 0]
@@ -109,6 +109,6 @@ def test_only_the_positive_part_is_upsampled(width: int, height: int, cells: int
     found = to_instances(torch.arange(3), scores, torch.rand(3, 4), logits, width=width, height=height)
     for instance, truth in zip(found, whole.numpy(), strict=True):
         mask = result(instance.mask, width=width, height=height).mask_array()
-        # Rounding may move a pixel whose logit is zero.
+        # Rounding may change a pixel whose logit is zero.
         assert (mask != truth).sum() <= 1
         assert instance.area_px == mask.sum()

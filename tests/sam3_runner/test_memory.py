@@ -1,4 +1,4 @@
-"""How a full GPU is told from everything else that torch complains of."""
+"""How a full GPU memory is distinguished from other errors of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam3_runner.errors import DeviceFull
-from sam3_runner.memory import telling_full_memory
+from sam3_runner.memory import out_of_memory_as
 
 FULL = "the memory of cuda is too full for the model: free it"
 
@@ -14,7 +14,7 @@ FULL = "the memory of cuda is too full for the model: free it"
 @pytest.mark.parametrize(
     "error",
     [
-        # As torch 2.11 raised them on an H200 that another process had filled.
+        # As torch 2.11 raised them on an H200 whose memory another process had filled.
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         torch.OutOfMemoryError(
@@ -22,9 +22,9 @@ FULL = "the memory of cuda is too full for the model: free it"
         ),
     ],
 )
-def test_full_memory_is_told(error: RuntimeError) -> None:
-    """Whatever finds no memory is one error of ours, which may pass."""
-    with pytest.raises(DeviceFull, match=FULL), telling_full_memory(FULL):
+def test_full_memory_is_recognised(error: RuntimeError) -> None:
+    """Every out-of-memory error of torch becomes `DeviceFull`."""
+    with pytest.raises(DeviceFull, match=FULL), out_of_memory_as(FULL):
         raise error
 
 
@@ -36,7 +36,7 @@ def test_full_memory_is_told(error: RuntimeError) -> None:
         ValueError("out of memory"),
     ],
 )
-def test_other_errors_go_on(error: Exception) -> None:
-    """What will not pass is not taken for it."""
-    with pytest.raises(type(error), match=str(error)), telling_full_memory(FULL):
+def test_other_errors_are_unchanged(error: Exception) -> None:
+    """Other errors of CUDA, and of other types, are not converted."""
+    with pytest.raises(type(error), match=str(error)), out_of_memory_as(FULL):
         raise error

@@ -1,4 +1,4 @@
-"""Our forward against transformers' own, over the same weights."""
+"""Our forward pass compared with that of transformers, over the same weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
+from sam3_runner.model import decode_prompts, encode_image, encode_text, pixel_features, predict_masks
 from sam3_runner.weights import load_model
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def detections(model: Any, image: ImageFeatures, text: TextFeatures) -> Detectio
 
 
 def reference(model: Any, pixels: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> Any:
-    """Transformers' forward of one image, given the prompt's tokens."""
+    """Transformers' forward pass on one image, with given prompt tokens."""
     return model(
         vision_embeds=model.get_vision_features(pixels.float() / 127.5 - 1.0),
         text_embeds=BaseModelOutputWithPooling(pooler_output=tokens),
@@ -67,36 +67,36 @@ def reference(model: Any, pixels: torch.Tensor, tokens: torch.Tensor, valid: tor
 def test_equals_transformers(
     model: Any, pixels: torch.Tensor, image: ImageFeatures, detections: Detections, pair: int
 ) -> None:
-    """Given the same prompt tokens, logits, presence, boxes and masks are transformers' own."""
+    """With the same prompt tokens, logits, presence, boxes and masks equal those of transformers."""
     row = int(IMAGE_INDEX[pair])
-    theirs = reference(
+    expected = reference(
         model,
         pixels[row : row + 1],
         detections.prompt[pair : pair + 1],
         detections.prompt_valid[pair : pair + 1],
     )
-    features = decode_masks(model, image, detections, IMAGE_INDEX, torch.tensor([pair]))
-    masks = draw_masks(model, features[0], detections.queries[-1, pair])
-    torch.testing.assert_close(detections.logits[pair], theirs.pred_logits[0], atol=ATOL, rtol=1e-4)
-    torch.testing.assert_close(detections.boxes[pair], theirs.pred_boxes[0], atol=ATOL, rtol=1e-4)
+    features = pixel_features(model, image, detections, IMAGE_INDEX, torch.tensor([pair]))
+    masks = predict_masks(model, features[0], detections.queries[-1, pair])
+    torch.testing.assert_close(detections.logits[pair], expected.pred_logits[0], atol=ATOL, rtol=1e-4)
+    torch.testing.assert_close(detections.boxes[pair], expected.pred_boxes[0], atol=ATOL, rtol=1e-4)
     torch.testing.assert_close(
-        detections.presence_logits[pair], theirs.presence_logits[0, 0], atol=ATOL, rtol=1e-4
+        detections.presence_logits[pair], expected.presence_logits[0, 0], atol=ATOL, rtol=1e-4
     )
-    torch.testing.assert_close(masks, theirs.pred_masks[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(masks, expected.pred_masks[0], atol=1e-3, rtol=1e-3)
 
 
-def test_geometry_token_matters(
+def test_geometry_token_changes_the_output(
     model: Any, pixels: torch.Tensor, text: TextFeatures, detections: Detections
 ) -> None:
-    """Without the token that transformers leaves out of a text-only prompt, the outputs are others."""
-    theirs = reference(model, pixels[:1], text.tokens[:1], text.valid[:1])
-    assert (theirs.pred_logits[0] - detections.logits[0]).abs().max() > 100 * ATOL
+    """The geometry token, which transformers omits for a text-only prompt, changes the outputs."""
+    expected = reference(model, pixels[:1], text.tokens[:1], text.valid[:1])
+    assert (expected.pred_logits[0] - detections.logits[0]).abs().max() > 100 * ATOL
 
 
 def test_geometry_token_is_the_last_of_the_prompt(
     image: ImageFeatures, text: TextFeatures, detections: Detections
 ) -> None:
-    """The prompt is the text's tokens and then, always valid, the geometry token of its image."""
+    """The prompt is the text's tokens, then the geometry token of its image, which is always valid."""
     torch.testing.assert_close(detections.prompt[:, :-1], text.tokens)
     torch.testing.assert_close(detections.prompt[:, -1], image.geometry_token[IMAGE_INDEX, 0])
     assert detections.prompt_valid[:, -1].all()
@@ -106,7 +106,7 @@ def test_geometry_token_is_the_last_of_the_prompt(
 def test_pairs_together_equal_pairs_alone(
     model: Any, pixels: torch.Tensor, text: TextFeatures, detections: Detections
 ) -> None:
-    """A pair's outputs do not depend on which pairs share its pass."""
+    """The outputs of a pair do not depend on the other pairs of its pass."""
     for pair in range(3):
         row = int(IMAGE_INDEX[pair])
         alone = decode_prompts(
@@ -123,8 +123,8 @@ def test_pairs_together_equal_pairs_alone(
         )
 
 
-def test_padding_is_not_read(model: Any, image: ImageFeatures) -> None:
-    """What stands behind a text's last token changes nothing."""
+def test_padding_has_no_effect(model: Any, image: ImageFeatures) -> None:
+    """Token ids after a text's last token do not change the outputs."""
     ids = torch.randint(0, 49407, (1, 32), generator=torch.Generator().manual_seed(3))
     valid = torch.arange(32)[None] < 5
     first = encode_text(model, ids, valid)
@@ -136,32 +136,34 @@ def test_padding_is_not_read(model: Any, image: ImageFeatures) -> None:
     torch.testing.assert_close(logits[0], logits[2], atol=ATOL, rtol=1e-4)
 
 
-def test_prompt_free_step_is_done_once(model: Any, pixels: torch.Tensor, image: ImageFeatures) -> None:
-    """The first self-attention of the fusion encoder, kept per image, is that of transformers' layer."""
+def test_first_self_attention_runs_once_per_image(
+    model: Any, pixels: torch.Tensor, image: ImageFeatures
+) -> None:
+    """The first self-attention of the fusion encoder, computed per image, equals that of transformers."""
     layer = model.detr_encoder.layers[0]
-    seen: list[torch.Tensor] = []
-    hook = layer.layer_norm2.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    inputs: list[torch.Tensor] = []
+    hook = layer.layer_norm2.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     tokens = torch.zeros(1, 3, 64)
     try:
         reference(model, pixels[:1], tokens, torch.ones(1, 3, dtype=torch.bool))
     finally:
         hook.remove()
-    torch.testing.assert_close(seen[0][0], image.attended[0], atol=ATOL, rtol=1e-4)
+    torch.testing.assert_close(inputs[0][0], image.attended[0], atol=ATOL, rtol=1e-4)
 
 
 def test_forward_is_differentiable(model: Any, pixels: torch.Tensor) -> None:
-    """Gradients reach the pixels' features and the text: training goes through the serving code."""
+    """Gradients reach the text features: training uses the serving code."""
     with torch.inference_mode(mode=False), torch.enable_grad():
         ids = torch.randint(0, 49407, (1, 32), generator=torch.Generator().manual_seed(4))
         text = encode_text(model, ids, torch.arange(32)[None] < 6)
         tokens = text.tokens.detach().requires_grad_()
-        found = decode_prompts(
+        detections = decode_prompts(
             model,
             encode_image(model, pixels[:1].clone()),
             type(text)(tokens=tokens, valid=text.valid),
             torch.tensor([0]),
             torch.tensor([0]),
         )
-        (found.logits.sum() + found.presence_logits.sum() + found.boxes.sum()).backward()  # type: ignore[no-untyped-call]
+        (detections.logits.sum() + detections.presence_logits.sum() + detections.boxes.sum()).backward()  # type: ignore[no-untyped-call]
     assert tokens.grad is not None
     assert tokens.grad.abs().sum() > 0

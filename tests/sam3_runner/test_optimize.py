@@ -1,4 +1,4 @@
-"""The faster layers against those that they replace."""
+"""The faster layers compared with those that they replace."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 ATOL = 2e-5
 
 
-def test_optimized_model_gives_the_same(tiny_checkpoint: Checkpoint) -> None:
-    """The image features of the optimized model are those of the plain one, and it has as many weights."""
+def test_optimized_model_computes_the_same(tiny_checkpoint: Checkpoint) -> None:
+    """The optimized model has the same image features and number of weights as the plain one."""
     plain, _ = load_model(tiny_checkpoint, torch.device("cpu"))
     fast = copy.deepcopy(plain)
     optimize(fast)
     layers = fast.vision_encoder.backbone.layers
-    assert {layer.window_size for layer in layers} > {0}, "windows and global layers are both tried"
+    assert {layer.window_size for layer in layers} > {0}, "the model has windowed and global layers"
     assert all(isinstance(layer.rotary_emb, RotaryTable) for layer in layers)
     pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     with torch.inference_mode():
-        expected, given = encode_image(plain, pixels), encode_image(fast, pixels)
-    for level, other in zip(expected.levels, given.levels, strict=True):
+        expected, actual = encode_image(plain, pixels), encode_image(fast, pixels)
+    for level, other in zip(expected.levels, actual.levels, strict=True):
         assert torch.allclose(level, other, atol=ATOL)
-    assert torch.allclose(expected.attended, given.attended, atol=ATOL)
+    assert torch.allclose(expected.attended, actual.attended, atol=ATOL)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (plain, fast)]
     assert counts[0] == counts[1]

@@ -1,4 +1,4 @@
-"""SAM3Predictor, over an untrained model of the same class."""
+"""SAM3Predictor with an untrained model of the same class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sam3_runner import InferenceFailed, ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
 from sam3_runner.images.square import to_square
 from sam3_runner.instances import union_mask
-from sam3_runner.model import decode_masks, decode_prompts, draw_masks, encode_image, encode_text
+from sam3_runner.model import decode_prompts, encode_image, encode_text, pixel_features, predict_masks
 from sam3_runner.predictor import CACHED_TEXTS
 from sam3_runner.prompts import PromptTokenizer
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sam3_runner.instances import PredictResult
 
 KEPT_SCORE = 0.01
-"""Low enough that the untrained model keeps all it sees."""
+"""So low that the untrained model keeps many queries."""
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def check_same(one: PredictResult, other: PredictResult) -> None:
     )
     assert one.presence == pytest.approx(other.presence, abs=1e-5)
     assert len(one.instances) == len(other.instances)
-    # Equal scores may change places: the untrained model's queries are much alike.
-    for mine, theirs in zip(sorted_by_box(one), sorted_by_box(other), strict=True):
-        assert mine.score == pytest.approx(theirs.score, abs=1e-4)
-        assert mine.box == pytest.approx(theirs.box, abs=0.05)
-        assert mine.area_px == pytest.approx(theirs.area_px, rel=0.01, abs=20)
+    # Nearly equal scores may change their order: the untrained model's queries are similar.
+    for first, second in zip(sorted_by_box(one), sorted_by_box(other), strict=True):
+        assert first.score == pytest.approx(second.score, abs=1e-4)
+        assert first.box == pytest.approx(second.box, abs=0.05)
+        assert first.area_px == pytest.approx(second.area_px, rel=0.01, abs=20)
 
 
 def sorted_by_box(result: PredictResult) -> list[Any]:
@@ -62,7 +62,7 @@ def sorted_by_box(result: PredictResult) -> list[Any]:
 
 
 def test_predict_is_a_batch_of_one(predictor: SAM3Predictor) -> None:
-    """`predict` gives what `predict_batch` gives for the one prompt, at the image's size."""
+    """`predict` gives the result of `predict_batch` for the same prompt, at the image's size."""
     image = picture(0, 200, 90)
     alone = predictor.predict(image, "red circle")
     [first, second] = predictor.predict_batch(image, ["red circle", "cat"])
@@ -78,7 +78,7 @@ def test_predict_is_a_batch_of_one(predictor: SAM3Predictor) -> None:
 
 
 def test_images_together_equal_images_alone(predictor: SAM3Predictor) -> None:
-    """Images of different sizes, each with prompts of its own, share a pass and nothing else."""
+    """Images of different sizes, each with its own prompts, give the same results in one pass as alone."""
     images = [picture(1, 112, 112), picture(2, 60, 300), picture(3, 333, 47)]
     prompts = [["cat"], ["red circle", "cat", "dog"], ["dog"]]
     squares = [to_square(image, 112) for image in images]
@@ -88,8 +88,8 @@ def test_images_together_equal_images_alone(predictor: SAM3Predictor) -> None:
             check_same(result, predictor.predict(image, text))
 
 
-def test_more_pairs_than_a_pass_takes(predictor: SAM3Predictor) -> None:
-    """More prompts than one pass decodes are done in several, in their order."""
+def test_more_pairs_than_one_pass_decodes(predictor: SAM3Predictor) -> None:
+    """More prompts than one pass decodes are decoded in several passes, in their order."""
     image = picture(4, 50, 50)
     prompts = [f"thing {number}" for number in range(19)]
     results = predictor.predict_batch(image, prompts)
@@ -98,7 +98,7 @@ def test_more_pairs_than_a_pass_takes(predictor: SAM3Predictor) -> None:
 
 
 def test_duplicate_prompts(predictor: SAM3Predictor) -> None:
-    """A prompt that is given twice is answered twice, alike."""
+    """A duplicate prompt gives the same result twice."""
     [first, _, again] = predictor.predict_batch(picture(5, 64, 64), ["cat", "dog", "cat"])
     check_same(first, again)
 
@@ -109,8 +109,8 @@ def test_no_prompts_no_results(predictor: SAM3Predictor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F"])
-def test_any_mode_is_taken(predictor: SAM3Predictor, mode: str) -> None:
-    """An image of any PIL mode is segmented."""
+def test_any_mode_is_accepted(predictor: SAM3Predictor, mode: str) -> None:
+    """An image of any Pillow mode is segmented."""
     image = Image.fromarray(np.zeros((20, 30), dtype=np.uint16)) if mode == "I;16" else None
     image = image or picture(6, 30, 20).convert("L" if mode in "IF" else "RGB").convert(mode)
     result = predictor.predict(image, "cat")
@@ -118,7 +118,7 @@ def test_any_mode_is_taken(predictor: SAM3Predictor, mode: str) -> None:
 
 
 def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt that was seen before does not go through the text encoder again."""
+    """A cached prompt is not encoded again."""
     encoded: list[int] = []
 
     def counting(model: Any, ids: torch.Tensor, valid: torch.Tensor) -> Any:
@@ -133,32 +133,32 @@ def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.Mo
 
 
 def test_cache_of_texts_is_bounded(predictor: SAM3Predictor) -> None:
-    """The cache holds a bounded number of prompts; the latest stay."""
+    """The cache holds a bounded number of prompts; the least recent are removed."""
     for start in range(0, CACHED_TEXTS + 64, 64):
         predictor._encode_texts([f"word {number}" for number in range(start, start + 64)])
-    assert len(predictor._texts) == CACHED_TEXTS
-    assert f"word {CACHED_TEXTS + 63}" in predictor._texts
-    assert "word 0" not in predictor._texts
+    assert len(predictor._text_cache) == CACHED_TEXTS
+    assert f"word {CACHED_TEXTS + 63}" in predictor._text_cache
+    assert "word 0" not in predictor._text_cache
 
 
 def test_prompt_of_too_many_tokens(predictor: SAM3Predictor) -> None:
-    """More than 32 tokens are refused, never cut."""
+    """More than 32 tokens are refused, not truncated."""
     with pytest.raises(PromptTooLong, match="33 tokens"):
         predictor.predict(picture(0, 20, 20), "cat " * 31)
     assert predictor.predict(picture(0, 20, 20), "cat " * 30).prompt == "cat " * 30
 
 
-def test_load_comes_first(tiny_checkpoint: Checkpoint) -> None:
-    """A predictor that was not loaded says so."""
-    fresh = SAM3Predictor(str(tiny_checkpoint.weights_file.parent), "cpu")
+def test_load_is_required(tiny_checkpoint: Checkpoint) -> None:
+    """A predictor that was not loaded raises ModelNotLoaded."""
+    unloaded = SAM3Predictor(str(tiny_checkpoint.weights_file.parent), "cpu")
     with pytest.raises(ModelNotLoaded, match="load"):
-        fresh.predict(picture(0, 20, 20), "cat")
+        unloaded.predict(picture(0, 20, 20), "cat")
     with pytest.raises(ModelNotLoaded, match="load"):
-        fresh.segment([])
+        unloaded.segment([])
 
 
-def test_facts(predictor: SAM3Predictor, tiny_checkpoint: Checkpoint) -> None:
-    """It counts its parameters, names its type, and widens the file's fp16 to fp32."""
+def test_parameters_and_dtype(predictor: SAM3Predictor, tiny_checkpoint: Checkpoint) -> None:
+    """The predictor reports its number of parameters and dtype, and converts the file's fp16 to fp32."""
     stored = load_file(tiny_checkpoint.weights_file)
     assert predictor.parameters == sum(tensor.numel() for tensor in stored.values())
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
@@ -168,7 +168,7 @@ def test_facts(predictor: SAM3Predictor, tiny_checkpoint: Checkpoint) -> None:
 
 
 def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any, torch.Tensor]:
-    """The model's detections and mask logits of one pair, without any of the predictor's steps."""
+    """The model's detections and mask logits of one pair, without the predictor's own steps."""
     assert predictor.checkpoint is not None
     tokens = PromptTokenizer(predictor.checkpoint.tokenizer_file).encode([prompt])
     index = torch.tensor([0])
@@ -177,12 +177,12 @@ def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any,
         features = encode_image(predictor._model, pixels)
         text = encode_text(predictor._model, torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid))
         found = decode_prompts(predictor._model, features, text, index, index)
-        grid = decode_masks(predictor._model, features, found, index, index)
-        return found, draw_masks(predictor._model, grid[0], found.queries[-1, 0])
+        grid = pixel_features(predictor._model, features, found, index, index)
+        return found, predict_masks(predictor._model, grid[0], found.queries[-1, 0])
 
 
 def test_presence_multiplies_the_score(predictor: SAM3Predictor) -> None:
-    """A score is the query's probability times the probability that the concept is there at all."""
+    """A score is the query's probability times the probability that the concept is present."""
     image = picture(8, 112, 112)
     found, _ = raw(predictor, image, "cat")
     result = predictor.predict(image, "cat")
@@ -192,7 +192,7 @@ def test_presence_multiplies_the_score(predictor: SAM3Predictor) -> None:
     assert result.presence == pytest.approx(float(found.presence_logits[0].sigmoid()), abs=1e-5)
 
 
-def test_threshold_is_exclusive_and_ours(tiny_checkpoint: Checkpoint, predictor: SAM3Predictor) -> None:
+def test_score_threshold(tiny_checkpoint: Checkpoint, predictor: SAM3Predictor) -> None:
     """Only instances above the threshold are kept; the default is 0.5."""
     assert SAM3Predictor("demo", "cpu").score_threshold == 0.5
     image = picture(8, 112, 112)
@@ -208,7 +208,7 @@ def test_threshold_is_exclusive_and_ours(tiny_checkpoint: Checkpoint, predictor:
 
 @pytest.mark.parametrize(("width", "height"), [(112, 112), (301, 57), (13, 400), (1, 1)])
 def test_masks_are_upsampled_as_logits(predictor: SAM3Predictor, width: int, height: int) -> None:
-    """A mask is the cut at zero of the logits, upsampled bilinearly to the image's size; so is the box."""
+    """Masks are logits upsampled bilinearly to the image's size and thresholded at zero; boxes are scaled."""
     image = picture(9, width, height)
     found, logits = raw(predictor, image, "cat")
     whole = F.interpolate(logits[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
@@ -233,43 +233,43 @@ def test_union_of_several_prompts(predictor: SAM3Predictor) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_missing_file(broken_checkpoint: Path, name: str) -> None:
-    """A folder that lacks a file is refused with the file's name."""
+    """For a folder that lacks a file the error has the file's name."""
     (broken_checkpoint / name).unlink()
-    refuses(broken_checkpoint, f"holds no {name}")
+    check_refused(broken_checkpoint, f"holds no {name}")
 
 
 @pytest.mark.parametrize("text", ["", "{", "\xff"])
 def test_broken_config(broken_checkpoint: Path, text: str) -> None:
-    """A config.json that is no JSON is refused with its path."""
+    """For a config.json that is no JSON the error has its path."""
     (broken_checkpoint / "config.json").write_bytes(text.encode("latin-1"))
-    refuses(broken_checkpoint, "config.json", "cannot be read")
+    check_refused(broken_checkpoint, "config.json", "cannot be read")
 
 
 def test_other_model(broken_checkpoint: Path) -> None:
-    """The folder of another model is refused with that model's name."""
+    """For the folder of another model the error has that model's name."""
     (broken_checkpoint / "config.json").write_text(json.dumps({"model_type": "clip"}))
-    refuses(broken_checkpoint, "'clip'")
+    check_refused(broken_checkpoint, "'clip'")
 
 
 def test_broken_tokenizer(broken_checkpoint: Path) -> None:
-    """A tokenizer.json that is none is refused with its path."""
+    """For an invalid tokenizer.json the error has its path."""
     (broken_checkpoint / "tokenizer.json").write_text("{}")
-    refuses(broken_checkpoint, "tokenizer.json", "is not a tokenizer")
+    check_refused(broken_checkpoint, "tokenizer.json", "is not a tokenizer")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    """A path where nothing lies is refused with what to do."""
-    refuses(tmp_path / "sam3.pt", "HF_TOKEN", "SAM3_WEIGHTS_PATH=demo")
+def test_missing_weights(tmp_path: Path) -> None:
+    """For a path where nothing exists the error says what to do."""
+    check_refused(tmp_path / "sam3.pt", "HF_TOKEN", "SAM3_WEIGHTS_PATH=demo")
 
 
 def test_square_of_another_size(predictor: SAM3Predictor) -> None:
-    """A square that is not the model's own is refused: the model would take it, and answer nonsense."""
+    """A square of another size is refused: the model would accept it and give wrong results."""
     with pytest.raises(InferenceFailed, match="takes 112 px"):
         predictor.segment([(to_square(picture(0, 50, 50), 126), ["cat"])])
 
 
-def refuses(folder: Path, *parts: str) -> None:
-    """Loading fails with a sentence that holds `parts`, and the predictor stays unloaded."""
+def check_refused(folder: Path, *parts: str) -> None:
+    """Loading fails with an error that contains `parts`, and the predictor is not loaded."""
     predictor = SAM3Predictor(str(folder), "cpu")
     with pytest.raises(WeightsError) as refused:
         predictor.load()

@@ -1,4 +1,4 @@
-"""Weights in every layout, read back bit for bit; and what must not be read."""
+"""Weights in every layout are loaded without a difference; other files are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 from commands.local_server import ROOT
 from sam3_runner import DeviceUnavailable, SAM3Predictor, WeightsError
-from sam3_runner.checkpoint import DEMO_FOLDER, find_checkpoint
+from sam3_runner.checkpoint import DEMO, DEMO_FOLDER, find_checkpoint
 from sam3_runner.layouts import detector_state
 from sam3_runner.weights import load_model
 from tests.drawn import scene
@@ -42,7 +42,7 @@ OFFICIAL_KEYS_SHA256 = "ba916edf75c65e619fe28092fc3b487e340d8fb378ba050ecb35eb3d
 
 @pytest.fixture(scope="module")
 def known(tiny_checkpoint: Checkpoint) -> State:
-    """Weights of the tiny model, fp32, no two alike."""
+    """Random weights of the tiny model, fp32."""
     generator = torch.Generator().manual_seed(7)
     model: Any = Sam3Model(Sam3Config.from_dict(tiny_checkpoint.config))
     return {name: torch.randn(each.shape, generator=generator) for name, each in model.state_dict().items()}
@@ -50,7 +50,7 @@ def known(tiny_checkpoint: Checkpoint) -> State:
 
 @pytest.fixture
 def folder(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """A folder with the tiny model's config.json and tokenizer.json, and no weights."""
+    """A folder with the tiny model's config.json and tokenizer.json, without weights."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(tiny_checkpoint.weights_file.parent / name, tmp_path)
     return tmp_path
@@ -60,8 +60,8 @@ def prefixed(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def official_whole(state: State) -> State:
-    """What the released file holds: the detector with all its extras, and the tracker."""
+def official_file(state: State) -> State:
+    """The tensors of the released file: the detector with tensors that we do not use, and the tracker."""
     extras = {name: torch.zeros(shape) for name, shape in EXTRA_SHAPES.items()}
     extras |= {"backbone.vision_backbone.sam2_convs.0.conv_1x1.weight": torch.zeros(8)}
     tracker = {name: torch.zeros(shape) for name, shape in TRACKER.items()}
@@ -79,16 +79,16 @@ def in_safetensors(state: State, folder: Path, name: str = "tuned.safetensors") 
 
 
 def trained(state: State) -> dict[str, object]:
-    """What training code writes: bare keys in a wrapper, beside its optimizer."""
+    """A file of training code: bare keys in a wrapper, beside its optimizer."""
     return {"model": as_official(state), "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "epoch": 3}
 
 
 TRACKER_OF_TRANSFORMERS = {"tracker_model.x": torch.zeros(1), "tracker_neck.y": torch.zeros(1)}
 LAYOUTS: dict[str, tuple[str, Write]] = {
-    "official": ("official", lambda state, to: in_pt(official_whole(state), to)),
-    "official, wrapped": ("official", lambda state, to: in_pt({"model": official_whole(state)}, to)),
+    "official": ("official", lambda state, to: in_pt(official_file(state), to)),
+    "official, wrapped": ("official", lambda state, to: in_pt({"model": official_file(state)}, to)),
     "official, fine-tuned": ("official", lambda state, to: in_pt(trained(state), to)),
-    "official, safetensors": ("official", lambda state, to: in_safetensors(official_whole(state), to)),
+    "official, safetensors": ("official", lambda state, to: in_safetensors(official_file(state), to)),
     "transformers, whole": (
         "transformers",
         lambda state, to: in_safetensors(prefixed("detector_model.", state) | TRACKER_OF_TRANSFORMERS, to),
@@ -103,59 +103,59 @@ LAYOUTS: dict[str, tuple[str, Write]] = {
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_read_back_bit_for_bit(known: State, folder: Path, kind: str) -> None:
-    """Every layout gives every tensor of the model exactly as it was, and nothing else."""
+def test_every_layout_is_loaded(known: State, folder: Path, kind: str) -> None:
+    """From every layout each tensor of the model is loaded without a difference, and no other tensor."""
     layout, write = LAYOUTS[kind]
-    model, told = load_model(find_checkpoint(str(write(known, folder))), torch.device("cpu"))
+    model, found_layout = load_model(find_checkpoint(str(write(known, folder))), torch.device("cpu"))
     read = model.state_dict()
-    assert told == layout
+    assert found_layout == layout
     assert read.keys() == known.keys()
     assert [name for name in known if not torch.equal(read[name], known[name])] == []
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened(known: State, folder: Path, dtype: torch.dtype) -> None:
-    """Half-precision files give the same values in fp32."""
+def test_half_precision_is_converted(known: State, folder: Path, dtype: torch.dtype) -> None:
+    """Tensors of half-precision files have the same values in fp32."""
     halves = {name: tensor.to(dtype) for name, tensor in known.items()}
-    model, _ = load_model(find_checkpoint(str(in_pt(official_whole(halves), folder))), torch.device("cpu"))
+    model, _ = load_model(find_checkpoint(str(in_pt(official_file(halves), folder))), torch.device("cpu"))
     read = model.state_dict()
     assert [name for name in known if not torch.equal(read[name], halves[name].float())] == []
 
 
 def test_full_size_keys_are_the_official_ones() -> None:
-    """The official model's own 1,134 names and shapes map onto those of `Sam3Model`, with none left."""
+    """All 1,134 names and shapes of the official model map to those of `Sam3Model`."""
     with torch.device("meta"):
         model: Any = Sam3Model(Sam3Config())
         expected = model.state_dict()
         official = as_official(expected) | {name: torch.empty(size) for name, size in EXTRA_SHAPES.items()}
     listed = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in official.items())
     assert hashlib.sha256("\n".join(listed).encode()).hexdigest() == OFFICIAL_KEYS_SHA256
-    read = detector_state(official)
-    assert {name: each.shape for name, each in read.items()} == {
+    _, detector = detector_state(official)
+    assert {name: each.shape for name, each in detector.items()} == {
         name: each.shape for name, each in expected.items()
     }
 
 
-def test_official_file_answers_as_the_folder(tmp_path: Path) -> None:
-    """The demo checkpoint, rewritten as a `sam3.pt`, finds the same things with the same masks."""
-    demo = find_checkpoint("demo")
+def test_official_file_gives_the_same_results(tmp_path: Path) -> None:
+    """The demo checkpoint, converted to a `sam3.pt`, gives the same instances with the same masks."""
+    demo = find_checkpoint(DEMO)
     model, _ = load_model(demo, torch.device("cpu"))
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(DEMO_FOLDER / name, tmp_path)
-    path = in_pt({"model": official_whole(model.state_dict())}, tmp_path)
+    path = in_pt({"model": official_file(model.state_dict())}, tmp_path)
     picture = scene(4_000_000)
-    answers = []
-    for weights in ("demo", str(path)):
+    results = []
+    for weights in (DEMO, str(path)):
         predictor = SAM3Predictor(weights, "cpu")
         predictor.load()
-        answers.append(predictor.predict_batch(picture.image, picture.names))
-    assert answers[0] == answers[1]
-    assert any(result.instances for result in answers[0])
+        results.append(predictor.predict_batch(picture.image, picture.names))
+    assert results[0] == results[1]
+    assert any(result.instances for result in results[0])
 
 
 def test_single_file_is_sam3_of_the_official_size(tmp_path: Path) -> None:
-    """Without a config.json beside it a file is SAM 3 itself: 1008 px, CLIP's tokens, the official eps."""
+    """Without a config.json a file is read as SAM 3: 1008 px, CLIP's tokenizer, the official eps."""
     (tmp_path / "sam3.pt").touch()
     checkpoint = find_checkpoint(str(tmp_path / "sam3.pt"))
     config: Any = Sam3Config.from_dict(checkpoint.config)
@@ -166,7 +166,7 @@ def test_single_file_is_sam3_of_the_official_size(tmp_path: Path) -> None:
 
 
 def test_metas_own_folder_has_the_official_eps(tmp_path: Path) -> None:
-    """The hub's config.json is that of the video model, and leaves the eps to transformers' default."""
+    """The hub's config.json describes the video model, and does not set the eps."""
     (tmp_path / "config.json").write_text(
         '{"model_type": "sam3_video", "detector_config": {"model_type": "sam3", "detr_decoder_config": '
         '{"num_queries": 77}}, "tracker_config": {}}'
@@ -211,13 +211,13 @@ PRESENCE = "detector.transformer.decoder.presence_token.weight"
         ),
     ],
 )
-def test_what_does_not_fit(
+def test_official_tensors_that_do_not_fit(
     known: State, folder: Path, edit: Callable[[State], object], parts: list[str]
 ) -> None:
-    """A missing, unexpected, mis-shaped or mistyped tensor stops the load, which names it."""
-    state = official_whole(known)
+    """A missing or unexpected tensor, or a wrong shape or dtype, is refused with the tensor's name."""
+    state = official_file(known)
     edit(state)
-    refuses(in_pt(state, folder), "does not fit the model", *parts)
+    check_refused(in_pt(state, folder), "does not fit the model", *parts)
 
 
 PRESENCE_NAME = "detr_decoder.presence_token.weight"
@@ -239,39 +239,39 @@ PRESENCE_NAME = "detr_decoder.presence_token.weight"
         ),
     ],
 )
-def test_what_does_not_fit_in_transformers_layout(
+def test_transformers_tensors_that_do_not_fit(
     known: State,
     folder: Path,
     prefix: str,
     edit: Callable[[str], Callable[[State], object]],
     parts: list[str],
 ) -> None:
-    """The transformers layouts are read as strictly."""
+    """Files of the transformers layouts are checked in the same way."""
     state = prefixed(prefix, known)
     edit(prefix)(state)
-    refuses(in_safetensors(state, folder), "does not fit the model", *parts)
+    check_refused(in_safetensors(state, folder), "does not fit the model", *parts)
 
 
 def test_many_missing_are_counted(known: State, folder: Path) -> None:
-    """Of many keys the first are listed and all are counted."""
-    gone = sorted(name for name in known if "detr_encoder" in name)
-    state = {name: tensor for name, tensor in known.items() if name not in gone}
-    listed = ", ".join(gone[:8])
-    refuses(in_pt(state, folder), f"{len(gone)} missing: {listed} and {len(gone) - 8} more")
+    """Of many missing keys the error lists the first and counts all."""
+    missing = sorted(name for name in known if "detr_encoder" in name)
+    state = {name: tensor for name, tensor in known.items() if name not in missing}
+    listed = ", ".join(missing[:8])
+    check_refused(in_pt(state, folder), f"{len(missing)} missing: {listed} and {len(missing) - 8} more")
 
 
 @pytest.mark.parametrize(
     ("field", "number"), [("num_queries", "many"), ("hidden_size", -5), ("num_attention_heads", 0)]
 )
-def test_configuration_that_makes_no_model(known: State, folder: Path, field: str, number: object) -> None:
-    """A config.json whose numbers make no sense is told as such, not as torn weights."""
+def test_invalid_configuration(known: State, folder: Path, field: str, number: object) -> None:
+    """A config.json with invalid values is reported as invalid, not as truncated weights."""
     config = json.loads((folder / "config.json").read_text())
     config["detr_decoder_config"][field] = number
     (folder / "config.json").write_text(json.dumps(config))
-    refuses(in_pt(known, folder), "sam3.pt makes no model: ")
+    check_refused(in_pt(known, folder), "sam3.pt is invalid: ")
 
 
-class Evil:
+class CodeInPickle:
     """A pickle that runs a command when it is read."""
 
     def __init__(self, command: str) -> None:
@@ -281,29 +281,29 @@ class Evil:
         return os.system, (self._command,)
 
 
-@pytest.mark.parametrize("wrap", [lambda evil: evil, lambda evil: {"model": {}, "extra": evil}])
-def test_pickle_that_wants_to_run_code(tmp_path: Path, wrap: Callable[[Evil], object]) -> None:
-    """It is refused with the name of what it asks for, and nothing has run."""
-    mark = tmp_path / "it-ran"
-    path = in_pt(wrap(Evil(f"touch {mark}")), tmp_path)
-    refuses(path, "is refused", "system", "can run code")
-    assert not mark.exists()
+@pytest.mark.parametrize("wrap", [lambda code: code, lambda code: {"model": {}, "extra": code}])
+def test_pickle_that_would_run_code(tmp_path: Path, wrap: Callable[[CodeInPickle], object]) -> None:
+    """The error has the name of the function that the pickle requests, and nothing was run."""
+    marker = tmp_path / "it-ran"
+    path = in_pt(wrap(CodeInPickle(f"touch {marker}")), tmp_path)
+    check_refused(path, "is refused", "system", "can run code")
+    assert not marker.exists()
 
 
 def test_bare_pickle(tmp_path: Path) -> None:
-    """A pickle without torch's zip around it is not read either, and nothing has run."""
-    mark = tmp_path / "it-ran"
-    (tmp_path / "sam3.pt").write_bytes(pickle.dumps(Evil(f"touch {mark}")))
-    refuses(tmp_path / "sam3.pt", "is a bare pickle")
-    assert not mark.exists()
+    """A pickle without torch's zip file is not read either, and nothing was run."""
+    marker = tmp_path / "it-ran"
+    (tmp_path / "sam3.pt").write_bytes(pickle.dumps(CodeInPickle(f"touch {marker}")))
+    check_refused(tmp_path / "sam3.pt", "is a bare pickle")
+    assert not marker.exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*TorchScript:UserWarning")
 def test_torchscript(tmp_path: Path) -> None:
-    """A compiled program is told as such, without torch's advice to run it."""
+    """A compiled program is reported as one, without torch's advice to load it."""
     program: Any = torch.jit.script(torch.nn.Linear(2, 2))
     program.save(str(tmp_path / "sam3.pt"))
-    refuses(tmp_path / "sam3.pt", "is a TorchScript program, not weights", "state_dict()")
+    check_refused(tmp_path / "sam3.pt", "is a TorchScript program, not weights", "state_dict()")
 
 
 OTHER_FILES = {
@@ -316,19 +316,19 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize("content", OTHER_FILES)
-def test_files_that_are_no_weights(tmp_path: Path, content: bytes) -> None:
-    """What was saved by mistake under the weights' name is told for what it is."""
+def test_files_of_other_kinds(tmp_path: Path, content: bytes) -> None:
+    """The error says what kind of file is at the weights' path."""
     (tmp_path / "sam3.pt").write_bytes(content)
-    refuses(tmp_path / "sam3.pt", OTHER_FILES[content])
+    check_refused(tmp_path / "sam3.pt", OTHER_FILES[content])
 
 
 @pytest.mark.parametrize("write", [in_pt, in_safetensors])
 @pytest.mark.parametrize("part", [0.001, 0.5, 0.999])
-def test_torn_files(known: State, folder: Path, write: Write, part: float) -> None:
-    """A file that was cut off is refused with its path."""
+def test_truncated_files(known: State, folder: Path, write: Write, part: float) -> None:
+    """For a truncated file the error has its path."""
     path = write(known, folder)
     os.truncate(path, int(path.stat().st_size * part))
-    refuses(path, str(path), "cannot be read, it may be cut short")
+    check_refused(path, str(path), "cannot be read, it may be cut short")
 
 
 @pytest.mark.parametrize(
@@ -344,34 +344,36 @@ def test_torn_files(known: State, folder: Path, write: Write, part: float) -> No
     ],
 )
 def test_other_models(tmp_path: Path, keys: list[str], sentence: str) -> None:
-    """A checkpoint of another model is refused by that model's name."""
-    refuses(in_pt({"model": {key: torch.zeros(1) for key in keys}}, tmp_path), "cannot be served", sentence)
+    """For a checkpoint of another model the error has that model's name."""
+    check_refused(
+        in_pt({"model": {key: torch.zeros(1) for key in keys}}, tmp_path), "cannot be served", sentence
+    )
 
 
 @pytest.mark.parametrize(
     "content", [[1, 2], {}, {"model": {}}, {"epoch": 3}, torch.zeros(3), {0: torch.zeros(3)}]
 )
 def test_pt_without_weights(tmp_path: Path, content: object) -> None:
-    """A torch file that holds no weights is told as such."""
-    refuses(in_pt(content, tmp_path), "holds no tensors")
+    """A torch file without weights is refused."""
+    check_refused(in_pt(content, tmp_path), "holds no named tensors")
 
 
-def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for cuda without a GPU, it says so and what to do; it does not fall back in silence."""
+def test_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For cuda without a GPU the error says what to do; the model is not loaded on the CPU instead."""
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceUnavailable, match="SAM3_DEVICE=cpu"):
-        SAM3Predictor("demo", "cuda").load()
+        SAM3Predictor(DEMO, "cuda").load()
 
 
-def refuses(path: Path, *parts: str) -> None:
-    """Loading fails with one sentence that holds `parts`."""
+def check_refused(path: Path, *parts: str) -> None:
+    """Loading fails with one line that contains `parts`."""
     with pytest.raises(WeightsError) as refused:
         SAM3Predictor(str(path), "cpu").load()
-    sentence = str(refused.value)
-    assert [part for part in parts if part not in sentence] == []
-    assert "\n" not in sentence
-    assert len(sentence) < 1500
+    message = str(refused.value)
+    assert [part for part in parts if part not in message] == []
+    assert "\n" not in message
+    assert len(message) < 1500
 
 
 MIDDLE = {
@@ -385,7 +387,7 @@ MIDDLE = {
     },
     "text_config": {"num_hidden_layers": 1, "hidden_size": 512, "num_attention_heads": 8},
 }
-"""SAM 3 with few of its layers: about 0.4 GB."""
+"""SAM 3 with fewer layers: about 0.4 GB."""
 
 PEAK = """
 import re, sys
@@ -407,9 +409,9 @@ print(int(peak_kb) * 1024 - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-@pytest.mark.parametrize("write", [lambda state, to: in_pt(official_whole(state), to), in_safetensors])
+@pytest.mark.parametrize("write", [lambda state, to: in_pt(official_file(state), to), in_safetensors])
 def test_host_memory(tmp_path: Path, write: Write) -> None:
-    """Loading takes no more than 1.3 times the file, all of its pages read."""
+    """Loading takes at most 1.3 times the file's size in memory, with all of its pages read."""
     model: Any = Sam3Model(Sam3Config.from_dict(MIDDLE))
     path = write(model.state_dict(), tmp_path)
     size_bytes = path.stat().st_size

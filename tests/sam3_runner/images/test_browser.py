@@ -1,4 +1,4 @@
-"""Pictures as a browser shows them: the same files in a real Chromium."""
+"""Squares compared with the same files in a real Chromium."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PIXELS_ON_WHITE = """async (url) => {
         text += String.fromCharCode(...pixels.subarray(start, start + 4096));
     return [canvas.width, canvas.height, btoa(text)];
 }"""
-"""A million numbers take the browser's protocol seconds; as base64 they are there at once."""
+"""As base64, since the browser's protocol needs seconds for a million numbers."""
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,13 @@ def page(chromium: str) -> Iterator[Page]:
 
 
 def ramps() -> Image.Image:
-    """A smooth picture without any symmetry."""
+    """A smooth picture without symmetry."""
     y, x = np.mgrid[0:SIDE_PX, 0:SIDE_PX]
     return Image.fromarray(np.stack([x * 5, y * 5, (x + y) * 2], axis=-1).astype(np.uint8))
 
 
 def fading() -> Image.Image:
-    """The same, ever less transparent from left to right."""
+    """The same picture, with alpha from 0 at the left to 255 at the right."""
     picture = ramps()
     alpha = np.tile(np.linspace(0, 255, SIDE_PX).astype(np.uint8), (SIDE_PX, 1))
     picture.putalpha(Image.fromarray(alpha))
@@ -84,7 +84,7 @@ def fading() -> Image.Image:
 
 
 PNG, JPEG = encoded(ramps(), "PNG"), encoded(ramps(), "JPEG", quality=95)
-TURNED = exif_of(6)
+ROTATED_EXIF = exif_of(6)
 XMP = (
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
@@ -101,13 +101,13 @@ def small_first_frame() -> bytes:
 FILES: dict[str, bytes] = {
     **{f"JPEG, orientation {n}": encoded(ramps(), "JPEG", exif=exif_of(n), quality=95) for n in range(1, 9)},
     **{f"PNG, orientation {n}": encoded(ramps(), "PNG", exif=exif_of(n)) for n in range(1, 9)},
-    "WEBP, orientation 6": encoded(ramps(), "WEBP", exif=TURNED, lossless=True),
+    "WEBP, orientation 6": encoded(ramps(), "WEBP", exif=ROTATED_EXIF, lossless=True),
     "JPEG, orientation in XMP": encoded(ramps(), "JPEG", xmp=XMP, quality=95),
     "WEBP, orientation in XMP": encoded(ramps(), "WEBP", xmp=XMP, lossless=True),
-    "JPEG, two EXIFs": with_segments(JPEG, (0xE1, exif_of(3)), (0xE1, TURNED)),
-    "PNG, EXIF with JPEG's prefix": with_chunks(PNG, png_chunk(b"eXIf", TURNED)),
-    "PNG, EXIF behind the pixels": PNG[:-12] + png_chunk(b"eXIf", TURNED[6:]) + PNG[-12:],
-    "PNG, EXIF with a wrong checksum": with_chunks(PNG, png_chunk(b"eXIf", TURNED[6:], checksum=1)),
+    "JPEG, two EXIFs": with_segments(JPEG, (0xE1, exif_of(3)), (0xE1, ROTATED_EXIF)),
+    "PNG, EXIF with JPEG's prefix": with_chunks(PNG, png_chunk(b"eXIf", ROTATED_EXIF)),
+    "PNG, EXIF after the pixels": PNG[:-12] + png_chunk(b"eXIf", ROTATED_EXIF[6:]) + PNG[-12:],
+    "PNG, EXIF with a wrong checksum": with_chunks(PNG, png_chunk(b"eXIf", ROTATED_EXIF[6:], checksum=1)),
     "PNG, transparency with a wrong checksum": with_chunks(PNG, png_chunk(b"tRNS", bytes(6), checksum=1)),
     "PNG without its end": PNG[:-12],
     "PNG with alpha": encoded(fading(), "PNG"),
@@ -138,13 +138,13 @@ FILES: dict[str, bytes] = {
         for kind in ("JPEG", "PNG", "WEBP")
         for name in ("sRGB", "Display P3", "ProPhoto")
     },
-    "PNG, profile that is none": encoded(ramps(), "PNG", icc_profile=b"none"),
+    "PNG, invalid profile": encoded(ramps(), "PNG", icc_profile=b"none"),
     **{path.name: path.read_bytes() for path in sorted(PICTURES.iterdir())},
 }
 
 
-def shown(page: Page, data: bytes) -> npt.NDArray[np.uint8]:
-    """The picture on a white page, (height, width, 3)."""
+def drawn_by_browser(page: Page, data: bytes) -> npt.NDArray[np.uint8]:
+    """The picture as Chromium draws it on white, (height, width, 3)."""
     url = "data:;base64," + base64.b64encode(data).decode()
     width, height, pixels = page.evaluate(PIXELS_ON_WHITE, url)
     levels = np.frombuffer(base64.b64decode(pixels), dtype=np.uint8)
@@ -152,10 +152,10 @@ def shown(page: Page, data: bytes) -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_as_a_browser_shows_it(page: Page, name: str) -> None:
-    """Size, orientation, transparency and colours are the browser's."""
-    theirs = shown(page, FILES[name])
-    ours = decode_square(read_image_file(FILES[name], max_pixels=10**6), SIDE_PX)
-    assert (ours.height, ours.width, 3) == theirs.shape
-    difference = ours.pixels.astype(int) - to_square(Image.fromarray(theirs), SIDE_PX).pixels
+def test_equals_the_browser(page: Page, name: str) -> None:
+    """Size, orientation, transparency and colours equal those of the browser."""
+    expected = drawn_by_browser(page, FILES[name])
+    square = decode_square(read_image_file(FILES[name], max_pixels=10**6), SIDE_PX)
+    assert (square.height, square.width, 3) == expected.shape
+    difference = square.pixels.astype(int) - to_square(Image.fromarray(expected), SIDE_PX).pixels
     assert np.abs(difference).mean() < 0.6

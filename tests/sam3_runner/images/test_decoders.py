@@ -1,4 +1,4 @@
-"""The processes that decode: what they cost, and what ends them."""
+"""The decoder processes: their results, their limits, and what happens when one is killed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TIMEOUT_S = 60.0
 
 
 def with_decoders(work: Callable[[ImageDecoders], Awaitable[Any]], *, count: int = 2) -> Any:
-    """What `work` gives, with decoders that are closed afterwards."""
+    """The result of `work` with decoders that are closed afterwards."""
 
     async def run() -> Any:
         decoders = ImageDecoders(side_px=SIDE_PX, count=count)
@@ -50,7 +50,7 @@ def with_decoders(work: Callable[[ImageDecoders], Awaitable[Any]], *, count: int
         finally:
             await decoders.close()
 
-    # The event loop of the server's workers.
+    # The event loop of the API workers.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
 
@@ -66,7 +66,7 @@ def file_of(kind: str) -> ImageFile:
 
 @cache
 def slow(scans: int) -> ImageFile:
-    """A JPEG that the reader would refuse for its scans: about 20 ms each."""
+    """A JPEG with so many scans that the parser would refuse it; each takes about 20 ms."""
     image = Image.new("RGB", (4200, 4200))
     return ImageFile(
         "JPEG", with_scans(encoded(image, "JPEG", progressive=True), scans), *image.size, decode_bytes=0
@@ -74,7 +74,7 @@ def slow(scans: int) -> ImageFile:
 
 
 def processes() -> list[psutil.Process]:
-    """The living processes that decode for this one."""
+    """The decoder processes of this process."""
     return [child for child in psutil.Process().children() if is_decoder(child)]
 
 
@@ -88,15 +88,15 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_same_square(kind: str) -> None:
-    """A file decoded in another process gives the square that it gives here, and its size."""
-    here, there = decode_square(file_of(kind), SIDE_PX), decoded(file_of(kind))
-    assert np.array_equal(here.pixels, there.pixels)
-    assert (there.width, there.height) == (200, 150)
+def test_result_equals_decoding_in_this_process(kind: str) -> None:
+    """A file decoded in another process gives the same square and size as in this one."""
+    expected, square = decode_square(file_of(kind), SIDE_PX), decoded(file_of(kind))
+    assert np.array_equal(expected.pixels, square.pixels)
+    assert (square.width, square.height) == (200, 150)
 
 
 def test_damaged_file() -> None:
-    """Damage is reported as it would be here, and the process goes on to the next file."""
+    """A damaged file is refused, and the same process decodes the next file."""
     whole = file_of("WEBP")
     broken = ImageFile("WEBP", whole.data[:-400], whole.width, whole.height, decode_bytes=0)
 
@@ -112,14 +112,14 @@ def test_damaged_file() -> None:
 
 
 def test_too_much_time() -> None:
-    """An image that decodes for minutes is ended after seconds, and its process with it."""
+    """An image that would take minutes is refused after seconds, and its process is ended."""
     with pytest.raises(UnsupportedImage, match="too much time"):
         decoded(slow(5000))
     assert processes() == []
 
 
 def test_too_much_memory() -> None:
-    """An image that takes gigabytes is refused by the process's own limit."""
+    """An image that needs gigabytes is refused by the process' memory limit."""
     rows = bytes(2 * 200_000_000)
     bomb = ImageFile("PNG", png_of(1, 200_000_000, rows), 1, 200_000_000, decode_bytes=0)
     with pytest.raises(UnsupportedImage, match="too much memory"):
@@ -128,7 +128,7 @@ def test_too_much_memory() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the limits of another process")
 def test_limits_and_environment() -> None:
-    """A decoder has its memory bounded, and gets no secret of the server's."""
+    """A decoder has a memory limit, and none of the server's secrets in its environment."""
 
     async def work(decoders: ImageDecoders) -> None:
         await decoders.decode(file_of("PNG"))
@@ -146,29 +146,29 @@ def test_limits_and_environment() -> None:
 
 
 def test_killed_decoder() -> None:
-    """A decoder that is killed, waiting or working, costs no task: the file is decoded again."""
+    """After a decoder is killed, idle or busy, the file is decoded by another."""
 
     async def work(decoders: ImageDecoders) -> None:
         await decoders.start()
-        [waiting] = processes()
-        waiting.kill()
+        [idle] = processes()
+        idle.kill()
         assert (await decoders.decode(file_of("PNG"))).width == 200
-        [waiting] = processes()
-        waiting.kill()
+        [idle] = processes()
+        idle.kill()
         await asyncio.to_thread(wait_for, lambda: not processes())
         assert (await decoders.decode(file_of("PNG"))).width == 200
         decoding = asyncio.create_task(decoders.decode(slow(60)))
-        [working] = await asyncio.to_thread(
+        [busy] = await asyncio.to_thread(
             wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
         )
-        working.kill()
+        busy.kill()
         assert (await decoding).width == 4200
 
     with_decoders(work)
 
 
 def test_file_that_kills() -> None:
-    """A file whose decoder dies twice is refused, and both deaths are counted."""
+    """A file whose decoder is killed twice is refused, and both kills are counted."""
     done = threading.Event()
     before = REGISTRY.get_sample_value("sam3_decoder_kills_total") or 0
 
@@ -189,7 +189,7 @@ def test_file_that_kills() -> None:
 
 
 def test_cancelled_decoding_ends() -> None:
-    """What a cancelled request has begun does not go on."""
+    """Cancelling a request ends its decoder process."""
 
     async def work(decoders: ImageDecoders) -> None:
         decoding = asyncio.create_task(decoders.decode(slow(5000)))
@@ -206,7 +206,7 @@ def test_cancelled_decoding_ends() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_decoders_end_with_their_worker(how: signal.Signals) -> None:
-    """Whatever ends a worker ends its decoders."""
+    """The decoders of a killed worker end too."""
     code = (
         "import asyncio\n"
         "from sam3_runner.images.decoders import ImageDecoders\n"

@@ -1,4 +1,4 @@
-"""Any image to the model's square, as a viewer shows it."""
+"""Conversion of any image to the model's square, as a viewer shows it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def square_of(data: bytes, side_px: int = SIDE_PX, max_pixels: int = MAX_PIXELS)
 
 
 def stored(levels: Levels, kind: str = "PNG", **options: object) -> Levels:
-    """What a file of these levels comes to, where the square has the image's own size."""
+    """The square of a file with these levels, where the square has the image's own size."""
     side_px, _, *_ = levels.shape
     return square_of(encoded(Image.fromarray(levels), kind, **options), side_px).pixels
 
 
 def grid(*channels: int) -> Levels:
-    """16 x 16 px: every level of 8 bits in the first channel, the others as given."""
+    """16 x 16 px: every 8-bit level in the first channel; the other channels are constant."""
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     return np.stack([levels, *(np.full_like(levels, level) for level in channels)], axis=-1)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_lossless_pixels_are_kept(kind: str) -> None:
-    """A lossless image of the square's size is the square."""
+    """A lossless image of the square's size is not changed."""
     options = {"lossless": True} if kind == "WEBP" else {}
     levels = np.asarray(noise(SIDE_PX, SIDE_PX))
     assert np.array_equal(stored(levels, kind, **options), levels)
@@ -53,7 +53,7 @@ def test_lossless_pixels_are_kept(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_transparent_is_white(kind: str) -> None:
-    """Colours below full transparency do not show, half of it is half white, opaque is as it is."""
+    """Transparent pixels become white, half transparent ones are mixed with white, opaque ones stay."""
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     assert (stored(grid(0, 0, 0), kind, **options) == 255).all()
     assert np.array_equal(stored(grid(7, 8, 255), kind, **options), grid(7, 8))
@@ -61,8 +61,8 @@ def test_transparent_is_white(kind: str) -> None:
     assert np.abs(half - (grid(0, 0) * (128 / 255) + 127)).max() <= 1
 
 
-def test_grey_with_alpha_is_laid_on_white() -> None:
-    """Grey images with alpha are laid on white too."""
+def test_grey_with_alpha_is_composited_on_white() -> None:
+    """Grey images with alpha are composited on white too."""
     light, dark = (stored(grid(alpha)) for alpha in (0, 255))
     assert (light == 255).all()
     assert np.array_equal(dark[..., 0], grid()[..., 0])
@@ -70,7 +70,7 @@ def test_grey_with_alpha_is_laid_on_white() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_one_transparent_colour(mode: str) -> None:
-    """A PNG's transparent colour (tRNS) is white where it stands, in every mode."""
+    """Pixels of a PNG's transparent colour (tRNS) become white, in every mode."""
     black = Image.new("RGB", (16, 16))
     black.paste((255, 255, 255) if mode == "1" else (200, 0, 0), (0, 0, 8, 16))
     image = black.convert(mode)
@@ -81,7 +81,7 @@ def test_one_transparent_colour(mode: str) -> None:
 
 
 def test_transparent_palette() -> None:
-    """A palette's entries may be half transparent."""
+    """Entries of a palette may be half transparent."""
     image = Image.new("P", (16, 16), 1)
     image.putpalette([0, 0, 0, 100, 0, 0])
     assert square_of(encoded(image, "PNG", transparency=bytes([255, 128])), 16).pixels[0, 0].tolist() == [
@@ -92,14 +92,14 @@ def test_transparent_palette() -> None:
 
 
 def sixteen_bits(levels: npt.NDArray[np.integer], colour: int) -> bytes:
-    """A PNG of 16 bits a channel."""
+    """A PNG with 16 bits per channel."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     return png_of(16, 16, rows, depth=16, colour=colour)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_sixteen_bits_are_scaled(colour: int, channels: int) -> None:
-    """16 bits a channel keep their gradation, with alpha and without; Pillow's own grey would clip."""
+    """Images with 16 bits per channel are scaled, with and without alpha; Pillow would clip grey ones."""
     levels = np.arange(256).reshape(16, 16, 1)
     wide = np.concatenate([levels] * (channels - (channels % 2 == 0)), axis=-1) * 257
     if channels % 2 == 0:
@@ -109,7 +109,7 @@ def test_sixteen_bits_are_scaled(colour: int, channels: int) -> None:
 
 
 def test_sixteen_bits_with_a_transparent_level() -> None:
-    """The transparent level of a 16-bit grey PNG is white."""
+    """Pixels of the transparent level of a 16-bit grey PNG become white."""
     levels = np.arange(256).reshape(16, 16, 1) * 257
     data = with_chunks(sixteen_bits(levels, 0), png_chunk(b"tRNS", (257).to_bytes(2)))
     assert square_of(data, 16).pixels[0, :3, 0].tolist() == [0, 255, 2]
@@ -126,8 +126,8 @@ def test_sixteen_bits_with_a_transparent_level() -> None:
         ("F", 9e4, 255 / 9e4),
     ],
 )
-def test_numbers_of_any_range(mode: str, brightest: float, scale: float) -> None:
-    """Images of 32-bit numbers are seen in the range that their brightest pixel tells, never as black."""
+def test_modes_without_a_range(mode: str, brightest: float, scale: float) -> None:
+    """Images of modes I and F are scaled by a range that depends on their brightest pixel."""
     values = np.linspace(0, brightest, 256).reshape(16, 16)
     image = Image.fromarray(values.astype(np.int32 if mode == "I" else np.float32))
     assert image.mode == mode
@@ -136,7 +136,7 @@ def test_numbers_of_any_range(mode: str, brightest: float, scale: float) -> None
 
 
 def image_of_mode(mode: str) -> Image.Image:
-    """The noise in one of Pillow's modes."""
+    """The noise image in one of Pillow's modes."""
     if mode == "LAB":
         srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
         converted = ImageCms.profileToProfile(noise(), srgb, lab, outputMode="LAB")
@@ -172,7 +172,7 @@ def image_of_mode(mode: str) -> Image.Image:
     ],
 )
 def test_every_mode_of_pillow(mode: str) -> None:
-    """The predictor takes every mode."""
+    """Every mode of Pillow is converted."""
     image = image_of_mode(mode)
     square = to_square(image, SIDE_PX)
     assert square.pixels.shape == (SIDE_PX, SIDE_PX, 3)
@@ -182,26 +182,26 @@ def test_every_mode_of_pillow(mode: str) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_exif_orientation(kind: str, orientation: int) -> None:
-    """An image is turned as its EXIF says, and its size is the one that a viewer shows."""
+    """An image is rotated by its EXIF orientation, and its size is the one that a viewer shows."""
     data = encoded(noise(), kind, exif=exif_of(orientation))
     square = square_of(data)
     with Image.open(io.BytesIO(data)) as opened:
-        seen = ImageOps.exif_transpose(opened)
-        assert (square.width, square.height) == seen.size
-        assert np.abs(square.pixels.astype(int) - to_square(seen, SIDE_PX).pixels).max() <= 1
+        expected = ImageOps.exif_transpose(opened)
+        assert (square.width, square.height) == expected.size
+        assert np.abs(square.pixels.astype(int) - to_square(expected, SIDE_PX).pixels).max() <= 1
         assert np.array_equal(to_square(opened, SIDE_PX).pixels, square.pixels)
 
 
-def test_exif_of_webp_is_not_followed() -> None:
-    """A WEBP is as it is stored, whatever its EXIF says, from a file and opened."""
+def test_exif_of_webp_is_ignored() -> None:
+    """The EXIF orientation of a WEBP is ignored, for a file and for an opened image."""
     data = encoded(noise(), "WEBP", exif=exif_of(6))
     with Image.open(io.BytesIO(data)) as opened:
         for square in (square_of(data), to_square(opened, SIDE_PX)):
             assert (square.width, square.height) == (40, 30)
 
 
-def test_orientation_in_xmp_alone_is_none() -> None:
-    """XMP's orientation is not followed, as browsers do not."""
+def test_orientation_in_xmp_is_ignored() -> None:
+    """XMP's orientation is ignored, as in browsers."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = encoded(noise(), "JPEG", xmp=xmp)
     with Image.open(io.BytesIO(data)) as opened:
@@ -211,14 +211,14 @@ def test_orientation_in_xmp_alone_is_none() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_first_frame_of_an_animation(kind: str) -> None:
-    """Only the first frame of an animated image counts."""
+    """Only the first frame of an animation is used."""
     frames = [noise(), Image.new("RGB", noise().size)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert np.array_equal(square_of(data).pixels, to_square(noise(), SIDE_PX).pixels)
 
 
 def test_first_frame_that_is_smaller_than_the_image() -> None:
-    """What a small first frame of an animation leaves out is white."""
+    """The area outside of an animation's smaller first frame is white."""
     first = Image.new("RGBA", (48, 48))
     first.paste((200, 0, 0, 255), (16, 20, 32, 36))
     data = encoded(first, "WEBP", save_all=True, append_images=[noise(48, 48)], lossless=True)
@@ -230,7 +230,7 @@ def test_first_frame_that_is_smaller_than_the_image() -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_wide_profiles_are_converted(kind: str) -> None:
-    """A colour in a wide profile is the more saturated one of sRGB that a viewer shows."""
+    """A colour in a wide-gamut profile is converted to the more saturated sRGB colour that a viewer shows."""
     levels = np.full((SIDE_PX, SIDE_PX, 3), (180, 60, 60), dtype=np.uint8)
     profile = primaries_of("Display P3")
     red, green, blue = stored(levels, kind, icc_profile=profile, quality=100)[20, 20].astype(int)
@@ -244,14 +244,14 @@ def test_wide_profiles_are_converted(kind: str) -> None:
 @pytest.mark.parametrize(
     "profile", [primaries_of("sRGB"), b"no profile", b"", bytes(200), primaries_of("ProPhoto")[:300]]
 )
-def test_profiles_that_change_nothing(profile: bytes) -> None:
-    """The profile of sRGB itself, and one that cannot be read, leave every pixel as it is."""
+def test_profiles_without_effect(profile: bytes) -> None:
+    """The profile of sRGB itself, and an unreadable one, change no pixel."""
     levels = np.asarray(noise(SIDE_PX, SIDE_PX))
     assert np.array_equal(stored(levels, icc_profile=profile), levels)
 
 
 def test_multi_picture_jpeg() -> None:
-    """A phone's multi-picture JPEG is a JPEG: its first picture."""
+    """Of a phone's multi-picture JPEG the first picture is used."""
     data = encoded(noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
     alone = encoded(noise(), "JPEG")
     assert np.array_equal(square_of(data).pixels, square_of(alone).pixels)
@@ -266,8 +266,8 @@ def test_cmyk() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(333, 500), (1200, 700), (40, 30), (3000, 2), (1, 3000)])
-def test_squash_rounds_once(width: int, height: int) -> None:
-    """The square is that of torchvision on a GPU, but for values that lie between two: one rounding, last."""
+def test_resize_rounds_once(width: int, height: int) -> None:
+    """The square equals torch's antialiased resize in floating point, rounded once at the end."""
     image = noise(width, height)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float()
     exact = F.interpolate(pixels, (112, 112), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
@@ -278,8 +278,8 @@ def test_squash_rounds_once(width: int, height: int) -> None:
     assert np.mean(difference != 0) < 0.005
 
 
-def test_bands_leave_no_trace() -> None:
-    """An image that is squashed in many bands is the square of the whole."""
+def test_bands_do_not_change_the_result() -> None:
+    """An image that is resized in many bands gives the square of the whole image."""
     image = noise(3000, 2500)
     whole = [
         np.rint(np.asarray(plane.convert("F").resize((100, 100), Image.Resampling.BILINEAR)))
@@ -290,8 +290,8 @@ def test_bands_leave_no_trace() -> None:
     assert np.mean(difference != 0) < 0.001
 
 
-def test_reduced_jpeg_is_the_same_picture() -> None:
-    """A JPEG that is decoded at half its size gives nearly the same square, and its whole size."""
+def test_reduced_jpeg() -> None:
+    """A JPEG decoded at half its size gives nearly the same square, and its full size."""
     photo = noise(120, 90).resize((2400, 1800), Image.Resampling.BICUBIC)
     whole = square_of(encoded(photo, "JPEG", progressive=True), max_pixels=10**7)
     file = read_image_file(encoded(photo, "JPEG", progressive=True), max_pixels=10**7)
@@ -307,20 +307,20 @@ def test_reduced_jpeg_is_the_same_picture() -> None:
 )
 @settings(max_examples=400, deadline=None, derandomize=True)
 def test_mutated_files(kind: str, edits: list[tuple[int, int]], cut: int | None) -> None:
-    """Whatever happened to a file, it is a square, or UnsupportedImage."""
+    """Any change of a file gives a square or UnsupportedImage."""
     data = bytearray(encoded(noise(), kind, exif=exif_of(6)))
     for position, value in edits:
         data[position % len(data)] = value
     try:
         square = square_of(bytes(data[:cut]))
     except UnsupportedImage as refusal:
-        assert "image" in str(refusal)  # noqa: PT017 - both ends are right
+        assert "image" in str(refusal)  # noqa: PT017 - both results are right
     else:
         assert square.width * square.height <= MAX_PIXELS
 
 
-def test_warnings_stay_as_they_are() -> None:
-    """Decoding on several threads leaves the process's warnings alone."""
+def test_warning_filters_are_unchanged() -> None:
+    """Decoding on several threads does not change the process' warning filters."""
     filters = list(warnings.filters)
     data = [encoded(noise(), kind, exif=exif_of(6)) for kind in FORMATS] * 100
     with ThreadPoolExecutor(4) as threads:
