@@ -85,14 +85,6 @@ def test_equals_transformers(
     torch.testing.assert_close(masks, expected.pred_masks[0], atol=1e-3, rtol=1e-3)
 
 
-def test_geometry_token_changes_the_output(
-    model: Any, pixels: torch.Tensor, text: TextFeatures, detections: Detections
-) -> None:
-    """The geometry token, which transformers omits for a text-only prompt, changes the outputs."""
-    expected = reference(model, pixels[:1], text.tokens[:1], text.valid[:1])
-    assert (expected.pred_logits[0] - detections.logits[0]).abs().max() > 100 * ATOL
-
-
 def test_geometry_token_is_the_last_of_the_prompt(
     image: ImageFeatures, text: TextFeatures, detections: Detections
 ) -> None:
