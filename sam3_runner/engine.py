@@ -281,7 +281,7 @@ class Engine:
 
 
 def _run_batch(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
-    """Run a batch; if it fails, run each request alone, so that only the faulty one fails."""
+    """Run a batch; if it fails, run each request separately, so that only the faulty one fails."""
     from sam3_runner.pass_clock import PassClock  # noqa: PLC0415 - imports torch
 
     started_s = time.monotonic()
@@ -292,7 +292,9 @@ def _run_batch(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list
         if len(requests) > 1:
             BATCH_FALLBACKS.inc()
             logger.warning(
-                "a batch of %d failed (%s); running each alone", len(requests), type(error).__name__
+                "a batch of %d failed (%s); running each request separately",
+                len(requests),
+                type(error).__name__,
             )
             return [outcome for request in requests for outcome in _run_batch(predictor, [request])]
         if isinstance(error, SAM3Error):

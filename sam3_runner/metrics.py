@@ -32,7 +32,7 @@ BATCH_SECONDS = Histogram(
     "sam3_batch_seconds", "Time of one pass of the model, masks included", buckets=_BUCKETS_S
 )
 BATCH_FALLBACKS = Counter(
-    "sam3_batch_fallbacks", "Batches that failed together, and whose requests were run each alone"
+    "sam3_batch_fallbacks", "Batches that failed, and were run again request by request"
 )
 TEXTS = Counter("sam3_texts", "Distinct prompts of passes, by whether their encoding was cached", ["cache"])
 DECODER_KILLS = Counter("sam3_decoder_kills", "Image decoders that were killed, by a limit or by a crash")

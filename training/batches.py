@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
 from training.architecture import SIDE_PX
 from training.concepts import PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, sample_prompts

@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
 if TYPE_CHECKING:
     from collections.abc import Callable

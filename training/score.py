@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from scipy.optimize import linear_sum_assignment
 
 from sam3_runner.instances import SCORE_THRESHOLD

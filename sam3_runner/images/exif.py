@@ -24,8 +24,8 @@ def orientation_of(tiff: bytes) -> int:
     if directory + 2 > len(tiff):
         return 1
     [entries] = struct.unpack_from(f"{order}H", tiff, directory)
-    whole = min(entries, (len(tiff) - directory - 2) // ENTRY_BYTES)
-    for position in range(directory + 2, directory + 2 + whole * ENTRY_BYTES, ENTRY_BYTES):
+    complete_entries = min(entries, (len(tiff) - directory - 2) // ENTRY_BYTES)
+    for position in range(directory + 2, directory + 2 + complete_entries * ENTRY_BYTES, ENTRY_BYTES):
         tag, kind, count, value = struct.unpack_from(f"{order}HHLH", tiff, position)
         if tag == ORIENTATION_TAG:
             return value if kind == SHORT and count == 1 and 1 <= value <= 8 else 1

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
