@@ -1,1 +1,1 @@
-"""One script a question; what they measured is in results.csv."""
+"""One script for each question; each appends its measurements to a CSV file."""

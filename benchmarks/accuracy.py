@@ -1,13 +1,13 @@
-r"""How accurate is a checkpoint on a COCO-format folder, through the path that serves?
+r"""Measure a checkpoint's accuracy on a COCO-format folder, through SAM3Predictor.
 
-Every category's name is a prompt, asked of every image. Writes the instances as COCO results with RLE masks,
-which any COCO tool can score, and prints AP (pycocotools, masks and boxes) and cgF1 (benchmarks/cgf1.py).
+Each category's name is a prompt for each image. Writes the instances as COCO results with RLE masks, which
+any COCO tool can score. Prints AP (pycocotools, masks and boxes) and cgF1 (benchmarks/cgf1.py).
 
     python -m benchmarks.accuracy --images val2017 --annotations instances_val2017.json \
         --weights weights/sam3.pt
 
-AP is over instances with a score above --threshold: 0.3 is that of the official evaluation. cgF1 counts those
-of 0.5 and more. Without COCO at hand, benchmarks.drawn_coco draws a folder that the demo checkpoint can do.
+AP counts instances with a score above --threshold; the official evaluation uses 0.3. cgF1 counts those with a
+score of 0.5 or more. benchmarks.drawn_coco draws a folder for the demo checkpoint, if you do not have COCO.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "
 
 
 def predict(dataset: Dataset, predictor: SAM3Predictor) -> list[dict[str, Any]]:
-    """Every instance of every category in every image, in COCO's results format."""
+    """Find every instance of every category in every image; returns COCO results."""
     found = []
     prompts = dataset.prompts
     for image_id in tqdm(dataset.image_ids, desc="images", disable=None):
@@ -49,7 +49,7 @@ def predict(dataset: Dataset, predictor: SAM3Predictor) -> list[dict[str, Any]]:
 
 
 def score(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """AP of masks and of boxes, and cgF1, of results in COCO's format."""
+    """Compute AP of masks and boxes, and cgF1, of COCO results."""
     return {
         "segm": _average_precision(dataset, found, "segm"),
         "bbox": _average_precision(dataset, found, "bbox"),
@@ -89,13 +89,13 @@ def _average_precision(dataset: Dataset, found: list[dict[str, Any]], kind: str)
 
 def _coco_index(dataset: Dataset, found: list[dict[str, Any]], kind: str) -> Any:
     if not found:  # loadRes cannot take an empty list
-        nothing = COCO()
-        nothing.dataset = {**dataset.coco.dataset, "annotations": []}
-        nothing.createIndex()
-        return nothing
-    # loadRes writes into what it is given; where it sees a box, it takes the box's area for the mask's.
-    unseen = "bbox" if kind == "segm" else "segmentation"
-    return dataset.coco.loadRes([{name: each[name] for name in each if name != unseen} for each in found])
+        empty = COCO()
+        empty.dataset = {**dataset.coco.dataset, "annotations": []}
+        empty.createIndex()
+        return empty
+    # loadRes changes its argument. If a result has a box, it uses the box's area for the mask's.
+    excluded = "bbox" if kind == "segm" else "segmentation"
+    return dataset.coco.loadRes([{name: each[name] for name in each if name != excluded} for each in found])
 
 
 def _concept_f1(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, float]:
@@ -103,29 +103,29 @@ def _concept_f1(dataset: Dataset, found: list[dict[str, Any]]) -> dict[str, floa
     for each in found:
         if each["score"] >= MIN_SCORE:
             predicted.setdefault((each["image_id"], each["category_id"]), []).append(each["segmentation"])
-    there: dict[tuple[int, int], list[Any]] = {}
+    truth: dict[tuple[int, int], list[Any]] = {}
     for annotation in dataset.coco.anns.values():
         if not annotation["iscrowd"]:
             pair = annotation["image_id"], annotation["category_id"]
-            there.setdefault(pair, []).append(annotation["segmentation"])
+            truth.setdefault(pair, []).append(annotation["segmentation"])
     tally = ConceptTally()
     for image_id in dataset.image_ids:
         for category_id in dataset.prompts:
             pair = image_id, category_id
-            masks, objects = predicted.get(pair, []), there.get(pair, [])
+            masks, objects = predicted.get(pair, []), truth.get(pair, [])
             ious = rle.iou(masks, objects, [0] * len(objects)) if masks and objects else []
             tally.add(np.asarray(ious, dtype=np.float64).reshape(len(masks), len(objects)))
     return tally.figures()
 
 
 def main() -> int:
-    """Predict, score, write and print."""
+    """Predict, score, write the files and print."""
     arguments = _parse()
     try:
         dataset = read_dataset(arguments.images, arguments.annotations, arguments.limit)
-        # Before the work, which may take hours, would be lost.
+        # Fails before the work, which may take hours.
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        from sam3_runner import SAM3Predictor  # noqa: PLC0415 - its torch takes seconds to refuse a typo
+        from sam3_runner import SAM3Predictor  # noqa: PLC0415 - imports torch, which takes seconds
 
         predictor = SAM3Predictor(arguments.weights, arguments.device, score_threshold=arguments.threshold)
         predictor.load()
@@ -158,7 +158,7 @@ def _print(summary: dict[str, Any]) -> None:
         f"in {summary['images']} images\n"
     )
     for kind in ("segm", "bbox", "cgF1"):
-        # -1 is COCOeval's word for "no object of this size".
+        # COCOeval returns -1 if there is no object of this size.
         figures = [
             f"{name} {'-' if value == -1 else f'{value:.3f}'}" for name, value in summary[kind].items()
         ]
@@ -171,23 +171,23 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--images", type=Path, required=True, help="folder of the images")
     parser.add_argument("--annotations", type=Path, required=True, help="COCO instances, a JSON file")
-    parser.add_argument("--weights", default="demo", help="what SAM3_WEIGHTS_PATH takes")
+    parser.add_argument("--weights", default="demo", help="as SAM3_WEIGHTS_PATH")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    parser.add_argument("--threshold", type=_threshold, default=0.3, help="least score of what AP is told")
-    parser.add_argument("--limit", type=_count, help="first images only")
+    parser.add_argument("--threshold", type=_threshold, default=0.3, help="minimum score for AP")
+    parser.add_argument("--limit", type=_count, help="number of images; default: all")
     parser.add_argument("--out", type=Path, default=Path("data/accuracy/results.json"))
     return parser.parse_args()
 
 
 def _threshold(text: str) -> float:
     if not 0 <= float(text) < MIN_SCORE:
-        raise argparse.ArgumentTypeError(f"from 0 to under {MIN_SCORE}, where cgF1 begins")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below {MIN_SCORE}, the threshold of cgF1")
     return float(text)
 
 
 def _count(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("1 or more")
+        raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
 
 

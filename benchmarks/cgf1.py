@@ -1,13 +1,12 @@
-"""cgF1, the measure of SAM 3's paper for "find every instance of this concept".
+"""cgF1, the metric of SAM 3's paper for "find every instance of this concept".
 
-One pair is an image and a prompt. As in the official evaluation (sam3/eval/cgf1_eval.py of the PyPI package
-sam3 0.1.4; the small constants are its own):
+A pair is an image and a prompt. The formulas and the small constants are those of the official evaluation
+(sam3/eval/cgf1_eval.py of the PyPI package sam3 0.1.4):
 
-    predictions with a score of 0.5 or more are matched one to one with the objects so that the sum of the
-    IoUs is greatest; at an IoU threshold t a match counts as true positive if its IoU is t or more
-    pmF1(t)  F1 of TP, FP and FN summed over all pairs in which the object is there (false positives of
-             pairs without an object are the business of the next line)
-    IL_MCC   Matthews' correlation coefficient, over all pairs, of "anything predicted" with "anything there"
+    Predictions with a score of 0.5 or more are matched one to one with the objects, so that the sum of the
+    IoUs is greatest. At an IoU threshold t, a match is a true positive if its IoU is t or more.
+    pmF1(t)  F1 of TP, FP and FN, summed over all pairs whose object is present (IL_MCC covers the others)
+    IL_MCC   Matthews' correlation coefficient, over all pairs, of "anything predicted" and "object present"
     cgF1     mean of pmF1(t) x IL_MCC over t = 0.5, 0.55, ..., 0.95
 """
 
@@ -36,38 +35,39 @@ class ConceptTally:
     """Sums over pairs.
 
     Attributes:
-        hits, false, missed: objects for each IoU threshold (10,), of the pairs in which the object is there.
-        found, fooled, passed_over, silent: pairs: predicted and there, predicted and not there, not
-            predicted and there, neither.
+        true_positives, false_positives, false_negatives: objects for each IoU threshold (10,), over the pairs
+            whose object is present.
+        present_predicted, absent_predicted, present_empty, absent_empty: number of pairs, by whether the
+            object is present and whether anything was predicted.
     """
 
-    hits: npt.NDArray[np.int64] = field(default_factory=_counts)
-    false: npt.NDArray[np.int64] = field(default_factory=_counts)
-    missed: npt.NDArray[np.int64] = field(default_factory=_counts)
-    found: int = 0
-    fooled: int = 0
-    passed_over: int = 0
-    silent: int = 0
+    true_positives: npt.NDArray[np.int64] = field(default_factory=_counts)
+    false_positives: npt.NDArray[np.int64] = field(default_factory=_counts)
+    false_negatives: npt.NDArray[np.int64] = field(default_factory=_counts)
+    present_predicted: int = 0
+    absent_predicted: int = 0
+    present_empty: int = 0
+    absent_empty: int = 0
 
     def add(self, ious: npt.NDArray[np.float64]) -> None:
-        """Count one pair: `ious` (D, G) of its D predictions with its G objects, either of which may be 0."""
-        predicted, there = ious.shape
-        if not there:
-            self.fooled += bool(predicted)
-            self.silent += not predicted
+        """Count one pair: `ious` (D, G) of its D predictions with its G objects; D and G may be 0."""
+        predicted, objects = ious.shape
+        if not objects:
+            self.absent_predicted += bool(predicted)
+            self.absent_empty += not predicted
             return
-        self.found += bool(predicted)
-        self.passed_over += not predicted
+        self.present_predicted += bool(predicted)
+        self.present_empty += not predicted
         matched = ious[linear_sum_assignment(ious, maximize=True)]
         hits = (matched[:, None] >= IOU_THRESHOLDS).sum(axis=0)
-        self.hits += hits
-        self.false += predicted - hits
-        self.missed += there - hits
+        self.true_positives += hits
+        self.false_positives += predicted - hits
+        self.false_negatives += objects - hits
 
     def figures(self) -> dict[str, float]:
-        """cgF1 and its two factors; cgF1 and pmF1 also at the IoU thresholds 0.5 and 0.75."""
-        precision = self.hits / (self.hits + self.false + _EPS_F1)
-        recall = self.hits / (self.hits + self.missed + _EPS_F1)
+        """Compute cgF1 and its two factors; cgF1 and pmF1 also at the IoU thresholds 0.5 and 0.75."""
+        precision = self.true_positives / (self.true_positives + self.false_positives + _EPS_F1)
+        recall = self.true_positives / (self.true_positives + self.false_negatives + _EPS_F1)
         f1 = 2 * precision * recall / (precision + recall + _EPS_F1)
         mcc = self._mcc()
         return {
@@ -81,7 +81,9 @@ class ConceptTally:
         }
 
     def _mcc(self) -> float:
-        both = self.found * self.silent - self.fooled * self.passed_over
-        predicted, there = self.found + self.fooled, self.found + self.passed_over
-        quiet, absent = self.silent + self.passed_over, self.silent + self.fooled
-        return float(both / ((float(predicted) * there * absent * quiet) ** 0.5 + _EPS_MCC))
+        numerator = self.present_predicted * self.absent_empty - self.absent_predicted * self.present_empty
+        predicted = self.present_predicted + self.absent_predicted
+        empty = self.present_empty + self.absent_empty
+        present = self.present_predicted + self.present_empty
+        absent = self.absent_predicted + self.absent_empty
+        return float(numerator / ((float(predicted) * present * absent * empty) ** 0.5 + _EPS_MCC))

@@ -1,4 +1,4 @@
-"""A folder of images with annotations in COCO's format. Whatever is wrong with it is told in one sentence."""
+"""A folder of images with annotations in COCO format. Each fault raises a `DatasetError` of one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Polygon = Annotated[list[float], Field(min_length=6)]
 
 
 class DatasetError(Exception):
-    """The folder or its annotations cannot be used; the message is the sentence to print."""
+    """The folder or its annotations cannot be used; the message says why."""
 
 
 class CocoImage(BaseModel):
@@ -32,7 +32,7 @@ class CocoImage(BaseModel):
 
 
 class CocoCategory(BaseModel):
-    """What is looked for; `name` is the prompt."""
+    """A concept; `name` is the prompt."""
 
     id: int
     name: str = Field(min_length=1)
@@ -52,7 +52,7 @@ Segmentation = Annotated[
 
 
 class CocoAnnotation(BaseModel):
-    """One object; `bbox` is x, y, width, height in px. What of it is missing is taken from the mask."""
+    """One object; `bbox` is x, y, width, height in px. A missing box or area is computed from the mask."""
 
     image_id: int
     category_id: int
@@ -63,7 +63,7 @@ class CocoAnnotation(BaseModel):
 
 
 class CocoFile(BaseModel):
-    """The parts of a COCO instances file that are read."""
+    """The parts of a COCO instances file that we read."""
 
     images: list[CocoImage] = Field(min_length=1)
     annotations: list[CocoAnnotation]
@@ -72,7 +72,7 @@ class CocoFile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A COCO-format folder: its index, with every mask as compressed RLE, and the images asked for."""
+    """A COCO-format folder: its index, with every mask as compressed RLE, and the chosen images."""
 
     coco: Any
     folder: Path
@@ -84,25 +84,26 @@ class Dataset:
         return {number: category["name"] for number, category in sorted(self.coco.cats.items())}
 
     def image(self, image_id: int) -> Image.Image:
-        """The picture in RGB, turned as its EXIF orientation says.
+        """Read the image in RGB, rotated by its EXIF orientation.
 
         Raises:
-            DatasetError: it cannot be read, or is not of the size that is annotated.
+            DatasetError: the image cannot be read, or its size differs from the annotations.
         """
-        facts = self.coco.imgs[image_id]
-        path = self.folder / facts["file_name"]
+        annotated = self.coco.imgs[image_id]
+        path = self.folder / annotated["file_name"]
         try:
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
             raise DatasetError(f"{path} cannot be read: {error}") from error
-        if image.size != (facts["width"], facts["height"]):
-            raise DatasetError(f"{path} is {image.size}, but annotated as {facts['width'], facts['height']}")
+        size = annotated["width"], annotated["height"]
+        if image.size != size:
+            raise DatasetError(f"{path} is {image.size}, but annotated as {size}")
         return image
 
 
 def read_dataset(images: Path, annotations: Path, limit: int | None = None) -> Dataset:
-    """Index a COCO-format folder; `limit` takes its first images only, by id. Raises `DatasetError`."""
+    """Index a COCO-format folder; `limit` chooses its first images, by id. Raises `DatasetError`."""
     try:
         content = CocoFile.model_validate_json(annotations.read_bytes())
     except OSError as error:
@@ -111,7 +112,7 @@ def read_dataset(images: Path, annotations: Path, limit: int | None = None) -> D
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DatasetError(
-            f"{annotations} is no COCO file: {place or 'all of it'}: {first['msg']}"
+            f"{annotations} is not a COCO file: {place or 'the whole file'}: {first['msg']}"
         ) from error
     try:
         index = _index(content)
@@ -119,7 +120,7 @@ def read_dataset(images: Path, annotations: Path, limit: int | None = None) -> D
         raise DatasetError(f"{annotations}: {error}") from error
     dataset = Dataset(index, images, sorted(index.imgs)[:limit])
     names = [index.imgs[image_id]["file_name"] for image_id in dataset.image_ids]
-    # Before the work begins: it may take hours.
+    # Checked first, because prediction may take hours.
     if missing := [name for name in names if not (images / name).is_file()]:
         raise DatasetError(
             f"{len(missing)} of {len(names)} images are not in {images}: {missing[0]} is missing"
@@ -130,7 +131,7 @@ def read_dataset(images: Path, annotations: Path, limit: int | None = None) -> D
 def _index(content: CocoFile) -> Any:
     index = COCO()
     index.dataset = content.model_dump()
-    # COCOeval takes the id 0 for "unmatched", and needs each once.
+    # COCOeval uses the id 0 for "unmatched", and needs unique ids.
     for number, annotation in enumerate(index.dataset["annotations"], 1):
         annotation["id"] = number
     with contextlib.redirect_stdout(io.StringIO()):
@@ -141,7 +142,7 @@ def _index(content: CocoFile) -> Any:
 
 
 def _complete(annotation: dict[str, Any], index: Any) -> None:
-    """Turn the mask into compressed RLE; fill in box and area."""
+    """Convert the mask to compressed RLE; add box and area."""
     place = f"annotations.{annotation['id'] - 1}"
     image = index.imgs.get(annotation["image_id"])
     if image is None or annotation["category_id"] not in index.cats:

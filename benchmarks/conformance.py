@@ -1,11 +1,11 @@
-"""How does each file of a corpus of images fare: decoded or refused, by which sentence, at what cost?
+"""Decode every file of a corpus of images; report the result, message, time and memory of each.
 
-    python -m benchmarks.conformance FOLDER ...      # a table of answers, and the costliest files
+    python -m benchmarks.conformance FOLDER ...      # a table of results, and the costliest files
     python -m benchmarks.conformance FOLDER ... --record FILE.csv
 
-Files that begin as a PNG, JPEG or WEBP go through the server's own reading and decoding, in this process; of
-the others one sentence is right, and checked. Time is CPU time; memory is what a file adds to the highest
-resident memory (Linux). The table keeps a file's path, size and answer, so that two runs can be compared.
+Each file goes through the server's reading and decoding, in this process. Time is CPU time; memory is the
+increase of the peak resident memory (Linux). The table has each file's path, size and result, so that two
+runs can be compared.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ COSTLIEST = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What became of one file.
+class DecodeResult:
+    """The result of one file.
 
     Attributes:
-        path: below its corpus' folder, with slashes.
-        bytes: of the file.
-        answer: `decoded WIDTHxHEIGHT`, or the refusal.
-        cpu_s: of reading and decoding.
-        added_mb: to the process's highest resident memory.
+        path: relative to the folder, with slashes.
+        bytes: size of the file.
+        answer: `decoded WIDTHxHEIGHT`, or the message of the refusal.
+        cpu_s: CPU time of reading and decoding.
+        added_mb: increase of the process's peak resident memory.
     """
 
     path: str
@@ -54,76 +54,79 @@ class Fate:
 
 
 def main() -> int:
-    """Decode everything, print, and record if asked."""
+    """Decode every file, print the report, and write the table if --record is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--record", type=Path, help="write the table of answers to this file")
+    parser.add_argument("--record", type=Path, help="write the table of results to this file")
     arguments = parser.parse_args()
-    fates = [fate for folder in arguments.folders for fate in fates_of(folder)]
-    if not fates:
+    results = [result for folder in arguments.folders for result in decode_folder(folder)]
+    if not results:
         parser.error("there are no files")
     if arguments.record:
-        write_answers(arguments.record, fates)
-    sys.stdout.write(report(fates))
+        write_table(arguments.record, results)
+    sys.stdout.write(report(results))
     return 0
 
 
-def fates_of(folder: Path) -> Iterator[Fate]:
-    """What becomes of each file below `folder`, in the order of their names."""
+def decode_folder(folder: Path) -> Iterator[DecodeResult]:
+    """Decode each file below `folder`, sorted by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in tqdm(paths, desc=folder.name, disable=None):
-        yield fate_of(path, path.relative_to(folder).as_posix())
+        yield decode_file(path, path.relative_to(folder).as_posix())
 
 
-def fate_of(path: Path, name: str) -> Fate:
-    """What becomes of one file. Whatever is not a square or a refusal is an error, and is raised."""
+def decode_file(path: Path, name: str) -> DecodeResult:
+    """Decode one file. Only `UnsupportedImage` is a result; other errors are raised."""
     data = path.read_bytes()
-    _forget_peak()
+    _reset_peak()
     before_mb, started_s = _peak_mb(), time.process_time()
     try:
         square = decode_square(read_image_file(data, max_pixels=MAX_PIXELS), SIDE_PX)
         answer = f"decoded {square.width}x{square.height}"
     except UnsupportedImage as refusal:
         answer = str(refusal)
-    return Fate(name, len(data), answer, time.process_time() - started_s, _peak_mb() - before_mb)
+    return DecodeResult(name, len(data), answer, time.process_time() - started_s, _peak_mb() - before_mb)
 
 
-def write_answers(path: Path, fates: list[Fate]) -> None:
-    """Write what may be compared: costs differ from run to run, answers do not."""
+def write_table(path: Path, results: list[DecodeResult]) -> None:
+    """Write the answers, without the costs, which differ from run to run."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "bytes", "answer"))
-        writer.writerows((fate.path, fate.bytes, fate.answer) for fate in fates)
+        writer.writerows((result.path, result.bytes, result.answer) for result in results)
 
 
-def read_answers(path: Path) -> dict[str, str]:
-    """The answers of a table, by the file's path."""
+def read_table(path: Path) -> dict[str, str]:
+    """Read the answers of a table, by the file's path."""
     with path.open(newline="", encoding="utf-8") as file:
         return {row["path"]: row["answer"] for row in csv.DictReader(file)}
 
 
-def report(fates: list[Fate]) -> str:
-    """The answers, counted, and the files that cost most."""
-    kinds = Counter(fate.answer.partition(" ")[0] if _is_decoded(fate) else fate.answer for fate in fates)
-    images = [fate for fate in fates if fate.answer != OTHER_FORMAT]
-    lines = [f"{len(fates)} files, {len(images)} of them PNG, JPEG or WEBP", ""]
+def report(results: list[DecodeResult]) -> str:
+    """Format the number of files for each answer, and the costliest files."""
+    kinds = Counter(
+        result.answer.partition(" ")[0] if _is_decoded(result) else result.answer for result in results
+    )
+    images = [result for result in results if result.answer != OTHER_FORMAT]
+    lines = [f"{len(results)} files, {len(images)} of them PNG, JPEG or WEBP", ""]
     lines += [f"{count:6} {answer}" for answer, count in kinds.most_common()]
     lines += ["", "costliest in time:"]
-    lines += [_line(fate) for fate in sorted(images, key=lambda fate: -fate.cpu_s)[:COSTLIEST]]
+    lines += [_line(result) for result in sorted(images, key=lambda result: -result.cpu_s)[:COSTLIEST]]
     lines += ["", "costliest in memory:"]
-    lines += [_line(fate) for fate in sorted(images, key=lambda fate: -fate.added_mb)[:COSTLIEST]]
+    lines += [_line(result) for result in sorted(images, key=lambda result: -result.added_mb)[:COSTLIEST]]
     return "\n".join(lines) + "\n"
 
 
-def _is_decoded(fate: Fate) -> bool:
-    return fate.answer.startswith("decoded ")
+def _is_decoded(result: DecodeResult) -> bool:
+    return result.answer.startswith("decoded ")
 
 
-def _line(fate: Fate) -> str:
-    return f"{fate.cpu_s:6.2f} s {fate.added_mb:6.0f} MB  {fate.path} ({fate.bytes} bytes): {fate.answer}"
+def _line(result: DecodeResult) -> str:
+    cost = f"{result.cpu_s:6.2f} s {result.added_mb:6.0f} MB"
+    return f"{cost}  {result.path} ({result.bytes} bytes): {result.answer}"
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")

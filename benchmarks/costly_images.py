@@ -1,9 +1,9 @@
-"""What may one picture cost, and what does it cost others?
+"""Measure what costly images cost the server, and how they affect other requests.
 
-Starts the real server (one API worker, demo checkpoint). First it sends each picture alone, honest ones of
-50 and 67 megapixels and costly ones, and notes the answer, the time of the request, and the highest resident
-memory of the worker and of its largest decoder. Then it sends forty costly pictures at once and, beside them,
-good requests one after another; at last it orders the stop while forty more are in work. Linux only.
+Starts the real server (one API worker, demo checkpoint). It sends each image alone: photos of 50 and 67
+megapixels, and crafted files. It records the status, the time of the request, and the peak resident memory
+of the worker and of its largest decoder. Then it sends forty costly images at once, and normal requests one
+after another meanwhile. Last it stops the server while forty more are in progress. Linux only.
 
     python -m benchmarks.costly_images            # tables
     python -m benchmarks.costly_images --record   # also appends to benchmarks/costly_images.csv
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 USER_ID = "bench"
 RESULTS = Path(__file__).parent / "costly_images.csv"
-AT_ONCE = 40
+CONCURRENT = 40
 REPEATS = 24
-GOOD_REQUESTS = 20
+NORMAL_REQUESTS = 20
 TIMEOUT_S = 120.0
 POLL_S = 0.005
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "purple", "orange", "pink", "brown")
@@ -54,7 +54,7 @@ TEN_PROMPTS = "JPEG 8192 x 8192, ten prompts"
 
 @cache
 def photo(width: int, height: int) -> Image.Image:
-    """A picture with detail everywhere, as a camera's."""
+    """An image with detail everywhere, like a camera's."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -68,13 +68,13 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def blocks(width: int, height: int) -> Image.Image:
-    """A picture of blocks, each of another colour and transparency: lossless, and yet no large file."""
+    """An image of blocks that differ in colour and transparency: a small file even if lossless."""
     levels = np.random.default_rng(0).integers(0, 256, (height // 160, width // 160, 4), dtype=np.uint8)
     return Image.fromarray(levels).resize((width, height), Image.Resampling.NEAREST)
 
 
 def flat(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A picture of one colour, which is a small file of any size."""
+    """An image of one colour: a small file at any size."""
     return Image.new(mode, (width, height))
 
 
@@ -84,23 +84,23 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def with_chunks(chunk: bytes) -> bytes:
-    """A small PNG filled up to 9 MB with one chunk again and again."""
+    """A small PNG that repeats one chunk up to 9 MB."""
     data = encoded(flat(100, 100), "PNG")
     return data[:33] + chunk * (9_000_000 // len(chunk)) + data[33:]
 
 
 def with_segments(body: bytes) -> bytes:
-    """A small JPEG filled up to 9 MB with one EXIF segment again and again."""
+    """A small JPEG that repeats one EXIF segment up to 9 MB."""
     segment = struct.pack(">HH", 0xFFE1, len(body) + 2) + body
     data = encoded(flat(100, 100), "JPEG")
     return data[:2] + segment * (9_000_000 // len(segment)) + data[2:]
 
 
 def with_scans(width: int, height: int, scans: int) -> bytes:
-    """A progressive JPEG that has its last scan again and again, `scans` in all."""
+    """A progressive JPEG of `scans` scans: repeats its last one."""
     data = encoded(flat(width, height), "JPEG", progressive=True)
-    more = scans - data.count(b"\xff\xda")
-    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + data[-2:]
+    repeats = scans - data.count(b"\xff\xda")
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * repeats + data[-2:]
 
 
 PICTURES: dict[str, Callable[[], bytes]] = {
@@ -132,8 +132,8 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "PNG of private chunks": lambda: with_chunks(png_chunk(b"prVt", b"")),
     "PNG of empty IDAT chunks": lambda: with_chunks(png_chunk(b"IDAT", b"")),
 }
-CROWD = "progressive JPEG 3872 x 3872, 100 scans"
-"""Of what is decoded at all, the most work."""
+COSTLIEST = "progressive JPEG 3872 x 3872, 100 scans"
+"""The image that takes longest to decode, of those that are not refused."""
 
 
 class Client:
@@ -145,13 +145,13 @@ class Client:
         self._objects = LocalFolder(server.data_dir / "storage")
 
     def upload(self, data: bytes) -> str:
-        """The key of an image that is stored."""
+        """Store an image; returns its key."""
         key = f"uploads/{USER_ID}/{uuid.uuid4()}"
         self._objects.put_upload(key, data)
         return key
 
-    def ask(self, key: str, prompts: int = 1, task_id: str | None = None) -> tuple[int, float]:
-        """Status and time in s of one request for many prompts, of a new task or a known one."""
+    def predict(self, key: str, prompts: int = 1, task_id: str | None = None) -> tuple[int, float]:
+        """Send one request of `prompts` prompts, by default for a new task; returns status and time in s."""
         body = {"image_url": key, "user_id": USER_ID, "task_id": task_id or str(uuid.uuid4())}
         words = [f"{colour} circle" for colour in COLOURS[:prompts]]
         started_s = time.perf_counter()
@@ -160,10 +160,10 @@ class Client:
 
 
 def main() -> int:
-    """Measure, print, and record if asked."""
+    """Measure, print, and append to the CSV file if --record is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
-    parser.add_argument("--only", help="pictures whose name holds this")
+    parser.add_argument("--only", help="only images whose name contains this text")
     arguments = parser.parse_args()
     names = [name for name in PICTURES if (arguments.only or "") in name]
     machine = {
@@ -173,31 +173,31 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder, local_server(Path(folder), {"API_WORKERS": "1"}) as server:
         client = Client(server)
-        client.ask(client.upload(PICTURES["JPEG 1280 x 720"]()))
-        rows = [machine | row for row in _alone(client, names)]
-        _repeats(client)
-        _beside(client)
-        stopped_s = _stop_in_the_middle(client)
-    sys.stdout.write(f"the stop with {AT_ONCE} of them in work took {stopped_s:.1f} s\n")
+        client.predict(client.upload(PICTURES["JPEG 1280 x 720"]()))
+        rows = [machine | row for row in _measure_alone(client, names)]
+        _measure_repeats(client)
+        _measure_others(client)
+        stopped_s = _measure_stop(client)
+    sys.stdout.write(f"the stop with {CONCURRENT} of them in progress took {stopped_s:.1f} s\n")
     if arguments.record:
         record(RESULTS, rows)
     return 0
 
 
-def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
-    """Each picture, three times; what the processes held at most."""
+def _measure_alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
+    """Send each image three times; yields time and peak memory."""
     heads = ("MB", "status", "s", "worker MB", "decod. MB", "after MB")
     sys.stdout.write(f"{'picture':42} {' '.join(f'{head:>9}' for head in heads)}\n")
     for name in names:
         data = PICTURES[name]()
         key = client.upload(data)
         with _Peaks(client.server) as peaks:
-            asked = [client.ask(key, len(COLOURS) if name == TEN_PROMPTS else 1) for _ in range(3)]
+            answers = [client.predict(key, len(COLOURS) if name == TEN_PROMPTS else 1) for _ in range(3)]
         row = {
             "picture": name,
             "file_mb": round(len(data) / 1e6, 2),
-            "status": asked[0][0],
-            "request_s": round(statistics.median(elapsed_s for _, elapsed_s in asked), 2),
+            "status": answers[0][0],
+            "request_s": round(statistics.median(elapsed_s for _, elapsed_s in answers), 2),
             "worker_peak_mb": peaks.worker_mb,
             "decoder_peak_mb": peaks.decoder_mb,
             "resident_after_mb": _resident_mb(client.server),
@@ -207,46 +207,46 @@ def _alone(client: Client, names: list[str]) -> Iterator[dict[str, object]]:
         yield row
 
 
-def _repeats(client: Client) -> None:
-    """What it costs to ask again, many at once, for a task of 50 megapixels that is done."""
+def _measure_repeats(client: Client) -> None:
+    """Repeat the request of a done task of 50 megapixels, many times at once."""
     key, task_id = client.upload(PICTURES["JPEG 8160 x 6144"]()), str(uuid.uuid4())
-    client.ask(key, task_id=task_id)
+    client.predict(key, task_id=task_id)
     started_s = time.perf_counter()
-    with _Peaks(client.server) as peaks, ThreadPoolExecutor(REPEATS) as crowd:
-        asked = list(crowd.map(lambda _: client.ask(key, task_id=task_id), range(REPEATS)))
+    with _Peaks(client.server) as peaks, ThreadPoolExecutor(REPEATS) as pool:
+        answers = list(pool.map(lambda _: client.predict(key, task_id=task_id), range(REPEATS)))
     took_s = time.perf_counter() - started_s
     sys.stdout.write(
-        f"{REPEATS} repeats at once of a done task of 50 megapixels: {took_s:.2f} s, "
-        f"answers {sorted({status for status, _ in asked})}; worker {peaks.worker_mb} MB, "
+        f"{REPEATS} concurrent repeats of a done task of 50 megapixels: {took_s:.2f} s, "
+        f"answers {sorted({status for status, _ in answers})}; worker {peaks.worker_mb} MB, "
         f"decoder {peaks.decoder_mb} MB at most\n"
     )
 
 
-def _beside(client: Client) -> None:
-    """A good request's time, alone and beside forty costly pictures."""
-    good, costly = client.upload(Scene(FIRST_SEED).jpeg), client.upload(PICTURES[CROWD]())
-    alone = [client.ask(good)[1] for _ in range(GOOD_REQUESTS)]
-    with ThreadPoolExecutor(AT_ONCE) as crowd:
-        costs = [crowd.submit(client.ask, costly) for _ in range(AT_ONCE)]
-        time.sleep(1.0)  # they are on their way; the measurement goes on while they are
-        beside: list[float] = []
-        while len(beside) < GOOD_REQUESTS and not all(cost.done() for cost in costs):
-            beside.append(client.ask(good)[1])
-        statuses = sorted({cost.result()[0] for cost in costs})
+def _measure_others(client: Client) -> None:
+    """Measure a normal request, alone and while forty costly images are decoded."""
+    normal, costly = client.upload(Scene(FIRST_SEED).jpeg), client.upload(PICTURES[COSTLIEST]())
+    alone = [client.predict(normal)[1] for _ in range(NORMAL_REQUESTS)]
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        requests = [pool.submit(client.predict, costly) for _ in range(CONCURRENT)]
+        time.sleep(1.0)  # until the server works on them; they take much longer
+        loaded: list[float] = []
+        while len(loaded) < NORMAL_REQUESTS and not all(request.done() for request in requests):
+            loaded.append(client.predict(normal)[1])
+        statuses = sorted({request.result()[0] for request in requests})
     sys.stdout.write(
-        f"a good request: alone {statistics.median(alone):.2f} s, at most {max(alone):.2f} s\n"
-        f"beside {AT_ONCE} x {CROWD}: {statistics.median(beside):.2f} s, at most {max(beside):.2f} s "
-        f"({len(beside)} requests); answers to the others {statuses}\n"
+        f"a normal request: alone {statistics.median(alone):.2f} s, at most {max(alone):.2f} s\n"
+        f"during {CONCURRENT} x {COSTLIEST}: {statistics.median(loaded):.2f} s, at most {max(loaded):.2f} s "
+        f"({len(loaded)} requests); answers to the costly ones {statuses}\n"
     )
 
 
-def _stop_in_the_middle(client: Client) -> float:
-    """Time in s from the order to stop to the end of the last process."""
-    costly = client.upload(PICTURES[CROWD]())
-    with ThreadPoolExecutor(AT_ONCE) as crowd:
-        for _ in range(AT_ONCE):
-            crowd.submit(client.ask, costly)
-        time.sleep(1.0)  # they are on their way
+def _measure_stop(client: Client) -> float:
+    """Return the time in s from SIGTERM to the end of the last process."""
+    costly = client.upload(PICTURES[COSTLIEST]())
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        for _ in range(CONCURRENT):
+            pool.submit(client.predict, costly)
+        time.sleep(1.0)  # until the server works on them
         server = psutil.Process(client.server.pid)
         processes = [server, *server.children(recursive=True)]
         started_s = time.perf_counter()
@@ -256,7 +256,7 @@ def _stop_in_the_middle(client: Client) -> float:
 
 
 class _Peaks(threading.Thread):
-    """Watches what the worker and its decoders hold at most, until it is stopped."""
+    """Polls the peak memory of the worker and its decoders until it is stopped."""
 
     def __init__(self, server: LocalServer) -> None:
         super().__init__(daemon=True)
@@ -275,7 +275,7 @@ class _Peaks(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Look again and again: a process that decodes a heavy image ends with it."""
+        """Poll, because a decoder of a large image ends after it."""
         while not self._done.wait(POLL_S):
             self.worker_mb = _peak_mb(self._worker)
             self.decoder_mb = max([self.decoder_mb, *map(_peak_mb, self._worker.children())])
@@ -285,13 +285,13 @@ def _worker(server: LocalServer) -> psutil.Process:
     [worker] = [
         child
         for child in psutil.Process(server.pid).children()
-        if "sam3" in child.cmdline()  # the service's name; the runner's is another
+        if "sam3" in child.cmdline()  # the name of the API service; the runner's differs
     ]
     return worker
 
 
 def _resident_mb(server: LocalServer) -> int:
-    """Of the worker and its decoders together, once they have nothing to do."""
+    """Resident memory of the worker and its idle decoders."""
     worker = _worker(server)
     return round(sum(process.memory_info().rss for process in (worker, *worker.children())) / 1e6)
 
@@ -299,7 +299,7 @@ def _resident_mb(server: LocalServer) -> int:
 def _peak_mb(process: psutil.Process) -> int:
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:  # it has just ended
+    except OSError:  # the process has ended
         return 0
     return round(sum(int(line.split()[1]) / 1000 for line in status.splitlines() if line.startswith("VmHWM")))
 

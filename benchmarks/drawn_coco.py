@@ -1,6 +1,6 @@
-"""Draws a folder that benchmarks.accuracy can score, for who has no COCO at hand.
+"""Draw a COCO-format folder that benchmarks.accuracy can score, if you do not have COCO.
 
-The scenes are of the kind that the demo checkpoint learnt, with seeds that its training never used.
+The scenes are like those that the demo checkpoint was trained on, with seeds that its training did not use.
 
     python -m benchmarks.drawn_coco --out data/drawn --scenes 100
     python -m benchmarks.accuracy --images data/drawn --annotations data/drawn/annotations.json
@@ -25,15 +25,15 @@ FIRST_SEED = 9_500_000
 
 
 def draw(folder: Path, *, scenes: int, side_px: int) -> Path:
-    """Write `scenes` square PNGs and their annotations.json; returns the latter's path.
+    """Write `scenes` square PNGs and annotations.json; returns the path of annotations.json.
 
-    An object that shows too little to be asked for is a crowd, which AP leaves out; to cgF1 it is not there.
+    An object that is mostly hidden is marked as a crowd: AP ignores it, and cgF1 counts it as absent.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in tqdm(range(1, scenes + 1), desc="drawing", disable=None):
-        lots, pictures = draw_scenes(1, FIRST_SEED + number, width=side_px, height=side_px)
+        drawn, pictures = draw_scenes(1, FIRST_SEED + number, width=side_px, height=side_px)
         pixels = pictures.pixels[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
         name = f"{number:06}.png"
         Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name)
@@ -41,7 +41,7 @@ def draw(folder: Path, *, scenes: int, side_px: int) -> Path:
         owner = pictures.owner[0].numpy()
         for index in pictures.visible[0].nonzero().flatten().tolist():
             encoded: Any = rle.encode(np.asfortranarray(owner == index + 1).astype(np.uint8))
-            prompt = f"{list(COLOURS)[int(lots.colour[0, index])]} {SHAPES[int(lots.shape[0, index])]}"
+            prompt = f"{list(COLOURS)[int(drawn.colour[0, index])]} {SHAPES[int(drawn.shape[0, index])]}"
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -60,15 +60,15 @@ def draw(folder: Path, *, scenes: int, side_px: int) -> Path:
 
 
 def main() -> None:
-    """Draw, and say where."""
+    """Draw, and print the path of the annotations."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder; is made when it is missing")
+    parser.add_argument("--out", type=Path, required=True, help="folder; created if it is missing")
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--side", type=int, default=336, help="px")
     arguments = parser.parse_args()
-    print(draw(arguments.out, scenes=arguments.scenes, side_px=arguments.side))  # noqa: T201 - it is a command
+    print(draw(arguments.out, scenes=arguments.scenes, side_px=arguments.side))  # noqa: T201 - a command
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How long until the weights are on the device, until the engine is ready, and how much memory does it take?
+"""Measure the time to load the weights, the time to start the engine, and the memory that they take.
 
-Every run is a process of its own; the file is read once before, so that it comes from the page cache.
+Each run is a new process. The file is read once before, so that it is in the page cache.
 
     python -m benchmarks.load --weights weights/sam3.pt    # or demo, or a transformers folder
     python -m benchmarks.load --weights random             # the full-size model, random weights
     --record appends to benchmarks/load.csv
 
-load_s is SAM3Predictor.load; ready_s is the engine's start with sha256 and warm-up, torch imported before;
-host_peak_to_file is the highest resident memory while loading, less what was there before, over the file's
-size (pages of a mapped file count). Linux only.
+load_s is the time of SAM3Predictor.load. ready_s is the time of the engine's start, with sha256 and warm-up,
+without importing torch. host_peak_to_file is the increase of the peak resident memory while loading, divided
+by the file's size (pages of a mapped file count). Linux only.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ POLL_S = 0.01
 
 
 def main() -> int:
-    """Measure, print, record if asked."""
+    """Measure, print, and append to the CSV file if --record is given."""
     arguments = _parse()
     with tempfile.TemporaryDirectory() as folder:
         weights = arguments.weights
         if weights == "random":
-            from benchmarks.parity import random_transformers_folder  # noqa: PLC0415 - brings torch
+            from benchmarks.parity import random_transformers_folder  # noqa: PLC0415 - imports torch
 
             weights = str(random_transformers_folder(Path(folder)))
         try:
@@ -65,9 +65,9 @@ def _measure(weights: str, device: str | None, runs: int) -> dict[str, object]:
         hashlib.file_digest(file, "sha256")
     with ProcessPoolExecutor(
         max_workers=1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    ) as alone:
-        loads = [alone.submit(_load, weights, device).result() for _ in range(runs)]
-        ready_s = [alone.submit(_start_engine, weights, device).result() for _ in range(runs)]
+    ) as new_process:
+        loads = [new_process.submit(_load, weights, device).result() for _ in range(runs)]
+        ready_s = [new_process.submit(_start_engine, weights, device).result() for _ in range(runs)]
     return {
         "device": loads[0]["device"],
         "host": machine_name(),
@@ -85,7 +85,7 @@ def _measure(weights: str, device: str | None, runs: int) -> dict[str, object]:
 
 
 def _load(weights: str, device: str | None) -> dict[str, object]:
-    """Load once, in a process that does nothing else."""
+    """Load once, in a new process."""
     import torch  # noqa: PLC0415 - in the child only
 
     from sam3_runner import SAM3Predictor  # noqa: PLC0415
@@ -93,7 +93,7 @@ def _load(weights: str, device: str | None) -> dict[str, object]:
     predictor = SAM3Predictor(weights, device)
     on_gpu = predictor.device.type == "cuda"
     if on_gpu:
-        torch.zeros(1, device=predictor.device)  # the CUDA context is not the weights'
+        torch.zeros(1, device=predictor.device)  # creates the CUDA context before the measurement
     before = psutil.Process().memory_info().rss
     started_s = time.perf_counter()
     predictor.load()
@@ -110,10 +110,10 @@ def _load(weights: str, device: str | None) -> dict[str, object]:
 
 
 def _peak_bytes() -> int:
-    """Highest resident memory of this process; ru_maxrss would be its parent's, if that was higher."""
-    told = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert told is not None
-    return int(told[1]) * 1024
+    """Peak resident memory of this process; ru_maxrss starts from the parent's."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def _start_engine(weights: str, device: str | None) -> float:
@@ -137,9 +137,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", default="demo", help="random, or what SAM3_WEIGHTS_PATH takes")
+    parser.add_argument("--weights", default="demo", help="random, or as SAM3_WEIGHTS_PATH")
     parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
-    parser.add_argument("--runs", type=int, default=3, help="processes for each of the two questions")
+    parser.add_argument("--runs", type=int, default=3, help="processes for each of the two measurements")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     return parser.parse_args()
 

@@ -1,17 +1,17 @@
-r"""Does our model answer as the reference does, on the same weights and images?
+r"""Compare our model's answers with a reference's, on the same weights and images.
 
-Compares kept queries one by one: mask IoU, score and box error, and which were kept by one side alone.
+Compares the kept queries one by one: mask IoU, score error, box error, and queries that only one side kept.
 
     python -m benchmarks.parity --reference transformers                     # demo checkpoint, any machine
     python -m benchmarks.parity --reference official --weights random        # full size; needs a GPU and sam3
     python -m benchmarks.parity --reference official --weights weights/sam3.pt \
-        --images a.jpg b.jpg --prompts "person" "red car"                     # for who has the weights
+        --images a.jpg b.jpg --prompts "person" "red car"                     # if you have the weights
 
---record appends the rows to benchmarks/parity.csv. The exit status is 1 when a target is missed: fp32
-against fp32 mask IoU >= 0.999 on every kept mask, score error <= 1e-3 and the same kept set; bf16 against
-fp32 means of IoU >= 0.99 and of score error <= 1e-2. The scores of random weights mean nothing, and so would
-the threshold 0.5: there it lies, for each pair, in the widest gap among the middle half of the reference's
-scores.
+--record appends the rows to benchmarks/parity.csv. The exit status is 1 when a target is missed. Targets for
+fp32 against fp32: mask IoU >= 0.999 on every kept mask, score error <= 1e-3, and the same kept set. Targets
+for bf16 against fp32: mean IoU >= 0.99 and mean score error <= 1e-2. The scores of random weights have no
+meaning, so 0.5 is no useful threshold for them. For each pair it is then the middle of the widest gap in the
+middle half of the reference's scores.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One picture and what to look for in it."""
+    """One image and its prompts."""
 
     image: Image.Image
     prompts: list[str]
@@ -70,7 +70,7 @@ class Parity:
     box_errors_px: list[float] = field(default_factory=list)
 
     def add(self, reference: dict[int, Kept], ours: dict[int, Kept]) -> None:
-        """Compare what was kept of one pair; a query is the same one in both."""
+        """Compare the kept queries of one pair, matched by their number."""
         self.pairs += 1
         self.only_reference += len(reference.keys() - ours.keys())
         self.only_ours += len(ours.keys() - reference.keys())
@@ -81,7 +81,7 @@ class Parity:
             self.box_errors_px.append(max(abs(a - b) for a, b in zip(left.box, right.box, strict=True)))
 
     def figures(self) -> dict[str, object]:
-        """What the table says."""
+        """The columns of the table."""
         return {
             "pairs": self.pairs,
             "kept_by_both": len(self.mask_ious),
@@ -95,24 +95,24 @@ class Parity:
         }
 
     def missed(self, *, exact: bool) -> list[str]:
-        """The targets that were missed; `exact` is for fp32 against fp32."""
+        """List the missed targets; `exact` uses those of fp32 against fp32."""
         if not self.mask_ious:
-            return ["nothing was kept: choose other images, prompts or another --threshold"]
+            return ["no query was kept: choose other images or prompts, or another --threshold"]
         mask_iou = min(self.mask_ious) if exact else np.mean(self.mask_ious)
         score_error = max(self.score_errors) if exact else np.mean(self.score_errors)
-        least_iou, most_error = (0.999, 1e-3) if exact else (0.99, 1e-2)
+        min_iou, max_error = (0.999, 1e-3) if exact else (0.99, 1e-2)
         missed = []
-        if mask_iou < least_iou:
-            missed.append(f"mask IoU {mask_iou:.4f} < {least_iou}")
-        if score_error > most_error:
-            missed.append(f"score error {score_error:.2g} > {most_error}")
+        if mask_iou < min_iou:
+            missed.append(f"mask IoU {mask_iou:.4f} < {min_iou}")
+        if score_error > max_error:
+            missed.append(f"score error {score_error:.2g} > {max_error}")
         if exact and self.only_reference + self.only_ours:
             missed.append(f"{self.only_reference + self.only_ours} queries kept by one side only")
         return missed
 
 
 def widest_gap(scores: list[float]) -> float:
-    """A threshold that splits `scores` where no rounding can move one across: near the middle."""
+    """A threshold near the middle of `scores`, as far from its neighbours as possible."""
     middle = sorted(scores)[len(scores) // 4 : -(len(scores) // 4)]
     gap = int(np.diff(middle).argmax())
     return (middle[gap] + middle[gap + 1]) / 2
@@ -121,12 +121,12 @@ def widest_gap(scores: list[float]) -> float:
 def compare(
     reference: Model, ours: Model, questions: list[Question], threshold: float | None
 ) -> tuple[Parity, list[float]]:
-    """All pairs, and the threshold of each; `threshold` None: in the widest gap of the scores."""
+    """Compare all pairs; returns the sums and each pair's threshold. `threshold` None: see `widest_gap`."""
     parity, thresholds = Parity(), []
     title = f"{reference.name} {reference.dtype} / {ours.name} {ours.dtype}"
     pairs = [(question.image, prompt) for question in questions for prompt in question.prompts]
     for image, prompt in tqdm(pairs, desc=title, disable=None):
-        # At 1 nothing is kept, so nothing is drawn: only the scores are wanted.
+        # At 1 no query is kept, so no mask is computed; only the scores are needed.
         limit = widest_gap(reference.segment(image, prompt, 1.0).scores) if threshold is None else threshold
         answers = [model.segment(image, prompt, limit).kept for model in (reference, ours)]
         parity.add(*answers)
@@ -140,7 +140,7 @@ def _iou(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
 
 
 def main() -> int:
-    """Compare, print, record if asked."""
+    """Compare, print, and append to the CSV file if --record is given."""
     arguments = _parse()
     try:
         questions = _questions(arguments)
@@ -166,7 +166,7 @@ def _compare_all(
     threshold = arguments.threshold
     if threshold is None and arguments.weights != "random":
         threshold = SCORE_THRESHOLD
-    facts = {
+    common = {
         "measured": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
         "python": platform.python_version(),
@@ -181,7 +181,7 @@ def _compare_all(
             parity, thresholds = compare(reference, ours, questions, threshold)
             missed = parity.missed(exact=reference.dtype == dtype == "float32")
             rows.append(
-                facts
+                common
                 | {
                     "reference": f"{reference.name} {reference.dtype}",
                     "ours": dtype,
@@ -196,20 +196,20 @@ def _compare_all(
 
 
 def _references(arguments: argparse.Namespace, weights: str) -> list[Model]:
-    """In fp32; Meta's also with its own resize, and in the bf16 that Meta runs."""
+    """The references in fp32; Meta's also with its own resize, and in bf16 as Meta runs it."""
     if arguments.reference == "transformers":
         folder = find_checkpoint(weights).weights_file.parent
         return [Transformers(folder, arguments.device, "float32")]
     path = Path(weights)
     if weights == "demo" or path.suffix != ".pt":
-        raise WeightsError("Meta's code reads sam3.pt: name one with --weights, or take --weights random")
+        raise WeightsError("Meta's code reads sam3.pt: pass its path as --weights, or use --weights random")
     exact = Official(path, arguments.device)
     resizing, mixed = (exact.variant(own_resize=True), exact.variant(dtype="bfloat16"))
     return [exact, resizing, mixed]
 
 
 def _random_weights(reference: str, device: str, folder: Path) -> Path:
-    """Random weights at full size, in a file as the reference's own checkpoints are."""
+    """Write random weights at full size, in the format of the reference's checkpoints."""
     if reference == "transformers":
         return random_transformers_folder(folder)
     state = randomise(Official(None, device).model.state_dict())
@@ -219,7 +219,7 @@ def _random_weights(reference: str, device: str, folder: Path) -> Path:
 
 
 def random_transformers_folder(folder: Path) -> Path:
-    """A `Sam3Model` of the official size with random weights, written to `folder`."""
+    """Write a `Sam3Model` of the official size with random weights to `folder`."""
     from transformers.models.sam3.configuration_sam3 import Sam3Config  # noqa: PLC0415 - slow to import
     from transformers.models.sam3.modeling_sam3 import Sam3Model  # noqa: PLC0415
 
@@ -232,14 +232,14 @@ def random_transformers_folder(folder: Path) -> Path:
 
 
 def randomise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor drawn anew on the CPU, at scales that carry a signal through all layers.
+    """Draw random values for every tensor, on the CPU, at scales that keep activations in range.
 
-    The official model leaves some of its own as `torch.empty` found them.
+    The official model does not initialise some of its tensors (`torch.empty`).
     """
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     drawn = {}
     for name, tensor in state.items():
-        if tensor.is_complex():  # a table that is computed
+        if tensor.is_complex():  # a computed table, not a weight
             continue
         normal = torch.randn(tensor.shape, generator=generator)
         if tensor.ndim > 1:
@@ -281,7 +281,7 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reference", choices=("official", "transformers"), required=True)
-    parser.add_argument("--weights", default="demo", help="demo, random, or what SAM3_WEIGHTS_PATH takes")
+    parser.add_argument("--weights", default="demo", help="demo, random, or as SAM3_WEIGHTS_PATH")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]

@@ -1,4 +1,4 @@
-"""What the benchmarks show the model: drawn scenes as JPEGs, with their truth."""
+"""The images of the benchmarks: drawn scenes as JPEGs, with their true masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY_PROMPT = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 class Scene:
-    """One drawn picture: `jpeg`, and for each prompt the union of what it means, (H, W) bool."""
+    """One drawn image: `jpeg`, and for each prompt the union of its objects' masks, (H, W) bool."""
 
     def __init__(self, seed: int) -> None:
         scenes, pictures = draw_scenes(1, seed, width=WIDTH_PX, height=HEIGHT_PX)
@@ -38,6 +38,6 @@ class Scene:
 
     @property
     def ten_prompts(self) -> list[str]:
-        """What the scene shows, then things that it does not."""
+        """Ten prompts: the scene's objects first, then absent ones."""
         absent = [prompt for prompt in EVERY_PROMPT if prompt not in self.masks]
         return [*self.masks, *absent][:10]

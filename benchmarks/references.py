@@ -1,8 +1,8 @@
-"""The models that parity.py compares ours with: Meta's own code, and transformers.
+"""The models that parity.py compares ours with: Meta's code, and transformers.
 
-Neither is imported before it is asked for. Meta's code is the PyPI package sam3, under the SAM License;
-none of it lies here. It needs a CUDA GPU to be built, and the vocabulary that its wheel leaves out: CLIP's,
-which our tokenizer.json holds.
+Both are imported only when they are used. Meta's code is the PyPI package sam3, under the SAM License; this
+repository contains none of it. It needs a CUDA GPU, and CLIP's vocabulary, which its wheel does not include;
+our tokenizer.json contains it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name that every PyTorch reader knows
+import torch.nn.functional as F  # noqa: N812 - PyTorch's usual name
 from PIL import Image
 
 from sam3_runner import SAM3Predictor
@@ -34,7 +34,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One query that was kept: its score, box x0 y0 x1 y1 in px, and mask (H, W) bool of the image."""
+    """One kept query: its score, box x0 y0 x1 y1 in px, and mask (H, W) bool of the image."""
 
     score: float
     box: tuple[float, ...]
@@ -43,11 +43,11 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says of one prompt in one image.
+    """A model's answer for one prompt in one image.
 
     Attributes:
-        kept: by the number of the query.
-        scores: (Q,), of all queries; empty from ours, which tells of the kept ones only.
+        kept: the kept queries, by their number.
+        scores: (Q,), of all queries; empty for our model, which returns the kept ones only.
     """
 
     kept: dict[int, Kept]
@@ -55,18 +55,18 @@ class Answer:
 
 
 class Model(Protocol):
-    """Answers prompts on an image, in one precision."""
+    """A model that answers prompts on an image, in one precision."""
 
     name: str
     dtype: Dtype
 
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
-        """Look for `prompt` in the RGB `image`; queries with a score above `threshold` are kept."""
+        """Find `prompt` in the RGB `image`; keeps queries with a score above `threshold`."""
         ...
 
 
 class Ours:
-    """The path that serves, as a Python user calls it."""
+    """Our model, called through SAM3Predictor."""
 
     name = "ours"
 
@@ -76,7 +76,7 @@ class Ours:
         self.predictor.load()
 
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
-        """As `Model` says."""
+        """See `Model`."""
         self.predictor.score_threshold = threshold
         result = self.predictor.predict(image, prompt)
         kept = {}
@@ -88,16 +88,16 @@ class Ours:
 
 
 class Official:
-    """Meta's Sam3Processor over Meta's model.
+    """Meta's Sam3Processor with Meta's model.
 
     Args:
-        weights_file: a `sam3.pt`; None: whatever the model is built with.
+        weights_file: a `sam3.pt`; None: the model's initial weights.
         device: `cuda`.
 
     Attributes:
-        dtype: float32; bfloat16 is autocast over fp32 weights, as Meta's notebooks run it.
-        own_resize: Meta resizes the image; else it is given the square that ours sees, which leaves the
-            models alone to differ.
+        dtype: float32; bfloat16 is autocast over fp32 weights, as in Meta's notebooks.
+        own_resize: True: Meta's code resizes the image. False: it gets our model's square, so that only the
+            models differ.
     """
 
     name = "official"
@@ -115,18 +115,18 @@ class Official:
             checkpoint_path=None if weights_file is None else str(weights_file),
             load_from_HF=False,
         )
-        # Importing it turns TF32 on for the whole process.
+        # Importing it enables TF32 for the whole process.
         exact_float32()
         self._processor = Sam3Processor(self.model, device=device)
 
     def variant(self, *, dtype: Dtype = "float32", own_resize: bool = False) -> Official:
-        """The same model, run otherwise."""
+        """The same model with another precision or resize."""
         other = copy.copy(self)
         other.dtype, other.own_resize = dtype, own_resize
         return other
 
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
-        """As `Model` says."""
+        """See `Model`."""
         self._processor.confidence_threshold = threshold
         square = to_square(image, self._processor.resolution)
         seen = image if self.own_resize else Image.fromarray(square.pixels)
@@ -139,14 +139,14 @@ class Official:
 
 
 class Transformers:
-    """`Sam3Model` as transformers loads and runs it, with what Meta's code does before and after it.
+    """transformers' `Sam3Model`, with the pre- and postprocessing of Meta's code.
 
-    It runs its geometry encoder only when there are boxes, so it is given one, which then is left out: the
-    official model's "no box". It gets our square and tokens, and its mask logits are upsampled before the
-    threshold.
+    It runs its geometry encoder only if there are boxes. So it gets one box, whose tokens are then removed;
+    this equals the official model without a box. It gets our square and tokens, and its mask logits are
+    upsampled before the threshold.
 
     Args:
-        folder: config.json, model.safetensors, tokenizer.json.
+        folder: contains config.json, model.safetensors and tokenizer.json.
         device: `cuda` or `cpu`.
         dtype: bfloat16 is autocast over fp32 weights.
     """
@@ -161,11 +161,11 @@ class Transformers:
         self._tokenizer = PromptTokenizer(folder / "tokenizer.json")
         model: Any = Sam3Model.from_pretrained(folder, dtype=torch.float32)
         self.model = model.to(device).eval()
-        self.model.geometry_encoder._encode_boxes = _encode_no_boxes  # noqa: SLF001 - nothing public leads there
+        self.model.geometry_encoder._encode_boxes = _encode_no_boxes  # noqa: SLF001 - there is no public way
 
     @torch.inference_mode()
     def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
-        """As `Model` says."""
+        """See `Model`."""
         side_px: int = self.model.config.vision_config.backbone_config.image_size
         pixels = torch.from_numpy(to_square(image, side_px).pixels.copy()).to(self._device)
         tokens = self._tokenizer.encode([prompt])
@@ -186,13 +186,13 @@ class Transformers:
 
 
 def exact_float32() -> None:
-    """Matrix products and convolutions of fp32 in fp32, not TF32."""
+    """Disable TF32 in matrix products and convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
 
 class _Outputs(AbstractContextManager["_Outputs"]):
-    """Notes what the official model's forward returns: its processor tells the kept queries only."""
+    """Keeps the return value of the official model's forward; its processor returns only the kept queries."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -201,11 +201,11 @@ class _Outputs(AbstractContextManager["_Outputs"]):
     def __enter__(self) -> Self:
         forward = self._model.forward_grounding
 
-        def noting(*args: Any, **options: Any) -> dict[str, Tensor]:
+        def keeping_forward(*args: Any, **options: Any) -> dict[str, Tensor]:
             self.last = forward(*args, **options)
             return self.last
 
-        self._model.forward_grounding = noting
+        self._model.forward_grounding = keeping_forward
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -215,17 +215,17 @@ class _Outputs(AbstractContextManager["_Outputs"]):
 def _encode_no_boxes(
     boxes: Tensor, valid: Tensor, _labels: Tensor, features: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """No tokens (1, 0, D) in place of those of the box that was given."""
+    """Return no tokens (1, 0, D) for the box."""
     return features.new_zeros(len(boxes), 0, features.shape[1]), valid[:, :0]
 
 
 def _answer_of_official(outputs: dict[str, Tensor], state: dict[str, Any], threshold: float) -> Answer:
-    """What Meta's processor kept, in the order of the queries, and which queries these were."""
+    """The queries that Meta's processor kept, with their numbers."""
     presence = outputs["presence_logit_dec"].sigmoid().unsqueeze(1)
     scores = (outputs["pred_logits"].sigmoid() * presence)[0, :, 0]
     queries = (scores > threshold).nonzero().flatten()
     if len(queries) != len(state["scores"]):
-        raise RuntimeError("the official processor kept other queries than its scores say")
+        raise RuntimeError("the official processor's kept queries do not match its scores")
     kept = _kept(queries, state["scores"], state["boxes"], state["masks"][:, 0])
     return Answer(kept, scores.float().tolist())
 
@@ -248,7 +248,7 @@ def _autocast(device: str, dtype: Dtype) -> AbstractContextManager[object]:
 
 
 def _vocabulary_file() -> Path:
-    """CLIP's merges as the official tokenizer reads them: a line of header, then one merge a line."""
+    """Write CLIP's merges for the official tokenizer: a header line, then one merge per line."""
     merges = json.loads(CLIP_TOKENIZER_FILE.read_text(encoding="utf-8"))["model"]["merges"]
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     path = Path("data/parity/bpe_simple_vocab_16e6.txt.gz")

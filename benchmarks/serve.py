@@ -1,9 +1,9 @@
-"""What does a caller wait for, on this machine, with the demo checkpoint?
+"""Measure the latency of the server on this machine, with the demo checkpoint.
 
-Starts the real server (two API workers, one runner) and asks it one request at a time over HTTP, from
-upload's key to settled row. Each round asks one prompt and then ten prompts of the same 1280 x 720 JPEG,
-so that their ratio comes from one run. Reports medians over all rounds of all runs, the time to ready, the
-resident memory of all processes after the load, and the mask IoU with the drawn truth beside the times.
+Starts the real server (two API workers, one runner) and sends whole requests over HTTP, one at a time. Each
+round sends one prompt and then ten prompts for the same 1280 x 720 JPEG, so that their ratio comes from one
+run. Reports medians over all rounds of all runs, the time to ready, the resident memory of all processes
+after the requests, and the IoU of the masks with the drawn objects.
 
     python -m benchmarks.serve            # table, and one line of JSON last
     python -m benchmarks.serve --record   # also appends to benchmarks/results.csv
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent / "results.csv"
 
 
 def main() -> int:
-    """Measure, print, and record if asked."""
+    """Measure, print, and append to the CSV file if --record is given."""
     arguments = _parse()
     scenes = [scene for seed in range(FIRST_SEED, FIRST_SEED + 24) if (scene := Scene(seed)).masks]
     runs = [_run(scenes, arguments.rounds) for _ in range(arguments.runs)]
@@ -85,9 +85,9 @@ def _run(scenes: list[Scene], rounds: int) -> dict[str, Any]:
         for number in tqdm(range(-5, rounds), desc="rounds", disable=None):
             scene, key = scenes[number % len(scenes)], keys[number % len(scenes)]
             prompt = next(iter(scene.masks))
-            one, answer = _ask(client, "/api/v1/predict", key, text_prompt=prompt)
-            ten, _ = _ask(client, "/api/v1/predict/batch", key, prompts=scene.ten_prompts)
-            if number >= 0:  # the rounds before are the warm-up
+            one, answer = _request(client, "/api/v1/predict", key, text_prompt=prompt)
+            ten, _ = _request(client, "/api/v1/predict/batch", key, prompts=scene.ten_prompts)
+            if number >= 0:  # negative rounds are the warm-up
                 one_ms.append(one)
                 ten_ms.append(ten)
                 ious.append(_iou(answer["mask_url"], scene.masks[prompt]))
@@ -106,7 +106,7 @@ def _upload(server: LocalServer, jpeg: bytes) -> str:
     return key
 
 
-def _ask(client: httpx.Client, path: str, key: str, **prompts: object) -> tuple[float, dict[str, Any]]:
+def _request(client: httpx.Client, path: str, key: str, **prompts: object) -> tuple[float, dict[str, Any]]:
     body = {"image_url": key, "user_id": USER_ID, "task_id": str(uuid.uuid4()), **prompts}
     started_s = time.perf_counter()
     response = client.post(path, json=body)
@@ -120,7 +120,7 @@ def _iou(mask_url: str, truth: npt.NDArray[np.bool_]) -> float:
 
 
 def _resident_mb(pid: int) -> float:
-    """Resident memory of the server's processes, added up: pages that they share count each time."""
+    """Sum of the resident memory of the server's processes; shared pages count once for each process."""
     parent = psutil.Process(pid)
     return sum(float(each.memory_info().rss) for each in (parent, *parent.children(recursive=True))) / 1e6
 

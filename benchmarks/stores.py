@@ -1,10 +1,10 @@
-"""What do storage and results add to one predict?
+"""Measure the time that storage and results add to one predict.
 
-Does what a task does around its inference, through the same classes as the server: claim the row, read
-the image (a 1280 x 720 JPEG) meanwhile, store the mask (a PNG), settle the row; the outbox included. Once
-with the embedded stores (folder, SQLite), once with real servers on loopback: SeaweedFS for R2, PostgreSQL +
-PostgREST behind a gateway for Supabase. Both in one run, in turns, one task at a time; then 50 tasks at once.
-Every stored mask is read back and compared: its IoU with what was drawn stands beside the times.
+Does every step of a task except the inference, with the same classes as the server: claim the row, read the
+image (a 1280 x 720 JPEG) meanwhile, store the mask (a PNG), settle the row; the outbox is included. It
+measures the embedded stores (folder, SQLite), and real servers on loopback: SeaweedFS for R2, PostgreSQL +
+PostgREST behind a gateway for Supabase. Each run measures both, alternating, one task at a time; then 50
+tasks at once. Every stored mask is read back; the report has its IoU with the drawn object.
 
     python -m benchmarks.stores            # table, and one line of JSON last
     python -m benchmarks.stores --record   # also appends to benchmarks/stores.csv
@@ -55,14 +55,14 @@ T = TypeVar("T")
 
 LEASE_S = 120.0
 MAX_BYTES = 10 * 1024 * 1024
-AT_ONCE = 50
+CONCURRENT = 50
 STORES_CSV = Path(__file__).parent / "stores.csv"
 STEPS = ("claim", "download", "upload", "finish")
 
 
 @dataclass
 class Tier:
-    """Stores under measurement, and what the Edge does to them."""
+    """The stores to measure, and the Edge's operations on them."""
 
     name: str
     objects: ObjectStore
@@ -75,7 +75,7 @@ class Tier:
     ious: list[float] = field(default_factory=list)
 
     async def new_task(self, jpeg: bytes) -> Task:
-        """An uploaded image and its pending row."""
+        """Upload an image and insert its pending row."""
         key = f"uploads/{self.user_id}/{uuid4()}"
         await asyncio.to_thread(self.put, key, jpeg)
         task = Task(str(uuid4()), self.user_id, key, ("red circle",))
@@ -83,10 +83,10 @@ class Tier:
         return task
 
     async def run(self, task: Task, png: bytes) -> str:
-        """All that surrounds the inference of one task, each step timed; the mask's URL."""
+        """Do and time every step of one task except the inference; returns the mask's URL."""
         started_s = time.perf_counter()
         attempt = await self.outbox.record(task, "benchmark")
-        # Side by side, as the pipeline does it.
+        # Concurrent, as in the pipeline.
         stored, _ = await asyncio.gather(
             self._timed("claim", self.outbox.claim(attempt)),
             self._timed(
@@ -111,13 +111,13 @@ class Tier:
         return answer
 
     def check(self, url: str, truth: npt.NDArray[np.bool_]) -> None:
-        """Read a stored mask back."""
+        """Read a stored mask and add its IoU."""
         mask = np.asarray(Image.open(io.BytesIO(self.read(url)))) > 0
         self.ious.append(float((mask & truth).sum() / (mask | truth).sum()))
 
 
 def main() -> int:
-    """Measure, print, and record if asked."""
+    """Measure, print, and append to the CSV file if --record is given."""
     arguments = _parse()
     scenes = [scene for seed in range(FIRST_SEED, FIRST_SEED + 12) if (scene := Scene(seed)).masks]
     reports = []
@@ -150,16 +150,16 @@ async def _measure(
             for tier in tiers:
                 url = await tier.run(await tier.new_task(scene.jpeg), png)
                 tier.check(url, next(iter(scene.masks.values())))
-                if number < 0:  # the warm-up
+                if number < 0:  # negative rounds are the warm-up
                     tier.step_ms.clear()
         measured = {}
         for tier in tiers:
-            alone, tier.step_ms = tier.step_ms, defaultdict(list)
-            fifty = [await tier.new_task(scenes[0].jpeg) for _ in range(AT_ONCE)]
+            single_step_ms, tier.step_ms = tier.step_ms, defaultdict(list)
+            concurrent = [await tier.new_task(scenes[0].jpeg) for _ in range(CONCURRENT)]
             started_s = time.perf_counter()
-            await asyncio.gather(*(tier.run(task, pngs[0]) for task in fifty))
-            per_task_ms = (time.perf_counter() - started_s) * 1000 / AT_ONCE
-            tier.step_ms = alone
+            await asyncio.gather(*(tier.run(task, pngs[0]) for task in concurrent))
+            per_task_ms = (time.perf_counter() - started_s) * 1000 / CONCURRENT
+            tier.step_ms = single_step_ms
             measured[tier.name] = (tier, per_task_ms)
         return measured
     finally:
@@ -236,7 +236,7 @@ def _row(name: str, runs: list[tuple[Tier, float]]) -> dict[str, object]:
         **{f"{step}_p50_ms": round(statistics.median(step_ms[step]), 2) for step in STEPS},
         "added_p50_ms": round(statistics.median(whole_ms), 1),
         "added_p95_ms": round(float(np.percentile(whole_ms, 95)), 1),
-        "ms_a_task_50_at_once": round(statistics.median(ms for _, ms in runs), 1),
+        "ms_per_task_50_concurrent": round(statistics.median(ms for _, ms in runs), 1),
         "mask_iou": round(min(iou for tier, _ in runs for iou in tier.ious), 4),
     }
 
@@ -245,7 +245,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=3, help="starts of the servers")
+    parser.add_argument("--runs", type=int, default=3, help="server starts")
     parser.add_argument("--tasks", type=int, default=100, help="per run")
     parser.add_argument("--record", action="store_true", help=f"append to {STORES_CSV.name}")
     return parser.parse_args()

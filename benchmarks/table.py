@@ -1,4 +1,4 @@
-"""What the benchmarks write down."""
+"""Tables of the benchmarks: the machine's name, and appending rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sam3_runner.cpu_share import cpu_share
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """The model name of this machine's processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -18,15 +18,15 @@ def processor() -> str:
 
 
 def machine_name() -> str:
-    """The cores that a benchmark may use here, and the processor."""
+    """The number of cores that a benchmark may use, and the processor."""
     return f"{cpu_share().threads} x {processor()}"
 
 
 def record(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append `rows`, which have the same names, to the CSV file at `path`."""
-    fresh = not path.exists()
+    """Append `rows`, which have the same keys, to the CSV file at `path`."""
+    is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
-        if fresh:
+        if is_new:
             writer.writeheader()
         writer.writerows(rows)

@@ -1,4 +1,4 @@
-"""A corpus of images, good and bad: what becomes of each file is known, and changes only on purpose."""
+"""A corpus of valid and invalid images: the result of each file is recorded, and changes only on purpose."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.conformance import fates_of, read_answers, report
+from benchmarks.conformance import decode_folder, read_table, report
 from tests.tiers import need
 
 pytestmark = pytest.mark.slow
 
-KNOWN = Path(__file__).parent / "conformance" / "pillow.csv"
+RECORDED = Path(__file__).parent / "conformance" / "pillow.csv"
 PILLOW = "13.0.0"
-"""Whose source distribution has the images; the table is of these."""
+"""The version whose source distribution has the images of the table."""
 DOWNLOAD_TIMEOUT_S = 300
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images that Pillow is tested with: 1,060 files, of which about 80 are hostile by name."""
+    """The images of Pillow's tests: 1,060 files, about 80 of them malicious by their names."""
     folder = tmp_path_factory.mktemp("corpus")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "pillow"]
     downloaded = subprocess.run(
@@ -43,16 +43,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / images
 
 
-def test_every_file_has_its_answer(corpus: Path) -> None:
-    """Each file is decoded to its size, or refused by a sentence, as it was when somebody looked at it.
+def test_every_file_has_its_recorded_result(corpus: Path) -> None:
+    """Each file is decoded to its size, or refused with a message, as in the table that a person checked.
 
-    After a change on purpose, `python -m benchmarks.conformance FOLDER --record ...` makes the table anew.
+    After an intended change, write the table with `python -m benchmarks.conformance FOLDER --record ...`.
     """
-    fates = list(fates_of(corpus))
-    sys.stdout.write(report(fates))
-    assert {fate.path: fate.answer for fate in fates} == read_answers(KNOWN)
+    results = list(decode_folder(corpus))
+    sys.stdout.write(report(results))
+    assert {result.path: result.answer for result in results} == read_table(RECORDED)
 
 
-def test_corpus_is_of_the_pillow_that_decodes() -> None:
-    """With a new Pillow come new images: look at them, and make the table anew."""
+def test_corpus_has_the_version_of_the_installed_pillow() -> None:
+    """A new Pillow has new images: check their results, and write the table again."""
     assert version("pillow") == PILLOW

@@ -40,14 +40,14 @@ def accuracy(images: Path, annotations: Path, out: Path, *more: str) -> subproce
 
 
 def as_result(annotation: dict[str, Any], score: float) -> dict[str, Any]:
-    """An annotation, handed in as a result."""
+    """Convert an annotation to a result."""
     kept = ("image_id", "category_id", "segmentation", "bbox")
     return {name: annotation[name] for name in kept} | {"score": score}
 
 
 @pytest.fixture(scope="module")
 def summary(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command writes about the demo checkpoint, and where its results lie."""
+    """The command's summary for the demo checkpoint, and the path of its results."""
     out = tmp_path_factory.mktemp("out") / "new" / "results.json"
     ended = accuracy(folder, folder / "annotations.json", out)
     assert ended.returncode == 0, ended.stderr
@@ -57,8 +57,8 @@ def summary(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return written | {"out": out}
 
 
-def test_demo_checkpoint_is_good_at_drawn_scenes(summary: dict[str, Any]) -> None:
-    """The demo checkpoint finds what it learnt, with masks that fit."""
+def test_demo_checkpoint_scores_high_on_drawn_scenes(summary: dict[str, Any]) -> None:
+    """The demo checkpoint finds the shapes of its training, with accurate masks."""
     assert (summary["checkpoint"], summary["images"], summary["prompts"]) == ("demo", 8, 48)
     assert summary["segm"]["AP"] > 0.9
     assert summary["bbox"]["AP50"] > 0.9
@@ -66,8 +66,8 @@ def test_demo_checkpoint_is_good_at_drawn_scenes(summary: dict[str, Any]) -> Non
     assert summary["cgF1"]["cgF1"] == pytest.approx(summary["cgF1"]["pmF1"] * summary["cgF1"]["IL_MCC"])
 
 
-def test_results_are_any_coco_tools(summary: dict[str, Any], folder: Path) -> None:
-    """The results file, read by pycocotools alone, gives the AP that was printed."""
+def test_results_file_works_in_other_coco_tools(summary: dict[str, Any], folder: Path) -> None:
+    """The printed AP can be computed from the results file by pycocotools alone."""
     truth = COCO(str(folder / "annotations.json"))
     results = truth.loadRes(str(summary["out"]))
     evaluation = COCOeval(truth, results, "segm")
@@ -81,8 +81,8 @@ def test_results_are_any_coco_tools(summary: dict[str, Any], folder: Path) -> No
     assert found[0]["segmentation"]["size"] == [336, 336]
 
 
-def test_truth_scores_one(folder: Path) -> None:
-    """The annotations handed in as results are perfect by every measure."""
+def test_true_annotations_score_one(folder: Path) -> None:
+    """The annotations used as results get 1 in every metric."""
     dataset = read_dataset(folder, folder / "annotations.json")
     truth = [
         as_result(annotation, 1.0)
@@ -94,17 +94,17 @@ def test_truth_scores_one(folder: Path) -> None:
     assert figures["cgF1"]["cgF1"] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_nothing_found_scores_nothing(folder: Path) -> None:
-    """No results at all are AP 0 and cgF1 0, not a crash."""
+def test_empty_results_score_zero(folder: Path) -> None:
+    """Without results AP and cgF1 are 0, and nothing fails."""
     figures = score(read_dataset(folder, folder / "annotations.json"), [])
     assert figures["segm"]["AP"] == figures["cgF1"]["cgF1"] == 0.0
 
 
-def test_unsure_instances_are_not_for_cgf1(folder: Path) -> None:
-    """What scores under 0.5 counts for AP, and is unseen by cgF1."""
+def test_cgf1_ignores_low_scores(folder: Path) -> None:
+    """A score below 0.5 counts for AP, but not for cgF1."""
     dataset = read_dataset(folder, folder / "annotations.json")
-    unsure = [as_result(annotation, 0.4) for annotation in dataset.coco.dataset["annotations"]]
-    figures = score(dataset, unsure)
+    low = [as_result(annotation, 0.4) for annotation in dataset.coco.dataset["annotations"]]
+    figures = score(dataset, low)
     assert figures["segm"]["AP"] > 0.9
     assert figures["cgF1"]["cgF1"] == 0.0
 
@@ -119,7 +119,7 @@ SQUARE: dict[str, Any] = {
 
 
 def write_truth(folder: Path, annotation: dict[str, Any], **tables: list[Any]) -> Path:
-    """A dataset of one grey image, one category and one annotation."""
+    """Write a dataset of one grey image, one category and one annotation."""
     Image.new("RGB", (64, 64), "grey").save(folder / "grey.png")
     truth = {
         "images": [{"id": 7, "file_name": "grey.png", "width": 64, "height": 64}],
@@ -132,7 +132,7 @@ def write_truth(folder: Path, annotation: dict[str, Any], **tables: list[Any]) -
 
 
 def without(name: str) -> dict[str, Any]:
-    """The square, short of one entry."""
+    """The square without one entry."""
     return {key: value for key, value in SQUARE.items() if key != name}
 
 
@@ -150,8 +150,8 @@ RUNS = [len(list(run)) for _, run in groupby(ROWS.T.flatten().tolist())]
     ],
     ids=["polygon, id 0", "no box", "uncompressed RLE"],
 )
-def test_every_kind_of_annotation(tmp_path: Path, annotation: dict[str, Any]) -> None:
-    """Polygons and RLE are read, and what is missing beside the mask is taken from it."""
+def test_every_kind_of_annotation_is_read(tmp_path: Path, annotation: dict[str, Any]) -> None:
+    """Polygons and RLE are read, and missing fields are computed from the mask."""
     dataset = read_dataset(tmp_path, write_truth(tmp_path, annotation))
     mask: Any = rle.encode(np.asfortranarray(ROWS.astype(np.uint8)))
     found = {**SQUARE, "score": 0.9, "segmentation": {**mask, "counts": mask["counts"].decode()}}
@@ -160,8 +160,8 @@ def test_every_kind_of_annotation(tmp_path: Path, annotation: dict[str, Any]) ->
     assert figures["cgF1"]["pmF1"] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_size_of_a_mask_is_not_its_boxs(tmp_path: Path) -> None:
-    """A thin mask in a big box is a small object: a wrong one costs small precision, not medium."""
+def test_size_class_comes_from_the_mask_not_the_box(tmp_path: Path) -> None:
+    """A thin mask in a large box is a small object: a false positive lowers APs, not APm."""
     dataset = read_dataset(tmp_path, write_truth(tmp_path, SQUARE))
     line = np.zeros((64, 64), dtype=np.uint8, order="F")
     line[60, :50] = 1
@@ -172,16 +172,16 @@ def test_size_of_a_mask_is_not_its_boxs(tmp_path: Path) -> None:
     assert score(dataset, [stray, hit])["segm"]["APs"] == pytest.approx(0.5)
 
 
-def test_crowds_are_no_objects(tmp_path: Path) -> None:
-    """A crowd region is neither to be found nor presence; AP leaves it out."""
+def test_crowds_do_not_count_as_objects(tmp_path: Path) -> None:
+    """AP ignores a crowd region, and cgF1 counts it as absent."""
     dataset = read_dataset(tmp_path, write_truth(tmp_path, {**SQUARE, "iscrowd": 1}))
     figures = score(dataset, [])
     assert figures["segm"]["AP"] == -1
     assert figures["cgF1"]["IL_MCC"] == figures["cgF1"]["pmF1"] == 0.0
 
 
-def test_two_categories_of_one_name(folder: Path, tmp_path: Path) -> None:
-    """Categories may share a name: each gets the same instances."""
+def test_two_categories_may_share_a_name(folder: Path, tmp_path: Path) -> None:
+    """Two categories with one name get the same instances."""
     truth = json.loads((folder / "annotations.json").read_text())
     name = truth["categories"][truth["annotations"][0]["category_id"] - 1]["name"]
     truth["categories"] = [{"id": 1, "name": name}, {"id": 2, "name": name}]
@@ -197,8 +197,8 @@ def test_two_categories_of_one_name(folder: Path, tmp_path: Path) -> None:
     assert of_category[0] == of_category[1]
 
 
-def test_limit(folder: Path, tmp_path: Path) -> None:
-    """--limit asks for the first images, and scores those alone."""
+def test_limit_scores_only_the_first_images(folder: Path, tmp_path: Path) -> None:
+    """--limit predicts and scores the first images only."""
     ended = accuracy(folder, folder / "annotations.json", tmp_path / "r.json", "--limit", "2")
     assert ended.returncode == 0, ended.stderr
     assert {each["image_id"] for each in json.loads((tmp_path / "r.json").read_text())} == {1, 2}
@@ -208,13 +208,13 @@ def test_limit(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "is no COCO file: all of it"),
-        ("[]", "is no COCO file: all of it"),
-        ('{"images": [], "annotations": [], "categories": []}', "is no COCO file: images: "),
+        ("", "is not a COCO file: the whole file"),
+        ("[]", "is not a COCO file: the whole file"),
+        ('{"images": [], "annotations": [], "categories": []}', "is not a COCO file: images: "),
     ],
 )
-def test_no_coco_file(tmp_path: Path, content: str, sentence: str) -> None:
-    """What is no COCO file is told in one sentence, with the exit status 2, and nothing is written."""
+def test_other_files_than_coco_are_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    """A file that is not COCO is refused in one sentence, with exit status 2, and nothing is written."""
     (tmp_path / "bad.json").write_text(content)
     ended = accuracy(tmp_path, tmp_path / "bad.json", tmp_path / "out" / "r.json")
     assert ended.returncode == 2
@@ -236,8 +236,8 @@ def test_no_coco_file(tmp_path: Path, content: str, sentence: str) -> None:
         (SQUARE | {"category_id": 8}, "that is not listed"),
     ],
 )
-def test_bad_annotations(tmp_path: Path, annotation: dict[str, Any], sentence: str) -> None:
-    """An annotation that cannot be used is named, with what is wrong about it."""
+def test_bad_annotations_are_refused(tmp_path: Path, annotation: dict[str, Any], sentence: str) -> None:
+    """The error names the bad annotation and its fault."""
     with pytest.raises(DatasetError) as caught:
         read_dataset(tmp_path, write_truth(tmp_path, annotation))
     assert sentence in str(caught.value)
@@ -251,8 +251,8 @@ def test_bad_annotations(tmp_path: Path, annotation: dict[str, Any], sentence: s
         ({"width": 9}, "annotated as (9, 64)"),
     ],
 )
-def test_bad_images(tmp_path: Path, image: dict[str, Any], sentence: str) -> None:
-    """An image that is missing, damaged or of another size is named."""
+def test_bad_images_are_refused(tmp_path: Path, image: dict[str, Any], sentence: str) -> None:
+    """The error names an image that is missing, damaged or of another size."""
     images = [{"id": 7, "file_name": "grey.png", "width": 64, "height": 64} | image]
     truth = write_truth(tmp_path, SQUARE, images=images, annotations=[])
     ended = accuracy(tmp_path, truth, tmp_path / "r.json")
@@ -265,14 +265,14 @@ def test_bad_images(tmp_path: Path, image: dict[str, Any], sentence: str) -> Non
     ("option", "value", "sentence"),
     [
         ("--limit", "0", "1 or more"),
-        ("--threshold", "0.5", "from 0 to under 0.5"),
+        ("--threshold", "0.5", "must be at least 0 and below 0.5"),
         ("--device", "gpu", "invalid choice"),
         ("--weights", "no/such/file", "cannot score: no weights at no/such/file"),
         ("--out", "Makefile/r.json", "cannot score: "),
     ],
 )
-def test_bad_options(tmp_path: Path, option: str, value: str, sentence: str) -> None:
-    """An option that cannot be is refused before anything is predicted."""
+def test_bad_options_are_refused(tmp_path: Path, option: str, value: str, sentence: str) -> None:
+    """A wrong option is refused before the first prediction."""
     ended = accuracy(tmp_path, write_truth(tmp_path, SQUARE), tmp_path / "r.json", option, value)
     assert ended.returncode == 2
     assert sentence in ended.stderr.splitlines()[-1]

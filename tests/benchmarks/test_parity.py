@@ -1,4 +1,4 @@
-"""The parity command: our forward against transformers' own on the demo checkpoint, and what it tells."""
+"""The parity command: compares our model with transformers on the demo checkpoint; reports differences."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parity(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_checkpoint_equals_transformers() -> None:
-    """On drawn scenes every kept query, mask, box and score is that of transformers; bf16 is near."""
+    """On drawn scenes kept queries, masks, boxes and scores equal those of transformers; bf16 is close."""
     ended = parity("--reference", "transformers", "--scenes", "3")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     exact, mixed = ended.stdout.splitlines()
@@ -47,8 +47,8 @@ def test_demo_checkpoint_equals_transformers() -> None:
     assert "0 + 0 by one" in exact
 
 
-def test_a_difference_is_told(tmp_path: Path) -> None:
-    """Weights that differ in two tensors miss the targets, and it says which."""
+def test_difference_is_reported(tmp_path: Path) -> None:
+    """Weights that differ in two tensors miss the targets, and the report names the targets."""
     shutil.copytree(DEMO_FOLDER, tmp_path / "other")
     state = load_file(DEMO_FOLDER / "model.safetensors")
     state["mask_decoder.instance_projection.bias"] += 2.0
@@ -74,8 +74,8 @@ def test_a_difference_is_told(tmp_path: Path) -> None:
         (["--reference", "transformers", "--images", "nowhere.jpg"], "nowhere.jpg"),
     ],
 )
-def test_what_cannot_be_compared(arguments: list[str], sentence: str) -> None:
-    """Weights that the reference cannot read, or files that are not there, are told in a sentence."""
+def test_unreadable_inputs_are_refused(arguments: list[str], sentence: str) -> None:
+    """Weights that the reference cannot read and missing files are refused in one sentence."""
     ended = parity(*arguments)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("cannot compare: ")
@@ -88,8 +88,8 @@ def kept(score: float, *, left: int = 0) -> Kept:
     return Kept(score, (left, 0.0, left + 5.0, 10.0), mask)
 
 
-def test_figures_of_a_comparison() -> None:
-    """Queries are matched by their number; what one side alone kept is counted and nothing else."""
+def test_comparison_matches_queries_by_number() -> None:
+    """Queries are matched by their number; queries that one side kept are only counted."""
     sums = Parity()
     sums.add({1: kept(0.9), 2: kept(0.8), 3: kept(0.6)}, {1: kept(0.9), 2: kept(0.75, left=1), 4: kept(0.6)})
     figures = sums.figures()
@@ -101,14 +101,14 @@ def test_figures_of_a_comparison() -> None:
     assert len(sums.missed(exact=False)) == 2
 
 
-def test_nothing_kept_is_no_parity() -> None:
-    """A comparison in which nothing was kept has shown nothing."""
+def test_comparison_without_kept_queries_fails() -> None:
+    """A comparison without kept queries misses the targets."""
     sums = Parity()
     sums.add({}, {})
     assert sums.missed(exact=True)
 
 
-def test_threshold_of_random_weights() -> None:
-    """It lies in the widest gap of the middle half, so that neither all nor nothing is kept."""
+def test_threshold_of_random_weights_is_in_the_widest_gap() -> None:
+    """The threshold is in the widest gap of the middle half, so that some queries are kept."""
     scores = [0.9, 0.1, 0.2, 0.21, 0.42, 0.22, 0.4, 0.41]
     assert widest_gap(scores) == pytest.approx(0.31)

@@ -1,15 +1,15 @@
-"""What may a stranger, who has no key, cost the server?
+"""Measure what a client without a key can cost the server.
 
-Starts the server as it is (demo checkpoint, two API workers, 1,024 open files a process, as systemd and many
-shells allow) and does to it what anybody can who reaches its port:
+Starts the server (demo checkpoint, two API workers, 1,024 open files for each process, as systemd and many
+shells allow) and does what any client that reaches its port can do:
 
 - headers: one connection sends up to 256 MB of small headers, for at most ten seconds;
-- idle: 900 connections, then 5,000, are opened and say nothing, then 5,000 that begin a request of 30 KB and
-  do not end it; how long does a caller wait who comes then, and what do the last ones hold;
-- metrics: 5,000 unknown paths, and 100 of 60,000 characters, are asked for; what does a scrape cost.
+- idle: 900 idle connections, then 5,000, then 5,000 that send 30 KB of a request and do not finish it;
+  measures the wait of one more client, and the memory growth;
+- metrics: requests of 5,000 unknown paths, and of 100 paths of 60,000 characters; measures a scrape.
 
-    python -m benchmarks.strangers            # table, and one line of JSON last
-    python -m benchmarks.strangers --record   # also appends to benchmarks/strangers.csv
+    python -m benchmarks.unauthenticated            # table, and one line of JSON last
+    python -m benchmarks.unauthenticated --record   # also appends to benchmarks/unauthenticated.csv
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from commands.local_server import LocalServer, local_server
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STRANGERS_CSV = Path(__file__).parent / "strangers.csv"
-BEGIN = b"GET /health HTTP/1.1\r\nHost: test\r\n"
+RESULTS = Path(__file__).parent / "unauthenticated.csv"
+REQUEST_START = b"GET /health HTTP/1.1\r\nHost: test\r\n"
 OPEN_FILES = 1024
 HEADERS_BYTES = 256 * 2**20
 HEADERS_S = 10.0
-CALLER_S = 20.0
-"""A caller that waits longer is shut out."""
+CLIENT_TIMEOUT_S = 20.0
+"""After this time a client counts as shut out."""
 
 
 def main() -> int:
-    """Measure, print, and record if asked."""
+    """Measure, print, and append to the CSV file if --record is given."""
     arguments = _parse()
     with tempfile.TemporaryDirectory() as folder, _few_files(), local_server(Path(folder) / "data") as server:
         _allow_all_files()
@@ -59,22 +59,22 @@ def main() -> int:
             **_headers(server),
             **_idle(server, 900),
             **_idle(server, 5000),
-            **_begun(server, 5000),
+            **_unfinished(server, 5000),
             **_metrics(server),
         }
     sys.stdout.write("\n".join(f"{key:24} {value}" for key, value in row.items()) + "\n\n")
     if arguments.record:
-        record(STRANGERS_CSV, [row])
+        record(RESULTS, [row])
     sys.stdout.write(json.dumps([row]) + "\n")
     return 0
 
 
 def _headers(server: LocalServer) -> dict[str, object]:
-    """Small headers without an end, on one connection."""
+    """Send small headers without end, on one connection."""
     block = b"".join(b"x-%d: y\r\n" % number for number in range(100_000))
     sent, started_s = 0, time.monotonic()
     with _peak_growth_mb(server) as growth_mb, _connect(server) as connection:
-        connection.sendall(BEGIN)
+        connection.sendall(REQUEST_START)
         try:
             while sent < HEADERS_BYTES and time.monotonic() - started_s < HEADERS_S:
                 sent += connection.send(block)
@@ -91,43 +91,45 @@ def _headers(server: LocalServer) -> dict[str, object]:
 
 
 def _idle(server: LocalServer, count: int) -> dict[str, object]:
-    """Connections that say nothing, and one more that asks."""
-    return {f"beside_{count}_idle_ms": _wait_ms(server, count, b"")}
+    """Open idle connections, and measure one more request."""
+    return {f"wait_ms_{count}_idle": _wait_ms(server, count, b"")}
 
 
-def _begun(server: LocalServer, count: int) -> dict[str, object]:
-    """The same, with most of a large head sent on each."""
-    begun = BEGIN + b"".join(b"x-%02d: " % number + b"y" * 1000 + b"\r\n" for number in range(30))
+def _unfinished(server: LocalServer, count: int) -> dict[str, object]:
+    """The same, with most of a large head sent on each connection."""
+    unfinished = REQUEST_START + b"".join(
+        b"x-%02d: " % number + b"y" * 1000 + b"\r\n" for number in range(30)
+    )
     with _peak_growth_mb(server) as growth_mb:
-        waited_ms = _wait_ms(server, count, begun)
-    return {f"beside_{count}_begun_ms": waited_ms, "begun_growth_mb": round(growth_mb[0])}
+        waited_ms = _wait_ms(server, count, unfinished)
+    return {f"wait_ms_{count}_unfinished": waited_ms, "unfinished_growth_mb": round(growth_mb[0])}
 
 
-def _wait_ms(server: LocalServer, count: int, begun: bytes) -> object:
-    with ExitStack() as crowd:
+def _wait_ms(server: LocalServer, count: int, unfinished: bytes) -> object:
+    with ExitStack() as connections:
         for _ in tqdm(range(count), desc="connections", disable=None):
             try:
-                crowd.enter_context(_connect(server)).sendall(begun)
+                connections.enter_context(_connect(server)).sendall(unfinished)
             except OSError:
-                break  # nobody takes more
+                break  # the server accepts no more
         asked_s = time.monotonic()
         try:
-            httpx.get(f"{server.url}/health", timeout=CALLER_S).raise_for_status()
+            httpx.get(f"{server.url}/health", timeout=CLIENT_TIMEOUT_S).raise_for_status()
         except httpx.HTTPError:
             return "shut out"
         return round((time.monotonic() - asked_s) * 1000)
 
 
 def _metrics(server: LocalServer) -> dict[str, object]:
-    """Paths that nobody serves, each asked for once."""
-    with httpx.Client(base_url=server.url, timeout=60) as stranger:
-        stranger.get("/metrics")
+    """Request unknown paths, each once."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        client.get("/metrics")
         for number in tqdm(range(5000), desc="unknown paths", disable=None):
-            stranger.get(f"/nothing/{number}")
-        short = _scrape(stranger)
+            client.get(f"/nothing/{number}")
+        short = _scrape(client)
         for number in range(100):
-            stranger.get(f"/{number:060000d}")
-        long = _scrape(stranger)
+            client.get(f"/{number:060000d}")
+        long = _scrape(client)
     return {
         "scrape_kb_5000_paths": short[0],
         "scrape_ms_5000_paths": short[1],
@@ -136,19 +138,20 @@ def _metrics(server: LocalServer) -> dict[str, object]:
     }
 
 
-def _scrape(stranger: httpx.Client) -> tuple[int, int]:
+def _scrape(client: httpx.Client) -> tuple[int, int]:
+    """Size in KB and time in ms of one scrape."""
     asked_s = time.monotonic()
-    scrape = stranger.get("/metrics").raise_for_status()
+    scrape = client.get("/metrics").raise_for_status()
     return len(scrape.content) // 1024, round((time.monotonic() - asked_s) * 1000)
 
 
 def _connect(server: LocalServer) -> socket.socket:
     address = urlsplit(server.url)
-    return socket.create_connection((address.hostname, address.port), timeout=CALLER_S)
+    return socket.create_connection((address.hostname, address.port), timeout=CLIENT_TIMEOUT_S)
 
 
 def _answer(connection: socket.socket) -> str:
-    """The status of what came back, if anything did."""
+    """The status of the answer, or "none"."""
     try:
         words = connection.recv(65536).split(maxsplit=2)
     except OSError:
@@ -158,7 +161,7 @@ def _answer(connection: socket.socket) -> str:
 
 @contextmanager
 def _peak_growth_mb(server: LocalServer) -> Iterator[list[float]]:
-    """By how much the server's processes grew together inside the block, at most."""
+    """The largest growth of the server's total resident memory inside the block, in MB."""
     processes = psutil.Process(server.pid).children(recursive=True)
 
     def resident() -> int:
@@ -179,7 +182,7 @@ def _peak_growth_mb(server: LocalServer) -> Iterator[list[float]]:
 
 @contextmanager
 def _few_files() -> Iterator[None]:
-    """What is started in the block may open `OPEN_FILES` files, unless it asks for more."""
+    """Limit processes that are started in the block to `OPEN_FILES` open files (soft limit)."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, limits[1]))
     yield
@@ -195,8 +198,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--server", default="as it is", help="what is measured, for the record")
-    parser.add_argument("--record", action="store_true", help=f"append to {STRANGERS_CSV.name}")
+    parser.add_argument("--server", default="as it is", help="name of what is measured, for the CSV file")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     return parser.parse_args()
 
 
