@@ -1,11 +1,11 @@
-"""Send one real task to a running server, and check all that it leaves: the answer, the row and the mask.
+"""Send one real task to a running server, and check the answer, the row and the mask.
 
     .venv/bin/python deploy/smoke.py https://sam3.example.com --env-file /etc/sam3/smoke.env --user-id UUID
 
-The variables are the server's own, from `--env-file` or the environment: API_SECRET_KEY; R2_* and SUPABASE_*,
-or DATA_DIR where the server's stores are embedded. SUPABASE_SERVICE_KEY must be a key that may insert and
-delete rows, as the Edge's may. One line a step is printed. Exit status 0: all is well, 1: a step failed,
-2: wrong arguments. After a success the script deletes what it made; after a failure it leaves all in place.
+It reads the server's variables from `--env-file` or the environment: API_SECRET_KEY; R2_* and SUPABASE_*, or
+DATA_DIR if the server's stores are embedded. SUPABASE_SERVICE_KEY must be a key that may insert and delete
+rows, like the Edge's. It prints one line for each step. Exit status 0: success, 1: a step failed, 2: wrong
+arguments. After a success the script deletes what it made; after a failure it deletes nothing.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 PICTURE_SIZE_PX = (640, 480)
 CIRCLE_PX = (220, 130, 420, 330)
 PROMPT = "red circle"
-"""What the picture that this script draws shows. The demo checkpoint finds it as well."""
+"""Describes the image that this script draws. The demo checkpoint finds it too."""
 MIN_IOU = 0.7
 POLL_S = 1.0
 STORE_TIMEOUT_S = 30.0
 
 
 class StepFailed(Exception):
-    """A step did not find what it should; the message says what it found."""
+    """A check of a step failed; the message says what was found."""
 
 
 FAILURES = (StepFailed, httpx.HTTPError, BotoCoreError, ClientError, OSError, sqlite3.Error, KeyError)
-"""What fails a step. KeyError: the answer lacks a field."""
+"""Errors that fail a step. KeyError: the answer lacks a field."""
 
 
 class Images(Protocol):
-    """Where the server reads images and stores masks."""
+    """The server's store of images and masks."""
 
     def put(self, key: str, data: bytes) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -57,7 +57,7 @@ class Images(Protocol):
 
 
 class Rows(Protocol):
-    """Where the server settles tasks. `insert` returns what it did; `get` returns None for a missing row."""
+    """The server's store of rows. `insert` returns a note for the report; `get` of a missing row is None."""
 
     def insert(self, task: Mapping[str, str]) -> str: ...
     def get(self, task_id: str) -> dict[str, Any] | None: ...
@@ -65,7 +65,7 @@ class Rows(Protocol):
 
 
 class R2Images:
-    """The bucket. Where it has a public URL, masks are read there, as a browser reads them."""
+    """The bucket. If it has a public URL, masks are read from there, as browsers do."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._bucket = variables.get("R2_BUCKET", "s3-images")
@@ -80,7 +80,7 @@ class R2Images:
                 s3={"addressing_style": "path"},
                 connect_timeout=STORE_TIMEOUT_S,
                 read_timeout=STORE_TIMEOUT_S,
-                # R2 refuses the checksum trailers that boto3 sends by default.
+                # R2 refuses boto3's default checksum trailers.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             ),
@@ -102,7 +102,7 @@ class R2Images:
 
 
 class FolderImages:
-    """The embedded folder. The server may know it by another path, as a container does."""
+    """The embedded folder. The server's path of it may differ, for example in a container."""
 
     def __init__(self, data_dir: Path) -> None:
         self._root = data_dir / "storage"
@@ -120,11 +120,11 @@ class FolderImages:
 
 
 class SupabaseRows:
-    """The table in Supabase, by its REST API."""
+    """The table in Supabase, through its REST API."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         key = variables["SUPABASE_SERVICE_KEY"]
-        # A secret key (sb_secret_...) is no JWT, and Supabase refuses it as a bearer.
+        # A secret key (sb_secret_...) is not a JWT, and Supabase refuses it as a bearer token.
         bearer = {} if key.startswith("sb_") else {"Authorization": f"Bearer {key}"}
         apikey = variables.get("SUPABASE_PUBLISHABLE_KEY", key)
         self._http = httpx.Client(
@@ -134,35 +134,35 @@ class SupabaseRows:
         )
 
     def insert(self, task: Mapping[str, str]) -> str:
-        self._ask("POST", json=dict(task))
+        self._request("POST", json=dict(task))
         return "inserted as pending, as the Edge does"
 
     def get(self, task_id: str) -> dict[str, Any] | None:
-        found: list[dict[str, Any]] = _json_of(self._ask("GET", params={"id": f"eq.{task_id}"}))
+        found: list[dict[str, Any]] = _json_of(self._request("GET", params={"id": f"eq.{task_id}"}))
         return found[0] if found else None
 
     def delete(self, task_id: str) -> None:
-        self._ask("DELETE", params={"id": f"eq.{task_id}"})
+        self._request("DELETE", params={"id": f"eq.{task_id}"})
 
-    def _ask(self, method: str, **sent: Any) -> httpx.Response:
-        answer = self._http.request(method, "segmentation_results", **sent)
+    def _request(self, method: str, **options: Any) -> httpx.Response:
+        answer = self._http.request(method, "segmentation_results", **options)
         if answer.is_error:
-            said = _json_of(answer)
+            error = _json_of(answer)
             raise StepFailed(
-                f"Supabase answered {answer.status_code} {said.get('code')}: {said.get('message')}"
+                f"Supabase answered {answer.status_code} {error.get('code')}: {error.get('message')}"
             )
         return answer
 
 
 class SqliteRows:
-    """The embedded results file, which is only read: the server makes and keeps its rows."""
+    """The embedded results file, read-only: the server inserts and keeps its rows."""
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / "results.sqlite"
 
     def insert(self, task: Mapping[str, str]) -> str:
         del task
-        return "left to the server, whose results are embedded"
+        return "inserted by the server, whose results are embedded"
 
     def get(self, task_id: str) -> dict[str, Any] | None:
         rows = sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=ro", uri=True, timeout=STORE_TIMEOUT_S)
@@ -178,15 +178,15 @@ class SqliteRows:
 
 
 class Smoke:
-    """One task from its upload to its mask. Each public method is a step and returns a note on what it found.
+    """One task from its upload to its mask. Each public method is a step and returns a note for the report.
 
     Args:
-        http: asks the server.
+        http: client of the server.
         images: the server's store of images.
         rows: the server's store of rows.
-        user_id: whose task it is.
-        image_key: a picture that is stored already; None draws one and uploads it.
-        prompt: what to look for in it.
+        user_id: owner of the task.
+        image_key: an image that is already stored; None draws one and uploads it.
+        prompt: what to find in the image.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class Smoke:
         self._answer: dict[str, Any] = {}
 
     def health(self, wait_s: float) -> str:
-        """Wait until the model is loaded; `wait_s` 0 asks once."""
+        """Wait until the model is loaded; `wait_s` 0 checks once."""
         until_s = time.monotonic() + wait_s
         while True:
             try:
@@ -221,14 +221,14 @@ class Smoke:
             time.sleep(POLL_S)
 
     def model(self) -> str:
-        """The key opens the API, and the model says what it is."""
-        said = self._ok(self._http.get("/api/v1/model/info"))
-        return f"{said['model_name']} {said['model_version']}, {said['dtype']} on {said['device']}"
+        """Check that the key is accepted, and report the model."""
+        info = self._ok(self._http.get("/api/v1/model/info"))
+        return f"{info['model_name']} {info['model_version']}, {info['dtype']} on {info['device']}"
 
     def picture(self) -> str:
-        """Upload the picture, unless one is there."""
+        """Upload the image, unless --image-key names a stored one."""
         if not self._draws:
-            return f"{self._image_key}, which is there already"
+            return f"{self._image_key}, which is already stored"
         picture = Image.new("RGB", PICTURE_SIZE_PX, (225, 225, 220))
         ImageDraw.Draw(picture).ellipse(CIRCLE_PX, fill=(210, 30, 30))
         file = io.BytesIO()
@@ -237,7 +237,7 @@ class Smoke:
         return f"uploaded {len(file.getvalue())} bytes as {self._image_key}"
 
     def insert_row(self) -> str:
-        """Do what the Edge does before it calls."""
+        """Insert the row, as the Edge does before its call."""
         return self._rows.insert(
             {
                 "id": self.task_id,
@@ -248,7 +248,7 @@ class Smoke:
         )
 
     def predict(self) -> str:
-        """The task is done and found what it looked for."""
+        """Send the task, and check that the prompt was found."""
         body = {
             "task_id": self.task_id,
             "user_id": self._user_id,
@@ -257,25 +257,25 @@ class Smoke:
         }
         self._answer = self._ok(self._http.post("/api/v1/predict", json=body))
         if self._answer["labels"] != [self._prompt]:
-            raise StepFailed(f"found nothing for {self._prompt!r} in the picture")
+            raise StepFailed(f"found nothing for {self._prompt!r} in the image")
         return (
             f"found {self._prompt!r} with confidence {self._answer['confidence']:.2f}"
             f" in {self._answer['inference_time_ms']:.0f} ms of inference"
         )
 
     def settled_row(self) -> str:
-        """The row is done and says what the answer said."""
+        """Check that the row is done and equals the answer."""
         row = self._rows.get(self.task_id)
         if row is None:
-            raise StepFailed("the task's row is not there: does the server have the same database?")
+            raise StepFailed("the task's row is missing: does the server use the same database?")
         mask_url = row.get("mask_image_url", row.get("mask_url"))
         found = (row["status"], row["labels"], mask_url)
         if found != ("done", self._answer["labels"], self._answer["mask_url"]):
-            raise StepFailed(f"the row is not what was answered: status {row['status']}, mask {mask_url}")
+            raise StepFailed(f"the row differs from the answer: status {row['status']}, mask {mask_url}")
         return "done, with the labels and the mask of the answer"
 
     def mask(self) -> str:
-        """The mask is a PNG of the picture's size, and shows what was asked for."""
+        """Check that the mask is a PNG of the image's size, and shows the object."""
         with Image.open(io.BytesIO(self._images.get(self._mask_key()))) as file:
             kind, mask = file.format, file.convert("L")
         size_px = (self._answer["image_width"], self._answer["image_height"])
@@ -292,7 +292,7 @@ class Smoke:
         return f"PNG, {size_px[0]} x {size_px[1]}, {pixels} pixels, IoU {overlap:.3f} with the drawn circle"
 
     def clean_up(self) -> str:
-        """Delete row, mask and picture."""
+        """Delete row, mask and image."""
         self._rows.delete(self.task_id)
         self._images.delete(self._mask_key())
         if self._draws:
@@ -300,11 +300,11 @@ class Smoke:
         return "deleted what this run made"
 
     def _loaded_model(self) -> str:
-        said = _json_of(self._http.get("/health"))
-        if said.get("status") != "ok" or not said.get("model_loaded"):
-            detail = said.get("detail", "no detail")
-            raise StepFailed(f"status {said.get('status')}, the model is not loaded: {detail}")
-        return f"model loaded on {said.get('gpu_name', 'the CPU')}"
+        health = _json_of(self._http.get("/health"))
+        if health.get("status") != "ok" or not health.get("model_loaded"):
+            detail = health.get("detail", "no detail")
+            raise StepFailed(f"status {health.get('status')}, the model is not loaded: {detail}")
+        return f"model loaded on {health.get('gpu_name', 'the CPU')}"
 
     def _mask_key(self) -> str:
         url, prefix = self._answer["mask_url"], f"masks/{self._user_id}/{self.task_id}/"
@@ -313,15 +313,15 @@ class Smoke:
         return str(url[url.index(prefix) :])
 
     def _ok(self, answer: httpx.Response) -> dict[str, Any]:
-        said: dict[str, Any] = _json_of(answer)
+        body: dict[str, Any] = _json_of(answer)
         if answer.status_code != httpx.codes.OK:
-            error = said.get("error", {})
+            error = body.get("error", {})
             raise StepFailed(f"{answer.status_code} {error.get('code')}: {error.get('message')}")
-        return said
+        return body
 
 
 def main() -> int:
-    """Run all steps; stop at the first that fails."""
+    """Run the steps until one fails."""
     arguments, variables = _read()
     key = variables["API_SECRET_KEY"].split(",")[0].strip()
     data_dir = Path(variables.get("DATA_DIR", ""))
@@ -353,31 +353,31 @@ def main() -> int:
             try:
                 outcome, note = "ok", step()
             except FAILURES as error:
-                outcome, note = "FAIL", _sentence(error)
-            _say(f"{outcome:4}  {name:11}  {time.monotonic() - step_started_s:6.2f} s  {note}")
+                outcome, note = "FAIL", _describe(error)
+            _print(f"{outcome:4}  {name:11}  {time.monotonic() - step_started_s:6.2f} s  {note}")
             if outcome == "FAIL":
-                _say(f"FAILED at {name}: task {smoke.task_id}")
+                _print(f"FAILED at {name}: task {smoke.task_id}")
                 return 1
-    _say(f"PASSED in {time.monotonic() - started_s:.1f} s: task {smoke.task_id}")
+    _print(f"PASSED in {time.monotonic() - started_s:.1f} s: task {smoke.task_id}")
     return 0
 
 
 def _read() -> tuple[argparse.Namespace, dict[str, str]]:
-    """The arguments, and the variables that are set. Ends with status 2 where something is missing."""
+    """Read the arguments and the variables. Exits with status 2 if something is missing."""
     parser = argparse.ArgumentParser(
         description="Send one real task to a running server and check its result."
     )
-    parser.add_argument("url", help="of the server, such as https://sam3.example.com")
-    parser.add_argument("--env-file", type=Path, help="NAME=value lines; the environment has the last word")
-    parser.add_argument("--user-id", help="whose task it is; with Supabase the id of a user who exists")
-    parser.add_argument("--image-key", help="a picture that is stored already, below uploads/USER_ID/")
-    parser.add_argument("--prompt", help=f"what to look for in it; default: {PROMPT}, which the script draws")
-    parser.add_argument("--wait-s", type=float, default=0.0, help="for the model to be loaded; default: 0")
-    parser.add_argument("--timeout-s", type=float, default=90.0, help="of each request; default: 90")
+    parser.add_argument("url", help="the server's URL, such as https://sam3.example.com")
+    parser.add_argument("--env-file", type=Path, help="NAME=value lines; the environment overrides them")
+    parser.add_argument("--user-id", help="owner of the task; with Supabase the id of an existing user")
+    parser.add_argument("--image-key", help="a stored image, below uploads/USER_ID/; default: draw one")
+    parser.add_argument("--prompt", help=f"what to find in the image; default: {PROMPT}, as the script draws")
+    parser.add_argument("--wait-s", type=float, default=0.0, help="time to load the model; default: 0")
+    parser.add_argument("--timeout-s", type=float, default=90.0, help="timeout of each request; default: 90")
     parser.add_argument("--keep", action="store_true", help="do not delete what this run makes")
     arguments = parser.parse_args()
     if arguments.env_file and not arguments.env_file.is_file():
-        parser.error(f"--env-file {arguments.env_file} is not there: correct the path")
+        parser.error(f"--env-file {arguments.env_file} does not exist: correct the path")
     given = {**(dotenv_values(arguments.env_file) if arguments.env_file else {}), **os.environ}
     variables = {name: value.strip() for name, value in given.items() if value and value.strip()}
     needed = ["API_SECRET_KEY"]
@@ -386,13 +386,13 @@ def _read() -> tuple[argparse.Namespace, dict[str, str]]:
     missing = [name for name in dict.fromkeys(needed) if name not in variables]
     if missing:
         parser.error(
-            f"{', '.join(missing)} missing: set what the server has, in --env-file or the environment"
-            " (R2_* and SUPABASE_*, or DATA_DIR where its stores are embedded)"
+            f"{', '.join(missing)} missing: set the server's values in --env-file or the environment"
+            " (R2_* and SUPABASE_*, or DATA_DIR if its stores are embedded)"
         )
     if "SUPABASE_URL" in variables and not _is_uuid(arguments.user_id):
-        parser.error("--user-id must be the id (a UUID) of a user who exists in Supabase")
+        parser.error("--user-id must be the id (a UUID) of an existing Supabase user")
     if bool(arguments.image_key) != bool(arguments.prompt):
-        parser.error("--image-key and --prompt go together: what is to be found in that picture")
+        parser.error("--image-key and --prompt must be used together: --prompt names an object in that image")
     arguments.user_id = arguments.user_id or "smoke-test"
     arguments.prompt = arguments.prompt or PROMPT
     return arguments, variables
@@ -415,7 +415,7 @@ def _json_of(answer: httpx.Response) -> Any:
 
 
 def _iou(mask: Image.Image) -> float:
-    """Of `mask` with the drawn circle."""
+    """IoU of `mask` and the drawn circle."""
     if mask.size != PICTURE_SIZE_PX:
         return 0.0
     truth = Image.new("L", PICTURE_SIZE_PX)
@@ -423,11 +423,11 @@ def _iou(mask: Image.Image) -> float:
     return ImageChops.darker(mask, truth).histogram()[255] / ImageChops.lighter(mask, truth).histogram()[255]
 
 
-def _sentence(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, StepFailed) else f"{type(error).__name__}: {error}"
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

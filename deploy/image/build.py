@@ -1,11 +1,11 @@
-"""Build the server's image: the Bento, its packages' wheels, then podman or docker over both.
+"""Build the server's image: the Bento, the wheels of its packages, and the image from both.
 
     make image                                   # CUDA 13.0, on python:3.12-slim
     make image VARIANT=cpu
     make image VARIANT=cpu BASE_IMAGE=localhost/base PYTHON_VERSION=3.11
 
-The wheels are downloaded by this machine's pip, so its index and its certificates apply, and kept in
-build/image/; the image's own build needs no network but for its base.
+This machine's pip downloads the wheels, with its own index and certificates, to build/image/. The build of
+the image itself needs the network only for its base.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
     *("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"),
 )
-"""What wheels may be made for: glibc 2.28 (of which PyTorch's are) and older."""
+"""Accepted platforms of wheels: glibc 2.28 (as PyTorch's) and older."""
 
 
 def main() -> None:
-    """Build what the command line says. Ends with a sentence and status 1 where a step fails."""
+    """Build the image that the command line names. Exits with a message and status 1 if a step fails."""
     options = _options()
     variant = VARIANTS[options.variant]
     if not variant.lock.exists():
@@ -42,12 +42,12 @@ def main() -> None:
     tag = options.tag or f"localhost/sam3:{VERSION}-{variant.name}"
     try:
         print(f"== 1/3 the Bento, from {revision()}", flush=True)
-        put_bento(build_bento(), context)
+        copy_bento(build_bento(), context)
         print(f"== 2/3 its packages, {variant.lock.name}", flush=True)
         download_wheels(variant, options.python, context)
-        print(f"== 3/3 {tag}, by {tool}", flush=True)
+        print(f"== 3/3 {tag}, with {tool}", flush=True)
         build_image(tool, variant, context, tag, options.base)
-        # Fails where there is no such image, whatever the build's own status was.
+        # Fails if the image does not exist, even if the build ended with status 0.
         print(describe(tool, tag))
     except subprocess.CalledProcessError as error:
         sys.exit(f"no image: {' '.join(map(str, error.cmd[:4]))} ... ended with {error.returncode}")
@@ -55,31 +55,33 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build the server's image.")
-    parser.add_argument("--variant", choices=VARIANTS, default="cu130", help="which PyTorch (default: cu130)")
     parser.add_argument(
-        "--python", choices=PYTHON_VERSIONS, default=PYTHON_VERSIONS[0], help="the base's Python"
+        "--variant", choices=VARIANTS, default="cu130", help="PyTorch's build (default: cu130)"
     )
-    parser.add_argument("--base", help="an image with that Python, in place of the pinned python:3.12-slim")
+    parser.add_argument(
+        "--python", choices=PYTHON_VERSIONS, default=PYTHON_VERSIONS[0], help="the base's version of Python"
+    )
+    parser.add_argument("--base", help="an image with that Python, instead of the pinned python:3.12-slim")
     parser.add_argument("--tag", help="the image's name (default: localhost/sam3:VERSION-VARIANT)")
     return parser.parse_args()
 
 
 def context_of(variant: Variant, python: str) -> Path:
-    """The folder that the Dockerfile is run over."""
+    """The build context of the Dockerfile."""
     return WORK / f"{variant.name}-py{python}"
 
 
 def find_tool() -> str:
-    """Which of podman and docker is here; CONTAINER_TOOL names another one that takes the same words."""
-    named = os.environ.get("CONTAINER_TOOL")
-    for tool in [named] if named else ["podman", "docker"]:
+    """Return podman or docker, whichever is installed; CONTAINER_TOOL overrides it with a compatible tool."""
+    chosen = os.environ.get("CONTAINER_TOOL")
+    for tool in [chosen] if chosen else ["podman", "docker"]:
         if shutil.which(tool):
             return tool
-    sys.exit(f"no image: {named or 'podman or docker'} is needed to build one")
+    sys.exit(f"no image: {chosen or 'podman or docker'} is not installed: install it to build one")
 
 
 def revision() -> str:
-    """The commit, and whether the tree differs from it."""
+    """The commit, with -dirty if the tree differs from it."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"],
         cwd=ROOT,
@@ -91,7 +93,7 @@ def revision() -> str:
 
 
 def build_bento() -> Path:
-    """Build the Bento in a store of its own. Returns its folder."""
+    """Build the Bento in a separate store; returns its folder."""
     home = WORK / "bentoml"
     name = f"{VERSION}-{revision()}"
     folder = home / "bentos" / "sam3" / name
@@ -105,21 +107,21 @@ def build_bento() -> Path:
     return folder
 
 
-def put_bento(bento: Path, context: Path) -> None:
-    """Lay the Bento into the build's context, in place of an older one."""
+def copy_bento(bento: Path, context: Path) -> None:
+    """Copy the Bento to the build context; replaces an older one."""
     shutil.rmtree(context / "bento", ignore_errors=True)
     shutil.copytree(bento, context / "bento")
 
 
 def download_wheels(variant: Variant, python: str, context: Path) -> None:
-    """Put the wheels of the variant's lock into the context, their hashes checked, unless they are there."""
+    """Download missing wheels of the variant's lock to the context, and check their hashes."""
     lock, listed = variant.lock.read_text(), context / "requirements.txt"
     if listed.exists() and listed.read_text() == lock:
         return
     context.mkdir(parents=True, exist_ok=True)
     listed.unlink(missing_ok=True)
     torch = "".join(entry for entry in entries(lock) if entry.startswith("torch=="))
-    # Apart, since PyTorch's index has old versions of others' packages too.
+    # torch separately, because PyTorch's index has old versions of other packages too.
     _download(lock.replace(torch, ""), None, python, context)
     _download(torch, variant.torch_index, python, context)
     listed.write_text(lock)
@@ -137,14 +139,14 @@ def _download(lock: str, index: str | None, python: str, context: Path) -> None:
                 *(("--index-url", index, "--retries", "1") if index else ()),
                 *("--dest", str(context / "wheels"), "--requirement", listed.name),
             ],
-            # The lock alone says what is taken; constraints of this machine's could only refuse it.
+            # The lock fixes every version; constraints of this machine could only conflict with it.
             env=os.environ | {"PIP_CONSTRAINT": os.devnull},
             check=True,
         )
 
 
 def build_image(tool: str, variant: Variant, context: Path, tag: str, base: str | None) -> None:
-    """Run the Dockerfile over the context."""
+    """Build the image from the Dockerfile and the context."""
     labels = {
         "org.opencontainers.image.title": "sam3",
         "org.opencontainers.image.version": VERSION,
@@ -172,7 +174,7 @@ def torch_version(variant: Variant) -> str:
 
 
 def describe(tool: str, tag: str) -> str:
-    """The image's name and size, and what runs it."""
+    """The image's name and size, and where its use is described."""
     size_bytes = int(
         subprocess.run(
             [tool, "image", "inspect", "--format", "{{.Size}}", tag],

@@ -1,9 +1,9 @@
 """Write the locks of the image's variants: every package with the hashes of its wheels.
 
-    python -m deploy.image.lock           # cu130 from PyPI's metadata, and cpu from it
-    python -m deploy.image.lock cu129     # needs PyTorch's own index; not run by us yet
+    python -m deploy.image.lock           # cu130 from PyPI's metadata, and cpu derived from cu130
+    python -m deploy.image.lock cu129     # needs PyTorch's index; never run yet
 
-Versions are those of requirements.lock, so that the image holds what the tests ran with.
+The versions are those of requirements.lock, so that the image has the versions of the tests.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TORCH_CPU = """torch==2.13.0+cpu \\
     --hash=sha256:4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2 \\
     --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 """
-"""Its wheels for Python 3.12 and 3.11 on x86_64 Linux, as download.pytorch.org/whl/cpu lists them."""
+"""The hashes of its wheels for Python 3.12 and 3.11 on x86_64 Linux, from download.pytorch.org/whl/cpu."""
 _ONLY_WITH_CUDA = re.compile(r"^(nvidia-(?!ml-py)|cuda-|triton)")
 
 
 def main() -> None:
-    """Lock the variants of the command line; without any, those that need PyPI alone."""
+    """Lock the variants of the command line; by default those that need only PyPI."""
     names = sys.argv[1:] or ["cu130", "cpu"]
     for name in names:
         variant = VARIANTS[name]
@@ -37,8 +37,8 @@ def main() -> None:
 
 
 def resolve(lock: Path, torch_index: str | None) -> None:
-    """Let uv resolve pyproject.toml for the image's Python, with the versions of requirements.lock."""
-    # PyTorch's index has old versions of other packages: take each from the index that has its version.
+    """Resolve pyproject.toml with uv for the image's Python, with the versions of requirements.lock."""
+    # PyTorch's index has old versions of other packages: each comes from the index that has its version.
     more = ["--index", torch_index, "--index-strategy", "unsafe-best-match"] if torch_index else []
     subprocess.run(
         [
@@ -53,7 +53,7 @@ def resolve(lock: Path, torch_index: str | None) -> None:
 
 
 def without_cuda(lock: str) -> str:
-    """The lock of PyTorch's CPU build: that of a CUDA build without what only CUDA needs."""
+    """Derive the lock of PyTorch's CPU build: removes the packages that only CUDA needs."""
     return "".join(
         TORCH_CPU if entry.startswith("torch==") else entry
         for entry in entries(lock)

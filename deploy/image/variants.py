@@ -1,4 +1,4 @@
-"""The image's variants: which PyTorch they hold, and where its wheel comes from."""
+"""The image's variants: their build of PyTorch, and the index of its wheel."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PYTHON_VERSIONS = ("3.12", "3.11")
-"""That the locks hold wheels for; the first one is the image's."""
+"""The locks have wheels for these; the image uses the first."""
 
 
 _ENTRY = re.compile(r"^(?=\S)", re.MULTILINE)
 
 
 def entries(lock: str) -> list[str]:
-    """The packages of a lock, each with its hashes, as text that together is the lock again."""
+    """Split a lock into its packages, each with its hashes; joined they are the lock again."""
     return [entry for entry in _ENTRY.split(lock) if entry]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One line of the image.
+    """One variant of the image.
 
     Attributes:
-        name: the variant, as PyTorch's wheels are called: cpu, cu130.
-        cuda: the version of CUDA that its PyTorch is built for; None: for the CPU.
-        torch_index: the index that has its torch wheel; None: the one that has all the rest, as a rule PyPI.
+        name: PyTorch's name of the build: cpu, cu130.
+        cuda: the CUDA version of its PyTorch; None: CPU.
+        torch_index: the index of its torch wheel; None: that of the other packages, usually PyPI.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Variant:
 
     @property
     def lock(self) -> Path:
-        """Its packages, with hashes."""
+        """The file with its packages and hashes."""
         return HERE / f"requirements-{self.name}.lock"
 
     @property
     def device(self) -> str:
-        """What it runs the model on: its default of SAM3_DEVICE."""
+        """The device of the model: its default of SAM3_DEVICE."""
         return "cpu" if self.cuda is None else "cuda"
 
 

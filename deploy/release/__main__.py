@@ -1,11 +1,11 @@
-"""Make a release: test everything, build the images and the Bento, describe what they hold. Pushes nothing.
+"""Make a release: run all tests, build the images and the Bento, list their packages. Pushes nothing.
 
     make release VERSION=1.2.3                   # everything, to dist/1.2.3/
     make release VERSION=1.2.3 VARIANTS=cpu      # one variant of the image; make image's variables work too
-    make release VERSION=1.2.3 CHECK_ONLY=1      # only says whether it can be released
+    make release VERSION=1.2.3 CHECK_ONLY=1      # only checks whether it can be released
     make release VERSION=1.2.3 SKIP=tests        # a rehearsal; also SKIP=audit, SKIP="tests audit"
 
-It works on the repository in the current folder, with that repository's own make.
+It uses the repository in the current folder and its Makefile.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from deploy.release import licences, sbom
 from deploy.release.refusals import NoRelease, head, refusals, tag_of
 
 CHECKSUMS = "SHA256SUMS"
-_REHEARSED = ("tests", "audit")
-"""Steps that a rehearsal may leave out."""
+_OPTIONAL_STEPS = ("tests", "audit")
+"""Steps that a rehearsal may skip."""
 
 
 def main() -> None:
-    """Make the release that the command line names. Ends with a sentence and status 1 where it cannot be."""
+    """Make the release that the command line names. Exits with a message and status 1 if it cannot."""
     options = _options()
     root = Path.cwd()
     _refuse(root, options.version)
@@ -41,7 +41,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        _try_out(options.skip)
+        _run_tests(options.skip)
         for variant in options.variants:
             make_image(root, options.version, variant, folder)
         export_bento(root, options.version, folder)
@@ -51,7 +51,7 @@ def main() -> None:
         sys.exit(f"no release: {error}")
     _refuse(root, options.version)
     if head(root) != commit:
-        sys.exit(f"no release: {commit} was tested, but {head(root)} is checked out by now")
+        sys.exit(f"no release: {commit} was tested, but {head(root)} is checked out now: start again")
     write_checksums(folder)
     print(_next_commands(options, commit))
 
@@ -61,7 +61,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("version", help="as in 1.2.3")
     parser.add_argument("--variants", nargs="+", default=["cu130", "cpu"], help="of the image")
     parser.add_argument("--image", default="ghcr.io/OWNER/sam3", help="where the image will be pushed to")
-    parser.add_argument("--skip", nargs="+", choices=_REHEARSED, default=[], help="for a rehearsal")
+    parser.add_argument("--skip", nargs="+", choices=_OPTIONAL_STEPS, default=[], help="for a rehearsal")
     parser.add_argument("--check-only", action="store_true", help="build nothing")
     return parser.parse_args()
 
@@ -72,8 +72,8 @@ def _refuse(root: Path, version: str) -> None:
         sys.exit("\n".join(f"no release: {sentence}" for sentence in found))
 
 
-def _try_out(skip: list[str]) -> None:
-    """Run every tier; one that cannot run here fails."""
+def _run_tests(skip: list[str]) -> None:
+    """Run every tier; a tier that cannot run here fails."""
     if "tests" not in skip:
         _make("check", "test", REQUIRE_ALL_TIERS="1")
     if "audit" not in skip:
@@ -93,7 +93,7 @@ def make_image(root: Path, version: str, variant: str, folder: Path) -> None:
 
     Raises:
         CalledProcessError: make or the container tool failed.
-        NoRelease: the build left no wheels, or a package must not be passed on.
+        NoRelease: the build has no wheels, or a package must not be redistributed.
     """
     tag = f"localhost/sam3:{version}-{variant}"
     _make("image", VARIANT=variant, TAG=tag)
@@ -112,7 +112,7 @@ def make_image(root: Path, version: str, variant: str, folder: Path) -> None:
 
 
 def export_bento(root: Path, version: str, folder: Path) -> None:
-    """Write the Bento that the images were made from as one file."""
+    """Export the images' Bento to one file."""
     store = root / "build" / "image" / "bentoml"
     subprocess.run(
         [sys.executable, "-m", "bentoml", "export", "sam3:latest", str(folder / f"sam3-{version}.bento")],
@@ -122,7 +122,7 @@ def export_bento(root: Path, version: str, folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file in a folder, as `sha256sum --check` reads it."""
+    """Write the SHA-256 of every file in a folder, in the format of `sha256sum --check`."""
     lines = []
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -133,14 +133,14 @@ def write_checksums(folder: Path) -> None:
 def _next_commands(options: argparse.Namespace, commit: str) -> str:
     version, folder, tag = options.version, f"dist/{options.version}", tag_of(options.version)
     if options.skip:
-        return f"{folder}/ is a rehearsal, not for publishing: {' and '.join(options.skip)} were left out"
+        return f"{folder}/ is a rehearsal, not for publishing: {' and '.join(options.skip)} were skipped"
     commands = [
         f"{folder}/ is complete, nothing was pushed. Next:",
         "",
         f"  git tag --annotate {tag} --message 'Release {version}' {commit}",
         f"  git push origin {tag}    # .github/workflows/release.yaml builds, pushes and signs it",
         "",
-        "Or push and sign what lies here, and verify it before each deployment:",
+        "Or push and sign these files, and verify the image before each deployment:",
         "",
     ]
     for variant in options.variants:

@@ -1,9 +1,9 @@
-"""The licences of the packages in a bill of materials: listed, and held to those that may be passed on.
+"""List the licences of the packages in a bill of materials, and check that they allow redistribution.
 
     python -m deploy.release.licences requirements.lock     # of the packages installed here
 
-A package is judged by what it states itself: an SPDX expression, or a classifier. What lies in a wheel and is
-stated nowhere is not seen.
+The check reads a package's metadata: an SPDX expression, or a classifier. It does not see files in a wheel
+whose licence the metadata does not state.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ ALLOWED = frozenset(
         "MIT",
         "MIT-0",
         "MIT-CMU",
-        # Asks for the source of its own files alone, which the wheels are.
+        # Requires the source of its own files only, which the wheels contain.
         "MPL-2.0",
         "PSF-2.0",
         "Python-2.0",
         "Zlib",
-        # NVIDIA's libraries for CUDA. The licence in each wheel allows to pass them on in an application that
-        # adds much to them, under terms that agree with it (its sections on grant and on distribution).
+        # NVIDIA's libraries for CUDA. The licence in each wheel allows redistribution in an application with
+        # material additional functionality, under consistent terms (its sections on grant and distribution).
         _NVIDIA,
-        # Classifiers that name no one SPDX licence; what they commonly mean is above.
+        # Classifiers that match several SPDX licences, which are allowed above.
         "License :: OSI Approved :: Apache Software License",
         "License :: OSI Approved :: BSD License",
         "License :: OSI Approved :: Mozilla Public License 2.0 (MPL 2.0)",
     }
 )
-"""Everything else is refused, GPL and AGPL among it."""
+"""All other licences are refused, among them GPL and AGPL."""
 
 _SPDX = get_spdx_licensing()
-_NOTHING: frozenset[str] = frozenset()
+_NONE: frozenset[str] = frozenset()
 _OTHER = frozenset({"License :: Other/Proprietary License"})
 
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What a person found about a package whose own words say too little.
+    """A person's review of a package whose metadata is not sufficient.
 
     Attributes:
-        stated: its words at the time; with others the review does not count.
-        licence: what applies.
-        source: where that is written.
+        stated: the licences in its metadata at the time; if they change, the review is void.
+        licence: the licence that applies.
+        source: where the licence is stated.
     """
 
     stated: frozenset[str]
@@ -77,11 +77,11 @@ class Review:
 
 
 REVIEWS = {
-    "transformers": Review(_NOTHING, "Apache-2.0", "its LICENSE; its licence field is free text"),
-    "protobuf": Review(_NOTHING, "BSD-3-Clause", "its LICENSE; its licence field is free text"),
-    "simple-di": Review(_NOTHING, "Apache-2.0", "its LICENSE; its licence field is free text"),
-    "cuda-toolkit": Review(_NOTHING, _NVIDIA, "holds no file, only asks for the packages below"),
-    "nvidia-cusparselt-cu13": Review(_NOTHING, _NVIDIA, "its nvidia/cusparselt/LICENSE.txt"),
+    "transformers": Review(_NONE, "Apache-2.0", "its LICENSE; its licence field is free text"),
+    "protobuf": Review(_NONE, "BSD-3-Clause", "its LICENSE; its licence field is free text"),
+    "simple-di": Review(_NONE, "Apache-2.0", "its LICENSE; its licence field is free text"),
+    "cuda-toolkit": Review(_NONE, _NVIDIA, "contains no files, only depends on the packages below"),
+    "nvidia-cusparselt-cu13": Review(_NONE, _NVIDIA, "its nvidia/cusparselt/LICENSE.txt"),
     "nvidia-nvtx": Review(_OTHER, "Apache-2.0", "its License.txt and its licence field"),
     **{
         f"nvidia-{library}": Review(_OTHER, _NVIDIA, "its License.txt and its licence field")
@@ -95,9 +95,9 @@ class Package:
     """A package of a bill of materials.
 
     Attributes:
-        name: as on PyPI.
-        version: of the package.
-        stated: its licences in its own words; all apply.
+        name: its name on PyPI.
+        version: its version.
+        stated: the licences in its metadata; all apply.
     """
 
     name: str
@@ -106,13 +106,13 @@ class Package:
 
     @property
     def licence(self) -> str:
-        """What applies: a review's word, else its own."""
+        """The licence that applies: a review's, otherwise the package's."""
         review = REVIEWS.get(self.name)
         return review.licence if review and review.stated == self.stated else "; ".join(sorted(self.stated))
 
 
 def packages_of(bill: Path) -> list[Package]:
-    """The packages of a bill of materials (CycloneDX JSON), by name."""
+    """Read the packages of a bill of materials (CycloneDX JSON), sorted by name."""
     packages = [
         Package(component["name"], component["version"], frozenset(_stated(component.get("licenses", []))))
         for component in json.loads(bill.read_text(encoding="utf-8"))["components"]
@@ -127,10 +127,10 @@ def _stated(licences: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def refusals(packages: Iterable[Package]) -> list[str]:
-    """Which packages may not be passed on, in a sentence each."""
+    """List the packages that must not be redistributed, one sentence each."""
     return [
         f"{package.name} {package.version} states {package.licence or 'no licence'}, which is not allowed: "
-        "choose another package, or note in deploy/release/licences.py what its licence file says"
+        "choose another package, or add a review of its licence file to deploy/release/licences.py"
         for package in packages
         if not package.licence or not all(map(_is_allowed, package.licence.split("; ")))
     ]
@@ -152,7 +152,7 @@ def _holds(expression: Any) -> bool:
     if isinstance(expression, _SPDX.OR):
         return any(map(_holds, expression.args))
     if isinstance(expression, LicenseWithExceptionSymbol):
-        # An exception permits more than its licence.
+        # An exception grants more rights than its licence.
         return _holds(expression.license_symbol)
     return str(expression.key) in ALLOWED
 
@@ -166,7 +166,7 @@ def write_list(packages: Iterable[Package], out: Path) -> None:
 
 
 def main() -> None:
-    """Judge the packages of the lock on the command line; with a refusal, status 1."""
+    """Check the packages of the lock on the command line; exits with status 1 if one is refused."""
     lock = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
         bill = Path(folder) / "sbom.cdx.json"

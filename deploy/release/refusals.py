@@ -1,4 +1,4 @@
-"""What must hold before anything is built: a clean tree, one version, a changelog that has it, a free tag."""
+"""Checks before a release is built: a clean tree, the version, its section in the changelog, a free tag."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _DATED = re.compile(r"\[(?P<version>[^\]]+)\] - \d{4}-\d{2}-\d{2}")
 
 
 class NoRelease(Exception):
-    """Says in a sentence why there is no release, and what to do."""
+    """The release cannot be made; the message says why and what to do."""
 
 
 def refusals(root: Path, version: str) -> list[str]:
-    """Why `version` cannot be released from the repository at `root`: sentences, none when it can.
+    """List the reasons why `version` cannot be released, one sentence each; empty if it can.
 
     Args:
         root: the repository's folder.
-        version: what is to be released, as in 1.2.3.
+        version: the version to release, such as 1.2.3.
     """
     if not _VERSION.fullmatch(version):
-        return [f"VERSION={version} is no version: name one such as 1.2.3"]
+        return [f"VERSION={version} is not a version: use one such as 1.2.3"]
     return [
         *_uncommitted(root),
         *_other_version(root, version),
@@ -41,21 +41,21 @@ def _uncommitted(root: Path) -> Iterator[str]:
     changed = [line[3:] for line in git(root, "status", "--porcelain").splitlines()]
     if changed:
         some = ", ".join(changed[:5])
-        yield f"the tree differs from its commit in {some}: commit or remove {_them(changed)}"
+        yield f"the tree differs from its commit in {some}: commit or remove {_pronoun(changed)}"
 
 
-def _them(things: list[str]) -> str:
-    return "it" if len(things) == 1 else f"these {len(things)}"
+def _pronoun(files: list[str]) -> str:
+    return "it" if len(files) == 1 else f"these {len(files)}"
 
 
 def _other_version(root: Path, version: str) -> Iterator[str]:
     ours = runpy.run_path(str(root / "version.py"))["VERSION"]
     if ours != version:
-        yield f"VERSION={version}, but version.py says {ours}: change it there, in a commit"
+        yield f"VERSION={version}, but version.py has {ours}: change it there, in a commit"
 
 
 def _changelog(root: Path, version: str) -> Iterator[str]:
-    """The section of `version` has lines, and nothing is left under Unreleased."""
+    """Check that the section of `version` has lines, and that Unreleased has none."""
     sections: dict[str, str] = {}
     for section in _SECTION.split((root / "CHANGELOG.md").read_text(encoding="utf-8"))[1:]:
         title, _, lines = section.partition("\n")
@@ -67,14 +67,14 @@ def _changelog(root: Path, version: str) -> Iterator[str]:
             "with today's date"
         )
     elif sections.get("[Unreleased]", "").strip():
-        yield f"CHANGELOG.md still has lines under Unreleased: move them to {version}, which contains them"
+        yield f"CHANGELOG.md still has lines under Unreleased: move them to {version}, which includes them"
 
 
 def _tagged_elsewhere(root: Path, version: str) -> Iterator[str]:
-    """A tag on this very commit is fine: the workflow builds from the tag."""
+    """Refuse a tag on another commit. A tag on this commit is fine: the workflow builds from it."""
     tag = tag_of(version)
     if git(root, "tag", "--list", tag).strip() and git(root, "rev-list", "-n1", tag) != head(root):
-        yield f"the tag {tag} names another commit: raise the version, a release never changes"
+        yield f"the tag {tag} is on another commit: increase the version, because a release never changes"
 
 
 def tag_of(version: str) -> str:
@@ -88,7 +88,7 @@ def head(root: Path) -> str:
 
 
 def git(root: Path, *words: str) -> str:
-    """What git prints, without the last line's end."""
+    """Run git; returns its output without the last newline."""
     return subprocess.run(
         ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
     ).stdout.rstrip("\n")

@@ -1,8 +1,8 @@
-"""The bill of materials (CycloneDX): Python packages, by what their wheels say of themselves.
+"""The bill of materials (CycloneDX) of Python packages, from the metadata of their wheels.
 
-cyclonedx-py describes an environment. It reads no more of it than the packages' .dist-info folders, so these
-alone are laid into an empty one: those of the wheels that an image is built from, or those of the packages
-here that a lock names. So CUDA need not be installed, and what is installed beside the lock is left out.
+cyclonedx-py describes an environment. It reads only the packages' .dist-info folders. So we copy these
+folders to an empty environment: those of an image's wheels, or those of the installed packages that a lock
+names. CUDA need not be installed, and installed packages that the lock does not name are left out.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 def of_wheels(wheels: Path, lock: Path, root: Path, version: str, out: Path) -> None:
-    """Write the bill of the wheels that a lock names.
+    """Write the bill of materials of the wheels that a lock names.
 
     Args:
-        wheels: the folder where they lie, maybe beside others.
+        wheels: the folder of the wheels; it may contain others.
         lock: requirements, each with its version.
-        root: of the project; its pyproject.toml describes what the packages are for.
-        version: of the project.
+        root: the project's folder; its pyproject.toml describes the main component.
+        version: the project's version.
         out: the JSON file to write.
 
     Raises:
@@ -59,18 +59,18 @@ def of_wheels(wheels: Path, lock: Path, root: Path, version: str, out: Path) -> 
 
 
 def of_installed(lock: Path, root: Path, version: str, out: Path) -> None:
-    """Write the bill of a lock's packages, as they are installed in the environment that runs this.
+    """Write the bill of materials of a lock's packages, as installed in this environment.
 
-    It is not held to the schema, which takes long; for reading its licences.
+    It is used to read the licences, and not validated against the schema, which is slow.
 
     Args:
         lock: requirements, each with its version.
-        root: of the project, as in `of_wheels`.
-        version: of the project.
+        root: the project's folder, as in `of_wheels`.
+        version: the project's version.
         out: the JSON file to write.
 
     Raises:
-        NoRelease: a package is missing, or there in another version.
+        NoRelease: a package is missing, or installed in another version.
     """
     with tempfile.TemporaryDirectory() as folder:
         packages = _empty_environment(Path(folder))
@@ -81,7 +81,7 @@ def of_installed(lock: Path, root: Path, version: str, out: Path) -> None:
 
 
 def _packages_of(lock: Path) -> Iterator[tuple[str, SpecifierSet]]:
-    """Names and versions of what a lock asks for on this platform."""
+    """Names and versions of a lock's packages for this platform."""
     if not lock.is_file():
         raise NoRelease(f"{lock} is missing: make image writes it")
     for requirement in RequirementsFile.from_file(str(lock)).requirements:
@@ -104,13 +104,13 @@ def _about(name: str, wanted: SpecifierSet, lock: Path) -> Path:
 
 
 def _empty_environment(folder: Path) -> Path:
-    """Make an environment without packages. Returns the folder for them."""
+    """Make an environment without packages; returns its folder for packages."""
     venv.create(folder / "environment", with_pip=False)
     return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder / "environment")}))
 
 
 def _describe(folder: Path, root: Path, version: str, out: Path, *, validate: bool) -> None:
-    """Let cyclonedx-py write the bill, and hold it to CycloneDX's own schema if asked to."""
+    """Write the bill of materials with cyclonedx-py; validates it against CycloneDX's schema if asked."""
     project = folder / "pyproject.toml"
     project.write_text(_with_version((root / project.name).read_text("utf-8"), version), "utf-8")
     subprocess.run(
@@ -119,14 +119,14 @@ def _describe(folder: Path, root: Path, version: str, out: Path, *, validate: bo
             "--validate" if validate else "--no-validate",
             *("--pyproject", str(project), "--output-file", str(out), str(folder / "environment")),
         ],
-        # It would add its folders to the environment's.
+        # PYTHONPATH would add its folders to the environment.
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         check=True,
     )
 
 
 def _with_version(pyproject: str, version: str) -> str:
-    """cyclonedx-py reads no version that is dynamic."""
+    """Replace the dynamic version, which cyclonedx-py cannot read."""
     fixed = pyproject.replace('dynamic = ["version"]', f'version = "{version}"')
     assert fixed != pyproject
     return fixed

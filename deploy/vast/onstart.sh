@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On-start script of Vast.ai's SSH mode, which replaces the image's entrypoint and runs as root: starts the same
-# server behind the same tunnel, as the image's own user. Its log: /var/log/sam3.log.
+# On-start script for Vast.ai's SSH mode, which replaces the image's entrypoint and runs as root. It starts the
+# server and the tunnel as the image's own user. The log is /var/log/sam3.log.
 set -euo pipefail
 
 chown 1034:1034 /data /weights

@@ -1,6 +1,6 @@
-"""Rent, watch and return an instance on Vast.ai, with the `vastai` command line.
+"""Rent, inspect and destroy an instance on Vast.ai, with the `vastai` command line.
 
-`make vastai` installs that into .venv/vastai, whose Python runs this script:
+`make vastai` installs `vastai` into .venv/vastai; run this script with the Python there:
 
     .venv/vastai/bin/python deploy/vast/vast.py search h100
     .venv/vastai/bin/python deploy/vast/vast.py variables /etc/sam3/vast.env
@@ -9,8 +9,8 @@
     .venv/vastai/bin/python deploy/vast/vast.py logs INSTANCE
     .venv/vastai/bin/python deploy/vast/vast.py destroy INSTANCE
 
-Each `vastai` command is printed before it runs; none holds a secret. The key of the account comes from
-VAST_API_KEY or from the file that `vastai` reads, ~/.config/vastai/vast_api_key.
+Each `vastai` command is printed before it runs; none contains a secret. The account's key comes from
+VAST_API_KEY or from vastai's own file, ~/.config/vastai/vast_api_key.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NO_VASTAI = "vastai is not installed for this Python: `make vastai`, then use .v
 
 
 def search(chosen: argparse.Namespace) -> int:
-    """The cheapest offers that can run the image."""
+    """List the cheapest offers that can run the image."""
     query = " ".join([OFFERS["common"], OFFERS["cuda"][chosen.cuda], OFFERS["gpu"][chosen.gpu]])
     disk = TEMPLATE["recommended_disk_space"]
     return run("search", "offers", query, "--order", "dph", "--storage", disk, "--limit", "10")
 
 
 def template(chosen: argparse.Namespace) -> int:
-    """Make template.json, with this image, a template of the account; prints its hash."""
+    """Create the account's template from template.json with this image; prints its hash."""
     return run(
         *("create", "template", "--name", TEMPLATE["name"], "--desc", TEMPLATE["desc"]),
         *("--image", chosen.image, "--env", TEMPLATE["env"]),
@@ -48,12 +48,12 @@ def template(chosen: argparse.Namespace) -> int:
 
 
 def create(chosen: argparse.Namespace) -> int:
-    """Rent the offer. What is given here wins over the template."""
+    """Rent the offer. These options override the template."""
     common = (
         *("create", "instance", str(chosen.offer), "--image", chosen.image),
-        # Left out, the command line sends 10 GB of its own, which would win over the template.
+        # Without it vastai sends its default of 10 GB, which overrides the template.
         *("--disk", TEMPLATE["recommended_disk_space"], "--label", f"sam3-{chosen.tunnel}"),
-        # An error, instead of an instance that costs disk and waits for a GPU.
+        # Fail, instead of renting a stopped instance that waits for a GPU.
         "--cancel-unavail",
     )
     tunnel = f"-e CLOUDFLARE_TUNNEL={chosen.tunnel}"
@@ -62,34 +62,34 @@ def create(chosen: argparse.Namespace) -> int:
     return run(
         *common,
         *("--env", f"{TEMPLATE['env']} {tunnel}"),
-        # SSH needs root; on-start gives the server the image's own user back.
+        # SSH needs root; the on-start script starts the server as the image's own user.
         *("--ssh", "--direct", "--user", "root", "--onstart", str(KIT / "onstart.sh")),
     )
 
 
 def show(chosen: argparse.Namespace) -> int:
-    """State, image and price of the account's instances, or of one."""
+    """Show state, image and price of one or all instances of the account."""
     return run("show", "instance", str(chosen.instance)) if chosen.instance else run("show", "instances")
 
 
 def logs(chosen: argparse.Namespace) -> int:
-    """What the container wrote last."""
+    """Print the last lines of the container's log."""
     return run("logs", str(chosen.instance), "--tail", str(chosen.tail))
 
 
 def destroy(chosen: argparse.Namespace) -> int:
-    """Return the instance with all that is on its disk; asks before it does."""
+    """Destroy the instance and its disk; asks for confirmation."""
     return run("destroy", "instance", str(chosen.instance), *(["--yes"] if chosen.yes else []))
 
 
 def variables(chosen: argparse.Namespace) -> int:
-    """Copy NAME=value lines into the account's variables, which Vast.ai gives to each new container.
+    """Copy NAME=value lines to the account's variables, which Vast.ai passes to each new container.
 
-    By vastai's Python interface: its command line takes values as arguments only, where `ps` shows them.
+    Uses vastai's Python interface: its command line takes values as arguments, which `ps` shows.
     """
     values = read_variables(chosen.file)
     try:
-        from vastai import VastAI  # noqa: PLC0415 - the other commands need its program alone
+        from vastai import VastAI  # noqa: PLC0415 - the other commands need only its program
     except ModuleNotFoundError:
         sys.exit(NO_VASTAI)
     account = VastAI()
@@ -98,19 +98,19 @@ def variables(chosen: argparse.Namespace) -> int:
         change = account.update_env_var if name in known else account.create_env_var
         answer = change(name, value)
         if not answer.get("success"):
-            sys.exit(f"Vast.ai did not take {name}: {answer.get('msg', 'it does not say why')}")
-        say(f"{'updated' if name in known else 'created'} {name}")
+            sys.exit(f"Vast.ai refused {name}: {answer.get('msg', 'without a reason')}")
+        report(f"{'updated' if name in known else 'created'} {name}")
     return 0
 
 
 def read_variables(path: Path) -> dict[str, str]:
-    """NAME=value lines. Ends the script with a sentence where the file is not fit for secrets."""
+    """Read NAME=value lines. Exits with an error message if the file is not safe for secrets."""
     if not path.is_file():
-        sys.exit(f"{path} is not there: correct the path")
+        sys.exit(f"{path} does not exist: correct the path")
     if path.stat().st_mode & 0o077:
         sys.exit(f"{path} can be read by others: chmod 600 {path}")
     if path.resolve().is_relative_to(KIT.parent.parent.resolve()):
-        sys.exit(f"{path} lies in the repository: keep secrets outside of it")
+        sys.exit(f"{path} is in the repository: keep secrets outside of it")
     values = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         name, equals, value = (part.strip() for part in line.partition("="))
@@ -123,10 +123,10 @@ def read_variables(path: Path) -> dict[str, str]:
 
 
 def run(*command: str) -> int:
-    """Print and run a command of vastai; its exit status."""
+    """Print and run a vastai command; returns its exit status."""
     words = ["vastai", *command]
-    say(f"+ {shlex.join(words)}")
-    # The one that was installed beside this Python.
+    report(f"+ {shlex.join(words)}")
+    # The one in the same environment as this Python.
     program = str(Path(sys.executable).parent / words[0])
     try:
         return subprocess.run([program, *command], check=False).returncode
@@ -134,20 +134,20 @@ def run(*command: str) -> int:
         sys.exit(NO_VASTAI)
 
 
-def say(line: str) -> None:
-    """To stderr, so that stdout is vastai's."""
+def report(line: str) -> None:
+    """Print to stderr; stdout is for vastai."""
     sys.stderr.write(line + "\n")
 
 
 def image_by_digest(text: str) -> str:
-    """REPOSITORY@sha256:..., since a tag can be moved."""
+    """Check for REPOSITORY@sha256:..., because a tag can change."""
     if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}", text):
         raise argparse.ArgumentTypeError("name the image by its digest: REGISTRY/sam3-vast@sha256:...")
     return text
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,29 +159,31 @@ def parse() -> argparse.Namespace:
         return added
 
     def add_cuda(to: argparse.ArgumentParser) -> None:
-        lines = sorted(OFFERS["cuda"])
-        to.add_argument("--cuda", choices=lines, default="13", help="the image's CUDA line; default: 13")
+        versions = sorted(OFFERS["cuda"])
+        to.add_argument(
+            "--cuda", choices=versions, default="13", help="the image's CUDA version; default: 13"
+        )
 
     of_search = command(search, "list the cheapest offers that can run the image")
     of_search.add_argument("gpu", choices=sorted(OFFERS["gpu"]))
     add_cuda(of_search)
-    of_variables = command(variables, "copy NAME=value lines into the account's variables")
-    of_variables.add_argument("file", type=Path, help="outside of the repository, readable by you alone")
-    of_template = command(template, "make template.json a template of the account")
+    of_variables = command(variables, "copy NAME=value lines to the account's variables")
+    of_variables.add_argument("file", type=Path, help="outside of the repository, readable only by you")
+    of_template = command(template, "create the account's template from template.json")
     of_template.add_argument("--image", type=image_by_digest, required=True)
     add_cuda(of_template)
     of_create = command(create, "rent an offer")
     of_create.add_argument("offer", type=int, help="its id, as `search` lists it")
     of_create.add_argument("--image", type=image_by_digest, required=True)
-    of_create.add_argument("--tunnel", choices=TUNNELS, required=True, help="which tunnel leads there")
+    of_create.add_argument("--tunnel", choices=TUNNELS, required=True, help="the tunnel to the instance")
     mode = of_create.add_mutually_exclusive_group(required=True)
     mode.add_argument("--template", help="the hash that `template` printed")
-    mode.add_argument("--ssh", action="store_true", help="SSH mode, for a look inside, without a template")
+    mode.add_argument("--ssh", action="store_true", help="SSH mode, for debugging, without a template")
     command(show, "list instances").add_argument("instance", type=int, nargs="?")
-    of_logs = command(logs, "print what the container wrote last")
+    of_logs = command(logs, "print the last lines of the container's log")
     of_logs.add_argument("instance", type=int)
     of_logs.add_argument("--tail", type=int, default=200, help="lines; default: 200")
-    of_destroy = command(destroy, "return an instance, with all that is on its disk")
+    of_destroy = command(destroy, "destroy an instance and its disk")
     of_destroy.add_argument("instance", type=int)
     of_destroy.add_argument("--yes", action="store_true", help="do not ask")
     return parser.parse_args()
