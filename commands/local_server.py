@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
 POLL_S = 0.1
+PORTS = range(15_000, 32_000)
+"""Below the ports of outgoing connections, so that none of these takes the port of a stopped server."""
 
 
 class ServerFailedError(Exception):
@@ -34,14 +37,14 @@ class ServerFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LocalServer:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        url: without a slash at its end.
-        api_key: for the header X-API-Key.
-        data_dir: of its embedded stores.
-        log_path: what it writes.
-        pid: of its parent process.
+        url: its base URL, without a trailing slash.
+        api_key: the value of the header X-API-Key.
+        data_dir: the folder of its embedded stores.
+        log_path: the file of its output.
+        pid: of its supervisor process.
         ready_s: time from start to ready.
     """
 
@@ -54,31 +57,32 @@ class LocalServer:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request to /api needs."""
+        """The headers that every request to /api needs."""
         return {"X-API-Key": self.api_key}
 
 
 @contextmanager
 def local_server(
-    data_dir: Path, environment: Mapping[str, str] | None = None, *, port: int = 0
+    data_dir: Path, environment: Mapping[str, str] | None = None, *, port: int | None = None
 ) -> Iterator[LocalServer]:
     """Run the server until the end of the block: the demo checkpoint and embedded stores in `data_dir`.
 
     Args:
-        data_dir: is made when it is missing.
-        environment: settings on top of those; the caller's own settings and `.env` are left out.
-        port: of 127.0.0.1; 0 takes a free one.
+        data_dir: is created if it is missing.
+        environment: additional settings; the caller's own settings and `.env` are ignored.
+        port: of 127.0.0.1; None reserves one.
 
     Raises:
-        ServerFailedError: it did not get ready.
+        ServerFailedError: the server did not become ready.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    port = port or _free_port()
     api_key = (environment or {}).get("API_SECRET_KEY", secrets.token_hex(16))
     log_path = data_dir / "server.log"
-    url = f"http://127.0.0.1:{port}"
-    started_s = time.monotonic()
-    with log_path.open("wb") as log:
+    with ExitStack() as stack, log_path.open("wb") as log:
+        if port is None:
+            [port] = stack.enter_context(reserved_ports(1))
+        url = f"http://127.0.0.1:{port}"
+        started_s = time.monotonic()
         process = subprocess.Popen(  # noqa: S603 - our own command
             server_command(port),
             cwd=ROOT,
@@ -87,16 +91,14 @@ def local_server(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    try:
-        _wait_until_ready(process, url, log_path)
+        stack.callback(stop, process)
+        wait_until_ready(process, url, log_path)
         ready_s = time.monotonic() - started_s
         yield LocalServer(url, api_key, data_dir, log_path, process.pid, ready_s)
-    finally:
-        stop(process)
 
 
 def server_command(port: int) -> list[str]:
-    """What `make serve` runs."""
+    """The command line of `make serve`."""
     return [
         *(sys.executable, "-m", "bentoml", "serve", "service:SegmentationService"),
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -117,13 +119,13 @@ def clean_environment(data_dir: Path, api_key: str) -> dict[str, str]:
         "DATA_DIR": str(data_dir),
         "API_SECRET_KEY": api_key,
         "BENTOML_DO_NOT_TRACK": "True",
-        # BentoML empties its metrics folder at every start, under the feet of another server that runs.
+        # BentoML empties its metrics folder at every start; another running server may use the default one.
         "BENTOML_HOME": str(data_dir.absolute() / "bentoml"),
     }
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to finish its work and end; wait for it."""
+    """Send SIGTERM and wait for the end; send SIGKILL after STOP_TIMEOUT_S."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -133,7 +135,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    """Wait until GET {url}/readyz answers 200.
+
+    Raises:
+        ServerFailedError: the process ended, or READY_TIMEOUT_S passed.
+    """
     until_s = time.monotonic() + READY_TIMEOUT_S
     with httpx.Client(timeout=2.0) as client:
         while time.monotonic() < until_s:
@@ -152,8 +159,20 @@ def _tail(path: Path) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-20:])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Reserve free TCP ports of 127.0.0.1 for servers, until the end of the block.
+
+    A UDP socket on the same port holds the reservation: two callers never get the same port, in whatever
+    processes they run, and the kernel ends the reservation of a process that dies.
+    """
+    with ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.choice(PORTS)  # noqa: S311 - not a secret
+            reservation = held.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+            with suppress(OSError), socket.socket() as probe:  # OSError: the port is reserved or in use
+                reservation.bind(("127.0.0.1", port))
+                probe.bind(("127.0.0.1", port))
+                ports.append(port)
+        yield ports

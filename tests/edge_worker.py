@@ -19,7 +19,7 @@ from tests.drawn import scene
 from tests.edge import png_bytes, wait_for
 from tests.services import node
 from tests.services.objects import s3_client
-from tests.services.processes import ServerProcess, free_ports, http_status
+from tests.services.processes import ServerProcess, http_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,14 +136,24 @@ def program() -> str:
 
 
 @contextmanager
-def workerd(folder: Path, port: int, config: dict[str, Any], variables: dict[str, str]) -> Iterator[None]:
-    """The Worker on `port` until the end of the block; its objects and messages lie in `folder`."""
+def workerd(
+    folder: Path, ports: tuple[int, int], config: dict[str, Any], variables: dict[str, str]
+) -> Iterator[None]:
+    """Run the Worker until the end of the block.
+
+    Args:
+        folder: for its objects and messages.
+        ports: of 127.0.0.1: the Worker's, and its inspector's.
+        config: of wrangler.
+        variables: of the Worker.
+    """
+    port, inspector_port = ports
     (folder / "wrangler.json").write_text(json.dumps(config))
     (folder / ".dev.vars").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     command: list[str | Path] = [
         *(program(), EDGE / "node_modules" / "wrangler" / "bin" / "wrangler.js", "dev"),
         *("--config", folder / "wrangler.json", "--persist-to", folder / "state"),
-        *("--ip", "127.0.0.1", "--port", str(port), "--inspector-port", str(free_ports(1)[0])),
+        *("--ip", "127.0.0.1", "--port", str(port), "--inspector-port", str(inspector_port)),
         *("--show-interactive-dev-session=false",),
     ]
     environment = {

@@ -1,4 +1,4 @@
-"""Servers that do not start, start slowly, or are ended: what `local_server` waits for is watched here."""
+"""Starts servers without waiting for them, finds their processes, and kills these."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from commands import local_server
-from commands.local_server import POLL_S, ROOT, LocalServer, clean_environment, server_command, stop
+from commands.local_server import (
+    POLL_S,
+    ROOT,
+    LocalServer,
+    clean_environment,
+    reserved_ports,
+    server_command,
+    stop,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +36,7 @@ RUNNER = "sam3_runner"
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A start that was refused: its exit status and all that it wrote."""
+    """A refused start: its exit status and its output."""
 
     status: int
     output: str
@@ -38,32 +45,33 @@ class Refusal:
 def refused_start(
     data_dir: Path, changes: Mapping[str, str | None], *arguments: str, under: Sequence[str] = ()
 ) -> Refusal:
-    """Start the demo with `changes` to its environment (None removes) and `arguments`; wait for its end.
+    """Start the demo with a changed environment, and wait until it ends.
 
-    A process that is left behind holds the output open, and so is a timeout here.
+    A process that outlives the server keeps the output open, which is a timeout here.
 
     Args:
         data_dir: of the server.
-        changes: to the demo's environment.
-        arguments: of `bentoml serve`.
-        under: a command that runs the server's.
+        changes: to the demo's environment; None removes a variable.
+        arguments: additional arguments of `bentoml serve`.
+        under: a command that runs the server's command.
     """
-    ended = subprocess.run(
-        [*under, *server_command(local_server._free_port()), *arguments],
-        cwd=ROOT,
-        env=changed_environment(data_dir, changes),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=REFUSAL_TIMEOUT_S,
-        check=False,
-        text=True,
-    )
+    with reserved_ports(1) as [port]:
+        ended = subprocess.run(
+            [*under, *server_command(port), *arguments],
+            cwd=ROOT,
+            env=changed_environment(data_dir, changes),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=REFUSAL_TIMEOUT_S,
+            check=False,
+            text=True,
+        )
     return Refusal(ended.returncode, ended.stdout)
 
 
 def sentence_of(refusal: Refusal, beginning: str) -> str:
-    """The one line that refuses a start, after `beginning`; no traceback, and a status that says so."""
+    """The rest of the line that refuses the start, after `beginning`; checks the status and the log."""
     assert refusal.status != 0
     assert "Traceback" not in refusal.output
     [line] = [line for line in refusal.output.splitlines() if beginning in line]
@@ -74,11 +82,10 @@ def sentence_of(refusal: Refusal, beginning: str) -> str:
 def started_server(
     data_dir: Path, changes: Mapping[str, str | None]
 ) -> Iterator[tuple[LocalServer, subprocess.Popen[bytes]]]:
-    """A server that was started, ready or not; it is stopped at the end of the block."""
+    """Start a server without waiting until it is ready; stop it at the end of the block."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    port = local_server._free_port()
     log_path = data_dir / "server.log"
-    with log_path.open("wb") as log:
+    with reserved_ports(1) as [port], log_path.open("wb") as log:
         process = subprocess.Popen(
             server_command(port),
             cwd=ROOT,
@@ -87,26 +94,26 @@ def started_server(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        yield LocalServer(url, API_KEY, data_dir, log_path, process.pid, ready_s=0.0), process
-    finally:
-        stop(process)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            yield LocalServer(url, API_KEY, data_dir, log_path, process.pid, ready_s=0.0), process
+        finally:
+            stop(process)
 
 
 def children_of(server: LocalServer, service: str) -> list[psutil.Process]:
-    """The living processes of one of the two services, `API_WORKER` or `RUNNER`."""
+    """The running processes of one of the two services, `API_WORKER` or `RUNNER`."""
     return [child for child in psutil.Process(server.pid).children() if service_of(child) == service]
 
 
 def runner_of(server: LocalServer) -> psutil.Process:
-    """The process that holds the model."""
+    """The runner process, found by its command line."""
     [runner] = children_of(server, RUNNER)
     return runner
 
 
 def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
-    """SIGKILL; wait until it is gone, or a zombie whose parent has not looked yet."""
+    """Send SIGKILL; wait until the process has ended. A zombie counts as ended."""
     child = psutil.Process(process.pid)
     child.send_signal(signal.SIGKILL)
     while is_alive(child):
@@ -114,7 +121,7 @@ def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Does it run; a zombie, whose parent has not looked yet, does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -122,7 +129,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def left_after(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
-    """Those that still run after `limit_s`; returns as soon as none does."""
+    """Wait until all have ended, for at most `limit_s`; returns those that still run."""
     until_s = time.monotonic() + limit_s
     while (left := [process for process in processes if is_alive(process)]) and time.monotonic() < until_s:
         time.sleep(POLL_S)
@@ -130,14 +137,14 @@ def left_after(processes: list[psutil.Process], limit_s: float) -> list[psutil.P
 
 
 def run_alone(service: str, environment: Mapping[str, str]) -> Refusal:
-    """Start a process of one service as the supervisor does, but without a supervisor; wait for its end."""
+    """Start one service's process like the supervisor, but without a supervisor; wait until it ends."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         fd = listening.fileno()
         ended = subprocess.run(
             [
                 *(sys.executable, "-m", "_bentoml_impl.worker.service", "service:SegmentationService"),
                 *("--service-name", service, "--fd", str(fd), "--worker-id", "1"),
-                # An API worker looks for the runner's socket.
+                # An API worker needs the address of the runner.
                 *("--runner-map", '{"sam3_runner": "tcp://127.0.0.1:9"}'),
             ],
             cwd=ROOT,
@@ -154,7 +161,7 @@ def run_alone(service: str, environment: Mapping[str, str]) -> Refusal:
 
 
 def service_of(process: psutil.Process) -> str | None:
-    """Which of the two services this is a process of; None: of neither."""
+    """The service that this process runs; None if neither."""
     words = _words(process)
     return words[words.index("--service-name") + 1] if "--service-name" in words else None
 
@@ -167,7 +174,7 @@ def is_decoder(process: psutil.Process) -> bool:
 def _words(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has ended
         return []
 
 

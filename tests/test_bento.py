@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from commands.local_server import LocalServer, _free_port, _wait_until_ready, clean_environment, stop
+from commands.local_server import LocalServer, clean_environment, reserved_ports, stop, wait_until_ready
 from settings import OWN_PREFIXES, Settings
 from tests.drawn import scene
 from tests.edge import Edge, png_bytes
@@ -111,15 +111,16 @@ def test_bento_is_for_production(bento: Path) -> None:
 
 def test_bento_keeps_its_files_in_one_folder(bento: Path, tmp_path: Path) -> None:
     """A built Bento that is served from anywhere has its relative paths there, in all of its processes."""
-    port, api_key = _free_port(), "0123456789abcdef"
+    api_key = "0123456789abcdef"
     environment = clean_environment(tmp_path / "data", api_key) | {
         "APP_ENV": "production",
         "EMBEDDED_PARTS": "storage,results",
         "DATA_DIR": "data",
     }
     (tmp_path / "data").mkdir()
-    url, log_path = f"http://127.0.0.1:{port}", tmp_path / "server.log"
-    with log_path.open("wb") as log:
+    log_path = tmp_path / "server.log"
+    with reserved_ports(1) as [port], log_path.open("wb") as log:
+        url = f"http://127.0.0.1:{port}"
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "bentoml", "serve", str(bento)),
@@ -134,12 +135,13 @@ def test_bento_keeps_its_files_in_one_folder(bento: Path, tmp_path: Path) -> Non
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    try:
-        _wait_until_ready(process, url, log_path)
-        with Edge(LocalServer(url, api_key, tmp_path / "data", log_path, process.pid, ready_s=0.0)) as edge:
-            assert edge.ask(png_bytes(scene(100).image), "circle").status_code == httpx.codes.OK
-    finally:
-        stop(process)
+        try:
+            wait_until_ready(process, url, log_path)
+            server = LocalServer(url, api_key, tmp_path / "data", log_path, process.pid, ready_s=0.0)
+            with Edge(server) as edge:
+                assert edge.ask(png_bytes(scene(100).image), "circle").status_code == httpx.codes.OK
+        finally:
+            stop(process)
     assert {"outbox.sqlite", "results.sqlite", "storage"} <= {
         path.name for path in (tmp_path / "data").iterdir()
     }

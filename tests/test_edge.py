@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
 import numpy as np
 import pytest
 
-from commands.local_server import local_server
+from commands.local_server import local_server, reserved_ports
 from tests.drawn import iou
 from tests.edge import wait_for
 from tests.edge_worker import (
@@ -26,7 +26,6 @@ from tests.edge_worker import (
     workerd,
 )
 from tests.services.faults import fault_proxy
-from tests.services.processes import free_ports
 from tests.tiers import need
 
 if TYPE_CHECKING:
@@ -48,19 +47,12 @@ def worker(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """`wrangler dev`, its bucket also the backend's, with a proxy between the two."""
     need(missing())
     folder = tmp_path_factory.mktemp("edge")
-    edge_port, backend_port = free_ports(2)
-    url = f"http://127.0.0.1:{edge_port}"
     config = shipped_config()
-    credentials = config["r2_buckets"][0]["local_dev"]["experimental_s3_credentials"]
-    bucket = {
-        "R2_ENDPOINT": f"{url}/cdn-cgi/local/r2/s3",
-        "R2_BUCKET": config["r2_buckets"][0]["bucket_name"],
-        "R2_PUBLIC_BASE_URL": f"{url}/cdn-cgi/local/r2/public/{config['r2_buckets'][0]['bucket_name']}",
-        "R2_ACCESS_KEY_ID": credentials["accessKeyId"],
-        "R2_SECRET_ACCESS_KEY": credentials["secretAccessKey"],
-    }
     own = {"API_SECRET_KEY": API_KEY, "API_WORKERS": "1"}
     with ExitStack() as running:
+        edge_port, inspector_port, backend_port = running.enter_context(reserved_ports(3))
+        url = f"http://127.0.0.1:{edge_port}"
+        bucket = bucket_settings(config, url)
         backend = running.enter_context(fault_proxy(f"http://127.0.0.1:{backend_port}"))
         variables = {
             "SUPABASE_URL": database.url,
@@ -70,10 +62,23 @@ def worker(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iter
             "BACKEND_API_KEY": API_KEY,
             "R2_PUBLIC_BASE_URL": bucket["R2_PUBLIC_BASE_URL"],
         }
-        running.enter_context(workerd(folder, edge_port, config, variables))
+        running.enter_context(workerd(folder, (edge_port, inspector_port), config, variables))
         environment = bucket | database.settings() | own
         running.enter_context(local_server(folder / "backend", environment, port=backend_port))
         yield Worker(url, database, backend, bucket)
+
+
+def bucket_settings(config: dict[str, Any], url: str) -> dict[str, str]:
+    """The backend's settings for the bucket of the Worker at `url`."""
+    [bucket] = config["r2_buckets"]
+    credentials = bucket["local_dev"]["experimental_s3_credentials"]
+    return {
+        "R2_ENDPOINT": f"{url}/cdn-cgi/local/r2/s3",
+        "R2_BUCKET": bucket["bucket_name"],
+        "R2_PUBLIC_BASE_URL": f"{url}/cdn-cgi/local/r2/public/{bucket['bucket_name']}",
+        "R2_ACCESS_KEY_ID": credentials["accessKeyId"],
+        "R2_SECRET_ACCESS_KEY": credentials["secretAccessKey"],
+    }
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from commands.local_server import ROOT, LocalServer, local_server
+from commands.local_server import ROOT, LocalServer, local_server, reserved_ports
 from tests.drawn import scene
 from tests.edge import WAIT_S, Edge, png_bytes
-from tests.services.processes import free_ports
 from tests.services.prometheus import Prometheus, missing, prometheus
 from tests.tiers import need
 
@@ -47,14 +46,13 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 def watching(tmp_path_factory: pytest.TempPathFactory, works: LocalServer) -> Iterator[Prometheus]:
     """Prometheus over that server and one whose R2 is away, with a task that waits for it."""
     need(missing())
-    [closed] = free_ports(1)
-    away = {
-        "R2_ENDPOINT": f"http://127.0.0.1:{closed}",
-        "R2_ACCESS_KEY_ID": "key-of-nobody",
-        "R2_SECRET_ACCESS_KEY": "secret-of-nobody",
-    }
+    unreachable = {"R2_ACCESS_KEY_ID": "a-key-id", "R2_SECRET_ACCESS_KEY": "a-secret"}
     with (
-        local_server(tmp_path_factory.mktemp("away"), BOTH | away) as fails,
+        reserved_ports(1) as [closed],
+        local_server(
+            tmp_path_factory.mktemp("unreachable"),
+            BOTH | unreachable | {"R2_ENDPOINT": f"http://127.0.0.1:{closed}"},
+        ) as fails,
         Edge(fails) as edge,
         prometheus(tmp_path_factory.mktemp("prometheus"), [works, fails], KEY, ALERTS) as running,
     ):

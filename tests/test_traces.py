@@ -10,11 +10,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from commands.local_server import LocalServer, local_server
+from commands.local_server import LocalServer, local_server, reserved_ports
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
 from tests.services.collector import Collector, Span, collector
-from tests.services.processes import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,9 +138,9 @@ def test_traces_hold_nothing_private(traced: LocalServer, collected: Collector) 
 
 def test_collector_that_is_away_harms_nothing(tmp_path: Path) -> None:
     """Without its collector the server answers as ever, and stops cleanly."""
-    [closed] = free_ports(1)
-    changes = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}", "API_WORKERS": "1"} | SOON
-    with local_server(tmp_path, changes) as server, Edge(server) as edge:
-        answer = edge.answer(png_bytes(scene(100).image), "circle")
-        assert edge.settled_row(answer["task_id"]).status == "done"
+    with reserved_ports(1) as [closed]:
+        changes = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}", "API_WORKERS": "1"} | SOON
+        with local_server(tmp_path, changes) as server, Edge(server) as edge:
+            answer = edge.answer(png_bytes(scene(100).image), "circle")
+            assert edge.settled_row(answer["task_id"]).status == "done"
     assert "Traceback" not in server.log_path.read_text()

@@ -1,4 +1,4 @@
-"""A server that answers and has no model, as one whose weights are still to come."""
+"""A server that answers HTTP but has no model, because it waits for its weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from commands.local_server import reserved_ports
 from tests.edge import wait_for
 from tests.server_processes import started_server
 from tests.services.hub import TOKEN
-from tests.services.processes import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def server_without_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """It waits for a hub that is away."""
+    """Its weights' hub is unreachable."""
     folder = tmp_path_factory.mktemp("without-model")
-    [nobody] = free_ports(1)
     settings = {
         "SAM3_WEIGHTS_PATH": str(folder / "weights" / "sam3.pt"),
         "HF_TOKEN": TOKEN,
-        "HF_ENDPOINT": f"http://127.0.0.1:{nobody}",
         "API_WORKERS": "1",
     }
-    with started_server(folder / "data", settings) as (server, _):
+    with (
+        reserved_ports(1) as [closed],
+        started_server(folder / "data", settings | {"HF_ENDPOINT": f"http://127.0.0.1:{closed}"}) as (
+            server,
+            _,
+        ),
+    ):
         wait_for(lambda: answers(server), bool)
         yield server
 

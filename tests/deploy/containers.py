@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from commands.local_server import ROOT, LocalServer, _free_port, _wait_until_ready
+from commands.local_server import ROOT, LocalServer, reserved_ports, wait_until_ready
 from deploy.image.build import context_of, download_wheels
 from deploy.image.variants import VARIANTS
 
@@ -185,32 +185,31 @@ def container(
         if not (folder / name).exists():
             (folder / name).mkdir(parents=True)
             os.chown(folder / name, USER_ID, USER_ID)
-    port = _free_port()
-    given = {
-        "SAM3_WEIGHTS_PATH": "demo",
-        "EMBEDDED_PARTS": "storage,results",
-        "API_SECRET_KEY": API_KEY,
-        "BENTOML_HOST": "127.0.0.1",
-        "PORT": str(port),
-        **changes,
-    }
-    log_path, url = folder / "container.log", f"http://127.0.0.1:{port}"
-    started_s = time.monotonic()
-    with log_path.open("ab") as log:
+    log_path, started_s = folder / "container.log", time.monotonic()
+    with reserved_ports(1) as [port], log_path.open("ab") as log:
+        given = {
+            "SAM3_WEIGHTS_PATH": "demo",
+            "EMBEDDED_PARTS": "storage,results",
+            "API_SECRET_KEY": API_KEY,
+            "BENTOML_HOST": "127.0.0.1",
+            "PORT": str(port),
+            **changes,
+        }
+        url = f"http://127.0.0.1:{port}"
         monitor = subprocess.Popen(
             run_command(image, folder, {name: value for name, value in given.items() if value is not None}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    try:
-        if ready:
-            _wait_until_ready(monitor, url, log_path)
-        ready_s = time.monotonic() - started_s
-        pid = _first_process(monitor)
-        yield Container(LocalServer(url, API_KEY, folder / "data", log_path, pid, ready_s), monitor)
-    finally:
-        _end(monitor)
+        try:
+            if ready:
+                wait_until_ready(monitor, url, log_path)
+            ready_s = time.monotonic() - started_s
+            pid = _first_process(monitor)
+            yield Container(LocalServer(url, API_KEY, folder / "data", log_path, pid, ready_s), monitor)
+        finally:
+            _end(monitor)
 
 
 def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[str]:

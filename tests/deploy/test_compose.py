@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.services.processes import free_ports
+from commands.local_server import reserved_ports
 from tests.tiers import need
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def test_health_check_of_a_ready_server(server: LocalServer) -> None:
 
 @pytest.mark.server
 def test_health_check_of_a_server_that_is_not_ready(server_without_model: LocalServer) -> None:
-    """No server is not healthy, and neither is one that answers and has no model yet."""
-    [port] = free_ports(1)
-    assert health_check(port) != 0
+    """The check fails without a server, and for a server without a model."""
+    with reserved_ports(1) as [closed]:
+        assert health_check(closed) != 0
     assert health_check(int(server_without_model.url.rpartition(":")[2])) != 0

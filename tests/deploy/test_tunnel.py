@@ -13,9 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from commands.local_server import _wait_until_ready, clean_environment, server_command
+from commands.local_server import clean_environment, reserved_ports, server_command, wait_until_ready
 from tests.edge import wait_for
-from tests.services.processes import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,11 +93,10 @@ def test_status_is_the_server_s(environment: dict[str, str], command: tuple[str,
 @pytest.fixture
 def served(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The real server behind the tunnel: the script's process and the server's URL."""
-    [port] = free_ports(1)
     log_path = tmp_path / "server.log"
     own = clean_environment(tmp_path / "data", "0123456789abcdef")
     (tmp_path / "data").mkdir()
-    with log_path.open("wb") as log:
+    with reserved_ports(1) as [port], log_path.open("wb") as log:
         process = subprocess.Popen(
             [str(SCRIPT), *server_command(port)],
             env={**own, **environment, "API_WORKERS": "1"},
@@ -106,13 +104,13 @@ def served(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[subpro
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}", log_path)
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(60)
+        try:
+            wait_until_ready(process, f"http://127.0.0.1:{port}", log_path)
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(60)
 
 
 @pytest.mark.server

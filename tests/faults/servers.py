@@ -18,7 +18,7 @@ from commands import local_server
 from commands.local_server import clean_environment, server_command
 from tests.faults.clock import Clock
 from tests.server_processes import API_WORKER, is_decoder, service_of
-from tests.services.processes import free_ports, http_status, wait_until
+from tests.services.processes import http_status, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,12 +49,11 @@ class Server:
         has_own_disk: DATA_DIR is a file system of its own, so it can be filled.
     """
 
-    def __init__(self, name: str, folder: Path, settings: dict[str, str], diary: Diary) -> None:
+    def __init__(self, name: str, folder: Path, port: int, settings: dict[str, str], diary: Diary) -> None:
         self.name = name
         self.data_dir = folder / f"data-{name}"
         self.data_dir.mkdir()
         self.log_path = folder / f"server-{name}.log"
-        [port] = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.generation = self.starts = 0
         self.serving = False

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from commands.local_server import reserved_ports
 from tests.drawn import scene
 from tests.edge import png_bytes
 from tests.faults.diary import Diary
@@ -204,7 +205,8 @@ def stage(folder: Path) -> Iterator[Stage]:
         servers = {}
         for name, timeout_s in REQUEST_TIMEOUTS_S.items():
             own = {"API_SECRET_KEY": API_KEY, "REQUEST_TIMEOUT_S": str(timeout_s)}
-            server = servers[name] = Server(name, folder, settings | own, diary)
+            [port] = running.enter_context(reserved_ports(1))
+            server = servers[name] = Server(name, folder, port, settings | own, diary)
             running.callback(server.release_disk)
             running.callback(server.end)
         yield Stage(folder, rows, bucket, r2, rest, servers, diary)

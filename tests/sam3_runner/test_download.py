@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from commands.local_server import reserved_ports
 from tests.services.hub import COMMIT, REPO, TOKEN, hub
-from tests.services.processes import free_ports, wait_until
+from tests.services.processes import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -301,8 +302,9 @@ def test_other_suffix_is_refused(served: Hub, tmp_path: Path) -> None:
 
 def test_unreachable_hub_is_named(tmp_path: Path) -> None:
     """For an unreachable hub the error names its address, and the way without it."""
-    url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    message = error_message(start(url, tmp_path / "sam3.pt"))
+    with reserved_ports(1) as [closed]:
+        url = f"http://127.0.0.1:{closed}"
+        message = error_message(start(url, tmp_path / "sam3.pt"))
     assert f"the hub at {url} or its store does not answer (" in message
     assert "Connection refused" in message
     assert f"copy the files to {tmp_path / 'sam3.pt'} by hand" in message

@@ -21,9 +21,10 @@ import httpx
 import jwt as json_web_token
 import pg8000.dbapi  # type: ignore[import-untyped]
 
+from commands.local_server import reserved_ports
 from tests.services import node
 from tests.services.gateway import caddy, caddyfile
-from tests.services.processes import ServerProcess, free_ports, http_status, listens, wait_until
+from tests.services.processes import ServerProcess, http_status, listens, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,9 +48,9 @@ class Database:
         anon_key: of the old kind, a JWT.
     """
 
-    def __init__(self, folder: Path, data: Path) -> None:
+    def __init__(self, folder: Path, data: Path, ports: Sequence[int]) -> None:
         self._data = data
-        self._postgres_port, self._rest_port, self._admin_port, gateway_port = free_ports(4)
+        self._postgres_port, self._rest_port, self._admin_port, gateway_port = ports
         self._jwt_secret = secrets.token_hex(32)
         self.url = f"http://127.0.0.1:{gateway_port}"
         self.secret_key = f"sb_secret_{secrets.token_hex(16)}"
@@ -233,8 +234,8 @@ def database(
     """
     folder.mkdir(parents=True, exist_ok=True)
     node.check_postgrest(node.postgrest() or "postgrest")
-    with ExitStack() as running, _data_folder(folder) as data:
-        project = Database(folder, data)
+    with ExitStack() as running, _data_folder(folder) as data, reserved_ports(4) as ports:
+        project = Database(folder, data, ports)
         running.callback(project._http.close)
         for server in (project._postgres, project._postgrest, project._gateway):
             running.callback(server.stop)

@@ -15,11 +15,12 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from commands.local_server import reserved_ports
 from tests.services import node
-from tests.services.processes import ServerProcess, free_ports, http_status
+from tests.services.processes import ServerProcess, http_status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from types_boto3_s3 import S3Client
 
@@ -98,10 +99,20 @@ def seaweedfs(folder: Path) -> Iterator[S3Service]:
     data.mkdir(parents=True)
     config = folder / "seaweedfs-identities.json"
     config.write_text(json.dumps(_seaweedfs_identities()))
-    ports = free_ports(8)
-    master, master_grpc, volume, volume_grpc, filer, filer_grpc, s3, s3_grpc = ports
-    endpoint = f"http://127.0.0.1:{s3}"
-    command = [
+    with (
+        reserved_ports(8) as ports,
+        _socket_files_removed(ports),
+        s3_client(f"http://127.0.0.1:{ports[0]}", "owner", _ADMIN_SECRET) as owner,
+    ):
+        command = _seaweedfs_command(data, config, ports)
+        process = ServerProcess(command, folder / "seaweedfs.log", lambda: _stores(owner))
+        with _running(f"http://127.0.0.1:{ports[0]}", None, process) as service:
+            yield service
+
+
+def _seaweedfs_command(data: Path, config: Path, ports: Sequence[int]) -> list[str]:
+    s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
+    return [
         *(_weed() or "weed", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *(f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.volumeSizeLimitMB=64"),
         # Its default makes a second start wait for 10 s and more.
@@ -112,14 +123,14 @@ def seaweedfs(folder: Path) -> Iterator[S3Service]:
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
 
+
+@contextmanager
+def _socket_files_removed(ports: Sequence[int]) -> Iterator[None]:
+    """At the end of the block, remove the socket files that a killed SeaweedFS leaves."""
     try:
-        with s3_client(endpoint, "owner", _ADMIN_SECRET) as owner:
-            process = ServerProcess(command, folder / "seaweedfs.log", lambda: _stores(owner))
-            with _running(endpoint, None, process) as service:
-                yield service
+        yield
     finally:
-        # It leaves them when it is killed.
-        for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108 - its own choice
+        for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108 - SeaweedFS's choice
             if path.stem.rpartition("-")[2] in {str(port) for port in ports}:
                 path.unlink()
 
@@ -129,18 +140,18 @@ def r2_emulator(folder: Path) -> Iterator[S3Service]:
     """Cloudflare's local R2 (in workerd) until the end of the block; its objects lie in `folder`."""
     data = folder / "r2"
     data.mkdir(parents=True)
-    [port] = free_ports(1)
-    script = node.FOLDER / "r2_emulator.mjs"
-    command = [node.node() or "node", str(script), str(port), str(data), BUCKET, ACCESS_KEY_ID]
-    root = f"http://127.0.0.1:{port}/cdn-cgi/local/r2"
+    with reserved_ports(1) as [port]:
+        script = node.FOLDER / "r2_emulator.mjs"
+        command = [node.node() or "node", str(script), str(port), str(data), BUCKET, ACCESS_KEY_ID]
+        root = f"http://127.0.0.1:{port}/cdn-cgi/local/r2"
 
-    def ready() -> bool:
-        return http_status(f"{root}/s3/{BUCKET}") == HTTPStatus.BAD_REQUEST  # it misses a signature
+        def ready() -> bool:
+            return http_status(f"{root}/s3/{BUCKET}") == HTTPStatus.BAD_REQUEST  # the signature is missing
 
-    environment = {"SECRET_ACCESS_KEY": SECRET_ACCESS_KEY}
-    process = ServerProcess(command, folder / "r2.log", ready, environment=environment)
-    with _running(f"{root}/s3", f"{root}/public/{BUCKET}", process) as service:
-        yield service
+        environment = {"SECRET_ACCESS_KEY": SECRET_ACCESS_KEY}
+        process = ServerProcess(command, folder / "r2.log", ready, environment=environment)
+        with _running(f"{root}/s3", f"{root}/public/{BUCKET}", process) as service:
+            yield service
 
 
 @contextmanager

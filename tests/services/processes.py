@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -127,19 +126,3 @@ def http_status(url: str) -> int | None:
         connection.request("GET", parts.path)
         return connection.getresponse().status
     return None
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 on which nothing listens.
-
-    Below the range of outgoing connections, so that none takes the port of a server that is down.
-    """
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < count:
-            probe = held.enter_context(socket.socket())
-            port = random.randrange(15_000, 32_000)  # noqa: S311 - no secret
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                found.append(port)
-    return found

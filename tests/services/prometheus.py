@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tests.services.processes import ServerProcess, free_ports
+from commands.local_server import reserved_ports
+from tests.services.processes import ServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,22 +73,22 @@ def prometheus(folder: Path, servers: Sequence[LocalServer], key: str, rules: Pa
             }
         )
     )
-    [port] = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    process = ServerProcess(
-        [
-            *("prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"),
-            *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"),
-        ],
-        folder / "prometheus.log",
-        lambda: _is_ready(url),
-        stop_signal=signal.SIGTERM,
-    )
-    process.start()
-    try:
-        yield Prometheus(url)
-    finally:
-        process.stop()
+    with reserved_ports(1) as [port]:
+        url = f"http://127.0.0.1:{port}"
+        process = ServerProcess(
+            [
+                *("prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"),
+                *(f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"),
+            ],
+            folder / "prometheus.log",
+            lambda: _is_ready(url),
+            stop_signal=signal.SIGTERM,
+        )
+        process.start()
+        try:
+            yield Prometheus(url)
+        finally:
+            process.stop()
 
 
 def _is_ready(url: str) -> bool:
