@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import httpx
 import psutil
 
 from commands.local_server import (
     POLL_S,
+    READY_TIMEOUT_S,
     ROOT,
     LocalServer,
     clean_environment,
@@ -22,6 +24,7 @@ from commands.local_server import (
     server_command,
     stop,
 )
+from tests.edge import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +113,25 @@ def runner_of(server: LocalServer) -> psutil.Process:
     """The runner process, found by its command line."""
     [runner] = children_of(server, RUNNER)
     return runner
+
+
+def with_descendants(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The processes, and all that they started, such as an API worker's decoders."""
+    return [*processes, *(child for process in processes for child in process.children(recursive=True))]
+
+
+def wait_until_all_workers_are_ready(server: LocalServer, timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Wait until every API worker reports a loaded model."""
+
+    def states() -> set[str]:
+        checks = 6 * len(children_of(server, API_WORKER))
+        try:
+            # A new connection each: any worker may accept it.
+            return {httpx.get(f"{server.url}/health").json()["status"] for _ in range(checks)}
+        except httpx.TransportError:
+            return set()
+
+    wait_for(states, lambda found: found == {"ok"}, timeout_s)
 
 
 def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:

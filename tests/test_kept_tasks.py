@@ -1,4 +1,4 @@
-"""Tasks on the real server whose model's process dies: kept, begun again, done once, or given up."""
+"""Tasks on the real server whose runner dies: they are kept, retried, done once, or given up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from commands.local_server import ROOT, LocalServer, clean_environment, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
-from tests.server_processes import API_KEY, runner_of
+from tests.server_processes import API_KEY, runner_of, wait_until_all_workers_are_ready
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,66 +29,66 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.server
 
 RESTARTS_TIMEOUT_S = 240.0
-"""For a few starts of the model's process, one after another, on a busy machine."""
+"""For several restarts of the runner, on a busy machine."""
 
 
 @pytest.fixture(scope="module")
-def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+def shared_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """The caller of a server whose processes may be killed."""
     with local_server(tmp_path_factory.mktemp("kept"), {"API_WORKERS": "2"}) as server, Edge(server) as edge:
         yield edge
 
 
+@pytest.fixture
+def edge(shared_edge: Edge) -> Edge:
+    """The caller, once both API workers report a loaded model."""
+    wait_until_ready(shared_edge)
+    return shared_edge
+
+
 def wait_until_ready(edge: Edge) -> None:
-    """Until both API workers know that the model is there."""
-
-    def states() -> set[str]:
-        # A new connection each: either worker may get it.
-        return {httpx.get(f"{edge.server.url}/health").json()["status"] for _ in range(12)}
-
-    wait_for(states, lambda found: found == {"ok"}, timeout_s=RESTARTS_TIMEOUT_S)
+    wait_until_all_workers_are_ready(edge.server, RESTARTS_TIMEOUT_S)
 
 
-def on_file(server: LocalServer, what: str) -> list[tuple[Any, ...]]:
-    """What the server's file of attempts says."""
+def select(server: LocalServer, query: str) -> list[tuple[Any, ...]]:
+    """Run `SELECT {query}` on the server's outbox file."""
     with closing(sqlite3.connect(f"file:{server.data_dir}/outbox.sqlite?mode=ro", uri=True)) as db:
-        return db.execute(f"SELECT {what}").fetchall()
+        return db.execute(f"SELECT {query}").fetchall()
 
 
-def is_at_work(server: LocalServer, task_id: str) -> bool:
-    return bool(on_file(server, f"1 FROM attempts WHERE task_id = '{task_id}' AND begun IN (1, 3)"))
+def is_in_progress(server: LocalServer, task_id: str) -> bool:
+    return bool(select(server, f"1 FROM attempts WHERE task_id = '{task_id}' AND begun IN (1, 3)"))
 
 
-def hang_up(edge: Edge, body: dict[str, Any]) -> None:
-    """Send a request, and be gone before there is an answer."""
+def send_and_disconnect(edge: Edge, body: dict[str, Any]) -> None:
+    """Send a request, and disconnect before the answer."""
     with contextlib.suppress(httpx.ReadTimeout):
         httpx.post(f"{edge.server.url}{PREDICT}", json=body, headers=edge.server.headers, timeout=0.5)
 
 
 def test_tasks_of_a_dead_runner_are_done_without_their_callers(edge: Edge) -> None:
-    """Tasks whose callers hung up stay ours when the runner dies, and are done by the same attempts."""
+    """If the callers disconnect and the runner dies, the same attempts still do the tasks."""
     key = edge.upload(png_bytes(scene(600).image))
     bodies = [edge.body(key, scene(600).names[0]) for _ in range(6)]
-    wait_until_ready(edge)
     runner = runner_of(edge.server)
-    runner.suspend()  # the tasks are at work when it dies
+    runner.suspend()  # so that it dies during the tasks
     with ThreadPoolExecutor(len(bodies)) as callers:
-        list(callers.map(lambda body: hang_up(edge, body), bodies))
-    wait_for(lambda: [is_at_work(edge.server, body["task_id"]) for body in bodies], all)
+        list(callers.map(lambda body: send_and_disconnect(edge, body), bodies))
+    wait_for(lambda: [is_in_progress(edge.server, body["task_id"]) for body in bodies], all)
     attempts = {body["task_id"]: edge.row(body["task_id"]).attempt_id for body in bodies}  # type: ignore[union-attr]
     runner.kill()
     for task_id, attempt_id in attempts.items():
         row = edge.settled_row(task_id, RESTARTS_TIMEOUT_S)
         assert (row.status, row.attempt_id, row.labels) == ("done", attempt_id, [scene(600).names[0]])
-    wait_for(lambda: on_file(edge.server, "count(*) FROM attempts"), lambda left: left == [(0,)])
+    wait_for(lambda: select(edge.server, "count(*) FROM attempts"), lambda left: left == [(0,)])
 
 
-RUNNER_WORKS_S = 0.03
-"""CPU time by which one sees that the runner works; an image takes it three times as much or more."""
+RUNNER_BUSY_S = 0.03
+"""CPU time after which the runner is working; an image takes at least three times as much."""
 
 
 class Killer:
-    """Kills the model's process whenever the work on one task begins."""
+    """Kills the runner each time it starts to work on one task."""
 
     def __init__(self, server: LocalServer, task_id: str) -> None:
         self._server = server
@@ -105,57 +105,57 @@ class Killer:
         self._stopped.set()
         self._thread.join()
 
-    def _is_with(self, runner: psutil.Process) -> bool:
-        """Wait until the runner works: before that the task's image is decoded elsewhere."""
+    def _wait_until_busy(self, runner: psutil.Process) -> bool:
+        """Wait until the runner works, after the image was decoded; False if the task ends before."""
         before_s = runner.cpu_times().user
-        while is_at_work(self._server, self._task_id):
-            if runner.cpu_times().user > before_s + RUNNER_WORKS_S:
+        while is_in_progress(self._server, self._task_id):
+            if runner.cpu_times().user > before_s + RUNNER_BUSY_S:
                 return True
             time.sleep(0.002)
         return False
 
     def _watch(self) -> None:
         while not self._stopped.wait(0.001):
-            if is_at_work(self._server, self._task_id):
+            if is_in_progress(self._server, self._task_id):
                 with contextlib.suppress(psutil.NoSuchProcess, ValueError):
                     runner = runner_of(self._server)
-                    if not self._is_with(runner):
+                    if not self._wait_until_busy(runner):
                         continue
                     runner.send_signal(signal.SIGKILL)
                     self.kills += 1
-                # Until the server has noticed.
-                wait_for(lambda: is_at_work(self._server, self._task_id), lambda at_work: not at_work)
+                # Wait until the server has detected the death.
+                wait_for(lambda: is_in_progress(self._server, self._task_id), lambda busy: not busy)
 
 
-def test_task_that_kills_the_runner_is_given_up_alone(edge: Edge) -> None:
-    """A task that kills the runner ends as an error after three deaths alone; its neighbours are done."""
+def test_only_the_task_that_kills_the_runner_is_given_up(edge: Edge) -> None:
+    """A task that kills the runner ends as error after it killed it three times alone; others are done."""
     drawn = scene(601)
     key = edge.upload(png_bytes(drawn.image))
-    poison, *neighbours = [edge.body(key, drawn.names[0]) for _ in range(5)]
-    wait_until_ready(edge)
+    poison, *others = [edge.body(key, drawn.names[0]) for _ in range(5)]
     with Killer(edge.server, poison["task_id"]) as killer, ThreadPoolExecutor(5) as callers:
-        list(callers.map(lambda body: hang_up(edge, body), [poison, *neighbours]))
+        list(callers.map(lambda body: send_and_disconnect(edge, body), [poison, *others]))
         row = edge.settled_row(poison["task_id"], RESTARTS_TIMEOUT_S)
         assert row.status == "error"
         assert "stopped 3 times while it worked on this task alone" in str(row.metadata["error_message"])
-        # The first is beside its neighbours; another may come while the runner works for one of them.
+        # The first kill hits all tasks; a second one may hit another task that the runner works on.
         assert killer.kills in {4, 5}
-        for body in neighbours:
+        for body in others:
             assert edge.settled_row(body["task_id"], RESTARTS_TIMEOUT_S).status == "done"
         wait_until_ready(edge)
+        kills = killer.kills
         status, code, message = error_of(edge.send(poison))
         assert (status, code, message) == (500, "INFERENCE_FAILED", row.metadata["error_message"])
         assert edge.row(poison["task_id"]) == row
-        assert killer.kills == 4
+        assert killer.kills == kills
     assert poison["task_id"] in given_up_tasks(edge.server).stdout
-    assert given_up_tasks(edge.server, neighbours[0]["task_id"]).returncode == 1
-    # Another picture in the same place is another matter.
+    assert given_up_tasks(edge.server, others[0]["task_id"]).returncode == 1
+    # With another image under the same key the task is tried again.
     edge.upload(png_bytes(scene(602).image), name=key.rpartition("/")[2])
     assert edge.send(poison).status_code == httpx.codes.OK
 
 
 def given_up_tasks(server: LocalServer, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The operator's command, beside the running server."""
+    """Run the operator's command for a running server."""
     return subprocess.run(
         [sys.executable, "-m", "commands.given_up_tasks", *arguments],
         cwd=ROOT,
@@ -166,22 +166,21 @@ def given_up_tasks(server: LocalServer, *arguments: str) -> subprocess.Completed
     )
 
 
-def test_operator_lets_a_given_up_task_be_tried_again(edge: Edge) -> None:
-    """After the operator's word the same task, with the same picture, is done."""
+def test_operator_allows_a_given_up_task_to_be_retried(edge: Edge) -> None:
+    """After the operator's command the same task, with the same image, is done."""
     body = edge.body(edge.upload(png_bytes(scene(605).image)), scene(605).names[0])
-    wait_until_ready(edge)
     with Killer(edge.server, body["task_id"]):
-        hang_up(edge, body)
+        send_and_disconnect(edge, body)
         assert edge.settled_row(body["task_id"], RESTARTS_TIMEOUT_S).status == "error"
-    forgiven = given_up_tasks(edge.server, body["task_id"])
-    assert (forgiven.returncode, forgiven.stderr) == (0, "")
+    ended = given_up_tasks(edge.server, body["task_id"])
+    assert (ended.returncode, ended.stderr) == (0, "")
     wait_until_ready(edge)
     assert edge.send(body).status_code == httpx.codes.OK
 
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 1), (["no-uuid"], 2)])
-def test_operators_command_explains_itself(tmp_path: Path, arguments: list[str], status: int) -> None:
-    """A wrong folder or a wrong id is a sentence."""
+def test_operators_command_refuses_wrong_arguments(tmp_path: Path, arguments: list[str], status: int) -> None:
+    """A wrong folder or a wrong id gives an error message."""
     server = LocalServer("", API_KEY, tmp_path, tmp_path, 0, 0.0)
     ended = given_up_tasks(server, *arguments)
     assert ended.returncode == status
@@ -189,19 +188,18 @@ def test_operators_command_explains_itself(tmp_path: Path, arguments: list[str],
     assert "Traceback" not in ended.stderr
 
 
-def test_call_in_flight_is_answered_when_the_runner_dies(edge: Edge) -> None:
-    """A caller is told at once that its task is kept, and can have the result later."""
-    wait_until_ready(edge)
+def test_request_in_flight_is_answered_when_the_runner_dies(edge: Edge) -> None:
+    """The caller immediately gets the answer that its task is kept, and can get the result later."""
     body = edge.body(edge.upload(png_bytes(scene(603).image)), scene(603).names[0])
     runner = runner_of(edge.server)
     runner.suspend()
     with ThreadPoolExecutor(1) as caller:
         sent = caller.submit(edge.send, body)
-        wait_for(lambda: is_at_work(edge.server, body["task_id"]), bool)
+        wait_for(lambda: is_in_progress(edge.server, body["task_id"]), bool)
         runner.kill()
         killed_s = time.monotonic()
         status, code, message = error_of(sent.result())
-        assert time.monotonic() - killed_s < 10, "it has waited for its own timeout"
+        assert time.monotonic() - killed_s < 10, "it waited for its timeout"
     assert (status, code) == (503, "MODEL_NOT_LOADED")
     assert "the task is kept" in message
     assert edge.settled_row(body["task_id"], RESTARTS_TIMEOUT_S).status == "done"
@@ -209,7 +207,7 @@ def test_call_in_flight_is_answered_when_the_runner_dies(edge: Edge) -> None:
 
 
 def test_damaged_outbox_does_not_stop_the_start(tmp_path: Path) -> None:
-    """A server whose file of attempts is damaged starts with an empty one, and says so in its log."""
+    """A server with a damaged outbox file starts with an empty one, and logs it."""
     (tmp_path / "outbox.sqlite").write_bytes(b"no database" * 100)
     with local_server(tmp_path) as server, Edge(server) as edge:
         assert edge.ask(scene(604).image, scene(604).names[0]).status_code == httpx.codes.OK

@@ -1,4 +1,4 @@
-"""How the server starts, refuses to start, gets ready, and stops; test_processes.py kills parts of it."""
+"""The server's start, refused starts, readiness and stop; test_processes.py kills its processes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
 from sam3_runner.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
-from tests.server_processes import API_KEY, Refusal, refused_start, started_server
+from tests.server_processes import (
+    API_KEY,
+    Refusal,
+    refused_start,
+    started_server,
+    wait_until_all_workers_are_ready,
+)
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -48,7 +53,7 @@ REFUSALS: dict[str, tuple[dict[str, str | None], list[str]]] = {
         ["R2_ENDPOINT still has the placeholder <ACCOUNT>"],
     ),
     "half of Supabase": ({"SUPABASE_SERVICE_KEY": SECRET}, ["SUPABASE_URL missing", "SUPABASE_SERVICE_KEY"]),
-    "slip": ({"R2_ENDPONT": SECRET}, ["R2_ENDPONT", "did you mean R2_ENDPOINT?"]),
+    "misspelt name": ({"R2_ENDPONT": SECRET}, ["R2_ENDPONT", "did you mean R2_ENDPOINT?"]),
     "bad number": (
         {"API_WORKERS": "two", "HF_TOKEN": SECRET},
         ["API_WORKERS must be a whole number from 1 to 64, not 'two'"],
@@ -65,7 +70,7 @@ REFUSALS: dict[str, tuple[dict[str, str | None], list[str]]] = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refusal]:
-    """Every start of `REFUSALS`, two at a time."""
+    """The result of each start of `REFUSALS`, two at a time."""
     folder = tmp_path_factory.mktemp("refusals")
 
     def start(case: str) -> Refusal:
@@ -77,7 +82,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refusal]:
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_start_is_refused(refusals: dict[str, Refusal], case: str) -> None:
-    """A wrong setting ends the start with one sentence that names it, and with no secret in it."""
+    """A wrong setting ends the start with one sentence that names it and contains no secret."""
     refusal = refusals[case]
     assert refusal.status != 0
     [sentence] = [line for line in refusal.output.splitlines() if "cannot start: " in line]
@@ -89,7 +94,7 @@ def test_start_is_refused(refusals: dict[str, Refusal], case: str) -> None:
 
 
 def test_file_in_utf16_is_refused(tmp_path: Path) -> None:
-    """A .env that Windows has saved as "Unicode" is refused with its name."""
+    """A .env in UTF-16, which Windows calls Unicode, is refused; the message names the file."""
     env_file = tmp_path / "my.env"
     env_file.write_text("API_WORKERS=1\n", encoding="utf-16")
     refusal = refused_start(tmp_path, {"ENV_FILE": str(env_file)})
@@ -98,8 +103,8 @@ def test_file_in_utf16_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in refusal.output
 
 
-def test_files_of_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
-    """What stands in the way below DATA_DIR is told with the variable and the path."""
+def test_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    """If a file has the name of a folder below DATA_DIR, the error names the variable and the path."""
     (tmp_path / "storage").write_text("a file")
     refusal = refused_start(tmp_path, {})
     assert refusal.status != 0
@@ -108,7 +113,7 @@ def test_files_of_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
 def test_port_in_use_is_refused(tmp_path: Path, host: str, family: socket.AddressFamily) -> None:
-    """A port that another program listens on is named, before any process is started."""
+    """The error names a port that another program uses, before any process is started."""
     try:
         other = socket.create_server((host, 0), family=family)
     except OSError as error:
@@ -136,8 +141,8 @@ def test_port_in_use_is_refused(tmp_path: Path, host: str, family: socket.Addres
         (("--port", "70000"), "cannot start: --port (or BENTOML_PORT) must be at most 65535, not 70000"),
     ],
 )
-def test_address_that_is_none_is_refused(tmp_path: Path, arguments: tuple[str, str], sentence: str) -> None:
-    """An address of another machine, or a port that there is not, is told as that."""
+def test_invalid_address_is_refused(tmp_path: Path, arguments: tuple[str, str], sentence: str) -> None:
+    """The error names an address of another machine, or a port that does not exist."""
     refusal = refused_start(tmp_path, {}, *arguments)
     assert refusal.status != 0
     assert sentence in refusal.output
@@ -145,7 +150,7 @@ def test_address_that_is_none_is_refused(tmp_path: Path, arguments: tuple[str, s
 
 
 def test_start_without_a_tokenizer_is_refused(broken_checkpoint: Path, tmp_path: Path) -> None:
-    """A weights folder that lacks a file is refused with the file's name."""
+    """The error names the file that is missing in the folder of weights."""
     (broken_checkpoint / "tokenizer.json").unlink()
     refusal = refused_start(tmp_path, {"SAM3_WEIGHTS_PATH": str(broken_checkpoint)})
     assert refusal.status != 0
@@ -153,7 +158,7 @@ def test_start_without_a_tokenizer_is_refused(broken_checkpoint: Path, tmp_path:
 
 
 def get(server: LocalServer, path: str) -> httpx.Response | None:
-    """The answer, or None while nobody listens."""
+    """The answer, or None while the server does not listen."""
     try:
         return httpx.get(f"{server.url}{path}", headers=server.headers, timeout=10)
     except httpx.TransportError:
@@ -166,7 +171,7 @@ def is_ready(server: LocalServer) -> bool:
 
 
 def check_not_loaded(edge: Edge, body: dict[str, Any], response: httpx.Response) -> None:
-    """The caller is told to come back, and its row waits for it."""
+    """The caller gets 503 with Retry-After, and its row stays pending."""
     assert error_of(response)[:2] == (503, "MODEL_NOT_LOADED")
     assert int(response.headers["Retry-After"]) >= 1
     row = edge.row(body["task_id"])
@@ -176,17 +181,16 @@ def check_not_loaded(edge: Edge, body: dict[str, Any], response: httpx.Response)
 
 @dataclass
 class Start:
-    """A server that is ready, and what a caller saw of it between its start and then."""
+    """A ready server, and what a caller observed between its start and then."""
 
     server: LocalServer
-    process: subprocess.Popen[bytes]
     edge: Edge
     key: str
     states: list[str] = field(default_factory=list)
     refused: list[tuple[dict[str, Any], httpx.Response]] = field(default_factory=list)
 
     def watch(self) -> None:
-        """Ask until it is ready."""
+        """Send requests until the server is ready."""
         while not is_ready(self.server):
             health = get(self.server, "/health")
             if health is None or health.json()["status"] == "ok":
@@ -200,29 +204,29 @@ class Start:
 
 
 def printed_keys(log_path: Path) -> list[str]:
-    """The keys that the demo made and told."""
+    """The keys that the demo generated and printed."""
     return re.findall(r"X-API-Key for this run is (\w{32,})$", log_path.read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """The demo, started without a key."""
-    folder = tmp_path_factory.mktemp("life")
-    with started_server(folder, {"API_SECRET_KEY": None}) as (quiet, process):
-        [api_key] = wait_for(lambda: printed_keys(quiet.log_path), bool)
-        server = replace(quiet, api_key=api_key)
+    folder = tmp_path_factory.mktemp("start")
+    with started_server(folder, {"API_SECRET_KEY": None}) as (keyless, _):
+        [api_key] = wait_for(lambda: printed_keys(keyless.log_path), bool)
+        server = replace(keyless, api_key=api_key)
         with Edge(server) as edge:
-            seen = Start(server, process, edge, edge.upload(png_bytes(scene(300).image)))
-            watcher = threading.Thread(target=seen.watch, daemon=True)
+            observed = Start(server, edge, edge.upload(png_bytes(scene(300).image)))
+            watcher = threading.Thread(target=observed.watch, daemon=True)
             watcher.start()
             watcher.join(READY_TIMEOUT_S)
             assert not watcher.is_alive(), server.log_path.read_text()
-            yield seen
+            yield observed
 
 
 @dataclass(frozen=True)
 class Stop:
-    """How a server ended that was told to in the middle of its work."""
+    """The end of a server that was stopped while it worked."""
 
     status: int
     left: list[psutil.Process]
@@ -231,24 +235,26 @@ class Stop:
 
 
 @pytest.fixture(scope="module")
-def stop(start: Start) -> Stop:
-    """SIGTERM, once eight tasks are claimed whose images take long to decode."""
-    children = psutil.Process(start.process.pid).children(recursive=True)
-    large = start.edge.upload(png_bytes(Image.new("RGB", (7000, 6500), (90, 120, 60)), compress_level=1))
-    bodies = [start.edge.body(large, "circle") for _ in range(8)]
-    with ThreadPoolExecutor(len(bodies)) as callers:
-        answers = [callers.submit(start.edge.send, body) for body in bodies]
-        for body in bodies:
-            wait_for(lambda: start.edge.row(body["task_id"]), bool)  # noqa: B023 - the claim makes the row
-        start.process.send_signal(signal.SIGTERM)
-        status = start.process.wait(STOP_TIMEOUT_S)
-        left = psutil.wait_procs(children, timeout=10)[1]
-        rows = [start.edge.row(body["task_id"]) for body in bodies]
-        return Stop(status, left, [answer.result() for answer in answers], [row for row in rows if row])
+def stop(tmp_path_factory: pytest.TempPathFactory) -> Stop:
+    """A server that gets SIGTERM once eight tasks are claimed whose images take long to decode."""
+    with started_server(tmp_path_factory.mktemp("stop"), {}) as (server, process), Edge(server) as edge:
+        wait_until_all_workers_are_ready(server)
+        children = psutil.Process(server.pid).children(recursive=True)
+        large = edge.upload(png_bytes(Image.new("RGB", (7000, 6500), (90, 120, 60)), compress_level=1))
+        bodies = [edge.body(large, "circle") for _ in range(8)]
+        with ThreadPoolExecutor(len(bodies)) as callers:
+            answers = [callers.submit(edge.send, body) for body in bodies]
+            for body in bodies:
+                wait_for(lambda: edge.row(body["task_id"]), bool)  # noqa: B023 - the claim inserts the row
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(STOP_TIMEOUT_S)
+            left = psutil.wait_procs(children, timeout=10)[1]
+            rows = [edge.row(body["task_id"]) for body in bodies]
+            return Stop(status, left, [answer.result() for answer in answers], [row for row in rows if row])
 
 
-def test_loading(start: Start) -> None:
-    """While the weights load, callers are told to come back; when it is ready, it serves at once."""
+def test_callers_get_503_while_the_weights_load(start: Start) -> None:
+    """While the weights load, callers get 503 with Retry-After; then the server serves immediately."""
     assert set(start.states) <= {"loading"}
     assert start.refused
     for body, response in start.refused:
@@ -257,28 +263,25 @@ def test_loading(start: Start) -> None:
         assert start.edge.ask(start.key, "circle").status_code == httpx.codes.OK
 
 
-def test_demo_makes_one_key_for_all_workers(start: Start) -> None:
-    """The demo without API_SECRET_KEY prints a random key once; every worker takes it and no other."""
+def test_demo_generates_one_key_for_all_workers(start: Start) -> None:
+    """The demo without API_SECRET_KEY prints a random key once; every worker accepts it and no other."""
     assert len(printed_keys(start.server.log_path)) == 1
     url = f"{start.server.url}/api/v1/model/info"
-    for _ in range(12):  # a new connection each: both workers
+    for _ in range(12):  # new connections, so that both workers answer
         assert httpx.get(url, headers=start.server.headers).status_code == httpx.codes.OK
         assert error_of(httpx.get(url, headers={"X-API-Key": API_KEY}))[:2] == (401, "AUTH_INVALID")
         assert error_of(httpx.get(url, headers={"X-API-Key": ""}))[:2] == (401, "AUTH_INVALID")
 
 
-# Below here the shared server is stopped.
-
-
-def test_stop_leaves_nothing_behind(stop: Stop) -> None:
-    """SIGTERM ends all processes with status 0, and every caller is answered."""
+def test_stop_ends_all_processes_and_answers_every_caller(stop: Stop) -> None:
+    """After SIGTERM the exit status is 0, no process is left, and every caller has an answer."""
     assert stop.status == 0
     assert stop.left == []
     assert len(stop.rows) == len(stop.answers)
 
 
-def test_stop_finishes_the_work(stop: Stop) -> None:
-    """SIGTERM lets what was claimed end as done; large images that wait for their turn for long are kept."""
+def test_stop_finishes_or_keeps_claimed_tasks(stop: Stop) -> None:
+    """After SIGTERM claimed tasks end as done; tasks whose image would wait too long are kept."""
     for row, answer in zip(stop.rows, stop.answers, strict=True):
         if answer.status_code == httpx.codes.OK:
             assert row.status == "done"

@@ -1,4 +1,4 @@
-"""What happens to a server when its processes are killed, its `.env` breaks, or a second one is started."""
+"""A server whose processes are killed, whose `.env` becomes invalid, or that is started a second time."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.server_processes import (
     run_alone,
     runner_of,
     started_server,
+    wait_until_all_workers_are_ready,
 )
 from tests.tiers import need
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
     from concurrent.futures import Future
     from pathlib import Path
@@ -44,26 +44,28 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
+API_WORKERS = 2
+"""The default."""
 IN_FLIGHT = 4
 
-SOON_S = 2.0
-"""A death is known by then, and every probe answered."""
-NOTICED_S = 4.0
-"""By then a successor is started."""
-LEFT_S = 5.0
-"""By then no process is left of a server whose supervisor was killed."""
+PROBE_LIMIT_S = 2.0
+"""Every probe is answered within this time, and reports a dead runner."""
+RESTART_LIMIT_S = 4.0
+"""A new process is started within this time."""
+EXIT_LIMIT_S = 5.0
+"""The processes of a killed supervisor end within this time."""
 
 
 @dataclass
 class Probes:
-    """What /health, /readyz and /livez said, one after the other, and the longest that one of them took."""
+    """The answers of /health, /readyz and /livez in order, and the longest response time."""
 
     server: LocalServer
     slowest_s: float = 0.0
     states: list[str] = field(default_factory=list)
 
-    def ask(self) -> bool:
-        """Ask all three; are they good."""
+    def check(self) -> bool:
+        """Request all three; returns whether they report a ready server."""
         health = self._get("/health").json()["status"]
         self.states.append(health)
         ready = self._get("/readyz").status_code == httpx.codes.OK
@@ -78,7 +80,7 @@ class Probes:
 
 
 def wait_until_ready(server: LocalServer) -> None:
-    """Wait until it serves."""
+    """Wait until /readyz answers 200."""
 
     def is_ready() -> bool:
         try:
@@ -91,58 +93,65 @@ def wait_until_ready(server: LocalServer) -> None:
 
 @dataclass
 class Running:
-    """A server of this module, and its caller."""
+    """A running server, and its caller."""
 
     server: LocalServer
-    process: subprocess.Popen[bytes]
     edge: Edge
     key: str
 
 
 @pytest.fixture(scope="module", params=["machine", "container"])
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo on a machine and as in a container; in the end it must stop well, whatever was killed."""
+def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The demo on a machine and as in a container; after all tests it must stop cleanly."""
     container = {"BENTOML_CONTAINERIZED": "True"} if request.param == "container" else {}
     folder = tmp_path_factory.mktemp(request.param)
     with started_server(folder, container) as (server, process), Edge(server) as edge:
         wait_until_ready(server)
-        yield Running(server, process, edge, edge.upload(png_bytes(scene(300).image)))
+        yield Running(server, edge, edge.upload(png_bytes(scene(300).image)))
         children = psutil.Process(server.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(STOP_TIMEOUT_S) == 0
-        assert left_after(children, LEFT_S) == []
+        assert left_after(children, EXIT_LIMIT_S) == []
+
+
+@pytest.fixture
+def running(started: Running) -> Running:
+    """The demo, with two API workers and a runner that are ready."""
+    wait_for(lambda: len(children_of(started.server, API_WORKER)), lambda count: count == API_WORKERS)
+    wait_until_all_workers_are_ready(started.server)
+    return started
 
 
 def in_flight(running: Running, callers: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
-    """One more call whose task is claimed; none where an API worker refused it that never met the runner."""
+    """Send one more request; returns it once its task is claimed, and nothing if it was refused."""
     body = running.edge.body(running.key, "circle")
     answer = callers.submit(running.edge.send, body)
     wait_for(lambda: answer.done() or running.edge.row(body["task_id"]), bool)
     return [] if answer.done() else [answer]
 
 
-def test_runner_is_killed(running: Running) -> None:
-    """Calls in flight end at once, probes tell the truth at once, and the successor serves."""
+def test_killed_runner_is_reported_and_restarted(running: Running) -> None:
+    """Requests in flight fail soon, the probes report the death soon, and a new runner serves."""
     runner = runner_of(running.server)
     with ThreadPoolExecutor(IN_FLIGHT) as callers:
-        met = callers.map(lambda _: running.edge.ask(running.key, "circle").status_code, range(IN_FLIGHT))
-        assert set(met) == {httpx.codes.OK}
-        runner.suspend()  # so that the calls wait in it
+        first = callers.map(lambda _: running.edge.ask(running.key, "circle").status_code, range(IN_FLIGHT))
+        assert set(first) == {httpx.codes.OK}
+        runner.suspend()  # so that it holds the requests
         answers: list[Future[httpx.Response]] = []
         wait_for(lambda: answers.extend(in_flight(running, callers)), lambda _: len(answers) == IN_FLIGHT)
         probes = Probes(running.server)
-        assert probes.ask(), "a runner that is only busy is believed"
+        assert probes.check(), "a busy runner still counts as ready"
         kill(runner)
         killed_s = time.monotonic()
-        wait_for(probes.ask, lambda good: not good)
-        assert time.monotonic() - killed_s < SOON_S
+        wait_for(probes.check, lambda ready: not ready)
+        assert time.monotonic() - killed_s < PROBE_LIMIT_S
         refused = running.edge.ask(running.key, "circle")
-        assert time.monotonic() - killed_s < 2 * SOON_S
-        failures = [error_of(answer.result(SOON_S)) for answer in answers]
+        assert time.monotonic() - killed_s < 2 * PROBE_LIMIT_S
+        failures = [error_of(answer.result(PROBE_LIMIT_S)) for answer in answers]
     assert {failure[:2] for failure in [*failures, error_of(refused)]} == {(503, "MODEL_NOT_LOADED")}
     assert any("the model's process stopped while it worked" in failure[2] for failure in failures)
-    wait_for(probes.ask, bool)
-    assert probes.slowest_s < SOON_S
+    wait_for(probes.check, bool)
+    assert probes.slowest_s < PROBE_LIMIT_S
     assert "error" not in probes.states
     assert probes.states.index("loading") < len(probes.states) - 1
     assert "ok" not in probes.states[probes.states.index("loading") : -1]
@@ -150,52 +159,50 @@ def test_runner_is_killed(running: Running) -> None:
     assert running.edge.ask(running.key, "circle").status_code == httpx.codes.OK
 
 
-def test_api_worker_is_killed(running: Running) -> None:
-    """Another one is started within seconds, and the other one serves on."""
-    wait_until_ready(running.server)
+def test_killed_api_worker_is_restarted(running: Running) -> None:
+    """A new API worker is started within seconds, and the other one keeps serving."""
     first, second = children_of(running.server, API_WORKER)
-    started = running.server.log_path.read_text().count(f"Service {API_WORKER} initialized")
+    initialized = running.server.log_path.read_text().count(f"Service {API_WORKER} initialized")
     kill(first)
     killed_s = time.monotonic()
     wait_for(lambda: len(children_of(running.server, API_WORKER)), lambda count: count == 2)
-    assert time.monotonic() - killed_s < NOTICED_S
+    assert time.monotonic() - killed_s < RESTART_LIMIT_S
     ended = f"process {first.pid} (service) ended with status -9"
     wait_for(lambda: ended in running.server.log_path.read_text(), bool)
     assert second in children_of(running.server, API_WORKER)
     wait_for(
         lambda: running.server.log_path.read_text().count(f"Service {API_WORKER} initialized"),
-        lambda count: count == started + 1,
+        lambda count: count == initialized + 1,
     )
-    for _ in range(8):  # a new connection each: both workers
+    for _ in range(8):  # new connections, so that both workers answer
         assert httpx.get(f"{running.server.url}/health").json()["status"] == "ok"
 
 
-def test_second_server_is_refused(running: Running) -> None:
-    """On the same DATA_DIR it ends with a sentence, before it has touched a file that serves the first."""
-    wait_until_ready(running.server)
+def test_second_server_on_the_same_folder_is_refused(running: Running) -> None:
+    """A second server on one DATA_DIR ends with one sentence, and changes no file of the first."""
     folder = running.server.data_dir
-    before = stamps(folder)
+    before = modification_times(folder)
     refusal = refused_start(folder, {"BENTOML_HOME": str(folder.parent / "other-home")})
     assert refusal.status != 0
     [sentence] = [line for line in refusal.output.splitlines() if "cannot start: " in line]
     assert f"DATA_DIR {folder} is in use by another server (pid {running.server.pid})" in sentence
     assert "Traceback" not in refusal.output
-    assert stamps(folder) == before
+    assert modification_times(folder) == before
     assert running.edge.ask(running.key, "circle").status_code == httpx.codes.OK
 
 
-def stamps(folder: Path) -> dict[str, int]:
-    """When each file was changed that lies in the folder itself; SQLite's own and the log go on changing."""
-    moving = {"server.log", "bentoml"}
+def modification_times(folder: Path) -> dict[str, int]:
+    """Modification times in ns of the folder's files, without the log and SQLite's files, which change."""
+    changing = {"server.log", "bentoml"}
     return {
         path.name: path.stat().st_mtime_ns
         for path in folder.iterdir()
-        if path.name not in moving and not path.name.endswith(("-shm", "-wal", ".sqlite"))
+        if path.name not in changing and not path.name.endswith(("-shm", "-wal", ".sqlite"))
     }
 
 
-def test_stop_after_a_death(tmp_path: Path) -> None:
-    """A signal to stop that comes while a process is started anew is obeyed."""
+def test_stop_during_a_restart_works(tmp_path: Path) -> None:
+    """SIGTERM while a process is being restarted stops the server."""
     with started_server(tmp_path / "data", {"API_WORKERS": "1"}) as (server, process):
         wait_until_ready(server)
         runner = runner_of(server)
@@ -204,17 +211,17 @@ def test_stop_after_a_death(tmp_path: Path) -> None:
         children = psutil.Process(server.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(STOP_TIMEOUT_S) == 0
-        assert left_after(children, LEFT_S) == []
+        assert left_after(children, EXIT_LIMIT_S) == []
 
 
-def test_supervisor_is_killed(tmp_path: Path) -> None:
-    """Its processes leave soon, whatever they do, and the folder is free for the next server at once."""
+def test_processes_of_a_killed_supervisor_end(tmp_path: Path) -> None:
+    """They end soon, even during a request, and the next server can use the folder immediately."""
     with started_server(tmp_path / "data", {"API_WORKERS": "1"}) as (server, process), Edge(server) as edge:
         wait_until_ready(server)
         children = psutil.Process(server.pid).children(recursive=True)
         key = edge.upload(png_bytes(scene(300).image))
         assert edge.ask(key, "circle").status_code == httpx.codes.OK
-        runner_of(server).suspend()  # a call that never ends
+        runner_of(server).suspend()  # so that the request does not end
         body = edge.body(key, "circle")
         with ThreadPoolExecutor(1) as callers:
             callers.submit(edge.send, body)
@@ -224,12 +231,12 @@ def test_supervisor_is_killed(tmp_path: Path) -> None:
             [suspended] = [child for child in children if child.status() == psutil.STATUS_STOPPED]
             suspended.resume()
             with started_server(tmp_path / "data", {}) as (successor, _):
-                assert left_after(children, killed_s + LEFT_S - time.monotonic()) == []
+                assert left_after(children, killed_s + EXIT_LIMIT_S - time.monotonic()) == []
                 wait_until_ready(successor)
 
 
-def test_supervisor_is_killed_early(tmp_path: Path) -> None:
-    """Processes that are only being started when the supervisor dies leave too."""
+def test_starting_processes_of_a_killed_supervisor_end(tmp_path: Path) -> None:
+    """Processes that are still starting when the supervisor is killed end too."""
     with started_server(tmp_path / "data", {}) as (server, process):
         wait_for(lambda: len(children_of(server, API_WORKER)), lambda count: count == 2)
         children = psutil.Process(server.pid).children(recursive=True)
@@ -238,8 +245,8 @@ def test_supervisor_is_killed_early(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", ["NO_SUCH_SETTING=1\n", f"API_SECRET_KEY={'x' * 20}\n"])
-def test_env_file_breaks(tmp_path: Path, after: str) -> None:
-    """Processes that are started anew have the settings that were checked, whatever .env says by then."""
+def test_restarted_processes_keep_the_checked_settings(tmp_path: Path, after: str) -> None:
+    """Restarted processes use the settings that were checked at the start, even if .env has changed."""
     env_file = tmp_path / "my.env"
     env_file.write_text(f"API_SECRET_KEY={API_KEY}\nAPI_WORKERS=1\nMAX_BODY_BYTES=2048\n")
     changes = {"API_SECRET_KEY": None, "ENV_FILE": str(env_file)}
@@ -260,8 +267,8 @@ def test_env_file_breaks(tmp_path: Path, after: str) -> None:
 
 
 @pytest.mark.parametrize("service", [API_WORKER, RUNNER])
-def test_no_process_serves_on_defaults(tmp_path: Path, service: str) -> None:
-    """A process whose settings are wrong ends with the sentence, though the module may be imported so."""
+def test_process_with_wrong_settings_ends(tmp_path: Path, service: str) -> None:
+    """A process with wrong settings ends with an error message, instead of serving on defaults."""
     environment = changed_environment(tmp_path, {"API_SECRET_KEY": None, "API_WORKERS": "two"})
     ended = run_alone(service, environment | {"TMPDIR": os.fspath(tmp_path)})
     assert ended.status == HOPELESS
@@ -270,15 +277,15 @@ def test_no_process_serves_on_defaults(tmp_path: Path, service: str) -> None:
 
 
 @pytest.mark.parametrize("offset_s", [-3600, 600])
-def test_clock_that_is_set_delays_no_restart(tmp_path: Path, offset_s: int) -> None:
-    """A wall clock that is set an hour back, or ahead, delays neither a restart nor a task."""
+def test_changed_clock_delays_no_restart(tmp_path: Path, offset_s: int) -> None:
+    """A wall clock that is set back or forward delays neither a restart nor a task."""
     need(missing_clock())
     clock = Clock(tmp_path, "server")
     settings = {**clock.environment(), "API_WORKERS": "1"}
     with started_server(tmp_path / "data", settings) as (server, _), Edge(server) as edge:
         wait_until_ready(server)
         with clock.wrong_by(offset_s):
-            for _ in range(2):  # a look that was due when the clock was set may see the first death
+            for _ in range(2):  # a check that was scheduled before the change may see the first death
                 runner = runner_of(server)
                 kill(runner)
                 wait_for(lambda: {child.pid for child in children_of(server, RUNNER)} - {runner.pid}, bool)  # noqa: B023

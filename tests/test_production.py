@@ -1,4 +1,4 @@
-"""What APP_ENV=production closes to strangers, and how it logs."""
+"""APP_ENV=production: the paths that need a key, and the log."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "CF-Connecting-IP")
 
 @pytest.fixture(scope="module")
 def production(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """The server in production, over its embedded parts."""
+    """A server with APP_ENV=production and embedded parts."""
     with local_server(tmp_path_factory.mktemp("production"), PRODUCTION) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A server that trusts callers on this machine."""
+    """A server with METRICS_AND_DOCS=loopback."""
     changes = {"METRICS_AND_DOCS": "loopback", "API_WORKERS": "1"}
     with local_server(tmp_path_factory.mktemp("loopback"), changes) as running:
         yield running
@@ -47,8 +47,8 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 
 @pytest.mark.parametrize("path", [*CLOSED, "/nothing", "/static_content/nothing", "//metrics"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
-def test_production_is_closed_without_a_key(production: LocalServer, method: str, path: str) -> None:
-    """Without a key, nothing but the probes says anything: not even that a path is not served."""
+def test_every_path_but_the_probes_needs_a_key(production: LocalServer, method: str, path: str) -> None:
+    """Without a key every path but the probes answers 401, even unknown ones."""
     response = httpx.request(method, f"{production.url}{path}")
     assert response.status_code == httpx.codes.UNAUTHORIZED
     if method != "HEAD":
@@ -57,8 +57,8 @@ def test_production_is_closed_without_a_key(production: LocalServer, method: str
 
 
 @pytest.mark.parametrize("path", CLOSED)
-def test_production_opens_to_a_key(production: LocalServer, path: str) -> None:
-    """A key opens the metrics and the documentation, in either header."""
+def test_key_gives_access_in_both_headers(production: LocalServer, path: str) -> None:
+    """A key in either header gives access to the metrics and the documentation."""
     for headers in (production.headers, {"Authorization": f"Bearer {production.api_key}"}):
         assert httpx.get(f"{production.url}{path}", headers=headers).status_code == httpx.codes.OK
 
@@ -68,13 +68,13 @@ def test_production_opens_to_a_key(production: LocalServer, path: str) -> None:
     [{"X-API-Key": "x" * 32}, {"Authorization": f"Bearer {'x' * 32}"}, {"Authorization": "Bearer"}],
 )
 def test_wrong_key_is_refused(production: LocalServer, headers: dict[str, str]) -> None:
-    """A wrong key opens nothing, in either header."""
+    """A wrong key in either header is refused."""
     response = httpx.get(f"{production.url}/metrics", headers=headers)
     assert error_of(response)[:2] == (401, "AUTH_INVALID")
 
 
-def test_other_credentials_are_no_key(production: LocalServer) -> None:
-    """Only Bearer is read from Authorization, and only for the metrics and the documentation."""
+def test_other_credentials_are_ignored(production: LocalServer) -> None:
+    """Only a Bearer key in Authorization is accepted, and only for the metrics and the documentation."""
     basic = {"Authorization": f"Basic {production.api_key}"}
     bearer = {"Authorization": f"Bearer {production.api_key}"}
     metrics = httpx.get(f"{production.url}/metrics", headers=basic)
@@ -83,13 +83,13 @@ def test_other_credentials_are_no_key(production: LocalServer) -> None:
 
 
 @pytest.mark.parametrize("path", PROBES)
-def test_probes_stay_open(production: LocalServer, path: str) -> None:
-    """Hosts may ask for the state without a key."""
+def test_probes_need_no_key(production: LocalServer, path: str) -> None:
+    """The probes answer without a key."""
     assert httpx.get(f"{production.url}{path}").status_code == httpx.codes.OK
 
 
-def test_loopback_trusts_this_machine_alone(loopback: LocalServer) -> None:
-    """`loopback` opens to callers on this machine, but not to those of a proxy or a tunnel."""
+def test_loopback_allows_only_callers_on_this_machine(loopback: LocalServer) -> None:
+    """`loopback` allows callers on this machine without a key, but not those of a proxy or a tunnel."""
     for path in CLOSED:
         assert httpx.get(f"{loopback.url}{path}").status_code == httpx.codes.OK
     for name in FORWARDED:
@@ -101,18 +101,18 @@ def test_loopback_trusts_this_machine_alone(loopback: LocalServer) -> None:
 
 
 def events(server: LocalServer) -> list[dict[str, Any]]:
-    """The server's log; every line of it must be one JSON object."""
+    """The events of the server's log; every line must be one JSON object."""
     return [json.loads(line) for line in server.log_path.read_text().splitlines()]
 
 
 def test_events_of_a_request_have_its_ids(production: LocalServer) -> None:
-    """An event has the ids of its request and its task, and nothing private."""
+    """An event has the ids of its request and its task, and no private data."""
     request_id, task_id = str(uuid4()), str(uuid4())
     with Edge(production, "user-of-the-log") as edge:
         body = edge.body(edge.upload(png_bytes(scene(101).image), "private-image"), "circle", task_id)
         edge.insert_row(body)
         edge.http.headers.update({"X-Request-ID": request_id, "User-Agent": "private-agent"})
-        with _rows_away(production):
+        with _rows_locked(production):
             assert edge.send(body).status_code == httpx.codes.BAD_GATEWAY
         assert edge.settled_row(task_id).status == "done"
         gone = body | {"image_url": "uploads/user-of-the-log/private-gone", "task_id": str(uuid4())}
@@ -131,50 +131,51 @@ def test_events_of_a_request_have_its_ids(production: LocalServer) -> None:
 
 
 @contextmanager
-def _rows_away(server: LocalServer) -> Iterator[None]:
-    """Nobody else may write to the rows."""
+def _rows_locked(server: LocalServer) -> Iterator[None]:
+    """Lock the rows, so that the server cannot write them."""
     with closing(sqlite3.connect(server.data_dir / "results.sqlite")) as rows:
         rows.execute("BEGIN EXCLUSIVE")
         yield
 
 
-def test_refused_metrics_are_logged(production: LocalServer) -> None:
-    """Scrapes make no line of the log, but who is refused does."""
+def test_only_refused_scrapes_are_logged(production: LocalServer) -> None:
+    """A successful scrape is not logged; a refused one is."""
     mark = uuid4().hex
     httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"scrape-{mark}", **production.headers})
-    httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"stranger-{mark}"})
+    httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"refused-{mark}"})
     found = wait_for(
         lambda: [each for each in events(production) if mark in each.get("request_id", "")], bool
     )
-    assert [event["request_id"] for event in found] == [f"stranger-{mark}"]
+    assert [event["request_id"] for event in found] == [f"refused-{mark}"]
 
 
-def test_log_is_json(production: LocalServer) -> None:
-    """Every process writes one JSON object an event, with its time, level, logger and message."""
-    runner, workers = runner_of(production), children_of(production, API_WORKER)
-    kill(runner)
-    logged = wait_for(
-        lambda: events(production),
-        lambda found: any("another is started" in each["message"] for each in found),
-    )
+def test_log_is_json(tmp_path: Path) -> None:
+    """Every process writes one JSON object per event, with its time, level, logger and message."""
+    with local_server(tmp_path, PRODUCTION) as server:
+        runner, workers = runner_of(server), children_of(server, API_WORKER)
+        kill(runner)
+        logged = wait_for(
+            lambda: events(server),
+            lambda found: any("another is started" in each["message"] for each in found),
+        )
     for event in logged:
         assert {"time", "level", "logger", "pid", "message"} <= event.keys()
         assert event["time"].endswith("+00:00")
-    pids = {production.pid, runner.pid, *(worker.pid for worker in workers)}
+    pids = {server.pid, runner.pid, *(worker.pid for worker in workers)}
     assert pids <= {event["pid"] for event in logged}
 
 
-def test_refused_start_is_an_event(tmp_path: Path) -> None:
-    """A start that is refused says so in JSON as well."""
+def test_refused_start_is_logged_as_json(tmp_path: Path) -> None:
+    """The error of a refused start is a JSON event."""
     refusal = refused_start(tmp_path, {"APP_ENV": "production"})
-    said = [json.loads(line) for line in refusal.output.splitlines()]
+    logged = [json.loads(line) for line in refusal.output.splitlines()]
     assert refusal.status == 1
-    assert said[-1]["message"].startswith("cannot start: R2_ACCESS_KEY_ID")
-    assert said[-1]["level"] == "ERROR"
+    assert logged[-1]["message"].startswith("cannot start: R2_ACCESS_KEY_ID")
+    assert logged[-1]["level"] == "ERROR"
 
 
-def test_format_is_a_setting(tmp_path: Path) -> None:
-    """LOG_FORMAT chooses, whatever APP_ENV says."""
+def test_log_format_overrides_app_env(tmp_path: Path) -> None:
+    """LOG_FORMAT sets the format, whatever APP_ENV is."""
     refusal = refused_start(tmp_path, {"APP_ENV": "production", "LOG_FORMAT": "text"})
     assert refusal.output.startswith("cannot start: ")
     refusal = refused_start(tmp_path, {"LOG_FORMAT": "json", "API_WORKERS": "none"})

@@ -1,4 +1,4 @@
-"""Runs the smoke script, and reads what it prints."""
+"""Runs the smoke script, and parses its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Ended:
-    """What the script printed: its steps with their outcomes, and its verdict."""
+    """The script's output: its steps with their outcomes, and its verdict."""
 
     def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
         self.status = process.returncode
@@ -29,7 +29,7 @@ class Ended:
 
     @property
     def failure(self) -> tuple[str, str]:
-        """The step that failed, the last one, and its note; checks the verdict and the status."""
+        """Name and note of the failed step, which is the last; checks the verdict and the status."""
         assert [outcome for outcome, _, _ in self.steps].count("FAIL") == 1, self.output
         outcome, name, note = self.steps[-1]
         assert outcome == "FAIL"
@@ -39,7 +39,7 @@ class Ended:
 
 
 def smoke(url: str, variables: Mapping[str, str], *arguments: str) -> Ended:
-    """Run the script with these variables and none of the caller's."""
+    """Run the script with these variables, without the caller's."""
     return Ended(
         subprocess.run(
             [sys.executable, str(ROOT / "deploy" / "smoke.py"), url, *arguments],
