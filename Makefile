@@ -7,7 +7,7 @@ PORT ?= 3000
 NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
 # Node.js trusts only its bundled certificates; a network's own ones are among the system's.
 export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
-# Two workers on two cores: tests of servers mostly wait. tests/turns.py decides which tests may run in parallel.
+# Two workers on two cores: tests of servers mostly wait. tests/scheduling.py decides which tests may run in parallel.
 TEST_WORKERS ?= 2
 # One thread each: on a busy core two OpenMP threads spin while they wait, which takes three times the CPU time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder

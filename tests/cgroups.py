@@ -1,4 +1,4 @@
-"""Real cgroups with a CPU quota, for what this test starts."""
+"""Real cgroups with a CPU quota, for processes that a test starts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PERIOD_US = 100_000
 
 @contextmanager
 def cpu_quota(cores: float) -> Iterator[None]:
-    """What this thread starts in the block has so much CPU time; it must have ended when the block ends.
+    """Limit the CPU time of processes that this thread starts in the block; they must end before its end.
 
-    Skips the test where this process may set no quota. Version 1 alone: there a thread can be moved, and with
-    it what it starts, while version 2 moves whole processes.
+    Skips the test if this process may not set a quota. It uses cgroups version 1 only: there a thread can be
+    moved together with its children, while version 2 moves whole processes.
     """
     home = _CPU / _own_cgroup().lstrip("/")
     folder = home / f"sam3-test-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""What the tests share: one thread for torch, a clean environment, the real server, and a tiny model."""
+"""Shared by all tests: one thread for torch, a clean environment, the real server, services, a tiny model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from commands.local_server import LocalServer, local_server
 from sam3_runner.checkpoint import DEMO_FOLDER, find_checkpoint
 from settings import OWN_PREFIXES, Settings
 from tests.edge import SERVER_TIMEOUT_S, Edge
+from tests.scheduling import FileScheduling, machine_lock, ordered
 from tests.services import database as databases
 from tests.services import objects
 from tests.tiers import need
-from tests.turns import ByFile, in_order, turn
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 SERVICES = {"seaweedfs", "r2_emulator", "database", "image"}
-"""Fixtures that start one, or build the server's image."""
+"""Fixtures that start a service or build the server's image."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a service, before tests are chosen by their marks, and put all in order."""
+    """Mark tests that need a service, before pytest selects by marks, and sort all tests."""
     for item in items:
         if SERVICES & set(getattr(item, "fixturenames", ())):
             item.add_marker("services")
-    items[:] = in_order(items)
+    items[:] = ordered(items)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
-    """How tests are shared out to workers."""
-    return ByFile(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
+    """Choose how tests are distributed to workers."""
+    return FileScheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
-    """Let a test begin when its turn has come."""
-    with turn(item):
+    """Run a test while it holds the machine's lock."""
+    with machine_lock(item):
         return (yield)
 
 
@@ -69,9 +69,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     """The real server with the demo checkpoint, embedded stores and two API workers."""
     settings = {
         "API_WORKERS": "2",
-        # A slow machine may take longer for the bursts than callers are given by default.
+        # On a slow machine many concurrent requests may take longer than the default.
         "REQUEST_TIMEOUT_S": str(SERVER_TIMEOUT_S),
-        # Two threads beside another worker's tests wait for each other, and take a third more of the cores.
+        # On shared cores two threads spin while they wait for each other, which takes a third more CPU time.
         "SAM3_CPU_THREADS": "1",
     }
     with local_server(tmp_path_factory.mktemp("server"), settings) as running:
@@ -80,7 +80,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
 
 @pytest.fixture(scope="session")
 def edge(server: LocalServer) -> Iterator[Edge]:
-    """The caller of `server`."""
+    """A caller of `server`."""
     with Edge(server) as caller:
         yield caller
 
@@ -95,7 +95,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
-    """A real S3 server that the tests share; who stops one starts its own."""
+    """A real S3 server, shared by the tests; a test that stops one starts its own."""
     need(objects.missing_seaweedfs())
     with objects.seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as service:
         yield service
@@ -103,7 +103,7 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
 
 @pytest.fixture(scope="session")
 def r2_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
-    """Cloudflare's local R2, shared by the tests; who stops one starts its own."""
+    """Cloudflare's local R2, shared by the tests; a test that stops one starts its own."""
     need(objects.missing_r2_emulator())
     with objects.r2_emulator(tmp_path_factory.mktemp("r2")) as service:
         yield service
@@ -111,7 +111,7 @@ def r2_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """PostgreSQL, PostgREST and a gateway, shared by the tests; who stops one starts its own."""
+    """PostgreSQL, PostgREST and a gateway, shared by the tests; a test that stops one starts its own."""
     need(databases.missing())
     with databases.database(tmp_path_factory.mktemp("database")) as project:
         yield project
@@ -167,5 +167,5 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def broken_checkpoint(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint's folder, to be broken."""
+    """A copy of the tiny checkpoint's folder, which tests can damage."""
     return Path(shutil.copytree(tiny_checkpoint.weights_file.parent, tmp_path / "checkpoint"))

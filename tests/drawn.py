@@ -1,4 +1,4 @@
-"""Scenes with their ground truth, drawn as the demo checkpoint's training drew them."""
+"""Scenes with their ground truth, drawn like those of the demo checkpoint's training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object of a scene: its visible part, and whether enough of it shows to be found."""
+    """One object of a scene: its visible part, and whether enough of it is visible to be found."""
 
     colour: str
     shape: str
@@ -29,24 +29,24 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture and what is in it."""
+    """An image and its objects."""
 
     image: Image.Image
     things: tuple[Thing, ...]
 
     def named(self, prompt: str) -> list[Thing]:
-        """The things that "red circle", "circle" or "red shape" means."""
+        """The things that match "red circle", "circle" or "red shape"."""
         words = set(prompt.split()) - {"shape"}
         return [thing for thing in self.things if words <= {thing.colour, thing.shape}]
 
     @property
     def names(self) -> list[str]:
-        """The "colour shape" of everything that shows enough to be found, each once."""
+        """The "colour shape" of every thing that is visible enough to be found, without duplicates."""
         return list(dict.fromkeys(f"{thing.colour} {thing.shape}" for thing in self.things if thing.counted))
 
     @property
     def absent(self) -> str:
-        """A "colour shape" that shares neither with anything in the picture, where there is such."""
+        """A "colour shape" whose colour, and if possible shape, is not in the image."""
         colours = [name for name in COLOURS if all(thing.colour != name for thing in self.things)]
         shapes = [name for name in SHAPES if all(thing.shape != name for thing in self.things)]
         return f"{colours[0]} {(shapes or SHAPES)[0]}"
@@ -54,21 +54,21 @@ class Scene:
 
 @cache
 def scene(seed: int, width: int = 336, height: int = 336) -> Scene:
-    """The scene of one seed, which holds at least one thing that counts."""
-    lots, pictures = draw_scenes(1, seed, width=width, height=height)
+    """The scene of one seed; checks that it has at least one counted thing."""
+    drawn, pictures = draw_scenes(1, seed, width=width, height=height)
     pixels = pictures.pixels[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     owner = pictures.owner[0].numpy()
     things = tuple(
         Thing(
-            colour=list(COLOURS)[int(lots.colour[0, index])],
-            shape=SHAPES[int(lots.shape[0, index])],
+            colour=list(COLOURS)[int(drawn.colour[0, index])],
+            shape=SHAPES[int(drawn.shape[0, index])],
             mask=owner == index + 1,
             counted=bool(pictures.counted[0, index]),
         )
-        for index in range(lots.exists.shape[1])
+        for index in range(drawn.exists.shape[1])
         if pictures.visible[0, index]
     )
-    assert any(thing.counted for thing in things), f"seed {seed} draws nothing to find"
+    assert any(thing.counted for thing in things), f"seed {seed} draws no counted thing"
     return Scene(Image.fromarray(np.ascontiguousarray(pixels)), things)
 
 

@@ -1,4 +1,4 @@
-"""NVIDIA drivers that are none: a libcuda.so.1 that says what a test wants, and a torch built for a CUDA."""
+"""Fake NVIDIA drivers: a libcuda.so.1 that reports what a test chooses, and a torch for a CUDA version."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NO_DEVICE = 100
-"""CUDA_ERROR_NO_DEVICE, which cuInit returns where no GPU is visible."""
+"""CUDA_ERROR_NO_DEVICE, which cuInit returns if no GPU is visible."""
 MISMATCH, NVML_MISMATCH = 803, 18
-"""The driver's library and NVML are of another version than the kernel's driver, as after its upgrade."""
+"""The versions of the driver's library and of NVML differ from the kernel's driver, as after an upgrade."""
 
 _DRIVER = """
 #include <stddef.h>
@@ -35,18 +35,18 @@ int nvmlShutdown(void) { return 0; }
 
 
 def fake_driver(folder: Path, version: int, status: int = 0) -> dict[str, str]:
-    """The environment of a process that finds such a driver.
+    """The environment of a process that finds this driver.
 
     Args:
-        folder: gets the library.
-        version: what cuDriverGetVersion says, 12040 for CUDA 12.4.
-        status: what cuInit returns.
+        folder: for the library.
+        version: the result of cuDriverGetVersion: 12040 for CUDA 12.4.
+        status: the return value of cuInit.
     """
     return _library(folder / "libcuda.so.1", _DRIVER, f"-DVERSION={version}", f"-DSTATUS={status}")
 
 
 def fake_nvml(folder: Path, status: int) -> dict[str, str]:
-    """The environment of a process whose NVML cannot be initialised: `status` is why."""
+    """The environment of a process whose NVML fails to initialise with `status`."""
     return _library(folder / "libnvidia-ml.so.1", _NVML, f"-DSTATUS={status}")
 
 
@@ -63,12 +63,12 @@ def _library(path: Path, source: str, *options: str) -> dict[str, str]:
 
 
 def torch_built_for(folder: Path, cuda: str | None) -> dict[str, str]:
-    """The environment of a process that finds a torch of this CUDA before the real one, and cannot import it.
+    """The environment of a process that finds a torch for this CUDA version first, which cannot be imported.
 
-    The start reads its version alone.
+    The start only reads its version file.
     """
     package = folder / "torch"
     package.mkdir()
-    (package / "__init__.py").write_text('raise ImportError("this torch is only a version")\n')
+    (package / "__init__.py").write_text('raise ImportError("this torch has only a version")\n')
     (package / "version.py").write_text(f"__version__ = '2.13.0'\ncuda = {cuda!r}\n")
     return {"PYTHONPATH": str(folder)}

@@ -1,4 +1,4 @@
-"""The Edge, played by the tests: it stores the image, inserts the pending row, calls, and watches the row."""
+"""The tests' Edge: stores the image, inserts the pending row, sends the request, and reads the row."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 
 class Edge:
-    """Calls one server as the Cloudflare Worker does.
+    """Calls one server like the Cloudflare Worker.
 
     Args:
         server: the server.
-        user_id: whose images and tasks these are.
+        user_id: owner of the images and tasks.
     """
 
     def __init__(self, server: LocalServer, user_id: str = USER) -> None:
@@ -61,13 +61,13 @@ class Edge:
         asyncio.run(self._rows.close())
 
     def upload(self, data: bytes, name: str | None = None) -> str:
-        """Store an image as the user's; returns its key, which has no extension."""
+        """Store an image of the user; returns its key, which has no extension."""
         key = f"uploads/{self.user_id}/{name or uuid4()}"
         self._objects.put_upload(key, data)
         return key
 
     def body(self, image_url: str, prompt: str | list[str], task_id: str | None = None) -> dict[str, Any]:
-        """The request for `prompt`: of predict for a text, of predict/batch for a list."""
+        """The request body for `prompt`: of predict for a string, of predict/batch for a list."""
         field = "text_prompt" if isinstance(prompt, str) else "prompts"
         return {
             "image_url": image_url,
@@ -81,7 +81,7 @@ class Edge:
         asyncio.run(self._rows.insert_pending(self._task(body)))
 
     def claim(self, body: dict[str, Any]) -> None:
-        """Take a task, as another server would that shares the rows."""
+        """Claim a task like another server with the same rows."""
         asyncio.run(self._rows.claim(self._task(body), str(uuid4())))
 
     def _task(self, body: dict[str, Any]) -> Task:
@@ -89,13 +89,13 @@ class Edge:
         return Task(body["task_id"], self.user_id, body["image_url"], tuple(prompts))
 
     def send(self, body: dict[str, Any]) -> httpx.Response:
-        """POST a request to the route that its fields name."""
+        """POST a request to the route of its fields."""
         return self.http.post(BATCH if "prompts" in body else PREDICT, json=body)
 
     def ask(
         self, image: str | bytes | Image.Image, prompt: str | list[str], task_id: str | None = None
     ) -> httpx.Response:
-        """The whole way: image (or its key), row, request."""
+        """Upload the image (or use its key), insert the row, and send the request."""
         if isinstance(image, Image.Image):
             image = png_bytes(image)
         key = self.upload(image) if isinstance(image, bytes) else image
@@ -104,18 +104,18 @@ class Edge:
         return self.send(body)
 
     def answer(self, image: str | bytes | Image.Image, prompt: str | list[str]) -> dict[str, Any]:
-        """`ask`, for a request that must succeed."""
+        """Like `ask`, for a request that must succeed; returns the body."""
         response = self.ask(image, prompt)
         assert response.status_code == httpx.codes.OK, response.text
         found: dict[str, Any] = response.json()
         return found
 
     def row(self, task_id: str) -> Row | None:
-        """The task's row as it stands."""
+        """The task's current row."""
         return asyncio.run(self._rows.get(task_id))
 
     def settled_row(self, task_id: str, timeout_s: float = WAIT_S) -> Row:
-        """The task's row once it is `done` or `error`."""
+        """Wait until the task's row is `done` or `error`; returns it."""
         row = wait_for(
             lambda: self.row(task_id), lambda row: row and row.status in {"done", "error"}, timeout_s
         )
@@ -123,12 +123,12 @@ class Edge:
         return row
 
     def masks(self, task_id: str) -> list[Path]:
-        """The mask objects that were stored for a task."""
+        """The stored masks of a task."""
         folder = self.server.data_dir / "storage" / "masks" / self.user_id / task_id
         return sorted(folder.glob("*"))
 
     def mask(self, url: str) -> npt.NDArray[np.bool_]:
-        """The mask at `url`, (height, width); checks that it is an 8-bit grey PNG of 0 and 255."""
+        """Read the mask at `url`, (height, width) bool; checks that it is an 8-bit grey PNG of 0 and 255."""
         path = unquote(urlsplit(url).path)
         assert path.startswith(str(self.server.data_dir / "storage" / "masks"))
         with Image.open(path) as image:
@@ -138,10 +138,10 @@ class Edge:
         return levels > 0
 
 
-def wait_for(read: Callable[[], T], is_so: Callable[[T], object], timeout_s: float = WAIT_S) -> T:
-    """Read until `is_so` holds; fails after a minute, or what is given."""
+def wait_for(read: Callable[[], T], condition: Callable[[T], object], timeout_s: float = WAIT_S) -> T:
+    """Call `read` until `condition` is true of its result, and return that; fails after `timeout_s`."""
     until_s = time.monotonic() + timeout_s
-    while not is_so(value := read()):
+    while not condition(value := read()):
         assert time.monotonic() < until_s, f"still {value!r} after {timeout_s:.0f} s"
         time.sleep(0.02)
     return value
@@ -160,7 +160,7 @@ def image_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def error_of(response: httpx.Response) -> tuple[int, str, str]:
-    """Status, code and message of an error; checks that it has the one body that errors have."""
+    """Status, code and message of an error; checks the format of its body."""
     body = response.json()
     assert set(body) == {"error", "request_id"}
     assert set(body["error"]) == {"code", "message"}

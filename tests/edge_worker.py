@@ -1,4 +1,4 @@
-"""The example Edge in workerd, and its users."""
+"""Runs the example Edge in workerd, and acts as its users."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ PICTURE = scene(405)
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The Edge, and what stands around it.
+    """The Edge and its services.
 
     Attributes:
         url: of the Worker.
         database: of its users and tasks.
-        backend: the way from the Worker to the real backend.
-        bucket: the S3 API's settings of the Worker's own bucket.
+        backend: the proxy between the Worker and the real backend.
+        bucket: the S3 API's settings of the Worker's bucket.
     """
 
     url: str
@@ -52,11 +52,11 @@ class Worker:
     bucket: dict[str, str]
 
     def calls(self, task_id: str) -> list[Seen]:
-        """The calls of the backend for one task."""
+        """The Worker's requests to the backend for one task."""
         return [seen for seen in self.backend.requests if json.loads(seen.body)["task_id"] == task_id]
 
     def keys(self, prefix: str) -> list[str]:
-        """What the bucket holds, as the backend's S3 API sees it."""
+        """The bucket's keys, listed through the S3 API that the backend uses."""
         bucket = self.bucket
         credentials = bucket["R2_ACCESS_KEY_ID"], bucket["R2_SECRET_ACCESS_KEY"]
         with s3_client(bucket["R2_ENDPOINT"], *credentials) as client:
@@ -65,7 +65,7 @@ class Worker:
 
 
 class User:
-    """Someone signed in at `worker`, or who shows `token` in place of an own one."""
+    """A user of `worker`, with a valid token or the given one."""
 
     def __init__(self, worker: Worker, token: str | None = None) -> None:
         self.id = worker.database.add_user()
@@ -75,19 +75,19 @@ class User:
         )
 
     def upload_key(self) -> str:
-        """Store the picture; returns its key."""
+        """Upload the image; returns its key."""
         response = self.upload()
         assert response.status_code == httpx.codes.CREATED, response.text
         image_key: str = response.json()["image_key"]
         return image_key
 
     def upload(self, data: bytes | None = None, content_type: str = "image/png") -> httpx.Response:
-        """Store the picture, or `data`."""
+        """Upload the image, or `data`."""
         content = png_bytes(PICTURE.image) if data is None else data
         return self.http.post("/images", content=content, headers={"Content-Type": content_type})
 
     def begin(self, via: str, *prompts: str, image_key: str | None = None) -> str:
-        """Make a task for an image, by default the picture; returns its id."""
+        """Create a task, by default for a new upload of the image; returns its id."""
         image_key = image_key or self.upload_key()
         asked = {"text_prompt": prompts[0]} if len(prompts) == 1 else {"prompts": prompts}
         response = self.http.post("/tasks", json={"image_key": image_key, "via": via, **asked})
@@ -96,14 +96,14 @@ class User:
         return task_id
 
     def ended(self, task_id: str) -> dict[str, Any]:
-        """The task as the Worker shows it, once it has ended."""
+        """Wait until the task has ended; returns the Worker's answer."""
         return wait_for(
             lambda: self.http.get(f"/tasks/{task_id}").json(),
             lambda task: task["status"] in {"done", "error"},
         )
 
     def mask(self, task_id: str) -> npt.NDArray[np.bool_]:
-        """The task's mask, (height, width)."""
+        """The task's mask, (height, width) bool."""
         response = self.http.get(f"/tasks/{task_id}/mask")
         assert response.status_code == httpx.codes.OK, response.text
         assert response.headers["Content-Type"] == "image/png"
@@ -113,7 +113,7 @@ class User:
 
 
 def missing() -> str | None:
-    """Why the Edge cannot run here; None when it can."""
+    """Why the Edge cannot run here; None if it can."""
     if node.missing() is not None:
         return node.missing()
     if not (EDGE / "node_modules" / "wrangler").is_dir():
@@ -122,7 +122,7 @@ def missing() -> str | None:
 
 
 def shipped_config() -> dict[str, Any]:
-    """The example's own configuration, with tries that follow each other fast."""
+    """The example's configuration, with fewer and faster retries."""
     text = (EDGE / "wrangler.jsonc").read_text()
     config: dict[str, Any] = json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE))
     config["main"] = str(EDGE / config["main"])
@@ -131,7 +131,7 @@ def shipped_config() -> dict[str, Any]:
 
 
 def program() -> str:
-    """Node.js."""
+    """The path of Node.js."""
     return node.node() or "node"
 
 
@@ -161,7 +161,7 @@ def workerd(
         "WRANGLER_LOG_PATH": str(folder / "wrangler-logs"),
         "XDG_CONFIG_HOME": str(folder),
         "CI": "1",
-        # Else it asks a server of Cloudflare's.
+        # Otherwise it sends a request to Cloudflare.
         "CLOUDFLARE_CF_FETCH_ENABLED": "false",
     }
 

@@ -1,4 +1,4 @@
-"""Image files of every kind, whole or not, for tests."""
+"""Image files of every kind for tests, valid and invalid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 PICTURES = Path(__file__).parent / "pictures"
 FORMATS = ("PNG", "JPEG", "WEBP")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Colorants for D50, as the published profiles have them.
+# Colorants for D50, from the published profiles.
 PRIMARIES = {
     "sRGB": {
         b"rXYZ": (0.4360, 0.2225, 0.0139),
@@ -43,13 +43,13 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @cache
 def noise(width: int = 40, height: int = 30) -> Image.Image:
-    """An RGB image in which every pixel is another."""
+    """An RGB image of random pixels."""
     levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(levels)
 
 
 def exif_of(orientation: int) -> bytes:
-    r"""EXIF data that holds an orientation, behind `Exif\0\0`."""
+    r"""EXIF data with an orientation, starting with `Exif\0\0`."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
@@ -67,31 +67,31 @@ def png_chunk(kind: bytes, body: bytes, *, checksum: int | None = None) -> bytes
 
 
 def png_of(width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG whose header and rows are as they are given, in agreement or not."""
+    """A PNG with the given header and rows, which may not match."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     return PNG_SIGNATURE + chunks
 
 
 def with_chunks(png: bytes, *chunks: bytes) -> bytes:
-    """A PNG with chunks behind its header."""
+    """A PNG with chunks inserted after its header."""
     return png[:33] + b"".join(chunks) + png[33:]
 
 
 def with_segments(jpeg: bytes, *segments: tuple[int, bytes]) -> bytes:
-    """A JPEG with segments (marker, body) at its beginning."""
+    """A JPEG with segments (marker, body) inserted at the start."""
     packed = [struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments]
     return jpeg[:2] + b"".join(packed) + jpeg[2:]
 
 
 def with_scans(jpeg: bytes, scans: int) -> bytes:
-    """A progressive JPEG with more scans: its last one again and again."""
+    """A progressive JPEG with `scans` more scans: repeats its last one."""
     start = jpeg.rindex(b"\xff\xda")
     return jpeg[:-2] + jpeg[start:-2] * scans + jpeg[-2:]
 
 
 def primaries_of(name: str) -> bytes:
-    """A colour profile of three primaries over sRGB's curve: sRGB's own with other chromaticities."""
+    """A colour profile with these primaries and sRGB's curve, made from the sRGB profile."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for tag, xyz in PRIMARIES[name].items():
         entry = profile.index(tag, 128)

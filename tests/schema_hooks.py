@@ -1,4 +1,4 @@
-"""What schemathesis is told of the server: where an image is, and the two rules that no schema holds."""
+"""Hooks for schemathesis: provide an existing image, and two rules that the schema cannot express."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
 
 IMAGE_KEY = os.environ["TEST_IMAGE_KEY"]
-"""Of an image that the server's store holds."""
+"""The key of an image in the server's store."""
 USER = IMAGE_KEY.split("/")[1]
-CASES_AN_INFERENCE = 8
-"""The rest ask for an image that is not there, which takes a tenth of the time."""
+CASES_PER_INFERENCE = 8
+"""The other cases use a missing image, which takes a tenth of the time."""
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 USER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -32,7 +32,7 @@ numbers = itertools.count()
 def before_call(
     _context: schemathesis.HookContext, case: schemathesis.Case[Any], _kwargs: dict[str, Any]
 ) -> None:
-    """Change what fits the schema, and nothing else, to what can be served."""
+    """Change requests that match the schema so that the server can serve them; leave the others."""
     if not isinstance(case.body, dict):
         return
     body: dict[str, Any] = dict(case.body)
@@ -40,18 +40,18 @@ def before_call(
         body["text_prompt"] = _with_few_tokens(body["text_prompt"])
     if isinstance(body.get("prompts"), list):
         body["prompts"] = [_with_few_tokens(text) for text in body["prompts"]]
-    # Schemathesis repeats them, and a task is done once.
+    # Schemathesis repeats ids, but each task is done once.
     if _fits(UUID, body.get("task_id")):
         body["task_id"] = str(uuid4())
-    # Few of its texts are keys.
+    # Few generated strings are valid keys.
     if _fits(USER_ID, body.get("user_id")) and _is_image_url(body.get("image_url")):
-        is_there = next(numbers) % CASES_AN_INFERENCE == 0
-        body |= {"user_id": USER, "image_url": IMAGE_KEY if is_there else f"uploads/{USER}/none"}
+        exists = next(numbers) % CASES_PER_INFERENCE == 0
+        body |= {"user_id": USER, "image_url": IMAGE_KEY if exists else f"uploads/{USER}/none"}
     case.body = body
 
 
 def _with_few_tokens(prompt: Any) -> Any:
-    """A prompt of the same length that the model reads; what is no prompt stays as it is."""
+    """A prompt of the same length within the token limit; other values stay unchanged."""
     try:
         text = prompts.validate_python(prompt, strict=True)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""A collector of traces: takes OTLP over HTTP, as its specification says, and keeps the spans."""
+"""A collector of traces: receives OTLP over HTTP, and keeps the spans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A span that arrived; ids in hex, times in nanoseconds since 1970."""
+    """A received span; ids in hex, times in nanoseconds since 1970."""
 
     name: str
     trace_id: str
@@ -34,11 +34,11 @@ class Span:
 
 @dataclass
 class Collector:
-    """What has arrived so far.
+    """The spans received so far.
 
     Attributes:
-        endpoint: for OTEL_EXPORTER_OTLP_ENDPOINT.
-        raw: all bodies, unpacked.
+        endpoint: the value of OTEL_EXPORTER_OTLP_ENDPOINT.
+        raw: all bodies, decompressed.
     """
 
     endpoint: str
@@ -49,8 +49,8 @@ class Collector:
         """The spans of one trace."""
         return [span for span in self.spans if span.trace_id == trace_id]
 
-    def take(self, body: bytes) -> None:
-        """Keep the spans of one request's body."""
+    def add(self, body: bytes) -> None:
+        """Add the spans of one request's body."""
         self.raw += body
         for group in ExportTraceServiceRequest.FromString(body).resource_spans:
             attributes = {each.key: each.value.string_value for each in group.resource.attributes}
@@ -69,7 +69,7 @@ class Collector:
 
 @contextmanager
 def collector() -> Iterator[Collector]:
-    """A collector on a free port of the loopback, until the end of the block."""
+    """Run a collector on loopback until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -77,7 +77,7 @@ def collector() -> Iterator[Collector]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers["Content-Encoding"] == "gzip":
                 body = gzip.decompress(body)
-            kept.take(body)
+            received.add(body)
             self.send_response(200)
             self.send_header("Content-Type", "application/x-protobuf")
             self.end_headers()
@@ -87,11 +87,11 @@ def collector() -> Iterator[Collector]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        kept = Collector(f"http://127.0.0.1:{server.server_port}")
+        received = Collector(f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield kept
+            yield received
         finally:
             server.shutdown()
             thread.join()

@@ -1,4 +1,4 @@
-"""Supabase as this server meets it: PostgreSQL with row level security, PostgREST, and a gateway for keys."""
+"""The parts of Supabase that our server uses: PostgreSQL with row level security, PostgREST, a gateway."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _JWT_LIFE_S = 3600
 
 
 class Database:
-    """A Supabase project of this machine.
+    """A local Supabase project.
 
     Attributes:
-        url: of the project, SUPABASE_URL; serves /rest/v1/.
-        secret_key: of the new kind, sb_secret_...; the gateway turns it into the service role.
-        publishable_key: of the new kind, sb_publishable_...; the gateway turns it into the role anon.
-        service_role_key: of the old kind, a JWT.
-        anon_key: of the old kind, a JWT.
+        url: SUPABASE_URL; serves /rest/v1/.
+        secret_key: a new key, sb_secret_...; the gateway maps it to the service role.
+        publishable_key: a new key, sb_publishable_...; the gateway maps it to the role anon.
+        service_role_key: a legacy key, a JWT.
+        anon_key: a legacy key, a JWT.
     """
 
     def __init__(self, folder: Path, data: Path, ports: Sequence[int]) -> None:
@@ -67,17 +67,17 @@ class Database:
         return {"SUPABASE_URL": self.url, "SUPABASE_SERVICE_KEY": self.secret_key}
 
     def role_jwt(self, role: str, **claims: object) -> str:
-        """A JWT that makes its bearer `role`; `claims` add to it or replace its own (exp)."""
+        """A JWT for `role`; `claims` add or replace claims, such as exp."""
         now_s = int(time.time())
         payload = {"iss": "tests", "role": role, "iat": now_s, "exp": now_s + _JWT_LIFE_S, **claims}
         return json_web_token.encode(payload, self._jwt_secret, algorithm="HS256")
 
     def user_jwt(self, user_id: str) -> str:
-        """The access token of a user who has signed in."""
+        """The access token of a signed-in user."""
         return self.role_jwt("authenticated", sub=user_id, aud="authenticated")
 
     def add_user(self) -> str:
-        """Sign a user up; returns the id."""
+        """Create a user; returns the id."""
         user_id = str(uuid4())
         self.execute("insert into auth.users (id) values (%s)", user_id)
         self.execute("insert into public.users_profile (id) values (%s)", user_id)
@@ -86,14 +86,14 @@ class Database:
     def request(
         self, method: str, path: str, *, jwt: str | None = None, apikey: str | None = None, **sent: Any
     ) -> httpx.Response:
-        """One call to `path` below /rest/v1/ through the gateway.
+        """Send one request to `path` below /rest/v1/ through the gateway.
 
         Args:
             method: of HTTP.
-            path: with its query, without a slash at its start.
-            jwt: goes in Authorization; without one the caller is who `apikey` says.
-            apikey: the publishable key unless given.
-            sent: json and whatever else httpx takes.
+            path: with its query, without a leading slash.
+            jwt: the Authorization token; without one the role is that of `apikey`.
+            apikey: by default the publishable key.
+            sent: json and other arguments of httpx.
         """
         headers = {"apikey": apikey or self.publishable_key, **sent.pop("headers", {})}
         if jwt is not None:
@@ -101,16 +101,16 @@ class Database:
         return self._http.request(method, f"{self.url}/rest/v1/{path}", headers=headers, **sent)
 
     def execute(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        """Run `sql` as the superuser, with %s for each value; returns the rows, if it has any.
+        """Run `sql` as the superuser, with %s for each value; returns its rows.
 
-        Several statements may stand in one `sql` without values; a failure undoes them all.
+        Without values `sql` may have several statements, in one transaction.
         """
         connection = pg8000.dbapi.connect(
             "postgres",
             host="127.0.0.1",
             port=self._postgres_port,
             database="postgres",
-            ssl_context=False,  # its default takes 60 ms to prepare
+            ssl_context=False,  # the default takes 60 ms to create
         )
         with closing(connection):
             connection.autocommit = True
@@ -119,23 +119,23 @@ class Database:
             return [] if cursor.description is None else [tuple(row) for row in cursor.fetchall()]
 
     def stop(self) -> None:
-        """Take the database away; PostgREST and the gateway stay up, and answer 503.
+        """Stop PostgreSQL; PostgREST and the gateway stay up, and answer 503.
 
-        PostgREST 12 answers 400 with an empty code first, where it had a connection at rest.
+        PostgREST 12 first answers 400 with an empty code for each idle connection that it had.
         """
         self._postgres.stop()
 
     def start(self) -> None:
-        """Bring the database back, as it was; returns when PostgREST has found it."""
+        """Start PostgreSQL with its data; returns when PostgREST has reconnected."""
         self._postgres.start()
         wait_until(self._answers)
 
     def stop_gateway(self) -> None:
-        """Take the gateway away: connections are refused."""
+        """Stop the gateway; connections are then refused."""
         self._gateway.stop()
 
     def start_gateway(self) -> None:
-        """Bring the gateway back on its port."""
+        """Start the gateway on its port."""
         self._gateway.start()
 
     def _postgres_process(self, folder: Path) -> ServerProcess:
@@ -144,7 +144,7 @@ class Database:
             "port": self._postgres_port,
             "unix_socket_directories": "",
             "timezone": "UTC",
-            # The data need not outlive the machine.
+            # The data need not survive a crash of the machine.
             "fsync": "off",
             "max_connections": 60,
             "wal_level": "logical",
@@ -155,7 +155,7 @@ class Database:
             folder / "postgres.log",
             self._postgres_ready,
             user=_other_user(),
-            # Immediate shutdown: connections are cut, and the next start recovers from the log.
+            # Immediate shutdown: closes connections; the next start recovers from the write-ahead log.
             stop_signal=signal.SIGQUIT,
         )
 
@@ -185,7 +185,7 @@ class Database:
         return http_status(f"http://127.0.0.1:{self._admin_port}/ready") == HTTPStatus.OK
 
     def _answers(self) -> bool:
-        """Whether a request reaches the database, past the connections that PostgREST lost."""
+        """Whether PostgREST has a working connection to the database."""
         url = f"http://127.0.0.1:{self._rest_port}/segmentation_results?limit=0"
         headers = {"Authorization": f"Bearer {self.service_role_key}"}
         try:
@@ -225,12 +225,12 @@ def missing() -> str | None:
 def database(
     folder: Path, *, default_grants: bool = False, migrations: Sequence[Path] = MIGRATIONS
 ) -> Iterator[Database]:
-    """A project with this repository's migrations and the optional role, until the end of the block.
+    """Run a project with this repository's migrations and the optional role, until the end of the block.
 
     Args:
-        folder: for what the servers write.
-        default_grants: the API's roles hold every right on new tables, as in projects made before 2026-05-30.
-        migrations: what is applied, in this order.
+        folder: for the servers' files.
+        default_grants: the API's roles get every right on new tables, as in projects made before 2026-05-30.
+        migrations: the migrations to apply, in this order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     node.check_postgrest(node.postgrest() or "postgrest")
@@ -249,7 +249,7 @@ def database(
 
 
 def postgres_bin() -> Path:
-    """The programs of Debian's PostgreSQL 15, Supabase's version; where it is missing, of PyPI's 18."""
+    """The programs of Debian's PostgreSQL 15, Supabase's version; if missing, those of PyPI's 18."""
     debian = Path("/usr/lib/postgresql/15/bin")
     if debian.is_dir():
         return debian
@@ -260,9 +260,9 @@ def postgres_bin() -> Path:
 
 @contextmanager
 def _data_folder(folder: Path) -> Iterator[Path]:
-    """An empty cluster."""
+    """Create an empty cluster."""
     user = _other_user()
-    # The folders of root's tests are closed to the other user.
+    # The other user cannot enter the folders of root's tests.
     parent = Path(tempfile.mkdtemp(prefix="postgres-")) if user else folder
     try:
         if user:
@@ -282,9 +282,9 @@ def _data_folder(folder: Path) -> Iterator[Path]:
 
 
 def _other_user() -> str | None:
-    """As whom PostgreSQL runs where root runs the tests, since it refuses root."""
+    """The user that runs PostgreSQL if root runs the tests, because PostgreSQL refuses root."""
     if os.geteuid() != 0:
         return None
-    import pwd  # noqa: PLC0415 - Windows has none
+    import pwd  # noqa: PLC0415 - missing on Windows
 
     return "postgres" if "postgres" in {entry.pw_name for entry in pwd.getpwall()} else "nobody"

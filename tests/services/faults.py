@@ -1,4 +1,4 @@
-"""An HTTP/1.1 proxy that fails on demand: a store or a database as seen over a bad network."""
+"""An HTTP/1.1 proxy that injects faults between the server and a store."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Seen:
 
     Attributes:
         path: with its query.
-        headers: by names in lower case.
-        status: of the answer, once it was sent; None when there was none.
-        done: nothing more happens to it.
+        headers: by lower-case names.
+        status: of the answer that was sent; None if there was none.
+        done: the proxy has finished the request.
     """
 
     method: str
@@ -54,14 +54,14 @@ class _Fault:
 class FaultProxy:
     """A proxy before one server. Without faults it passes everything, the header Host included.
 
-    Each fault meets the next `n` requests for which `when` holds (all, by default), in the order in which the
-    faults were asked for; then all is well again.
+    Each fault affects the next `n` requests for which `when` is true (by default all). Faults apply in the
+    order in which they were added; afterwards requests pass again.
 
     Attributes:
-        url: what to use in place of the target's URL; it has the target's path.
-        requests: all that came, in order.
-        connections_made: by clients, ever.
-        max_connections_open: the most of them that were open at once.
+        url: replaces the target's URL; it has the target's path.
+        requests: all requests, in order.
+        connections_made: number of client connections so far.
+        max_connections_open: the maximum number of concurrent client connections.
     """
 
     def __init__(self, target_url: str) -> None:
@@ -81,7 +81,7 @@ class FaultProxy:
 
     @property
     def connections_open(self) -> int:
-        """Connections that clients hold now."""
+        """Number of open client connections."""
         return len(self._writers)
 
     def fail_next(
@@ -93,41 +93,41 @@ class FaultProxy:
         headers: Mapping[str, str] | None = None,
         when: Predicate | None = None,
     ) -> None:
-        """Answer in the target's place, which never hears of it."""
+        """Answer instead of the target, which does not get the request."""
         self._add("answer", n, when, answer=wire.Answer(status, dict(headers or {}), body))
 
     def hang_next(self, n: int = 1, *, when: Predicate | None = None) -> None:
-        """Take the request and say nothing until `heal`, which cuts the connection."""
+        """Read the request and do not answer until `heal`, which closes the connection."""
         self._add("hang", n, when)
 
     def cut_next(self, n: int = 1, *, after_bytes: int | None = None, when: Predicate | None = None) -> None:
-        """Cut the connection: before the target hears of it, or after so many bytes of the answer's body."""
+        """Close the connection: before the target gets the request, or after so many bytes of the body."""
         self._add("cut", n, when, amount=-1 if after_bytes is None else after_bytes)
 
     def slow_next(self, n: int = 1, *, bytes_per_s: int, when: Predicate | None = None) -> None:
-        """Send the answer's body at that pace."""
+        """Send the answer's body at this rate."""
         self._add("slow", n, when, amount=bytes_per_s)
 
     def wrong_length_next(self, n: int = 1, *, extra_bytes: int = 1, when: Predicate | None = None) -> None:
-        """Promise more bytes in Content-Length than come, or fewer if negative; then close."""
+        """Send a Content-Length that is too large, or too small if negative; then close."""
         self._add("length", n, when, amount=extra_bytes)
 
     def lose_answer_next(self, n: int = 1, *, when: Predicate | None = None) -> None:
-        """Let the target do it, then cut the connection before the answer."""
+        """Let the target do the request, then close the connection without the answer."""
         self._add("lose", n, when)
 
     def delay_next(self, n: int = 1, *, seconds: float, when: Predicate | None = None) -> None:
-        """Let the target do it, and answer so much later."""
+        """Let the target do the request, and delay its answer."""
         self._add("delay", n, when, amount=seconds)
 
     def heal(self) -> None:
-        """Forget all faults; requests that hang are cut."""
+        """Remove all faults; closes the connections of hanging requests."""
         with self._lock:
             self._faults.clear()
         self._loop.call_soon_threadsafe(self._release)
 
     def wait_for_requests(self, n: int, timeout_s: float = 20.0) -> None:
-        """Return when `n` requests have come. Raises TimeoutError."""
+        """Wait until `n` requests have arrived. Raises TimeoutError."""
         wait_until(lambda: len(self.requests) >= n, timeout_s)
 
     def _add(
@@ -155,12 +155,12 @@ class FaultProxy:
         self._healed = asyncio.Event()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection of a client, request after request."""
+        """Serve the requests of one client connection."""
         self._writers.add(writer)
         self.connections_made += 1
         self.max_connections_open = max(self.max_connections_open, len(self._writers))
         try:
-            # A client that goes away ends the connection, as does wire.Cut; so does the proxy's own end.
+            # The connection ends if the client disconnects, by wire.Cut, or when the proxy stops.
             with contextlib.suppress(wire.Cut, OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 while request := await wire.read_request(reader, writer):
                     seen = Seen(request.method, request.path, request.headers, request.body)
@@ -192,7 +192,7 @@ class FaultProxy:
             raise wire.Cut
 
     async def _hang(self, reader: asyncio.StreamReader) -> None:
-        """Wait for `heal`, or for the client to go away. Raises Cut."""
+        """Wait until `heal`, or until the client disconnects. Raises Cut."""
         ends = [asyncio.ensure_future(self._healed.wait()), asyncio.ensure_future(reader.read(1))]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -222,12 +222,12 @@ class FaultProxy:
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
-        await asyncio.sleep(0)  # the sockets close in the next turn
+        await asyncio.sleep(0)  # the sockets close in the next iteration of the loop
 
 
 @contextmanager
 def fault_proxy(target_url: str) -> Iterator[FaultProxy]:
-    """A proxy before the server at `target_url` until the end of the block."""
+    """Run a proxy before the server at `target_url` until the end of the block."""
     proxy = FaultProxy(target_url)
     proxy._start()
     try:

@@ -1,4 +1,4 @@
-"""The gateway before PostgREST: it knows a project's keys, and serves /rest/v1/ as hosted Supabase does."""
+"""The gateway before PostgREST: checks a project's keys, and serves /rest/v1/ like hosted Supabase."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ http://127.0.0.1:%(port)d {
             respond %(wrong_key)s 401
         }
         handle_path /rest/v1/* {
-            # What stands in Authorization goes on as it is; a key of the new kind is no JWT there.
+            # Authorization is passed unchanged; a new key in it is not a JWT.
             @plain not header Authorization *
             request_header @plain Authorization "Bearer {token}"
             request_header -apikey
@@ -59,7 +59,7 @@ _ANSWERS = {
 
 
 def caddy() -> str | None:
-    """The web server that pip installed; None where there is none."""
+    """The path of Caddy, as installed by pip; None if missing."""
     return shutil.which("caddy", path=str(Path(sys.executable).parent))
 
 
@@ -69,9 +69,9 @@ def caddyfile(port: int, rest_port: int, tokens: Mapping[str, str]) -> str:
     Args:
         port: of 127.0.0.1.
         rest_port: of PostgREST.
-        tokens: the JWT that each key stands for.
+        tokens: the JWT of each key.
     """
     lines = "\n        ".join(f'"{key}" "{token}"' for key, token in tokens.items())
-    # A JSON text within a JSON text is also a quoted word of Caddy's.
+    # JSON encoded as a JSON string is also a valid quoted token of a Caddyfile.
     answers = {name: json.dumps(json.dumps(answer)) for name, answer in _ANSWERS.items()}
     return _CADDYFILE % {"port": port, "rest_port": rest_port, "tokens": lines, **answers}

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as a download meets: gated files on one port, its store on another."""
+"""The parts of the Hugging Face hub that a download uses: gated files on one port, their store on another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SENT_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A request that came, to the hub or to its store."""
+    """A request to the hub or to its store."""
 
     method: str
     path: str
@@ -43,14 +43,14 @@ class Hub:
 
     Attributes:
         files: of the repository, by name.
-        url: for HF_ENDPOINT.
+        url: the value of HF_ENDPOINT.
         granted: the account of `TOKEN` has access to the repository.
-        large_size_bytes: what the hub tells of its large files, instead of their size.
-        tampered: the store sends other bytes than were put there.
-        failures: statuses with which the store answers its next requests.
+        large_size_bytes: the size that the hub reports for large files; None: the real one.
+        tampered: the store sends changed bytes.
+        failures: the store answers its next requests with these statuses.
         cuts: the store's next answers end after so many bytes of a body, with a "close" or a "reset".
-        hold_after_bytes: the store sends so much of a body and then nothing, until the hub is closed.
-        requests: all that came for files, in order.
+        hold_after_bytes: the store sends this part of a body, and then nothing until the hub is closed.
+        requests: all requests of files, in order.
     """
 
     files: dict[str, bytes]
@@ -66,7 +66,7 @@ class Hub:
     closing: threading.Event = field(default_factory=threading.Event)
 
     def gets(self, *, at_store: bool = True) -> list[Seen]:
-        """Requests for a content."""
+        """The GET requests, to the store or to the hub."""
         return [seen for seen in self.requests if seen.method == "GET" and seen.at_store is at_store]
 
 
@@ -107,8 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._serve()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
-        """Say nothing."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Log nothing."""
 
     def answer(self) -> None:
         raise NotImplementedError
@@ -123,18 +123,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _serve(self) -> None:
-        if self.path.startswith("/api/"):  # what the library asks for on its own account
+        if self.path.startswith("/api/"):  # additional requests of the library
             self.send(404, {})
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append(Seen(self.command, self.path, headers, self.at_store))
-        # A client that was killed has closed its end.
+        # A killed client has closed its connection.
         with contextlib.suppress(OSError):
             self.answer()
 
 
 class _HubHandler(_Handler):
-    """The hub itself: who may read what, and where it lies."""
+    """The hub: checks access, and redirects to the store."""
 
     def answer(self) -> None:
         owner, name, _, revision, file = self.path.strip("/").split("/")
@@ -170,7 +170,7 @@ class _HubHandler(_Handler):
 
 
 class _StoreHandler(_Handler):
-    """The store of large files: another host, with signed links and ranges."""
+    """The store of large files: another host, with signed URLs and ranges."""
 
     at_store = True
 
@@ -192,7 +192,7 @@ class _StoreHandler(_Handler):
         self._send_slowly(body)
 
     def _send_slowly(self, body: memoryview) -> None:
-        """The body in pieces, as far as the faults let it."""
+        """Send the body in parts, and apply the faults."""
         end, how = self.hub.cuts.pop(0) if self.hub.cuts else (len(body), "")
         hold_at = len(body) if self.hub.hold_after_bytes is None else self.hub.hold_after_bytes
         for start in range(0, min(end, hold_at), _SENT_AT_ONCE):
@@ -201,6 +201,6 @@ class _StoreHandler(_Handler):
             self.hub.closing.wait()
         if how == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            os.close(self.connection.detach())  # the server would say a proper goodbye first
+            os.close(self.connection.detach())  # the server would shut the connection down properly first
         if how or hold_at < end:
             self.close_connection = True

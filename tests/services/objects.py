@@ -1,4 +1,4 @@
-"""Two real servers of the S3 API: SeaweedFS, and Cloudflare's own local R2."""
+"""Two real servers of the S3 API: SeaweedFS, and Cloudflare's local R2."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class S3Service:
     """An S3 server with one bucket.
 
     Attributes:
-        endpoint: without a slash at its end; it may have a path.
-        public_base_url: where a plain GET of a key needs no signature; None where there is no such place.
+        endpoint: without a trailing slash; it may have a path.
+        public_base_url: the base URL of unsigned GETs; None if there is none.
         client: plain boto3 with these credentials.
-        process: what serves.
+        process: the server's process.
     """
 
     endpoint: str
@@ -51,11 +51,11 @@ class S3Service:
     process: ServerProcess
 
     def stop(self) -> None:
-        """Kill it; what it stored stays."""
+        """Kill the server; its objects are kept."""
         self.process.stop()
 
     def start(self) -> None:
-        """Start it again on the same port, over the same objects."""
+        """Start the server again on the same port with the same objects."""
         self.process.start()
 
     def settings(self) -> dict[str, str]:
@@ -69,11 +69,11 @@ class S3Service:
         return settings | ({"R2_PUBLIC_BASE_URL": self.public_base_url} if self.public_base_url else {})
 
     def put(self, key: str, data: bytes, content_type: str = "application/octet-stream") -> None:
-        """Store an object as the Edge would."""
+        """Store an object like the Edge."""
         self.client.put_object(Bucket=self.bucket, Key=key, Body=data, ContentType=content_type)
 
     def get(self, key: str) -> bytes:
-        """The object at `key`. Raises botocore's ClientError when there is none."""
+        """Read the object at `key`. Raises botocore's ClientError if it is missing."""
         return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
     def keys(self, prefix: str) -> list[str]:
@@ -94,7 +94,7 @@ def missing_r2_emulator() -> str | None:
 
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[S3Service]:
-    """SeaweedFS until the end of the block; its objects lie in `folder`."""
+    """Run SeaweedFS until the end of the block; its objects are in `folder`."""
     data = folder / "seaweedfs"
     data.mkdir(parents=True)
     config = folder / "seaweedfs-identities.json"
@@ -115,7 +115,7 @@ def _seaweedfs_command(data: Path, config: Path, ports: Sequence[int]) -> list[s
     return [
         *(_weed() or "weed", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *(f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.volumeSizeLimitMB=64"),
-        # Its default makes a second start wait for 10 s and more.
+        # With the defaults a second start takes more than 10 s.
         *("-master.electionTimeout=200ms", "-master.heartbeatInterval=50ms", "-master.telemetry=false"),
         *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
         *("-volume.max=16", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}"),
@@ -137,7 +137,7 @@ def _socket_files_removed(ports: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def r2_emulator(folder: Path) -> Iterator[S3Service]:
-    """Cloudflare's local R2 (in workerd) until the end of the block; its objects lie in `folder`."""
+    """Run Cloudflare's local R2 (in workerd) until the end of the block; its objects are in `folder`."""
     data = folder / "r2"
     data.mkdir(parents=True)
     with reserved_ports(1) as [port]:
@@ -156,7 +156,7 @@ def r2_emulator(folder: Path) -> Iterator[S3Service]:
 
 @contextmanager
 def s3_client(endpoint: str, access_key_id: str, secret_access_key: str) -> Iterator[S3Client]:
-    """Plain boto3 that tries once."""
+    """Plain boto3 without retries."""
     client = boto3.client(
         "s3",
         endpoint_url=endpoint,
@@ -206,14 +206,14 @@ def _seaweedfs_identities() -> dict[str, object]:
     return {
         "identities": [
             identity("owner", "owner", _ADMIN_SECRET, ["Admin"]),
-            # As with a token of R2 that is limited to one bucket.
+            # Like an R2 token that is limited to one bucket.
             identity("service", ACCESS_KEY_ID, SECRET_ACCESS_KEY, _SEAWEEDFS_RIGHTS),
         ]
     }
 
 
 def _stores(owner: S3Client) -> bool:
-    """Whether SeaweedFS takes objects: it listens a while before it has a volume for them."""
+    """Whether SeaweedFS accepts objects: it listens before it has a volume for them."""
     try:
         if BUCKET not in [bucket["Name"] for bucket in owner.list_buckets()["Buckets"]]:
             owner.create_bucket(Bucket=BUCKET)

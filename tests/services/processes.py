@@ -1,4 +1,4 @@
-"""Starts and ends one server process; waits for what it does."""
+"""Starts and stops one server process, and waits for conditions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ STOP_TIMEOUT_S = 20.0
 
 
 class ServiceFailedError(Exception):
-    """A server ended or did not get ready; the message ends its log."""
+    """A server ended or did not become ready; the message has the end of its log."""
 
 
 class ServerProcess:
-    """One server that can be started, ended and started again.
+    """One server that can be started, stopped and started again.
 
     Args:
-        command: what runs.
-        log_path: gets all that it writes.
+        command: the command line.
+        log_path: the file of its output.
         ready: whether it serves; it may raise OSError while nothing listens.
-        environment: on top of the caller's.
-        user: to run as; needs root.
-        stop_signal: what ends it; SIGKILL goes to its children as well.
+        environment: added to the caller's.
+        user: the user to run as; needs root.
+        stop_signal: the signal that stops it; SIGKILL goes to its children too.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it serves. Raises ServiceFailedError."""
+        """Start the server and wait until it serves. Raises ServiceFailedError."""
         with self._log_path.open("ab") as log:
             self._process = process = subprocess.Popen(
                 self._command,
@@ -67,7 +67,7 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 user=self._user,
                 extra_groups=None if self._user is None else [],
-                # A group of its own: what ends it reaches the processes that it started.
+                # A separate group, so that a signal reaches its children too.
                 start_new_session=True,
             )
 
@@ -86,7 +86,7 @@ class ServerProcess:
             raise ServiceFailedError(f"not ready in {READY_TIMEOUT_S:.0f} s:\n{self._log_tail()}") from None
 
     def stop(self) -> None:
-        """End it as a failure would and wait; a stopped one stays so."""
+        """Stop the server like a failure, and wait for its end; does nothing if it is stopped."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -103,11 +103,11 @@ class ServerProcess:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = READY_TIMEOUT_S) -> None:
-    """Return as soon as `condition` holds. Raises TimeoutError."""
+    """Wait until `condition` is true. Raises TimeoutError."""
     until_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > until_s:
-            raise TimeoutError(f"not within {timeout_s:.0f} s")
+            raise TimeoutError(f"the condition is still false after {timeout_s:.0f} s")
         time.sleep(POLL_S)
 
 
@@ -119,7 +119,7 @@ def listens(port: int) -> bool:
 
 
 def http_status(url: str) -> int | None:
-    """The status of a GET of http://127.0.0.1; None where nobody answers."""
+    """The status of a GET of http://127.0.0.1; None without an answer."""
     parts = urlsplit(url)
     connection = HTTPConnection(parts.hostname or "", parts.port, timeout=5.0)
     with contextlib.closing(connection), contextlib.suppress(OSError, HTTPException):

@@ -1,4 +1,4 @@
-"""A real Prometheus, which scrapes servers of this machine, and promtool."""
+"""A real Prometheus that scrapes local servers, and promtool."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ SCRAPE_INTERVAL_S = 1
 
 
 def missing() -> str | None:
-    """Why there is no Prometheus here; None when there is."""
+    """Why Prometheus cannot run here; None if it can."""
     found = shutil.which("prometheus") and shutil.which("promtool")
     return None if found else "no Prometheus on PATH (apt-get install prometheus)"
 
 
 class Prometheus:
-    """Answers queries about what it has scraped.
+    """A client of a running Prometheus.
 
     Args:
-        url: without a slash at its end.
+        url: without a trailing slash.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an instant query, each with `metric` and `value`; raises for one that is wrong."""
+        """The series of an instant query, each with `metric` and `value`; fails if the query is invalid."""
         response = httpx.get(f"{self.url}/api/v1/query", params={"query": expression})
         answer = response.json()
         assert answer["status"] == "success", f"{expression}: {answer}"
@@ -47,14 +47,14 @@ class Prometheus:
         return found
 
     def rules(self) -> list[dict[str, Any]]:
-        """The alerting rules that it evaluates, each with `name`, `query`, `annotations`."""
+        """The alerting rules, each with `name`, `query`, `annotations`."""
         groups = httpx.get(f"{self.url}/api/v1/rules").json()["data"]["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
 
 @contextmanager
 def prometheus(folder: Path, servers: Sequence[LocalServer], key: str, rules: Path) -> Iterator[Prometheus]:
-    """Prometheus until the end of the block: these servers are its job `sam3`, with a Bearer key."""
+    """Run Prometheus until the end of the block: its job `sam3` scrapes these servers with a Bearer key."""
     targets = [server.url.removeprefix("http://") for server in servers]
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "prometheus.json"  # JSON is YAML

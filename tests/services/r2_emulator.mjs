@@ -1,5 +1,5 @@
 // Cloudflare's local R2 in workerd, with its S3 endpoint: node r2_emulator.mjs PORT FOLDER BUCKET ACCESS_KEY_ID
-// The secret access key comes in SECRET_ACCESS_KEY. Ends on SIGTERM; says "ready" when it serves.
+// The secret access key is in SECRET_ACCESS_KEY. Ends on SIGTERM; prints "ready" when it serves.
 import { convertV4MiniflareOptions, Miniflare } from "miniflare";
 
 const [port, folder, bucket, accessKeyId] = process.argv.slice(2);
@@ -7,7 +7,7 @@ const emulator = new Miniflare(
   convertV4MiniflareOptions({
     host: "127.0.0.1",
     port: Number(port),
-    cf: false, // its default asks a server of Cloudflare's
+    cf: false, // the default sends a request to Cloudflare
     resourcePersistencePath: folder,
     modules: true,
     compatibilityDate: "2025-01-01",

@@ -1,4 +1,4 @@
--- What a hosted Supabase project has before its first migration, as far as this server and its Edge meet it.
+-- The parts of a new hosted Supabase project that this server and its Edge use.
 create role anon nologin noinherit;
 create role authenticated nologin noinherit;
 create role service_role nologin noinherit bypassrls;
@@ -9,7 +9,7 @@ alter role authenticated set statement_timeout = '8s';
 alter role authenticator set statement_timeout = '8s';
 alter role authenticator set lock_timeout = '8s';
 
--- What migrations make in public is granted to nobody, as in projects made since 2026-05-30.
+-- No role gets rights on new objects in public, as in projects made since 2026-05-30.
 grant usage on schema public to anon, authenticated, service_role;
 
 create schema auth;
@@ -24,7 +24,7 @@ $$;
 
 create publication supabase_realtime;
 
--- PostgREST reads the schema anew after each change of it.
+-- PostgREST reloads the schema after each change.
 create function public.pgrst_ddl_watch() returns event_trigger language plpgsql as $$
 begin
     notify pgrst, 'reload schema';

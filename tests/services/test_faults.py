@@ -1,4 +1,4 @@
-"""The proxy's faults do what they say, and without one it changes nothing."""
+"""Each fault of the proxy works, and without a fault the proxy changes nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BODY = b"0123456789" * 100
 
 
 class Target(ThreadingHTTPServer):
-    """Answers BODY, or what it was sent, and remembers who asked."""
+    """Answers BODY, or the request's body, and records the requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.asked: list[tuple[str, str, str]] = []  # method, path, Host
+        self.requests: list[tuple[str, str, str]] = []  # method, path, Host
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -35,7 +35,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append((self.command, self.path, self.headers["Host"]))
+        self.server.requests.append((self.command, self.path, self.headers["Host"]))
         body = sent or BODY
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Length", str(len(body)))
@@ -46,8 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_PUT = do_HEAD = _answer  # noqa: N815 - http.server's names
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's names
-        """Say nothing."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -74,14 +74,14 @@ def client(proxy: FaultProxy) -> Iterator[httpx.Client]:
 
 
 def test_everything_passes_unchanged(proxy: FaultProxy, target: Target, client: httpx.Client) -> None:
-    """Method, path, query, Host, bodies and headers go through, over one connection, and are remembered."""
+    """Method, path, query, Host, bodies and headers pass, over one connection, and are recorded."""
     assert client.get("/a%20b?x=%2F").content == BODY
     assert client.put("/c", content=iter([b"in", b" chunks"])).content == b"in chunks"
     head = client.head("/d")
     assert (head.headers["Content-Length"], head.headers["X-Kept"]) == ("1000", "yes")
     host = proxy.url.split("/")[2]
     paths = [("GET", "/base/a%20b?x=%2F"), ("PUT", "/base/c"), ("HEAD", "/base/d")]
-    assert target.asked == [(method, path, host) for method, path in paths]
+    assert target.requests == [(method, path, host) for method, path in paths]
     assert [(seen.method, seen.path, seen.status) for seen in proxy.requests] == [
         (method, path, 200) for method, path in paths
     ]
@@ -89,10 +89,10 @@ def test_everything_passes_unchanged(proxy: FaultProxy, target: Target, client: 
     assert (proxy.connections_made, proxy.connections_open) == (1, 1)
 
 
-def test_failure_is_answered_in_the_targets_place(
+def test_failure_is_answered_instead_of_the_target(
     proxy: FaultProxy, target: Target, client: httpx.Client
 ) -> None:
-    """The asked number of requests fail, those that the predicate means, and the target hears of none."""
+    """The given number of requests that match the predicate fail, and the target gets none of them."""
     proxy.fail_next(
         2, status=429, body=b"slow down", headers={"Retry-After": "1"}, when=lambda seen: seen.method == "PUT"
     )
@@ -101,26 +101,28 @@ def test_failure_is_answered_in_the_targets_place(
         answer = client.put("/", content=b"x")
         assert (answer.status_code, answer.content, answer.headers["Retry-After"]) == (429, b"slow down", "1")
     assert client.put("/", content=b"x").status_code == 200
-    assert [method for method, _, _ in target.asked] == ["GET", "PUT"]
+    assert [method for method, _, _ in target.requests] == ["GET", "PUT"]
 
 
-def test_faults_meet_requests_in_their_order(proxy: FaultProxy, client: httpx.Client) -> None:
-    """Faults that were asked for one after another come one after another."""
+def test_faults_apply_in_the_order_of_their_addition(proxy: FaultProxy, client: httpx.Client) -> None:
+    """The fault that was added first affects the first request."""
     proxy.fail_next(status=500)
     proxy.fail_next(status=503)
     assert [client.get("/").status_code for _ in range(3)] == [500, 503, 200]
 
 
-def test_cut_comes_before_the_target_hears(proxy: FaultProxy, target: Target, client: httpx.Client) -> None:
-    """A cut request gets no answer, and did not happen."""
+def test_cut_request_does_not_reach_the_target(
+    proxy: FaultProxy, target: Target, client: httpx.Client
+) -> None:
+    """A cut request gets no answer, and the target does not get it."""
     proxy.cut_next()
     with pytest.raises(httpx.RemoteProtocolError):
         client.put("/", content=b"x")
-    assert (target.asked, proxy.requests[0].status) == ([], None)
+    assert (target.requests, proxy.requests[0].status) == ([], None)
 
 
-def test_body_is_cut_in_the_middle(proxy: FaultProxy, client: httpx.Client) -> None:
-    """The asked number of bytes comes, and then the connection ends."""
+def test_body_is_cut_after_the_given_bytes(proxy: FaultProxy, client: httpx.Client) -> None:
+    """The given number of bytes arrives, and then the connection ends."""
     proxy.cut_next(after_bytes=300)
     with client.stream("GET", "/") as answer:
         got: list[bytes] = []
@@ -129,30 +131,32 @@ def test_body_is_cut_in_the_middle(proxy: FaultProxy, client: httpx.Client) -> N
     assert len(got) == 300
 
 
-def test_lost_answer_was_done(proxy: FaultProxy, target: Target, client: httpx.Client) -> None:
-    """The target did what it was asked, and the client does not hear of it."""
+def test_request_with_lost_answer_reaches_the_target(
+    proxy: FaultProxy, target: Target, client: httpx.Client
+) -> None:
+    """The target does the request, but the client gets no answer."""
     proxy.lose_answer_next()
     with pytest.raises(httpx.RemoteProtocolError):
         client.put("/", content=b"x")
-    assert len(target.asked) == 1
+    assert len(target.requests) == 1
 
 
 @pytest.mark.parametrize("extra_bytes", [1, 500])
-def test_length_may_promise_more(proxy: FaultProxy, client: httpx.Client, extra_bytes: int) -> None:
-    """A body that is shorter than promised does not pass for whole."""
+def test_too_large_content_length_fails(proxy: FaultProxy, client: httpx.Client, extra_bytes: int) -> None:
+    """A body that is shorter than Content-Length is an error for the client."""
     proxy.wrong_length_next(extra_bytes=extra_bytes)
     with pytest.raises(httpx.RemoteProtocolError):
         client.get("/")
 
 
-def test_length_may_promise_less(proxy: FaultProxy, client: httpx.Client) -> None:
-    """A body that is longer than promised is cut there."""
+def test_too_small_content_length_truncates(proxy: FaultProxy, client: httpx.Client) -> None:
+    """A body that is longer than Content-Length is truncated."""
     proxy.wrong_length_next(extra_bytes=-1)
     assert client.get("/").content == BODY[:-1]
 
 
-def test_slow_body_takes_its_time(proxy: FaultProxy, client: httpx.Client) -> None:
-    """1,000 bytes at 4,000 a second take a quarter of a second, and are whole."""
+def test_slow_body_is_limited_to_its_rate(proxy: FaultProxy, client: httpx.Client) -> None:
+    """1,000 bytes at 4,000 bytes/s take at least 0.24 s, and arrive completely."""
     proxy.slow_next(bytes_per_s=4000)
     started_s = time.monotonic()
     assert client.get("/").content == BODY
@@ -160,7 +164,7 @@ def test_slow_body_takes_its_time(proxy: FaultProxy, client: httpx.Client) -> No
 
 
 def test_hanging_request_ends_with_its_client(proxy: FaultProxy, client: httpx.Client) -> None:
-    """A client that gives up is gone, and its connection is not counted as open."""
+    """When the client times out, its connection no longer counts as open."""
     proxy.hang_next()
     with pytest.raises(httpx.ReadTimeout):
         client.get("/", timeout=0.05)
@@ -168,18 +172,18 @@ def test_hanging_request_ends_with_its_client(proxy: FaultProxy, client: httpx.C
     assert client.get("/").status_code == 200
 
 
-def test_heal_ends_what_hangs(proxy: FaultProxy) -> None:
-    """Requests hang together, each on a connection, until all is healed; the faults left over are gone."""
+def test_heal_ends_hanging_requests(proxy: FaultProxy) -> None:
+    """`heal` closes the connections of hanging requests, and removes the remaining faults."""
     proxy.hang_next(9)
     ends: list[type[Exception]] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
             httpx.get(proxy.url, timeout=20.0)
         except httpx.TransportError as error:
             ends.append(type(error))
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=request) for _ in range(3)]
     for thread in threads:
         thread.start()
     proxy.wait_for_requests(3)
@@ -191,8 +195,8 @@ def test_heal_ends_what_hangs(proxy: FaultProxy) -> None:
     assert httpx.get(proxy.url).status_code == 200
 
 
-def test_missing_target_cuts(target: Target) -> None:
-    """A target that is away shows as a cut connection, not as an answer of the proxy's own."""
+def test_missing_target_closes_the_connection(target: Target) -> None:
+    """If the target is down, the proxy closes the connection without an answer."""
     port = target.server_port
     target.server_close()
     with fault_proxy(f"http://127.0.0.1:{port}") as proxy, pytest.raises(httpx.RemoteProtocolError):

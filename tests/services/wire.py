@@ -1,4 +1,4 @@
-"""As much of HTTP/1.1 as a proxy needs that changes nothing on its way."""
+"""The parts of HTTP/1.1 that a transparent proxy needs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _HOP = ("connection", "keep-alive", "transfer-encoding", "content-length")
 
 
 class Cut(Exception):
-    """The connection is to be cut."""
+    """The proxy must close the client's connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request, its body read whole.
+    """A request with its complete body.
 
     Attributes:
-        lines: its headers as they came, without Connection, Expect and what frames the body.
-        headers: all of them, by names in lower case.
+        lines: its headers unchanged, without Connection, Expect and those that frame the body.
+        headers: all headers, by lower-case names.
     """
 
     method: str
@@ -34,7 +34,7 @@ class Request:
     body: bytes
 
     def encoded(self) -> bytes:
-        """As it goes on to the target, which closes its connection after the answer."""
+        """The request for the target, which closes its connection after the answer."""
         framing = [b"Connection: close"]
         if self.body or {"content-length", "transfer-encoding"} & self.headers.keys():
             framing.append(b"Content-Length: %d" % len(self.body))
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer, its body read whole. `length` stands in for the body's, in an answer to HEAD."""
+    """An answer with its complete body. `length` is the Content-Length of an answer to HEAD."""
 
     status: int
     headers: Mapping[str, str]
@@ -52,7 +52,7 @@ class Answer:
     length: int | None = None
 
     def head(self, *, extra_bytes: int = 0) -> bytes:
-        """The status line and the headers; Content-Length says `extra_bytes` more than there are."""
+        """The status line and the headers; Content-Length is `extra_bytes` too large."""
         phrase = HTTPStatus(self.status).phrase if self.status in list(HTTPStatus) else ""
         lines = [f"HTTP/1.1 {self.status} {phrase}", *(f"{k}: {v}" for k, v in self.headers.items())]
         if self.status not in _BODILESS:
@@ -62,7 +62,7 @@ class Answer:
 
 
 async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request | None:
-    """The client's next request; None when it has closed the connection."""
+    """Read the client's next request; None if it has closed the connection."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
@@ -78,7 +78,7 @@ async def read_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 
 async def ask(target: tuple[str, int], request: Request) -> Answer:
-    """The target's answer, over a connection of its own. Raises Cut when it does not answer."""
+    """Send the request to the target over a new connection. Raises Cut if there is no answer."""
     try:
         reader, writer = await asyncio.open_connection(*target, limit=1 << 20)
     except OSError:
@@ -89,7 +89,7 @@ async def ask(target: tuple[str, int], request: Request) -> Answer:
             head = await reader.readuntil(b"\r\n\r\n")
             first, *lines = head[:-4].split(b"\r\n")
             status = int(first.split(b" ")[1])
-            if status >= HTTPStatus.OK:  # else 100 Continue and its like
+            if status >= HTTPStatus.OK:  # not 100 Continue or another interim answer
                 break
         headers = _by_name(lines)
         bodiless = request.method == "HEAD" or status in _BODILESS
@@ -107,7 +107,7 @@ async def ask(target: tuple[str, int], request: Request) -> Answer:
 async def _read_body(
     reader: asyncio.StreamReader, headers: Mapping[str, str], *, default: bytes | None
 ) -> bytes:
-    """A message's body; without a length it is `default`, or for None all until the connection's end."""
+    """Read a body; without a length it is `default`, or for None everything until the connection ends."""
     if "chunked" in headers.get("transfer-encoding", "").lower():
         return await _read_chunks(reader)
     if "content-length" in headers:
@@ -130,5 +130,5 @@ def _name(line: bytes) -> str:
 
 
 def _by_name(lines: list[bytes]) -> dict[str, str]:
-    """Headers by name in lower case; of a repeated one, the last."""
+    """Headers by lower-case name; the last value of a repeated one."""
     return {_name(line): line.partition(b":")[2].decode("latin-1").strip() for line in lines}

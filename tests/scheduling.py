@@ -1,4 +1,4 @@
-"""Which tests go to one worker, in which order, and which may run beside others."""
+"""Distributes tests to workers, orders them, and runs tests marked `alone` exclusively."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ if TYPE_CHECKING:
 
     import pytest
 
-TOGETHER = ("tests/deploy/",)
-"""Folders that one worker does: what they share, an image, takes minutes to build."""
+ONE_WORKER_FOLDERS = ("tests/deploy/",)
+"""One worker runs all tests of such a folder, because they share an image that takes minutes to build."""
 
 
-class ByFile(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
-    """Gives a worker whole files, whose tests share servers, or all files of a folder of `TOGETHER`."""
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
+    """Gives a worker whole files, whose tests share servers, or a whole folder of `ONE_WORKER_FOLDERS`."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+        return next((folder for folder in ONE_WORKER_FOLDERS if path.startswith(folder)), path)
 
 
-def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
-    """What takes longest first, so that in the end all workers are busy; what runs alone last."""
+def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Sort the longest tests first, so that all workers stay busy until the end; tests `alone` come last."""
     return sorted(
         items,
         key=lambda item: (
             item.get_closest_marker("alone") is not None,
-            not item.nodeid.startswith(TOGETHER),
+            not item.nodeid.startswith(ONE_WORKER_FOLDERS),
             item.get_closest_marker("server") is None,
         ),
     )
 
 
-def turn(item: pytest.Item) -> AbstractContextManager[None]:
-    """Wait until this test may run: one that is `alone`, until no other does. For the length of the block."""
+def machine_lock(item: pytest.Item) -> AbstractContextManager[None]:
+    """Hold the machine for this test: exclusively if it is marked `alone`, otherwise shared with others."""
     if not hasattr(item.config, "workerinput"):  # the only worker
         return nullcontext()
-    # Of this run; below it each worker has a folder.
+    # The folder of this run; each worker has a folder in it.
     folder: Path = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
     return _locked(folder, alone=item.get_closest_marker("alone") is not None)
 
 
 @contextmanager
 def _locked(folder: Path, *, alone: bool) -> Iterator[None]:
-    import fcntl  # noqa: PLC0415 - Windows has none, and `make` is not for it
+    import fcntl  # noqa: PLC0415 - missing on Windows, where `make` is not used
 
     with (folder / "queue.lock").open("wb") as queue, (folder / "machine.lock").open("wb") as machine:
-        # Who waits to be alone is not overtaken.
+        # The queue lock keeps later tests from overtaking one that waits for exclusive access.
         fcntl.flock(queue, fcntl.LOCK_EX)
         fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(queue, fcntl.LOCK_UN)
