@@ -1,4 +1,4 @@
-"""The Bento: built on a machine that knows no secret, whole, and without what it does not need."""
+"""The Bento: built without secrets, complete, and without unneeded files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def bento(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Bento that was just built."""
+    """The folder of a new Bento."""
     return build_bento(tmp_path_factory.mktemp("bentoml"))
 
 
 def build_bento(home: Path) -> Path:
-    """Build a Bento in a store of its own; returns its folder."""
-    secretless = {
+    """Build a Bento in a new store, without our settings in the environment; returns its folder."""
+    environment = {
         name: value
         for name, value in os.environ.items()
         if name.lower() not in Settings.model_fields and not name.startswith(OWN_PREFIXES)
@@ -38,7 +38,7 @@ def build_bento(home: Path) -> Path:
     built = subprocess.run(
         [sys.executable, "-m", "bentoml", "build", "--version", "1", "--output", "tag"],
         cwd=ROOT,
-        env=secretless | {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"},
+        env=environment | {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -53,8 +53,8 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_bento_is_whole(bento: Path) -> None:
-    """The Bento holds every module that serves, and the demo checkpoint as it lies in the repository."""
+def test_bento_is_complete(bento: Path) -> None:
+    """The Bento contains every module of the server, and the repository's demo checkpoint."""
     held = files_below(bento / "src")
     folders = (
         "bentoml_patches",
@@ -74,8 +74,8 @@ def test_bento_is_whole(bento: Path) -> None:
     assert (different, missing) == ([], [])
 
 
-def test_bento_holds_nothing_else(bento: Path) -> None:
-    """No tests, training, data, caches or settings of the builder's machine travel in the Bento."""
+def test_bento_contains_nothing_else(bento: Path) -> None:
+    """The Bento contains no tests, training, data, caches or settings of the build machine."""
     for name in files_below(bento / "src"):
         parts = Path(name).parts
         assert parts[0] not in {"tests", "training", "benchmarks", "docs", "data", "weights", ".git", ".venv"}
@@ -84,8 +84,8 @@ def test_bento_holds_nothing_else(bento: Path) -> None:
     assert "commands/local_server.py" not in files_below(bento / "src")
 
 
-def test_bento_is_the_same_each_time(bento: Path, tmp_path: Path) -> None:
-    """Two builds of one tree have the same files, but for the time that is written in bento.yaml."""
+def test_build_is_reproducible(bento: Path, tmp_path: Path) -> None:
+    """Two builds of one tree have the same files, except for the time in bento.yaml."""
     again = build_bento(tmp_path)
     names = sorted(files_below(bento))
     assert sorted(files_below(again)) == names
@@ -97,20 +97,20 @@ def test_bento_is_the_same_each_time(bento: Path, tmp_path: Path) -> None:
     assert timeless[0] == timeless[1]
 
 
-def test_bento_is_for_production(bento: Path) -> None:
-    """The image that is made of it refuses embedded parts: APP_ENV is production."""
+def test_bento_sets_production(bento: Path) -> None:
+    """The Bento sets APP_ENV=production, so its image refuses embedded parts."""
     description = (bento / "bento.yaml").read_text()
     assert "APP_ENV" in description
     assert "production" in description
     assert "python_version: '3.12'" in description
-    # The versions of the image's CUDA variant.
+    # Its versions are those of the image's CUDA variant.
     locked = (bento / "env" / "python" / "requirements.txt").read_text()
     lock = (ROOT / "deploy" / "image" / "requirements-cu130.lock").read_text()
     assert set(re.findall(r"(?m)^[a-z0-9-]+==\S+", lock)) <= set(re.findall(r"(?m)^[a-z0-9-]+==\S+", locked))
 
 
-def test_bento_keeps_its_files_in_one_folder(bento: Path, tmp_path: Path) -> None:
-    """A built Bento that is served from anywhere has its relative paths there, in all of its processes."""
+def test_relative_paths_are_below_the_working_directory(bento: Path, tmp_path: Path) -> None:
+    """All processes of a Bento resolve relative paths against the folder where it was started."""
     api_key = "0123456789abcdef"
     environment = clean_environment(tmp_path / "data", api_key) | {
         "APP_ENV": "production",

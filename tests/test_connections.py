@@ -1,4 +1,4 @@
-"""What a stranger may do to the server's connections: endless heads, silence, crowds, and other protocols."""
+"""Limits of connections: endless heads, idle connections, many connections, and other protocols."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.server
 HEAD = b"GET /health HTTP/1.1\r\nHost: test\r\n"
 SMALL_HEADERS = b"".join(b"x-%d: y\r\n" % number for number in range(50_000))
 SLACK_S = 20.0
-"""On top of a timeout, for a slow machine."""
+"""Added to a timeout, for a slow machine."""
 FEW = 16
 """MAX_CONNECTIONS of the small server."""
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A server of one API worker, which holds few connections."""
+    """A server with one API worker and a low MAX_CONNECTIONS."""
     few = {"API_WORKERS": "1", "MAX_CONNECTIONS": str(FEW)}
     with local_server(tmp_path_factory.mktemp("small"), few) as running:
         yield running
@@ -58,18 +58,18 @@ def connect(server: LocalServer, timeout_s: float = 60.0) -> socket.socket:
 
 
 def read_to_end(connection: socket.socket) -> bytes:
-    """All that comes until the server closes; the socket's timeout bounds it."""
+    """Read until the server closes; the socket's timeout limits it."""
     answer = b""
     try:
         while piece := connection.recv(65536):
             answer += piece
     except ConnectionResetError:
-        pass  # closed while we were sending
+        pass  # closed while we sent
     return answer
 
 
 def error_in(answer: bytes) -> tuple[int, str]:
-    """Status and code of an error, read off the wire; checks its body, its request id and its close."""
+    """Status and code of a raw error; checks its body, its request id and `connection: close`."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
@@ -82,15 +82,15 @@ def error_in(answer: bytes) -> tuple[int, str]:
 
 
 def refusal_of(server: LocalServer, request: bytes) -> tuple[int, str]:
-    """What the server says to these bytes, after which it closes."""
+    """Send these bytes; returns status and code of the error, after which the server closes."""
     with connect(server) as connection:
         connection.sendall(request)
         return error_in(read_to_end(connection))
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Has the server not closed it; what it has sent is read and dropped."""
-    connection.setblocking(False)  # noqa: FBT003 - the library's own order
+    """Whether the server has not closed the connection; discards received bytes."""
+    connection.setblocking(False)  # noqa: FBT003 - the library's signature
     try:
         while connection.recv(65536):
             pass
@@ -102,18 +102,18 @@ def is_open(connection: socket.socket) -> bool:
 
 
 def send_until_closed(connection: socket.socket, block: bytes) -> None:
-    """Send `block` again and again until the server has closed."""
+    """Send `block` repeatedly until the server closes."""
     until_s = time.monotonic() + SLACK_S
     try:
         while True:
             connection.sendall(block)
             assert time.monotonic() < until_s
     except (ConnectionResetError, BrokenPipeError):
-        pass  # it has
+        pass  # the server has closed
 
 
 def resident_mb(server: LocalServer) -> float:
-    """The memory of the API workers together."""
+    """Total resident memory of the API workers."""
     return sum(worker.memory_info().rss for worker in children_of(server, API_WORKER)) / 2**20
 
 
@@ -141,14 +141,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_it_is_read(server: LocalServer, case: str) -> None:
-    """What is no bounded HTTP/1.1 request gets a status that says so, our error body, and the end."""
+def test_invalid_or_too_large_head_is_refused(server: LocalServer, case: str) -> None:
+    """Anything but HTTP/1.1 within the limits gets a status and our error body, and the connection ends."""
     request, status, code = REFUSED[case]
     assert refusal_of(server, request) == (status, code)
 
 
-def test_largest_head_is_taken(server: LocalServer) -> None:
-    """A head of the most headers and bytes is fine, and so is the longest URL."""
+def test_largest_head_is_accepted(server: LocalServer) -> None:
+    """A head with the maximum number of headers and bytes, and the longest URL, is accepted."""
     url = "/health?" + "x" * (MAX_URL_BYTES - len("/health?"))
     own = [("Host", "test"), ("Connection", "close")]
     filler = [(f"x-{number:02}", "") for number in range(MAX_HEADERS - len(own))]
@@ -160,16 +160,16 @@ def test_largest_head_is_taken(server: LocalServer) -> None:
         assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_request_id_of_a_refusal(server: LocalServer) -> None:
-    """The caller's own request id is taken where it came before what is too much."""
+def test_refusal_has_the_callers_request_id(server: LocalServer) -> None:
+    """A refusal has the caller's request id, if that arrived before the limit."""
     with connect(server) as connection:
         connection.sendall(HEAD + b"X-Request-ID: mine-1\r\n" + b"x: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n")
         assert b"x-request-id: mine-1\r\n" in read_to_end(connection)
 
 
 @pytest.mark.parametrize("trailers", [False, True])
-def test_endless_headers_cost_nothing(server: LocalServer, *, trailers: bool) -> None:
-    """Headers without an end are refused before the worker grows, before a body and after it."""
+def test_endless_headers_take_no_memory(server: LocalServer, *, trailers: bool) -> None:
+    """Endless headers, or endless trailers after a body, are refused before the worker's memory grows."""
     start = HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" if trailers else HEAD
     before_mb = resident_mb(server)
     with connect(server) as connection:
@@ -178,15 +178,15 @@ def test_endless_headers_cost_nothing(server: LocalServer, *, trailers: bool) ->
     assert resident_mb(server) - before_mb < 32
 
 
-def test_endless_header_gets_its_answer(server: LocalServer) -> None:
-    """A caller that is refused while it still sends can read why."""
+def test_caller_can_read_the_refusal_while_it_sends(server: LocalServer) -> None:
+    """A caller that is refused while it still sends can read the error."""
     with connect(server) as connection:
         connection.sendall(HEAD + SMALL_HEADERS * 4)
         assert error_in(read_to_end(connection)) == (431, "HEADERS_TOO_LARGE")
 
 
-def test_pipelined_requests(server: LocalServer) -> None:
-    """Of requests that are sent before the first one's answer the first is answered, and then it closes."""
+def test_pipelined_requests_end_the_connection(server: LocalServer) -> None:
+    """The first of several pipelined requests is answered; then the server closes the connection."""
     with connect(server) as connection:
         connection.sendall((HEAD + b"\r\n") * 1000)
         answer = read_to_end(connection)
@@ -194,34 +194,34 @@ def test_pipelined_requests(server: LocalServer) -> None:
     assert b"connection: close" in answer
 
 
-def check_head_that_does_not_come(server: LocalServer, *, begun: bytes, status: bytes) -> None:
-    """A head that stops coming is a 408 after some seconds; a connection that says nothing is just closed."""
+def check_incomplete_head(server: LocalServer, *, sent: bytes, status: bytes) -> None:
+    """An incomplete head gets 408 after a timeout; an idle connection is closed without an answer."""
     with connect(server, HEAD_TIMEOUT_S + SLACK_S) as connection:
-        connection.sendall(begun)
+        connection.sendall(sent)
         answer = read_to_end(connection)
     assert answer.startswith(status)
     assert bool(answer) == bool(status)
 
 
-def check_head_that_drips(server: LocalServer) -> None:
-    """Sending a little now and then, after an answer too, does not keep a connection."""
+def check_slow_head(server: LocalServer) -> None:
+    """Sending a few bytes now and then does not keep a new connection open, nor one after an answer."""
     until_s = time.monotonic() + HEAD_TIMEOUT_S + SLACK_S
-    with connect(server) as fresh, connect(server) as kept:
-        kept.sendall(HEAD + b"\r\n")
-        assert kept.recv(65536).startswith(b"HTTP/1.1 200 ")
-        for connection in (fresh, kept):
+    with connect(server) as new, connect(server) as used:
+        used.sendall(HEAD + b"\r\n")
+        assert used.recv(65536).startswith(b"HTTP/1.1 200 ")
+        for connection in (new, used):
             connection.sendall(HEAD)
-        while is_open(fresh) or is_open(kept):
+        while is_open(new) or is_open(used):
             assert time.monotonic() < until_s
-            for connection in (fresh, kept):
+            for connection in (new, used):
                 with suppress(OSError):  # nothing to read yet, or closed
                     connection.sendall(b"x: y\r\n")
                     connection.recv(65536)
             time.sleep(1.0)
 
 
-def check_body_that_goes_on_after_the_answer(server: LocalServer) -> None:
-    """A body that still comes after its refusal does not keep the connection either."""
+def check_body_after_the_answer(server: LocalServer) -> None:
+    """A body that is still sent after its refusal does not keep the connection open."""
     with connect(server, HEAD_TIMEOUT_S + SLACK_S) as connection:
         connection.sendall(
             f"POST {PREDICT} HTTP/1.1\r\nHost: test\r\nContent-Length: 1000000\r\n\r\n".encode()
@@ -230,15 +230,15 @@ def check_body_that_goes_on_after_the_answer(server: LocalServer) -> None:
         until_s = time.monotonic() + HEAD_TIMEOUT_S + SLACK_S
         while is_open(connection):
             assert time.monotonic() < until_s
-            with suppress(BrokenPipeError, ConnectionResetError):  # closed since
+            with suppress(BrokenPipeError, ConnectionResetError):  # closed meanwhile
                 connection.send(b" ")
             time.sleep(0.5)
 
 
-def reader_of_nothing(server: LocalServer) -> socket.socket:
-    """A caller that asks for a megabyte again and again, and reads nothing.
+def connect_without_reading(server: LocalServer) -> socket.socket:
+    """A connection that requests a megabyte several times, and reads nothing.
 
-    Between its requests it waits, since a pipelined one would be the last; the kernel holds some four.
+    It waits between its requests, because a pipelined one would be the last. The kernel buffers about four.
     """
     address = urlsplit(server.url)
     connection = socket.socket()
@@ -250,14 +250,14 @@ def reader_of_nothing(server: LocalServer) -> socket.socket:
     return connection
 
 
-def check_answer_that_nobody_takes(server: LocalServer) -> None:
-    """A caller that asks for much and reads nothing is cut off."""
-    with reader_of_nothing(server) as connection:
-        ours = connection.getsockname()[1]
+def check_unread_answer(server: LocalServer) -> None:
+    """The connection of a caller that does not read its answers is closed."""
+    with connect_without_reading(server) as connection:
+        own_port = connection.getsockname()[1]
 
         def is_held() -> bool:
             return any(
-                held.raddr[1:] == (ours,) and held.status == psutil.CONN_ESTABLISHED
+                held.raddr[1:] == (own_port,) and held.status == psutil.CONN_ESTABLISHED
                 for worker in children_of(server, API_WORKER)
                 for held in worker.net_connections("tcp")
             )
@@ -266,32 +266,32 @@ def check_answer_that_nobody_takes(server: LocalServer) -> None:
         wait_for(is_held, lambda held: not held, ANSWER_TIMEOUT_S + SLACK_S)
 
 
-LONG_WAITS: dict[str, Callable[[LocalServer], None]] = {
-    "answer that nobody takes": check_answer_that_nobody_takes,
-    "head": partial(check_head_that_does_not_come, begun=HEAD, status=b"HTTP/1.1 408 "),
-    "silence": partial(check_head_that_does_not_come, begun=b"", status=b""),
-    "blank": partial(check_head_that_does_not_come, begun=b"\r\n", status=b""),
-    "head that drips": check_head_that_drips,
-    "body that goes on after the answer": check_body_that_goes_on_after_the_answer,
+TIMEOUTS: dict[str, Callable[[LocalServer], None]] = {
+    "unread answer": check_unread_answer,
+    "incomplete head": partial(check_incomplete_head, sent=HEAD, status=b"HTTP/1.1 408 "),
+    "idle connection": partial(check_incomplete_head, sent=b"", status=b""),
+    "blank line": partial(check_incomplete_head, sent=b"\r\n", status=b""),
+    "slow head": check_slow_head,
+    "body after the answer": check_body_after_the_answer,
 }
-"""Each takes one of the server's time-outs, of 10 to 30 s."""
+"""Each takes one of the server's timeouts, of 10 to 30 s."""
 
 
 @pytest.fixture(scope="module")
-def long_waits(server: LocalServer) -> Iterator[dict[str, Future[None]]]:
-    """All of `LONG_WAITS`, begun at once."""
-    with ThreadPoolExecutor(len(LONG_WAITS)) as callers:
-        yield {case: callers.submit(check, server) for case, check in LONG_WAITS.items()}
+def timeouts(server: LocalServer) -> Iterator[dict[str, Future[None]]]:
+    """All checks of `TIMEOUTS`, started at the same time."""
+    with ThreadPoolExecutor(len(TIMEOUTS)) as callers:
+        yield {case: callers.submit(check, server) for case, check in TIMEOUTS.items()}
 
 
-@pytest.mark.parametrize("case", LONG_WAITS)
-def test_wait_for_a_caller_ends(long_waits: dict[str, Future[None]], case: str) -> None:
-    """Who sends too little, or takes nothing, keeps no connection."""
-    long_waits[case].result()
+@pytest.mark.parametrize("case", TIMEOUTS)
+def test_slow_caller_times_out(timeouts: dict[str, Future[None]], case: str) -> None:
+    """The server closes the connection of a caller that sends too slowly or does not read."""
+    timeouts[case].result()
 
 
-def test_other_upgrade_is_left_alone(server: LocalServer) -> None:
-    """A client that offers HTTP/2 beside its request, as curl does, gets its answer over HTTP/1.1."""
+def test_offer_of_http2_is_ignored(server: LocalServer) -> None:
+    """A client that offers HTTP/2 with its request, such as curl, gets its answer over HTTP/1.1."""
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n"
     with connect(server, SLACK_S) as connection:
         connection.sendall(HEAD + offer)
@@ -300,20 +300,20 @@ def test_other_upgrade_is_left_alone(server: LocalServer) -> None:
     assert b"connection: close" in answer
 
 
-def test_crowd_makes_room(small: LocalServer) -> None:
-    """Where silent connections fill the server, each new one closes the oldest, and callers get in."""
-    with Edge(small) as edge, ExitStack() as crowd:
+def test_new_connection_closes_the_oldest_idle_one(small: LocalServer) -> None:
+    """If idle connections reach MAX_CONNECTIONS, each new one closes the oldest, and callers are served."""
+    with Edge(small) as edge, ExitStack() as connections:
         key = edge.upload(png_bytes(scene(100).image))
-        silent = [crowd.enter_context(connect(small)) for _ in range(3 * FEW)]
+        idle = [connections.enter_context(connect(small)) for _ in range(3 * FEW)]
         assert edge.ask(key, "circle").status_code == httpx.codes.OK
-        wait_for(lambda: sum(map(is_open, silent)), lambda still: still < FEW)
-        assert is_open(silent[-1])
-        assert not is_open(silent[0])
+        wait_for(lambda: sum(map(is_open, idle)), lambda count: count < FEW)
+        assert is_open(idle[-1])
+        assert not is_open(idle[0])
 
 
-def test_work_is_not_cut_for_a_crowd(small: LocalServer) -> None:
-    """A crowd that comes while a request is worked on closes only connections that wait for their caller."""
-    with Edge(small) as edge, ExitStack() as crowd:
+def test_request_in_progress_is_not_closed_for_new_connections(small: LocalServer) -> None:
+    """Many new connections during a request close only idle connections."""
+    with Edge(small) as edge, ExitStack() as connections:
         body = edge.body(edge.upload(png_bytes(scene(100).image)), ["circle", "square", "star"] * 3)
         edge.insert_row(body)
         with connect(small) as connection:
@@ -326,20 +326,20 @@ def test_work_is_not_cut_for_a_crowd(small: LocalServer) -> None:
             connection.sendall("\r\n".join(lines).encode() + content)
             wait_for(lambda: edge.row(body["task_id"]), lambda row: row and row.status != "pending")
             for _ in range(3 * FEW):
-                crowd.enter_context(connect(small))
+                connections.enter_context(connect(small))
             assert read_to_end(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_crowd_in_the_thousands(tmp_path: Path) -> None:
-    """A caller gets in beside 2,500 silent connections, where a process may open 1,024 files unasked."""
+def test_caller_is_served_beside_thousands_of_idle_connections(tmp_path: Path) -> None:
+    """A caller is served beside 2,500 idle connections, with a soft limit of 1,024 open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
-        with ExitStack() as crowd:
-            running = crowd.enter_context(local_server(tmp_path / "server"))
+        with ExitStack() as connections:
+            running = connections.enter_context(local_server(tmp_path / "server"))
             resource.setrlimit(resource.RLIMIT_NOFILE, (allow_open_files(4096), hard))
             for _ in range(2500):
-                crowd.enter_context(connect(running))
+                connections.enter_context(connect(running))
             with Edge(running) as edge:
                 assert edge.ask(scene(100).image, "circle").status_code == httpx.codes.OK
             assert "too many open files" not in running.log_path.read_text().lower()
@@ -347,12 +347,12 @@ def test_crowd_in_the_thousands(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_stop_does_not_wait_for_strangers(tmp_path: Path) -> None:
-    """Silent and half-sent connections, and answers that nobody reads, hardly hold up the end."""
-    with ExitStack() as crowd:
+def test_stop_does_not_wait_for_slow_callers(tmp_path: Path) -> None:
+    """Idle connections, incomplete requests and unread answers do not delay the stop."""
+    with ExitStack() as connections:
         with local_server(tmp_path / "server") as running:
-            for begun in (b"", HEAD, HEAD + b"Transfer-Encoding: chunked\r\n\r\n"):
-                crowd.enter_context(connect(running)).sendall(begun)
-            crowd.enter_context(reader_of_nothing(running))
+            for sent in (b"", HEAD, HEAD + b"Transfer-Encoding: chunked\r\n\r\n"):
+                connections.enter_context(connect(running)).sendall(sent)
+            connections.enter_context(connect_without_reading(running))
             stopping_s = time.monotonic()
         assert time.monotonic() - stopping_s < ANSWER_TIMEOUT_S

@@ -1,4 +1,4 @@
-"""The demo, as `make demo` runs it."""
+"""The demo, with the command of `make demo`."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_demo(tmp_path: Path) -> None:
-    """It ends with 0, its last line is the JSON answer, and mask and overlay lie where it says."""
+def test_demo_prints_its_answer_and_writes_its_files(tmp_path: Path) -> None:
+    """The last line is the JSON answer; mask and overlay are at the printed paths; the exit status is 0."""
     ended = run_demo("--out", str(tmp_path), "--prompt", "purple circle", "--prompt", "blue star")
     assert ended.returncode == 0, ended.stderr
     circle, star = json.loads(ended.stdout.splitlines()[-1])["results"]
     assert (circle["labels"], star["labels"]) == (["purple circle"], [])
-    told = dict(re.findall(r"^demo: (mask|overlay): +(.*)$", ended.stderr, re.MULTILINE))
-    mask = np.asarray(Image.open(told["mask"])) > 0
-    overlay = np.asarray(Image.open(told["overlay"])).astype(int)
+    paths = dict(re.findall(r"^demo: (mask|overlay): +(.*)$", ended.stderr, re.MULTILINE))
+    mask = np.asarray(Image.open(paths["mask"])) > 0
+    overlay = np.asarray(Image.open(paths["overlay"])).astype(int)
     picture = np.asarray(Image.open(SAMPLE)).astype(int)
     assert mask.sum() == circle["instances"][0]["area"]
     changed = np.abs(overlay - picture).max(axis=2) > 30
     assert changed[mask].mean() > 0.9, "the found circle is tinted"
-    assert changed[: mask.shape[0] // 4].mean() < 0.01, "the rest is as it was"
+    assert changed[: mask.shape[0] // 4].mean() < 0.01, "the rest is unchanged"
 
 
-def test_demo_without_its_picture(tmp_path: Path) -> None:
-    """A picture that is not there is told in a sentence, before any server starts."""
+def test_missing_image_is_refused(tmp_path: Path) -> None:
+    """A missing image gives an error message, before the server starts."""
     ended = run_demo("--out", str(tmp_path), "--image", str(tmp_path / "none.jpg"))
     assert ended.returncode == 2
     assert "no such image" in ended.stderr

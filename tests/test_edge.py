@@ -1,4 +1,4 @@
-"""The example Edge as its users meet it, with a real bucket, queue, database and backend behind it."""
+"""The example Edge, called by users, with a real bucket, queue, database and backend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PROMPT = PICTURE.names[0]
 
 @pytest.fixture(scope="module")
 def worker(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """`wrangler dev`, its bucket also the backend's, with a proxy between the two."""
+    """`wrangler dev` and a backend with the same bucket, and a proxy between the two."""
     need(missing())
     folder = tmp_path_factory.mktemp("edge")
     config = shipped_config()
@@ -83,7 +83,7 @@ def bucket_settings(config: dict[str, Any], url: str) -> dict[str, str]:
 
 @pytest.fixture
 def sign_in(worker: Worker) -> Iterator[Callable[..., User]]:
-    """Makes users of `worker`."""
+    """A function that creates users of `worker`."""
     with ExitStack() as signed_in:
 
         def make(token: str | None = None) -> User:
@@ -95,28 +95,28 @@ def sign_in(worker: Worker) -> Iterator[Callable[..., User]]:
 
 
 @pytest.fixture(autouse=True)
-def _whole_again(request: pytest.FixtureRequest) -> Iterator[None]:
+def _faults_removed(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "worker" in request.fixturenames:
         request.getfixturevalue("worker").backend.heal()
 
 
 def truth(*prompts: str) -> npt.NDArray[np.bool_]:
-    """Where the picture shows what the prompts name."""
-    seen: npt.NDArray[np.bool_] = np.zeros((PICTURE.image.height, PICTURE.image.width), dtype=np.bool_)
+    """The union of the masks of the things that the prompts name."""
+    union: npt.NDArray[np.bool_] = np.zeros((PICTURE.image.height, PICTURE.image.width), dtype=np.bool_)
     for prompt in prompts:
         for thing in PICTURE.named(prompt):
-            seen |= thing.mask
-    return seen
+            union |= thing.mask
+    return union
 
 
 def about(image_key: str) -> Callable[[Seen], bool]:
-    """Picks the calls for one image."""
+    """Matches the requests for one image."""
     return lambda seen: image_key.encode() in seen.body
 
 
-def test_the_worker_fits_its_types() -> None:
-    """TypeScript, strict, finds nothing to complain of."""
+def test_worker_passes_the_type_check() -> None:
+    """TypeScript in strict mode reports no error."""
     need(missing())
     command = [program(), str(EDGE / "node_modules" / "typescript" / "bin" / "tsc")]
     checked = subprocess.run(command, cwd=EDGE, capture_output=True, text=True, check=False)
@@ -132,8 +132,8 @@ def test_the_worker_fits_its_types() -> None:
     ],
     ids=["waitUntil", "queue", "pasted"],
 )
-def test_a_user_gets_the_mask(sign_in: Callable[..., User], via: str, prompts: list[str]) -> None:
-    """From upload to mask, by both ways, for one prompt and for several."""
+def test_user_gets_the_mask(sign_in: Callable[..., User], via: str, prompts: list[str]) -> None:
+    """A task is done from upload to mask, both ways, for one prompt and for several."""
     user = sign_in()
     task_id = user.begin(via, *prompts)
     task = user.ended(task_id)
@@ -141,8 +141,8 @@ def test_a_user_gets_the_mask(sign_in: Callable[..., User], via: str, prompts: l
     assert iou(user.mask(task_id), truth(*prompts)) >= 0.9
 
 
-def test_another_user_gets_nothing(worker: Worker, sign_in: Callable[..., User]) -> None:
-    """Neither row nor mask nor image of another user's, whatever an own row is made to say."""
+def test_other_users_data_is_not_accessible(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """A user cannot read another user's row, mask or image, even with a forged row."""
     user, other = sign_in(), sign_in()
     image_key = user.upload_key()
     task_id = user.begin("waitUntil", PROMPT, image_key=image_key)
@@ -156,7 +156,7 @@ def test_another_user_gets_nothing(worker: Worker, sign_in: Callable[..., User])
     assert stolen["status"] == "error"
     assert stolen["metadata"]["error_message"] == "image_url is not below the user's uploads"
 
-    # Row level security lets users write what they like into their own rows.
+    # Row level security allows users to write anything into their own rows.
     [(mask_url,)] = worker.database.execute(
         "select mask_image_url from segmentation_results where id = %s", task_id
     )
@@ -166,8 +166,8 @@ def test_another_user_gets_nothing(worker: Worker, sign_in: Callable[..., User])
     assert other.http.get(f"/tasks/{theft}/mask").status_code == httpx.codes.NOT_FOUND
 
 
-def test_only_tokens_that_the_database_accepts_sign_in(worker: Worker, sign_in: Callable[..., User]) -> None:
-    """A forged, an expired and an anonymous token store nothing."""
+def test_invalid_tokens_are_refused(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """A forged, an expired and an anonymous token get 401, and nothing is stored."""
     victim = worker.database.add_user()
     head, claims, _ = worker.database.user_jwt(victim).split(".")
     expired = worker.database.role_jwt("authenticated", sub=victim, exp=1)
@@ -177,10 +177,10 @@ def test_only_tokens_that_the_database_accepts_sign_in(worker: Worker, sign_in: 
 
 
 @pytest.mark.parametrize("via", ["waitUntil", "queue"])
-def test_a_task_outlasts_a_backend_that_is_away(
+def test_task_is_retried_while_the_backend_is_unavailable(
     worker: Worker, sign_in: Callable[..., User], via: str
 ) -> None:
-    """No connection, then a loading server: tried again, and done."""
+    """After failed connections and a loading backend the task is retried and done."""
     user = sign_in()
     image_key = user.upload_key()
     worker.backend.cut_next(2, when=about(image_key))
@@ -192,13 +192,13 @@ def test_a_task_outlasts_a_backend_that_is_away(
     )
     task_id = user.begin(via, PROMPT, image_key=image_key)
     assert user.ended(task_id)["status"] == "done"
-    # The row is done a moment before the answer.
+    # The row is done shortly before the answer.
     calls = wait_for(lambda: worker.calls(task_id), lambda calls: len(calls) == 4 and calls[3].done)
     assert [seen.status for seen in calls] == [None, None, 503, 200]
 
 
-def test_a_message_that_comes_twice_has_one_result(worker: Worker, sign_in: Callable[..., User]) -> None:
-    """The answer is lost, the message delivered again: the row stays as it was, with one mask."""
+def test_message_delivered_twice_has_one_result(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """If the answer is lost and the message is delivered again, the row does not change, with one mask."""
     user = sign_in()
     image_key = user.upload_key()
     worker.backend.lose_answer_next(when=about(image_key))
@@ -211,8 +211,8 @@ def test_a_message_that_comes_twice_has_one_result(worker: Worker, sign_in: Call
     assert len(worker.keys(f"masks/{user.id}/{task_id}/")) == 1
 
 
-def test_what_cannot_be_done_ends_in_the_row(worker: Worker, sign_in: Callable[..., User]) -> None:
-    """A task that is refused unclaimed, and one whose every try failed, say so to their user."""
+def test_refused_and_failed_tasks_end_as_error(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """A task that is refused before its claim, and one whose retries all failed, end as error in the row."""
     user = sign_in()
     image_key = user.upload_key()
     refused = user.begin("queue", " ".join("abcdefgh" * 9), image_key=image_key)
@@ -221,17 +221,17 @@ def test_what_cannot_be_done_ends_in_the_row(worker: Worker, sign_in: Callable[.
     assert "tokens" in task["metadata"]["error_message"]
 
     worker.backend.fail_next(MAX_RETRIES + 1, status=502, when=about(image_key))
-    hopeless = user.begin("queue", PROMPT, image_key=image_key)
-    task = user.ended(hopeless)
+    failed = user.begin("queue", PROMPT, image_key=image_key)
+    task = user.ended(failed)
     assert task["status"] == "error"
     assert task["metadata"]["error_message"] == "the service could not be reached; try again later"
-    assert len(worker.calls(hopeless)) == MAX_RETRIES + 1
-    # Time enough has gone by for tries that there must not be.
+    assert len(worker.calls(failed)) == MAX_RETRIES + 1
+    # By now a wrong retry of the refused task would have happened.
     assert len(worker.calls(refused)) == 1
 
 
-def test_what_breaks_the_rules_is_refused_at_once(worker: Worker, sign_in: Callable[..., User]) -> None:
-    """Before a row is made or an object stored."""
+def test_invalid_requests_are_refused_immediately(worker: Worker, sign_in: Callable[..., User]) -> None:
+    """Invalid uploads and tasks are refused before a row or an object is stored."""
     user = sign_in()
     assert user.upload(content_type="image/svg+xml").status_code == httpx.codes.UNSUPPORTED_MEDIA_TYPE
     too_large = user.upload(bytes(10 * 1024 * 1024 + 1))

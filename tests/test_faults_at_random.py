@@ -1,4 +1,4 @@
-"""Faults at random from a seed: no task is lost, stuck or done twice, and every answer is true."""
+"""Random faults from a seed: no task is lost, stuck or done twice, and every answer is correct."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MINUTES = float(os.environ.get("FAULT_MINUTES", "3"))
 SEED = int(os.environ.get("FAULT_SEED", str(int(time.time()))))
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
 def test_every_invariant_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """FAULT_MINUTES says how long, FAULT_SEED what is drawn."""
+    """FAULT_MINUTES is the duration, FAULT_SEED the seed."""
     need(random_faults.missing())
     with capsys.disabled():
-        sys.stdout.write(f"\nfaults at random: FAULT_SEED={SEED}\n")
-    outcome = random_faults.run(MINUTES, SEED, tmp_path, say)
-    say(outcome.summary)
-    assert not outcome.violations, outcome.story
+        sys.stdout.write(f"\nrandom faults: FAULT_SEED={SEED}\n")
+    outcome = random_faults.run(MINUTES, SEED, tmp_path, report)
+    report(outcome.summary)
+    assert not outcome.violations, outcome.details

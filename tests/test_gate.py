@@ -1,4 +1,4 @@
-"""What every path has in common, BentoML's own too: the one error body, a request id, methods, encodings."""
+"""Common to every path, including BentoML's: the error body, the request id, methods, encodings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SERVED = {
     **dict.fromkeys((INFO, "/schema.json", "/static_content/swagger-ui.css"), "GET, HEAD"),
     **dict.fromkeys((PREDICT, BATCH), "POST"),
 }
-"""Every path that is served, and its methods."""
+"""Every served path, and its methods."""
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ SERVED = {
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
-def test_unknown_path(edge: Edge, method: str, path: str) -> None:
-    """A path that is not served is a 404 in the one error body, and is never redirected."""
+def test_unknown_path_is_not_found(edge: Edge, method: str, path: str) -> None:
+    """An unknown path gives 404 with our error body, and is never redirected."""
     response = edge.http.request(method, path)
     if path.startswith("/static_content/") and method != "GET":
         assert error_of(response)[:2] == (405, "METHOD_NOT_ALLOWED")
@@ -53,8 +53,8 @@ def test_unknown_path(edge: Edge, method: str, path: str) -> None:
 
 @pytest.mark.parametrize("path", SERVED)
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"])
-def test_wrong_method_names_the_right_ones(edge: Edge, method: str, path: str) -> None:
-    """A method that a path is not served with is a 405 that names those that work."""
+def test_wrong_method_gives_405_with_allow(edge: Edge, method: str, path: str) -> None:
+    """A method that a path does not support gives 405, and Allow lists the supported ones."""
     if method in SERVED[path]:
         return
     response = edge.http.request(method, path)
@@ -64,7 +64,7 @@ def test_wrong_method_names_the_right_ones(edge: Edge, method: str, path: str) -
 
 @pytest.mark.parametrize("path", [path for path, methods in SERVED.items() if "GET" in methods])
 def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
-    """HEAD works where GET does, with the same status and type."""
+    """HEAD works wherever GET does, with the same status and content type."""
     got, head = edge.http.get(path), edge.http.head(path)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["Content-Type"] == got.headers["Content-Type"]
@@ -73,8 +73,8 @@ def test_head_is_get_without_a_body(edge: Edge, path: str) -> None:
     assert edge.http.head("/nothing").status_code == httpx.codes.NOT_FOUND
 
 
-def test_connection_outlives_head(server: LocalServer) -> None:
-    """A caller that takes the head for the whole answer, as it is, may send its next request at once."""
+def test_connection_stays_open_after_head(server: LocalServer) -> None:
+    """A caller can send its next request immediately after the answer to HEAD."""
     request = b"HEAD /static_content/swagger-ui.css HTTP/1.1\r\nHost: a\r\n\r\n"
     address = urlsplit(server.url)
     with socket.create_connection((str(address.hostname), address.port or 0), timeout=30) as connection:
@@ -90,14 +90,14 @@ def test_connection_outlives_head(server: LocalServer) -> None:
 
 @pytest.mark.parametrize("path", [*SERVED, "/nothing", "/api/v1/%0ax"])
 def test_every_answer_has_the_request_id(edge: Edge, path: str) -> None:
-    """The caller's request id is echoed on every path, and one is made where it is missing."""
+    """Every path echoes the caller's request id, or generates one if it is missing."""
     given = str(uuid4())
     assert edge.http.get(path, headers={"X-Request-ID": given}).headers["X-Request-ID"] == given
     assert edge.http.get(path).headers["X-Request-ID"]
 
 
-def test_not_ready_is_told_as_every_error(tmp_path: Path) -> None:
-    """While the weights load, /readyz is a 503 in the one error body, which says when to come back."""
+def test_readyz_uses_our_error_body(tmp_path: Path) -> None:
+    """While the weights load, /readyz gives 503 with our error body and Retry-After."""
     with started_server(tmp_path, {"API_WORKERS": "1"}) as (server, _process), httpx.Client() as client:
         while True:
             try:
@@ -111,7 +111,7 @@ def test_not_ready_is_told_as_every_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "zstd", "gzip, identity", "x", "identity, br"])
 def test_encoded_body_is_refused(edge: Edge, encoding: str) -> None:
-    """A body in an encoding is a 415 that says so, on every route, and is not read as if it had none."""
+    """A body with a Content-Encoding gives 415 on every route, and is not read as plain JSON."""
     for path in (PREDICT, BATCH):
         response = edge.http.post(path, content=b"{}", headers={**JSON, "Content-Encoding": encoding})
         status, code, message = error_of(response)
@@ -120,8 +120,8 @@ def test_encoded_body_is_refused(edge: Edge, encoding: str) -> None:
         assert response.headers["Accept-Encoding"] == "identity"
 
 
-def test_encoded_transfer_is_refused(edge: Edge) -> None:
-    """The same for a transfer coding beyond chunks."""
+def test_transfer_encoding_other_than_chunked_is_refused(edge: Edge) -> None:
+    """A Transfer-Encoding other than chunked gives 415."""
     address = urlsplit(edge.server.url)
     head = (
         *(f"POST {PREDICT} HTTP/1.1", "Host: test", f"X-API-Key: {edge.server.api_key}"),
@@ -134,8 +134,8 @@ def test_encoded_transfer_is_refused(edge: Edge) -> None:
     assert b"Transfer-Encoding" in answer
 
 
-def test_identity_is_no_encoding(edge: Edge) -> None:
-    """`identity` means that there is no encoding."""
+def test_identity_encoding_is_accepted(edge: Edge) -> None:
+    """A body with Content-Encoding: identity is read as plain JSON."""
     for value in ("identity", "Identity", ""):
         response = edge.http.post(PREDICT, content=b"{}", headers={**JSON, "Content-Encoding": value})
         assert error_of(response)[:2] == (400, "INVALID_REQUEST")
@@ -160,23 +160,23 @@ SENTENCES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", SENTENCES)
-def test_unreadable_body_is_told_as_what_it_is(edge: Edge, case: str) -> None:
-    """What is wrong with a body that cannot be read is said, without repeating any of it."""
+def test_error_describes_the_unreadable_body(edge: Edge, case: str) -> None:
+    """The error names the fault of an unreadable body, without repeating its content."""
     content, sentence = SENTENCES[case]
     response = edge.http.post(PREDICT, content=content, headers=JSON)
     assert error_of(response) == (400, "INVALID_REQUEST", sentence)
 
 
 @pytest.mark.parametrize("field", ["image_url", "user_id", "task_id"])
-def test_half_a_pair_in_a_value(edge: Edge, field: str) -> None:
-    """A lone surrogate in any field is told as what it is."""
+def test_lone_surrogate_is_refused(edge: Edge, field: str) -> None:
+    """A lone surrogate in any field is refused; the error names its code point."""
     body = edge.body("uploads/user-1/none", "circle") | {field: "\udc00"}
     response = edge.http.post(PREDICT, content=json.dumps(body), headers=JSON)
     assert error_of(response)[2] == f"{field}: holds half of a surrogate pair (U+DC00)"
 
 
-def test_name_of_an_unknown_field_is_cut(edge: Edge) -> None:
-    """A field's name of 50,000 characters does not come back whole."""
+def test_long_name_of_an_unknown_field_is_truncated(edge: Edge) -> None:
+    """The error does not repeat a field's name of 50,000 characters completely."""
     body = edge.body("uploads/user-1/none", "circle") | {"k" * 50_000: 1}
     status, _, message = error_of(edge.http.post(PREDICT, json=body))
     assert status == httpx.codes.BAD_REQUEST
@@ -184,14 +184,14 @@ def test_name_of_an_unknown_field_is_cut(edge: Edge) -> None:
     assert len(message) < 200
 
 
-def test_byte_order_mark_before_json(edge: Edge) -> None:
-    """A byte order mark in front of the JSON changes nothing."""
+def test_byte_order_mark_is_ignored(edge: Edge) -> None:
+    """A byte order mark before the JSON is ignored."""
     body = b"\xef\xbb\xbf" + json.dumps(edge.body("uploads/user-1/none", "circle")).encode()
     assert error_of(edge.http.post(PREDICT, content=body, headers=JSON))[:2] == (404, "IMAGE_NOT_FOUND")
 
 
 def lines_with(edge: Edge, mark: str) -> list[str]:
-    """The lines of the server's log that hold `mark`, once there is one; bytes beyond ASCII as surrogates."""
+    """Wait for lines of the server's log that contain `mark`; bytes beyond ASCII are surrogates."""
 
     def read() -> list[str]:
         log = edge.server.log_path.read_bytes().decode("ascii", "surrogateescape")
@@ -200,8 +200,8 @@ def lines_with(edge: Edge, mark: str) -> list[str]:
     return wait_for(read, bool)
 
 
-def test_log_cannot_be_forged(edge: Edge) -> None:
-    """A path with line ends and terminal commands stays one line of the log, with its escapes as sent."""
+def test_path_cannot_forge_log_lines(edge: Edge) -> None:
+    """A path with line breaks and terminal commands is logged in one line, with its percent escapes."""
     mark = uuid4().hex
     forged = f"/api/{mark}%0d%0a2026-01-01T00:00:00+0000%20forged{mark}%1b%5b2K%e2%80%ae%20200"
     httpx.get(f"{edge.server.url}{forged}")
@@ -211,8 +211,8 @@ def test_log_cannot_be_forged(edge: Edge) -> None:
     assert line.isprintable()
 
 
-def test_long_path_is_cut_in_the_log(edge: Edge) -> None:
-    """A path of 5,000 characters takes a line of the usual length."""
+def test_long_path_is_truncated_in_the_log(edge: Edge) -> None:
+    """A path of 5,000 characters makes a line of the usual length."""
     mark = uuid4().hex
     edge.http.get(f"/{mark}/{'x' * 5_000}")
     [line] = lines_with(edge, mark)

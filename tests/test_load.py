@@ -1,4 +1,4 @@
-"""Many callers at once, callers that hang up, and a server that has more than it can take."""
+"""Many concurrent callers, callers that disconnect, and an overloaded server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BATCH_BUCKET = re.compile(r'^sam3_batch_requests_bucket\{.*?le="([^"]+)".*?\} (\
 def send_together(
     server: LocalServer, bodies: Sequence[dict[str, Any]], *, connections: int = CALLERS
 ) -> list[httpx.Response]:
-    """All requests at once, each on a connection of its own."""
+    """Send all requests concurrently, each on a new connection."""
 
     async def run() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
@@ -44,21 +44,21 @@ def send_together(
 
 
 def batches(server: LocalServer) -> tuple[float, float]:
-    """Passes of the model so far: of one request, and of any number."""
+    """Number of the model's batches so far: of one request, and of any size."""
     buckets = dict(BATCH_BUCKET.findall(httpx.get(f"{server.url}/metrics").text))
     return float(buckets["1.0"]), float(buckets["+Inf"])
 
 
 def check_same(answer: dict[str, Any], alone: dict[str, Any]) -> None:
-    """The same instances, to a pixel."""
+    """Check for the same instances, within a pixel."""
     assert (answer["labels"], len(answer["instances"])) == (alone["labels"], len(alone["instances"]))
     for one, other in zip(answer["instances"], alone["instances"], strict=True):
         assert one["box"] == pytest.approx(other["box"], abs=1.0)
         assert one["score"] == pytest.approx(other["score"], abs=0.01)
 
 
-def test_two_hundred_at_once(edge: Edge) -> None:
-    """200 requests at once get the answers that each gets alone, and share the model's passes."""
+def test_two_hundred_concurrent_requests(edge: Edge) -> None:
+    """200 concurrent requests get the same answers as single ones, and run in common batches."""
     asked = []
     for index, seed in enumerate(SEEDS):
         drawn = scene(seed, *SIZES[index % len(SIZES)])
@@ -85,8 +85,8 @@ def test_two_hundred_at_once(edge: Edge) -> None:
     assert singles < passes / 2
 
 
-def test_one_task_sent_many_times_at_once(edge: Edge) -> None:
-    """Of twenty equal requests at once one does the work; the others are told so, or get its answer."""
+def test_concurrent_requests_for_one_task_do_its_work_once(edge: Edge) -> None:
+    """Of twenty concurrent requests for one task one does the work; the others get 409 or its answer."""
     drawn = scene(200)
     body = edge.body(edge.upload(png_bytes(drawn.image)), drawn.names[0])
     responses = send_together(edge.server, [body] * 20)
@@ -99,8 +99,8 @@ def test_one_task_sent_many_times_at_once(edge: Edge) -> None:
     assert len(edge.masks(body["task_id"])) == 1
 
 
-def test_work_goes_on_when_the_caller_hangs_up(edge: Edge) -> None:
-    """A request whose caller is gone at once still ends as a done row."""
+def test_task_is_done_after_the_caller_disconnects(edge: Edge) -> None:
+    """If the caller disconnects after the claim, the row still ends as done."""
     drawn = scene(201)
     key = edge.upload(png_bytes(drawn.image))
     address = urlsplit(edge.server.url)
@@ -114,7 +114,7 @@ def test_work_goes_on_when_the_caller_hangs_up(edge: Edge) -> None:
         )
         with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
             connection.sendall((head + text).encode())
-            # Claimed: from here on the task is the server's.
+            # From the claim on, the server finishes the task.
             wait_for(lambda: edge.row(body["task_id"]), lambda row: row and row.status != "pending")  # noqa: B023
     alone = edge.answer(key, drawn.names[0])
     for body in bodies:
@@ -124,8 +124,8 @@ def test_work_goes_on_when_the_caller_hangs_up(edge: Edge) -> None:
         assert len(edge.masks(body["task_id"])) == 1
 
 
-def test_bad_image_does_not_hurt_its_neighbours(edge: Edge) -> None:
-    """In a burst of good requests, bad ones fail alone."""
+def test_bad_image_does_not_affect_other_requests(edge: Edge) -> None:
+    """Among concurrent requests only those with a bad image fail."""
     drawn = scene(202)
     good = edge.upload(png_bytes(drawn.image))
     bad = edge.upload(png_bytes(drawn.image)[:1000])
@@ -140,8 +140,8 @@ def test_bad_image_does_not_hurt_its_neighbours(edge: Edge) -> None:
             check_same(response.json(), alone)
 
 
-def test_more_than_max_in_flight(tmp_path: Path) -> None:
-    """A full server says 429 and when to come back; the row stays pending, and a later try is done."""
+def test_requests_beyond_max_in_flight_get_429(tmp_path: Path) -> None:
+    """Requests beyond MAX_IN_FLIGHT get 429 with Retry-After; the row stays pending, and a retry is done."""
     with local_server(tmp_path, {"MAX_IN_FLIGHT": "1", "API_WORKERS": "1"}) as server, Edge(server) as edge:
         drawn = scene(203)
         key = edge.upload(png_bytes(drawn.image))
@@ -164,8 +164,8 @@ def test_more_than_max_in_flight(tmp_path: Path) -> None:
         assert edge.settled_row(refused["task_id"]).status == "done"
 
 
-def test_deadline(tmp_path: Path) -> None:
-    """Work that outlasts REQUEST_TIMEOUT_S is a 504, and its row says so."""
+def test_task_beyond_the_request_timeout_gets_504(tmp_path: Path) -> None:
+    """A task that takes longer than REQUEST_TIMEOUT_S gets 504, and its row has the error message."""
     with (
         local_server(tmp_path, {"REQUEST_TIMEOUT_S": "0.001", "API_WORKERS": "1"}) as server,
         Edge(server) as edge,

@@ -1,4 +1,4 @@
-"""What /metrics says, and what strangers cannot make it say."""
+"""The metrics of /metrics, and that callers cannot add series."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scrape(server: LocalServer) -> str:
 
 
 def samples(server: LocalServer, name: str) -> list[tuple[dict[str, str], float]]:
-    """The labels and the value of each series of this name."""
+    """Labels and value of each series of this name."""
     return [
         (sample.labels, sample.value)
         for family in text_string_to_metric_families(scrape(server))
@@ -44,26 +44,26 @@ def samples(server: LocalServer, name: str) -> list[tuple[dict[str, str], float]
 
 
 def total(server: LocalServer, name: str, **labels: str) -> float:
-    """The sum over the series that have these labels."""
+    """The sum of the series with these labels."""
     return sum(value for found, value in samples(server, name) if labels.items() <= found.items())
 
 
-def test_unknown_paths_make_no_series(server: LocalServer) -> None:
-    """Whatever paths and methods strangers think of, /metrics stays as small as it was."""
-    with httpx.Client(base_url=server.url) as stranger:
+def test_unknown_paths_add_no_series(server: LocalServer) -> None:
+    """Unknown paths and methods do not increase the size of /metrics."""
+    with httpx.Client(base_url=server.url) as client:
 
-        def ask(count: int) -> None:
+        def request(count: int) -> None:
             for _ in range(count):
-                stranger.get(f"/{uuid4()}")
-                stranger.get(f"/api/v1/{uuid4()}", headers=server.headers)
-                stranger.get(f"/static_content/{uuid4()}")
-                stranger.request("PROPFIND", f"/health/{uuid4()}")
+                client.get(f"/{uuid4()}")
+                client.get(f"/api/v1/{uuid4()}", headers=server.headers)
+                client.get(f"/static_content/{uuid4()}")
+                client.request("PROPFIND", f"/health/{uuid4()}")
 
-        ask(10)  # both API workers have met each kind
+        request(10)  # so that both API workers have served each kind
         before = scrape(server)
-        ask(100)
+        request(100)
         after = scrape(server)
-    assert len(after.splitlines()) <= len(before.splitlines()) + 60  # one status more, at most
+    assert len(after.splitlines()) <= len(before.splitlines()) + 60  # at most one more status
     endpoints = {
         sample.labels["endpoint"]
         for family in text_string_to_metric_families(after)
@@ -75,7 +75,7 @@ def test_unknown_paths_make_no_series(server: LocalServer) -> None:
 
 
 def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edge) -> None:
-    """A route's requests, their statuses and durations are at /metrics, and so are the runner's batches."""
+    """/metrics has the requests of a route by status, their durations, and the runner's batches."""
     count = "bentoml_service_request_total"
     duration = "bentoml_service_request_duration_seconds_count"
     batches = "bentoml_service_adaptive_batch_size_count"
@@ -91,7 +91,7 @@ def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edg
 
 
 def test_every_stage_of_a_task_is_measured(server: LocalServer, edge: Edge) -> None:
-    """A task adds one to each stage, the runner's included, and to the prompts that were looked up."""
+    """A task adds one to each stage, including the runner's, and to the prompt cache's hits or misses."""
 
     def counted() -> dict[str, float]:
         stages = {stage: total(server, "sam3_stage_seconds_count", stage=stage) for stage in STAGES}
@@ -105,8 +105,8 @@ def test_every_stage_of_a_task_is_measured(server: LocalServer, edge: Edge) -> N
     assert counted() == {name: count + 1 for name, count in before.items()}
 
 
-def test_tasks_are_counted_by_how_they_end(server: LocalServer, edge: Edge) -> None:
-    """A task counts as done, its repeat as replayed, and one that ends as error under its code."""
+def test_tasks_are_counted_by_outcome(server: LocalServer, edge: Edge) -> None:
+    """A task counts as done, its repeat as replayed, and a failed one as error with its code."""
 
     def counted() -> list[float]:
         ends = [("done", ""), ("replayed", ""), ("error", "IMAGE_NOT_FOUND")]
@@ -120,16 +120,16 @@ def test_tasks_are_counted_by_how_they_end(server: LocalServer, edge: Edge) -> N
     assert counted() == [count + 1 for count in before]
 
 
-def test_state_is_measured(server: LocalServer) -> None:
-    """The model is there, and nothing is in work, waits or was given up."""
+def test_gauges_of_an_idle_server(server: LocalServer) -> None:
+    """On an idle server the model is ready, and no task is in flight, waits or was given up."""
     assert total(server, "sam3_model_ready") == 1
     for name in ("sam3_tasks_in_flight", "sam3_tasks_waiting", "sam3_tasks_given_up", "sam3_outbox_depth"):
         assert samples(server, name)
         wait_for(partial(total, server, name), lambda count: count == 0)
 
 
-def test_in_progress_falls_to_zero(tmp_path: Path) -> None:
-    """What was in progress in a process that was killed is not counted for ever."""
+def test_requests_of_a_killed_worker_are_not_in_progress(tmp_path: Path) -> None:
+    """Requests that were in progress in a killed process are no longer counted."""
     name = "bentoml_service_request_in_progress"
     with started_server(tmp_path, {"API_WORKERS": "1"}) as (server, _), Edge(server) as edge:
         wait_for(lambda: _is_ready(server), bool)

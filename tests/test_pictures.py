@@ -1,4 +1,4 @@
-"""Pictures that people have, through HTTP and through SAM3Predictor: each shows what `plain.png` shows."""
+"""Realistic image files, through HTTP and through SAM3Predictor: each shows the same as `plain.png`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOUND: dict[str, list[bool | None]] = {
     "png-grey-and-alpha.png": [True, None],
     "png-circle-erased-by-alpha.png": [False, True],
 }
-"""Which of the prompts are found; None: not asked. All, in the others."""
+"""Which prompts are found; None: not checked. In the other files all are found."""
 UNKNOWN_TO_PILLOW = {
     "png-colour-profile-of-1500-kB-unpacked.png",
     "png-text-of-1500-kB-unpacked.png",
@@ -60,14 +60,14 @@ def check(name: str, masks: Masks, plain: Masks) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_by_http(edge: Edge, name: str) -> None:
-    """What is the same picture to a viewer has the same masks."""
+def test_masks_by_http_equal_those_of_the_plain_file(edge: Edge, name: str) -> None:
+    """Files that look the same in a viewer have the same masks."""
     check(name, by_http(edge, name), by_http(edge, "plain.png"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_by_predictor(predictor: SAM3Predictor, name: str) -> None:
-    """So it has for Python users: by the file's path or bytes, or opened, where Pillow can open it."""
+def test_masks_by_predictor_equal_those_of_the_plain_file(predictor: SAM3Predictor, name: str) -> None:
+    """The same holds for a path, for bytes, and for an opened image if Pillow can open it."""
     plain = by_predictor(predictor, PICTURES / "plain.png")
     check(name, by_predictor(predictor, str(PICTURES / name)), plain)
     check(name, by_predictor(predictor, (PICTURES / name).read_bytes()), plain)
@@ -77,7 +77,7 @@ def test_by_predictor(predictor: SAM3Predictor, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(UNKNOWN_TO_PILLOW))
-def test_unknown_to_pillow(name: str) -> None:
-    """These Pillow refuses for their metadata."""
+def test_pillow_refuses_these_files(name: str) -> None:
+    """Pillow refuses these files because of their metadata."""
     with pytest.raises((ValueError, OSError)), Image.open(PICTURES / name):
         pass

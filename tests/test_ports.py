@@ -1,4 +1,4 @@
-"""Where the server can be reached: its HTTP port, and nothing that another user of the machine can open."""
+"""The server's sockets: its HTTP port, and nothing else that another user of the machine can open."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.server
 
 
 def processes_of(server: LocalServer) -> list[psutil.Process]:
-    """The supervisor and all that it started."""
+    """The supervisor and its descendants."""
     supervisor = psutil.Process(server.pid)
     return [supervisor, *supervisor.children(recursive=True)]
 
 
 def open_ports(server: LocalServer) -> set[int]:
-    """The TCP and UDP ports at which one of the processes can be reached."""
+    """The TCP and UDP ports on which the processes listen."""
     return {
         held.laddr.port
         for process in processes_of(server)
@@ -32,13 +32,13 @@ def open_ports(server: LocalServer) -> set[int]:
     }
 
 
-def test_http_port_alone_is_open(server: LocalServer) -> None:
-    """No process of the server listens anywhere but at the HTTP port, the loopback included."""
+def test_only_the_http_port_is_open(server: LocalServer) -> None:
+    """The server's processes listen only on the HTTP port, even on loopback."""
     assert open_ports(server) == {urlsplit(server.url).port}
 
 
 def unix_sockets(server: LocalServer) -> set[Path]:
-    """The unix sockets of the server's processes that have a path."""
+    """The paths of the unix sockets of the server's processes."""
     return {
         Path(str(held.laddr))
         for process in processes_of(server)
@@ -48,7 +48,7 @@ def unix_sockets(server: LocalServer) -> set[Path]:
 
 
 def test_sockets_between_processes_are_private(server: LocalServer) -> None:
-    """The unix sockets lie in folders that only the server's user may enter."""
+    """The unix sockets are in folders that only the server's user can enter."""
     paths = unix_sockets(server)
     assert paths  # the runner's
     for path in paths:
@@ -57,8 +57,8 @@ def test_sockets_between_processes_are_private(server: LocalServer) -> None:
         assert folder.st_uid == psutil.Process(server.pid).uids().real
 
 
-def test_no_socket_outlives_the_server(tmp_path: Path) -> None:
-    """A stop leaves no process, no socket and none of their folders behind."""
+def test_stop_removes_all_sockets(tmp_path: Path) -> None:
+    """After a stop there is no process, no socket and none of their folders."""
     with local_server(tmp_path / "server") as running:
         paths, processes = unix_sockets(running), processes_of(running)
         assert paths

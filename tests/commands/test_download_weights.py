@@ -1,4 +1,4 @@
-"""The command that downloads ahead of the start; what it downloads is tested with sam3_runner."""
+"""The command that downloads the weights; tests/sam3_runner tests the download itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from commands.download_weights import main
         ("SAM3_HF_REPO", "sam3", "SAM3_HF_REPO must be owner/name"),
     ],
 )
-def test_nothing_to_do_is_one_sentence(
+def test_demo_and_wrong_settings_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
 ) -> None:
-    """The demo and wrong settings end the command with a sentence and the exit code 1."""
+    """The demo and wrong settings end the command with an error message and exit status 1."""
     monkeypatch.setenv("ENV_FILE", os.devnull)
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=sentence):
