@@ -1,4 +1,4 @@
-"""What a caller gets for good requests."""
+"""The answers to valid requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.server
 
 SEEDS = tuple(range(100, 112))
 EXIF_ORIENTATION = 0x0112
-TURNS = {
+TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,17 +36,17 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""What a camera did to the picture, by the orientation that undoes it."""
+"""The stored image's transposition, by the EXIF orientation that reverses it."""
 
 
-def seen(answer: dict[str, Any]) -> dict[str, Any]:
+def without_ids_and_times(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer without its ids, URLs and times."""
-    unlike = ("task_id", "mask_url", "inference_time_ms")
-    return {key: value for key, value in answer.items() if key not in unlike}
+    excluded = ("task_id", "mask_url", "inference_time_ms")
+    return {key: value for key, value in answer.items() if key not in excluded}
 
 
 def check_mask(edge: Edge, answer: dict[str, Any]) -> None:
-    """The mask is of the image's size and is made of the instances and of nothing else."""
+    """Check that the mask has the image's size and the area of the instances."""
     mask = edge.mask(answer["mask_url"])
     assert mask.shape == (answer["image_height"], answer["image_width"])
     areas = [instance["area"] for instance in answer["instances"]]
@@ -54,7 +54,7 @@ def check_mask(edge: Edge, answer: dict[str, Any]) -> None:
 
 
 def count_hits(edge: Edge, drawn: Scene, prompt: str) -> tuple[int, int, int]:
-    """Things found, things to find, and instances given, for one prompt over one scene."""
+    """The numbers of things found, things to find, and instances returned, for one prompt in one scene."""
     answer = edge.answer(drawn.image, prompt)
     check_mask(edge, answer)
     mask = edge.mask(answer["mask_url"])
@@ -70,17 +70,17 @@ def count_hits(edge: Edge, drawn: Scene, prompt: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.first
-def test_finds_what_is_there(edge: Edge) -> None:
-    """On drawn scenes most objects of a named kind are found, each with its box, and little else is."""
+def test_objects_of_a_prompt_are_found(edge: Edge) -> None:
+    """In drawn scenes recall is at least 0.8 and precision at least 0.7."""
     counts = [count_hits(edge, scene(seed), prompt) for seed in SEEDS for prompt in scene(seed).names[:2]]
-    hits, wanted, given = (sum(column) for column in zip(*counts, strict=True))
+    hits, wanted, returned = (sum(column) for column in zip(*counts, strict=True))
     assert wanted > len(SEEDS)
     assert hits >= 0.8 * wanted
-    assert hits >= 0.7 * given
+    assert hits >= 0.7 * returned
 
 
-def test_mask_covers_the_concept(edge: Edge) -> None:
-    """The mask of a concept is, pixel by pixel, mostly what the scene shows of it."""
+def test_mask_matches_the_drawn_objects(edge: Edge) -> None:
+    """The IoU of a mask with the drawn objects is high."""
     overlaps = []
     for seed in SEEDS:
         drawn = scene(seed)
@@ -93,7 +93,7 @@ def test_mask_covers_the_concept(edge: Edge) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(900, 336), (336, 700), (1280, 960)])
 def test_boxes_and_masks_are_in_pixels_of_the_image(edge: Edge, width: int, height: int) -> None:
-    """Whatever the image's size and aspect, instances lie where its pixels show them."""
+    """For any size and aspect ratio, boxes and masks are in pixels of the image."""
     drawn = scene(7, width, height)
     answer = edge.answer(drawn.image, drawn.names[0])
     check_mask(edge, answer)
@@ -103,8 +103,8 @@ def test_boxes_and_masks_are_in_pixels_of_the_image(edge: Edge, width: int, heig
     assert iou(edge.mask(answer["mask_url"]), truth) >= 0.5
 
 
-def test_answer_has_the_promised_fields(edge: Edge) -> None:
-    """The answer holds exactly the contract's fields, with labels, scores and boxes that agree."""
+def test_answer_has_the_fields_of_the_contract(edge: Edge) -> None:
+    """The answer has exactly the contract's fields, with consistent labels, scores and boxes."""
     drawn = scene(SEEDS[0])
     answer = edge.answer(drawn.image, drawn.names[0])
     assert set(answer) == {
@@ -125,8 +125,8 @@ def test_answer_has_the_promised_fields(edge: Edge) -> None:
         assert 0 <= y0 < y1 <= answer["image_height"]
 
 
-def test_nothing_found_is_a_result(edge: Edge) -> None:
-    """An absent concept is a done task: no labels, confidence 0, and a mask of zeros."""
+def test_task_without_instances_is_done(edge: Edge) -> None:
+    """A task whose concept is absent is done: no labels, confidence 0, and a mask of zeros."""
     drawn = scene(SEEDS[1])
     answer = edge.answer(drawn.image, drawn.absent)
     assert (answer["labels"], answer["confidence"], answer["instances"]) == ([], 0.0, [])
@@ -137,8 +137,8 @@ def test_nothing_found_is_a_result(edge: Edge) -> None:
     assert (row.status, row.labels, row.mask_url) == ("done", [], answer["mask_url"])
 
 
-def test_row_after_done(edge: Edge) -> None:
-    """The row carries the mask, the labels and the whole result, for the users who watch it."""
+def test_row_has_the_result(edge: Edge) -> None:
+    """The row of a done task has the mask, the labels and the whole result."""
     drawn = scene(SEEDS[2])
     answer = edge.answer(drawn.image, drawn.names[0])
     row = edge.row(answer["task_id"])
@@ -154,7 +154,7 @@ def test_row_after_done(edge: Edge) -> None:
 
 
 def test_batch_keeps_the_order_of_the_prompts(edge: Edge) -> None:
-    """A batch answers prompt by prompt, duplicates and absent concepts included, as predict would."""
+    """A batch has one result per prompt, equal to predict's, for duplicates and absent concepts too."""
     drawn = scene(SEEDS[3])
     prompts = [drawn.absent, drawn.names[-1], drawn.names[0], drawn.names[-1]]
     key = edge.upload(png_bytes(drawn.image))
@@ -168,11 +168,12 @@ def test_batch_keeps_the_order_of_the_prompts(edge: Edge) -> None:
         for one, other in zip(result["instances"], alone["instances"], strict=True):
             assert one["box"] == pytest.approx(other["box"], abs=0.5)
         check_mask(edge, result)
-    assert seen(batch["results"][1]) == seen(batch["results"][3])
+    first, duplicate = batch["results"][1], batch["results"][3]
+    assert without_ids_and_times(first) == without_ids_and_times(duplicate)
 
 
-def test_batch_row_holds_the_union(edge: Edge) -> None:
-    """A batch's row shows the union over all prompts as its mask, each found label once."""
+def test_batch_row_has_the_union_of_the_masks(edge: Edge) -> None:
+    """A batch's row has the union of all masks, and each found label once."""
     drawn = scene(SEEDS[4])
     prompts = [drawn.names[0], drawn.names[-1], drawn.absent, drawn.names[0]]
     batch = edge.answer(drawn.image, prompts)
@@ -186,25 +187,25 @@ def test_batch_row_holds_the_union(edge: Edge) -> None:
     assert row.metadata["results"] == batch["results"]
 
 
-@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("orientation", TRANSPOSED)
 def test_exif_orientation_is_applied(edge: Edge, orientation: int) -> None:
-    """A picture that a camera stored turned is segmented, and its mask returned, as a viewer shows it."""
+    """The mask of an image with an EXIF orientation is that of the upright image."""
     upright = scene(SEEDS[5], 480, 336).image
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
-    turned = upright.transpose(TURNS[orientation])
+    transposed = upright.transpose(TRANSPOSED[orientation])
     prompt = scene(SEEDS[5], 480, 336).names[0]
-    answer = edge.answer(png_bytes(turned, exif=exif.tobytes()), prompt)
-    assert seen(answer) == seen(edge.answer(upright, prompt))
+    answer = edge.answer(png_bytes(transposed, exif=exif.tobytes()), prompt)
+    assert without_ids_and_times(answer) == without_ids_and_times(edge.answer(upright, prompt))
     check_mask(edge, answer)
 
 
-def test_exif_orientation_of_a_jpeg(edge: Edge) -> None:
-    """A phone's portrait JPEG, stored lying, comes back with a standing mask."""
+def test_exif_orientation_of_a_jpeg_is_applied(edge: Edge) -> None:
+    """A portrait JPEG that is stored as landscape gets a portrait mask."""
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = 6
-    lying = image_bytes(scene(SEEDS[5], 480, 336).image, "JPEG", exif=exif.tobytes())
-    answer = edge.answer(lying, "circle")
+    landscape = image_bytes(scene(SEEDS[5], 480, 336).image, "JPEG", exif=exif.tobytes())
+    answer = edge.answer(landscape, "circle")
     assert (answer["image_width"], answer["image_height"]) == (336, 480)
     assert edge.mask(answer["mask_url"]).shape == (480, 336)
 
@@ -235,37 +236,38 @@ FORMS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image] | None]] =
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_formats(edge: Edge, form: str) -> None:
-    """PNG, JPEG and WEBP of every kind give the answer of the pixels that a viewer shows."""
-    encoded, viewed = FORMS[form]
+def test_every_format_is_decoded_to_the_same_pixels(edge: Edge, form: str) -> None:
+    """PNG, JPEG and WEBP of every kind give the same answer as their decoded pixels."""
+    encoded, expected = FORMS[form]
     data = encoded()
-    if viewed is None:
+    if expected is None:
         with Image.open(io.BytesIO(data)) as image:
             plain = image.convert("RGB")
     else:
-        plain = viewed()
+        plain = expected()
     found = edge.answer(data, "shape")
-    assert seen(found) == seen(edge.answer(plain, "shape"))
+    assert without_ids_and_times(found) == without_ids_and_times(edge.answer(plain, "shape"))
     check_mask(edge, found)
 
 
 @pytest.mark.parametrize("name", ["a1b2", "photo.jpg", "picture.exe", "Ünïcode näme"])
-def test_names_do_not_matter(edge: Edge, name: str) -> None:
-    """The format is told by content: an upload without an extension, or with a wrong one, is fine."""
+def test_file_name_does_not_matter(edge: Edge, name: str) -> None:
+    """The format is detected from the content; the name may have no extension or a wrong one."""
     key = edge.upload(png_bytes(rgb()), name)
     assert edge.answer(key, "circle")["image_width"] == rgb().width
 
 
 def test_image_url_may_be_a_url(edge: Edge) -> None:
-    """The URL of an upload in our folder does what its bare key does."""
+    """The URL of an upload gives the same answer as its key."""
     key = edge.upload(png_bytes(rgb()))
     url = (edge.server.data_dir.resolve() / "storage" / key).as_uri()
-    assert seen(edge.answer(url, "circle")) == seen(edge.answer(key, "circle"))
+    by_url, by_key = edge.answer(url, "circle"), edge.answer(key, "circle")
+    assert without_ids_and_times(by_url) == without_ids_and_times(by_key)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (6000, 3), (2, 2)])
-def test_smallest_and_longest_images(edge: Edge, size: tuple[int, int]) -> None:
-    """An image of one pixel, or of one row, gets a mask of its own size."""
+def test_smallest_and_longest_images_are_accepted(edge: Edge, size: tuple[int, int]) -> None:
+    """An image of one pixel, or of one row, gets a mask of its size."""
     answer = edge.answer(Image.new("RGB", size, (200, 30, 30)), ["red shape", "circle"])
     for result in answer["results"]:
         assert (result["image_width"], result["image_height"]) == size
@@ -273,7 +275,7 @@ def test_smallest_and_longest_images(edge: Edge, size: tuple[int, int]) -> None:
 
 
 def test_done_task_is_replayed(edge: Edge) -> None:
-    """A repeated request for a done task gets the identical answer, and no second mask is stored."""
+    """A repeated request for a done task gets the same answer, and no second mask is stored."""
     drawn = scene(SEEDS[7])
     for prompt in (drawn.names[0], [drawn.names[0], drawn.absent]):
         body = edge.body(edge.upload(png_bytes(drawn.image)), prompt)
@@ -288,7 +290,7 @@ def test_done_task_is_replayed(edge: Edge) -> None:
 
 
 def test_done_task_is_not_reused_for_other_prompts(edge: Edge) -> None:
-    """A task id that is done for one prompt is refused for another, and the row stays done."""
+    """The id of a task that is done for one prompt is refused for another; the row stays done."""
     drawn = scene(SEEDS[7])
     body = edge.body(edge.upload(png_bytes(drawn.image)), drawn.names[0])
     assert edge.send(body).status_code == httpx.codes.OK
@@ -299,8 +301,8 @@ def test_done_task_is_not_reused_for_other_prompts(edge: Edge) -> None:
     assert edge.settled_row(body["task_id"]).status == "done"
 
 
-def test_failed_task_may_be_tried_again(edge: Edge) -> None:
-    """A task that ended in an error can be sent again; its row turns done, without the error."""
+def test_failed_task_may_be_retried(edge: Edge) -> None:
+    """A task that ended as error can be sent again; its row becomes done, without the error message."""
     body = edge.body(f"uploads/{USER}/{uuid4()}", "circle")
     assert edge.send(body).status_code == httpx.codes.NOT_FOUND
     assert edge.settled_row(body["task_id"]).status == "error"
@@ -312,18 +314,18 @@ def test_failed_task_may_be_tried_again(edge: Edge) -> None:
 
 
 def test_task_in_progress_is_refused(edge: Edge) -> None:
-    """A task that another attempt holds is a 409 that says when to come back; the attempt is left alone."""
+    """A task that another attempt has claimed gives 409 with Retry-After; the row does not change."""
     body = edge.body(edge.upload(png_bytes(rgb())), "circle")
     edge.claim(body)
-    held = edge.row(body["task_id"])
+    claimed = edge.row(body["task_id"])
     response = edge.send(body)
     assert error_of(response)[:2] == (409, "TASK_IN_PROGRESS")
     assert 1 <= int(response.headers["Retry-After"]) <= 3 * SERVER_TIMEOUT_S
-    assert edge.row(body["task_id"]) == held
+    assert edge.row(body["task_id"]) == claimed
 
 
-def test_task_id_may_be_written_in_capitals(edge: Edge) -> None:
-    """UUIDs are equal whatever their letters' case: the answer and the row use the lower one."""
+def test_task_id_may_be_in_upper_case(edge: Edge) -> None:
+    """The answer and the row have the task id in lower case."""
     task_id = "ABCDEFAB-CDEF-4ABC-8DEF-" + uuid4().hex[:12].upper()
     response = edge.send(edge.body(edge.upload(png_bytes(rgb())), "circle", task_id))
     assert response.json()["task_id"] == task_id.lower()
@@ -332,14 +334,14 @@ def test_task_id_may_be_written_in_capitals(edge: Edge) -> None:
 
 @pytest.mark.parametrize("path", ["/health", PREDICT, BATCH, "/api/v1/model/info", "/"])
 def test_request_id_is_echoed(edge: Edge, path: str) -> None:
-    """X-Request-ID comes back as it was sent, on good answers and on errors."""
+    """X-Request-ID is returned unchanged, in successful answers and in errors."""
     response = edge.http.get(path, headers={"X-Request-ID": "edge-1:a.b_c"})
     assert response.headers.get_list("X-Request-ID") == ["edge-1:a.b_c"]
 
 
 @pytest.mark.parametrize("given", [None, "", "has space", "x" * 129, "a\tb", "<script>"])
-def test_request_id_is_made(edge: Edge, given: str | None) -> None:
-    """A missing or improper X-Request-ID is replaced by a new one."""
+def test_request_id_is_generated(edge: Edge, given: str | None) -> None:
+    """A missing or invalid X-Request-ID is replaced by a new one."""
     headers = {} if given is None else {"X-Request-ID": given}
     first, second = (
         edge.http.get("/health", headers=headers).headers.get_list("X-Request-ID") for _ in range(2)
@@ -348,8 +350,8 @@ def test_request_id_is_made(edge: Edge, given: str | None) -> None:
     assert UUID(first[0]) != UUID(second[0])
 
 
-def test_health(edge: Edge) -> None:
-    """Without a key /health says that the model is loaded; on a machine without a GPU it says so."""
+def test_health_needs_no_key(edge: Edge) -> None:
+    """Without a key /health reports the state of the model and the GPU."""
     response = httpx.get(f"{edge.server.url}/health")
     assert response.status_code == httpx.codes.OK
     health = response.json()
@@ -358,8 +360,8 @@ def test_health(edge: Edge) -> None:
     assert health["gpu_available"] == ("gpu_name" in health) == ("vram_total_mb" in health)
 
 
-def test_model_info_is_true(edge: Edge) -> None:
-    """model/info names the demo checkpoint as a demo, and its numbers are those of the file."""
+def test_model_info_describes_the_checkpoint(edge: Edge) -> None:
+    """The route model/info reports the demo checkpoint as a demo, with the numbers of its file."""
     info = edge.http.get("/api/v1/model/info").json()
     weights = DEMO_FOLDER / "model.safetensors"
     with safe_open(weights, "np") as file:
@@ -385,11 +387,11 @@ def test_model_info_is_true(edge: Edge) -> None:
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
 def test_probes_need_no_key(edge: Edge, path: str) -> None:
-    """Orchestrators reach the probes and the metrics without a key."""
+    """In development the probes and the metrics need no key."""
     assert httpx.get(f"{edge.server.url}{path}").status_code == httpx.codes.OK
 
 
 def test_keys_are_never_logged(edge: Edge) -> None:
-    """The server's log holds no API key."""
+    """The server's log contains no API key."""
     edge.http.get("/api/v1/model/info")
     assert edge.server.api_key not in edge.server.log_path.read_text()

@@ -1,4 +1,4 @@
-"""Prompts as people paste them: every script's spaces and joiners are text; only broken text is refused."""
+"""Prompts with special spaces, joiners and invisible characters: only invalid text is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image_key(edge: Edge) -> str:
 
 @pytest.fixture(scope="module")
 def plain(edge: Edge, image_key: str) -> dict[str, Any]:
-    """The answer to the prompt as nobody pastes it."""
+    """The answer to the prompt with plain spaces."""
     answer = edge.answer(image_key, "black circle")
     assert len(answer["instances"]) == len(PICTURE.named("black circle"))
     return answer
@@ -50,28 +50,28 @@ LIKE_BLACK_CIRCLE: dict[str, tuple[str, str]] = {
     "spaces at the ends": (" \u00a0black circle\u3000 ", "black circle"),
     "marks and spaces at the ends": ("\u200e \u2060black circle\u200d \u00ad", "black circle"),
 }
-"""Prompts, and what becomes of them."""
+"""Prompts as sent, and as stored."""
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("case", LIKE_BLACK_CIRCLE)
-def test_spaces_and_ends_make_no_difference(
+def test_special_spaces_do_not_change_the_result(
     edge: Edge, image_key: str, plain: dict[str, Any], case: str
 ) -> None:
-    """It finds what "black circle" finds; labels and the row carry the text as sent, without its ends."""
-    sent, kept = LIKE_BLACK_CIRCLE[case]
+    """The instances are those of "black circle"; labels and row have the trimmed prompt."""
+    sent, stored = LIKE_BLACK_CIRCLE[case]
     body = edge.body(image_key, sent)
     edge.insert_row(body)
     response = edge.send(body)
     assert response.status_code == httpx.codes.OK, response.text
     answer = response.json()
-    assert answer["labels"] == [kept]
-    assert {instance["label"] for instance in answer["instances"]} == {kept}
+    assert answer["labels"] == [stored]
+    assert {instance["label"] for instance in answer["instances"]} == {stored}
     assert [i | {"label": ""} for i in answer["instances"]] == [i | {"label": ""} for i in plain["instances"]]
     row = edge.settled_row(body["task_id"])
-    assert (row.labels, row.metadata["prompts"]) == ([kept], [kept])
-    # The same text again, cleaned or not, is the same task.
-    for again in (sent, kept):
+    assert (row.labels, row.metadata["prompts"]) == ([stored], [stored])
+    # The same prompt again, trimmed or not, is the same task.
+    for again in (sent, stored):
         assert edge.send(edge.body(image_key, again, body["task_id"])).json() == answer
 
 
@@ -93,8 +93,8 @@ TEXTS = {
 
 @pytest.mark.server
 @pytest.mark.parametrize("case", TEXTS)
-def test_text_is_a_prompt(edge: Edge, image_key: str, case: str) -> None:
-    """Joiners, tags, and what Python's tables do not know are text, and stand in the row as sent."""
+def test_unusual_text_is_accepted(edge: Edge, image_key: str, case: str) -> None:
+    """Joiners, tags and unassigned characters are accepted, and stored in the row as sent."""
     body = edge.body(image_key, [TEXTS[case], "black circle"])
     response = edge.send(body)
     assert response.status_code == httpx.codes.OK, response.text
@@ -119,8 +119,8 @@ REFUSED: dict[str, tuple[str, str]] = {
 
 @pytest.mark.server
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_text_is_refused(edge: Edge, image_key: str, case: str) -> None:
-    """The message names the character by its number, and never repeats the text; the row stays pending."""
+def test_invalid_text_is_refused(edge: Edge, image_key: str, case: str) -> None:
+    """The error names the character's code point, without the text; no row is claimed."""
     text, reason = REFUSED[case]
     body = edge.body(image_key, text)
     response = edge.http.post(PREDICT, content=json.dumps(body), headers={"Content-Type": "application/json"})
@@ -128,8 +128,8 @@ def test_what_is_no_text_is_refused(edge: Edge, image_key: str, case: str) -> No
     assert edge.row(body["task_id"]) is None
 
 
-def test_length_counts_as_sent() -> None:
-    """200 characters are taken and 201 refused, whatever of them is stripped."""
+def test_length_limit_applies_before_trimming() -> None:
+    """200 characters are accepted and 201 refused, including those that are trimmed."""
     assert PROMPT.validate_python(" " * 100 + "a" + " " * 99) == "a"
     with pytest.raises(ValidationError, match="at most 200"):
         PROMPT.validate_python(" " * 100 + "a" + " " * 100)
@@ -137,15 +137,15 @@ def test_length_counts_as_sent() -> None:
 
 @given(text=st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), min_size=1, max_size=20))
 @settings(max_examples=500, deadline=None)
-def test_description_has_the_rule(text: str) -> None:
-    """The pattern in the description takes what is taken, and refuses what is refused."""
+def test_documented_pattern_matches_the_validation(text: str) -> None:
+    """The pattern in the API's description matches the accepted prompts, and no refused ones."""
     try:
-        taken = bool(PROMPT.validate_python(text))
+        accepted = bool(PROMPT.validate_python(text))
     except ValidationError:
-        taken = False
+        accepted = False
     described = re.search(PROMPT_PATTERN.removesuffix("$") + r"\Z", text) is not None
-    # A pattern that knew all that is invisible would fill a page.
-    assert described == (taken or (is_invisible(text) and trimmed(text) != "" and not _has_controls(text)))
+    # A pattern with all invisible characters would be too long.
+    assert described == (accepted or (is_invisible(text) and trimmed(text) != "" and not _has_controls(text)))
 
 
 def _has_controls(text: str) -> bool:

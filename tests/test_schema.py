@@ -1,4 +1,4 @@
-"""The server against its own description: schemathesis draws requests from /docs.json and checks answers."""
+"""The server against its API description: schemathesis generates requests from it and checks the answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.server
 
 CASES = 2000
 EXAMPLES_PER_ROUTE = "950"
-"""Two of the four routes take nothing, and so give a few cases only."""
+"""Two of the four routes have no parameters, and so only a few cases."""
 TIMEOUT_S = 900
 
 
-def test_server_is_as_it_describes_itself(edge: Edge, tmp_path: Path) -> None:
-    """What the description allows is served, what it forbids refused, and every answer is one it names."""
+def test_server_conforms_to_its_description(edge: Edge, tmp_path: Path) -> None:
+    """Valid requests are served, invalid ones are refused, and every answer matches the description."""
     report_path = tmp_path / "report.json"
     ended = subprocess.run(
         [
@@ -38,7 +38,7 @@ def test_server_is_as_it_describes_itself(edge: Edge, tmp_path: Path) -> None:
             *("--continue-on-failure", "--no-color"),
             *("--request-timeout", "60", "--report", "json", "--report-json-path", str(report_path)),
         ],
-        cwd=tmp_path,  # it leaves files there
+        cwd=tmp_path,  # schemathesis writes files there
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),
@@ -55,6 +55,6 @@ def test_server_is_as_it_describes_itself(edge: Edge, tmp_path: Path) -> None:
     report = json.loads(report_path.read_text())
     assert (report["failures"], report["errors"]) == ([], [])
     assert report["test_cases"]["generated"] >= CASES
-    # Not only refusals: the model was asked, too.
+    # Not all requests were refused: the model ran too.
     for route in ("POST /api/v1/predict", "POST /api/v1/predict/batch"):
         assert report["valid_rates"][route]["fuzzing"]["accepted"] > 0

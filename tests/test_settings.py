@@ -1,4 +1,4 @@
-"""What the environment may hold, and what is said when it is wrong."""
+"""Valid and invalid settings, and the messages for the invalid ones."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ SUPABASE = {"SUPABASE_URL": "https://abcd.supabase.co", "SUPABASE_SERVICE_KEY": 
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .env of the developer's is read."""
+def _other_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the tests from reading the developer's .env."""
     monkeypatch.chdir(tmp_path)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
-    """The settings of an environment that holds an API key, and `variables`."""
+    """Load the settings from an environment with an API key and `variables`."""
     for name, value in ({"API_SECRET_KEY": KEY} | variables).items():
         monkeypatch.setenv(name, value)
     return load_settings()
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
-    """The sentence that refuses an environment."""
+    """The message that refuses an environment; checks that it is one line without the secret."""
     with monkeypatch.context() as only_here, pytest.raises(SettingsError) as refused:
         load(only_here, **variables)
     assert refused.value.__cause__ is None
@@ -63,13 +63,13 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
 
 
 def test_example_lists_every_setting() -> None:
-    """`.env.example` names every setting once, in capitals, and nothing else."""
+    """`.env.example` lists every setting once, in upper case, and nothing else."""
     listed = [name for name, _ in EXAMPLE_LINE.findall(EXAMPLE.read_text())]
     assert sorted(listed) == sorted(name.upper() for name in Settings.model_fields)
 
 
 def as_text(default: Any) -> str:
-    """A default as `.env.example` writes it."""
+    """A default in the format of `.env.example`."""
     if default is None or default == ():
         return ""
     if isinstance(default, bool):
@@ -80,40 +80,40 @@ def as_text(default: Any) -> str:
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_example_tells_the_defaults(name: str) -> None:
-    """Each value in `.env.example` is the one that the code takes when the variable is unset."""
-    told = dict(EXAMPLE_LINE.findall(EXAMPLE.read_text()))
-    assert told[name.upper()] == as_text(Settings.model_fields[name].default)
+def test_example_has_the_defaults(name: str) -> None:
+    """Each value in `.env.example` is the default of the code."""
+    listed = dict(EXAMPLE_LINE.findall(EXAMPLE.read_text()))
+    assert listed[name.upper()] == as_text(Settings.model_fields[name].default)
 
 
-def test_example_works_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A copy of `.env.example` with its comments taken off is a valid `.env` once it has a key."""
+def test_uncommented_example_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A copy of `.env.example` without the comment signs is a valid `.env` once it has a key."""
     text = EXAMPLE_LINE.sub(r"\1=\2", EXAMPLE.read_text())
     (tmp_path / ".env").write_text(text + f"\nAPI_SECRET_KEY={KEY}\n")
     assert load_settings() == load(monkeypatch, ENV_FILE=".env")
 
 
-def test_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A variable in the environment beats the same in the file, which beats the default."""
+def test_environment_overrides_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A variable in the environment overrides the file, which overrides the default."""
     (tmp_path / "my.env").write_text("API_WORKERS=7\nMAX_IN_FLIGHT=9\n")
     read = load(monkeypatch, ENV_FILE="my.env", API_WORKERS="5")
     assert (read.api_workers, read.max_in_flight, read.sam3_max_batch) == (5, 9, 8)
 
 
 @pytest.fixture
-def _environment_is_put_back() -> Iterator[None]:
+def _environment_is_restored() -> Iterator[None]:
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
 
 
-@pytest.mark.usefixtures("_environment_is_put_back")
+@pytest.mark.usefixtures("_environment_is_restored")
 @pytest.mark.parametrize("after", ["", "NO_SUCH_SETTING=1", "API_WORKERS=two", None])
-def test_frozen_settings_outlive_their_file(
+def test_frozen_settings_do_not_depend_on_their_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: str | None
 ) -> None:
-    """Once frozen, the settings are what was read, whatever becomes of the file."""
+    """Frozen settings do not change if the file changes or is deleted."""
     file = tmp_path / "my.env"
     file.write_text(
         "ENV_FILE=other.env\nexport API_WORKERS=7\nmax_in_flight=9\nMAX_IN_FLIGHT=10\nSAM3_DEVICE=\n"
@@ -134,12 +134,12 @@ def test_frozen_settings_outlive_their_file(
     assert freeze_settings() == read
 
 
-@pytest.mark.usefixtures("_environment_is_put_back")
+@pytest.mark.usefixtures("_environment_is_restored")
 @pytest.mark.parametrize("given", [{}, {"DATA_DIR": "state", "SAM3_WEIGHTS_PATH": "models/sam3.pt"}])
 def test_frozen_paths_are_absolute(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str]
 ) -> None:
-    """A process that is started in another folder has the same files."""
+    """A process that is started in another folder uses the same files."""
     monkeypatch.setenv("API_SECRET_KEY", KEY)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -152,16 +152,16 @@ def test_frozen_paths_are_absolute(
     assert read.sam3_weights_path == frozen.sam3_weights_path == str(weights)
 
 
-@pytest.mark.usefixtures("_environment_is_put_back")
-def test_the_demo_is_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The word for the embedded checkpoint stays as it is."""
+@pytest.mark.usefixtures("_environment_is_restored")
+def test_demo_is_not_made_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the embedded checkpoint does not become an absolute path."""
     monkeypatch.setenv("SAM3_WEIGHTS_PATH", "demo")
     assert freeze_settings().is_demo
 
 
-@pytest.mark.usefixtures("_environment_is_put_back")
+@pytest.mark.usefixtures("_environment_is_restored")
 def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
-    """A file that is refused leaves nothing in the environment."""
+    """A refused file does not change the environment."""
     (tmp_path / ".env").write_text(f"API_SECRET_KEY={KEY}\nAPI_WORKERS=two\n")
     before = dict(os.environ)
     with pytest.raises(SettingsError, match="API_WORKERS"):
@@ -170,7 +170,7 @@ def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
 
 
 def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`R2_ENDPOINT=` in a file of variables means that there is none."""
+    """`R2_ENDPOINT=` is the same as no R2_ENDPOINT."""
     read = load(monkeypatch, R2_ENDPOINT="", SUPABASE_URL="", API_WORKERS="")
     assert (read.uses_r2, read.uses_supabase, read.api_workers) == (False, False, 2)
 
@@ -214,22 +214,22 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("R2_BUCKET", "s3-\nimages", "holds a line break or another control character: set it anew"),
     ],
 )
-def test_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
-    """One sentence of ours names the variable, what it may hold, and what it holds if that is no secret."""
+def test_wrong_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
+    """The message names the variable, its valid values, and its value if that is not a secret."""
     assert refusal(monkeypatch, **{name: value}) == f"{name} {fault}"
 
 
 @pytest.mark.parametrize("name", ["API_WORKERS", "API_SECRET_KEY", "R2_BUCKET", "DATA_DIR"])
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_quotes_are_no_part_of_a_value(monkeypatch: pytest.MonkeyPatch, name: str, quote: str) -> None:
-    """`docker run --env-file` leaves quotes where they are."""
+def test_quoted_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, quote: str) -> None:
+    """`docker run --env-file` keeps quotes as part of the value."""
     sentence = refusal(monkeypatch, **{name: f"{quote}{SECRET}{quote}"})
     assert sentence == f"{name} has quotes round its value, which count as a part of it: take them off"
 
 
 @pytest.mark.parametrize("space", [" ", "\r", "\n", "\r\n", "\t"])
-def test_space_round_a_value_is_not_meant(monkeypatch: pytest.MonkeyPatch, space: str) -> None:
-    """A file of Windows, or of a secret, ends in a line break; a value that is nothing else is none."""
+def test_white_space_around_a_value_is_removed(monkeypatch: pytest.MonkeyPatch, space: str) -> None:
+    """Values from Windows' files or from secret files may end in a line break; a blank value is unset."""
     padded = {
         name: f" {value}{space}"
         for name, value in {**R2, "API_SECRET_KEY": SECRET, "HF_TOKEN": SECRET}.items()
@@ -259,7 +259,7 @@ def test_space_round_a_value_is_not_meant(monkeypatch: pytest.MonkeyPatch, space
 def test_placeholder_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, placeholder: str
 ) -> None:
-    """What a template left to be filled is told as that, before any service is asked for it."""
+    """A placeholder of a template is reported before any service is called."""
     sentence = refusal(monkeypatch, **(R2 | SUPABASE | {name: value}))
     assert sentence == f"{name} still has the placeholder {placeholder}: put the real value in its place"
 
@@ -270,7 +270,7 @@ def test_placeholder_is_refused(
 )
 @pytest.mark.parametrize("name", ["SUPABASE_SERVICE_KEY", "HF_TOKEN", "API_SECRET_KEY", "R2_ACCESS_KEY_ID"])
 def test_placeholder_of_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """A secret that is still to be filled in is told as that."""
+    """A placeholder in place of a secret is reported."""
     sentence = refusal(monkeypatch, **(R2 | SUPABASE | {name: value}))
     assert sentence == f"{name} still has a placeholder for its value: put the real one in its place"
 
@@ -284,13 +284,13 @@ def test_placeholder_of_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch, nam
         ("DATA_DIR", "my-account/data"),
     ],
 )
-def test_real_values_are_no_placeholders(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """A random secret may hold any sign, and a host may be called so."""
+def test_real_values_are_not_placeholders(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """A secret may contain any character, and a host's name may contain such words."""
     load(monkeypatch, **{name: value})
 
 
-def test_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`~` is the home where no shell has put it in."""
+def test_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`~` in a path is replaced by the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my.env").write_text("DATA_DIR=~/data\nSAM3_WEIGHTS_PATH='~/w.pt'\n")
     read = load(monkeypatch, ENV_FILE="~/my.env")
@@ -309,8 +309,8 @@ def test_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("R2_QQQQQQQQ", ".env.example"),
     ],
 )
-def test_slip_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
-    """A misspelt variable, which would be overlooked, stops the start with the name that was meant."""
+def test_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
+    """A misspelt variable with one of our prefixes stops the start; the message proposes the right name."""
     sentence = refusal(monkeypatch, **{name: SECRET})
     assert sentence.startswith(name.upper())
     assert hint in sentence
@@ -328,8 +328,8 @@ def test_slip_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) 
         ("SUPBASE_URL", "SUPABASE_URL"),
     ],
 )
-def test_likeness_is_told(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
-    """A variable without our prefix may be another program's: it stops nothing, and is told at the start."""
+def test_similar_variable_gives_a_warning(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    """A similar variable without our prefix may be another program's: it gives only a warning."""
     load(monkeypatch, **{name: SECRET})
     assert overlooked_variables() == [
         f"{name} is no setting of this server and has no effect; if {meant} is meant, correct it"
@@ -341,12 +341,12 @@ def test_likeness_is_told(monkeypatch: pytest.MonkeyPatch, name: str, meant: str
     [
         *("DATA_DIRECTORY", "XDG_DATA_DIRS", "APP_NAME", "APP_HOME", "PGDATA", "HOSTNAME", "PORT", "WORKERS"),
         *("HF_HOME", "HF_ENDPOINT", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "AWS_SECRET_ACCESS_KEY", "API_KEY"),
-        # What Kubernetes sets for a service that is called api-workers.
+        # Kubernetes sets these for a service that is called api-workers.
         *("API_WORKERS_PORT", "API_WORKERS_SERVICE_HOST"),
     ],
 )
-def test_variables_of_others_are_not_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Variables that a host has for itself are nobody's slips."""
+def test_other_programs_variables_give_no_warning(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Usual variables of a host give no warning."""
     monkeypatch.setenv(name, "1")
     assert overlooked_variables() == []
 
@@ -375,15 +375,17 @@ def test_variables_of_others_are_not_told(monkeypatch: pytest.MonkeyPatch, name:
 def test_wrong_line_in_the_file_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, sentence: str
 ) -> None:
-    """In our own file any line that sets nothing of ours is a slip."""
+    """In our own file every line must set one of our settings."""
     (tmp_path / ".env").write_text(f"# ours\n\n{line}\nMAX_IN_FLIGHT=9\n")
     assert refusal(monkeypatch) == sentence
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_file_of_any_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str, end: str) -> None:
-    """Windows' line ends and its mark of UTF-8 change no value; of two lines of one name the last counts."""
+def test_line_ends_and_byte_order_mark_are_ignored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str, end: str
+) -> None:
+    """Line ends and a byte order mark change no value; the last of two lines for one name counts."""
     lines = ["API_WORKERS=3", "R2_BUCKET=bücket", "api_workers = 4 ", "", "# Ende"]
     (tmp_path / ".env").write_bytes(end.join(lines).encode(encoding))
     read = load(monkeypatch)
@@ -400,10 +402,10 @@ def test_file_of_any_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, enc
         (None, "cannot be read (Is a directory): name a file that this server's user may read"),
     ],
 )
-def test_file_that_cannot_be_read(
+def test_unreadable_file_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, fault: str
 ) -> None:
-    """A file in another encoding, or that is none, is named with its fault."""
+    """The message names a file in another encoding, or a folder in its place."""
     if content is None:
         (tmp_path / ".env").mkdir()
     else:
@@ -411,8 +413,8 @@ def test_file_that_cannot_be_read(
     assert refusal(monkeypatch) == f"ENV_FILE .env {fault}"
 
 
-def test_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without .env the server starts; without the file that ENV_FILE names it would start on defaults."""
+def test_file_named_by_env_file_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without .env the server starts; without the file that ENV_FILE names it does not."""
     load(monkeypatch)
     assert refusal(monkeypatch, ENV_FILE="my.env") == (
         "ENV_FILE my.env is not there: correct the path, or unset ENV_FILE"
@@ -421,15 +423,15 @@ def test_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("group", [R2, SUPABASE])
-def test_half_a_group_is_refused(monkeypatch: pytest.MonkeyPatch, group: dict[str, str]) -> None:
-    """Some of R2_* or SUPABASE_* without the rest is refused, naming what is missing."""
+def test_incomplete_group_is_refused(monkeypatch: pytest.MonkeyPatch, group: dict[str, str]) -> None:
+    """The message names the missing variables of R2_* or SUPABASE_*."""
     for missing in group:
         sentence = refusal(monkeypatch, **{name: value for name, value in group.items() if name != missing})
         assert f"{missing} missing" in sentence
 
 
-def test_whole_groups_choose_the_real_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of R2_* and SUPABASE_* mean R2 and Supabase, and then it is no demo; URLs lose their last slash."""
+def test_complete_groups_select_the_real_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of R2_* and SUPABASE_* select R2 and Supabase, without the demo; trailing slashes are removed."""
     read = load(
         monkeypatch, **R2, **SUPABASE, SAM3_WEIGHTS_PATH="demo", R2_PUBLIC_BASE_URL="https://p.example/"
     )
@@ -439,7 +441,7 @@ def test_whole_groups_choose_the_real_services(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_production_refuses_embedded_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In production a folder or SQLite is used only when it is asked for by name."""
+    """In production a folder or SQLite is used only if EMBEDDED_PARTS names it."""
     production = {"APP_ENV": "production"}
     assert "EMBEDDED_PARTS=storage" in refusal(monkeypatch, **production)
     assert "SUPABASE_URL" in refusal(monkeypatch, **production, **R2)
@@ -460,33 +462,35 @@ def test_production_refuses_embedded_parts(monkeypatch: pytest.MonkeyPatch) -> N
         {"API_SECRET_KEY": " , "},
     ],
 )
-def test_no_key_no_start(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    """Without an API key only the embedded demo starts; anything real in it, and it does not."""
+def test_only_the_embedded_demo_starts_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    """Without an API key only the embedded demo starts, without real weights, stores or production."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match="API_SECRET_KEY"):
         load_settings()
 
 
-def test_demo_starts_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo makes its own key, another one each time, and leaves it where its workers find it."""
+def test_demo_generates_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo generates a new key at each start, and sets it in the environment for its workers."""
     monkeypatch.setenv("SAM3_WEIGHTS_PATH", "demo")
     read = load_settings()
     assert (read.is_demo, read.api_keys) == (True, ())
-    monkeypatch.setenv("API_SECRET_KEY", "")  # so that it is taken back after the test
+    monkeypatch.setenv("API_SECRET_KEY", "")  # so that it is restored after the test
     first, second = make_demo_key(), make_demo_key()
     assert first != second
     assert os.environ["API_SECRET_KEY"] == second
     assert load_settings().api_keys == (second,)
 
 
-def test_keys_may_be_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While keys rotate, each of a comma-separated list opens the API."""
+def test_several_keys_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key of a comma-separated list is valid, so that keys can be rotated."""
     assert load(monkeypatch, API_SECRET_KEY=f" {KEY} ,{SECRET},").api_keys == (KEY, SECRET)
 
 
 def test_download_needs_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where nothing is served, the weights' settings are read from the same places without the others."""
+    """The download reads the settings of the weights from the same places, and needs no others."""
     (tmp_path / ".env").write_text("SAM3_HF_REVISION=main\nAPI_WORKERS=3\n")
     monkeypatch.setenv("SAM3_WEIGHTS_PATH", "w/sam3")
     read = load_weights_settings()
@@ -500,33 +504,33 @@ def test_download_needs_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         load_weights_settings()
 
 
-def test_revision_is_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default the weights are those of one commit, which never change under a server."""
+def test_default_revision_is_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default revision is a commit, so that the weights never change."""
     assert re.fullmatch("[0-9a-f]{40}", load(monkeypatch).sam3_hf_revision)
 
 
-def test_token_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line break with which a file of a secret ends is no part of the token."""
+def test_line_break_after_a_token_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line break at the end of a secret's file is not part of the token."""
     token = load(monkeypatch, HF_TOKEN=f"{SECRET}\n").hf_token
     assert token is not None
     assert token.get_secret_value() == SECRET
 
 
 def test_lists_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Origins are given with commas, with or without spaces."""
+    """Origins are separated by commas, with or without spaces."""
     read = load(monkeypatch, ALLOWED_ORIGINS="https://a.example.com, http://localhost:5173,")
     assert read.allowed_origins == ("https://a.example.com", "http://localhost:5173")
 
 
 def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Printed or logged, settings show no key, token or password."""
+    """Printed or logged settings contain no key, token or password."""
     read = load(monkeypatch, **R2, **SUPABASE, HF_TOKEN=SECRET, API_SECRET_KEY=SECRET)
     for shown in (str(read), repr(read), str(read.model_dump()), read.model_dump_json()):
         assert SECRET not in shown
 
 
-def test_settings_are_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was read at the start does not change afterwards."""
+def test_settings_are_immutable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings cannot change after the start."""
     read = load(monkeypatch)
     with pytest.raises(ValueError, match="frozen"):
         setattr(read, "api_workers", 3)  # noqa: B010 - mypy knows it too

@@ -1,4 +1,4 @@
-"""What the start makes of its host or container: the user, the volumes, the GPU, the share of the CPU."""
+"""The start's checks of its host or container: the user, the volumes, the GPU, the share of the CPU."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="containers are Linux's"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="containers need Linux"),
 ]
 
 IMAGE_UID, OTHER_UID = 1034, 65534
 AS_IMAGE = ("unshare", "--user", f"--map-user={IMAGE_UID}", f"--map-group={IMAGE_UID}")
-"""Runs a command as the user of an image that BentoML makes, who owns what root owns, and no more."""
+"""Runs a command as the user of BentoML's image, mapped to root without further rights."""
 
 
 class Volumes:
-    """Folders as the server's user meets them.
+    """Folders with different owners and rights.
 
     Attributes:
-        own: the user's.
-        foreign: another user's, to be read.
-        closed: another user's, not to be entered.
-        uid: of the server's user: the image's where root runs the tests, else the one who does.
+        own: owned by the server's user.
+        foreign: owned by another user, readable.
+        closed: owned by another user, not accessible.
+        uid: of the server's user: the image's if root runs the tests, otherwise the current one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,22 +61,22 @@ class Volumes:
             os.chown(path, OTHER_UID, OTHER_UID)
 
     def refusal(self, **settings: str) -> str:
-        """How the user's start is refused; it has a folder of its own but for `settings`."""
+        """Start the server as the user, in its own folder unless `settings` differ; returns the error."""
         environment = {"DATA_DIR": str(self.own), "BENTOML_HOME": str(self.own / "bentoml"), **settings}
         ended = refused_start(self.own, environment, under=AS_IMAGE if self._is_root else ())
         return sentence_of(ended, "cannot start: ")
 
 
 def can_run(*under: str) -> bool:
-    """Whether such a command can run another here."""
+    """Whether this command can run another command here."""
     return bool(shutil.which(under[0])) and subprocess.run([*under, "true"], check=False).returncode == 0
 
 
 @pytest.fixture
 def volumes(tmp_path: Path) -> Iterator[Volumes]:
-    """Below the test's folder."""
+    """The folders, below the test's folder."""
     if os.geteuid() == 0 and not can_run(*AS_IMAGE):
-        pytest.skip("no user namespaces here: root may write everywhere")
+        pytest.skip("no user namespaces here: root can write everywhere")
     made = Volumes(tmp_path)
     yield made
     for each in (made.foreign, made.closed):
@@ -84,7 +84,7 @@ def volumes(tmp_path: Path) -> Iterator[Volumes]:
 
 
 def test_volume_of_another_user_is_refused(volumes: Volumes) -> None:
-    """A DATA_DIR that the image's user cannot write: the folder, the user's number and the command."""
+    """If the image's user cannot write DATA_DIR, the error has the folder, the user id and the command."""
     assert volumes.refusal(DATA_DIR=str(volumes.foreign)) == (
         f"DATA_DIR: {volumes.foreign} cannot be written (Permission denied): this server runs as uid "
         f"{volumes.uid}, so run `chown {volumes.uid} {volumes.foreign}` as root, or name another folder"
@@ -92,16 +92,16 @@ def test_volume_of_another_user_is_refused(volumes: Volumes) -> None:
     assert list(volumes.foreign.iterdir()) == []
 
 
-def test_volume_that_cannot_be_made_is_refused(volumes: Volumes) -> None:
-    """A missing DATA_DIR in a folder of root's."""
+def test_volume_that_cannot_be_created_is_refused(volumes: Volumes) -> None:
+    """A missing DATA_DIR in another user's folder is refused."""
     data = volumes.foreign / "data"
-    said = volumes.refusal(DATA_DIR=str(data))
-    assert said.startswith(f"DATA_DIR: {data} cannot be written (Permission denied): ")
-    assert f"`mkdir -p {data} && chown {volumes.uid} {data}`" in said
+    message = volumes.refusal(DATA_DIR=str(data))
+    assert message.startswith(f"DATA_DIR: {data} cannot be written (Permission denied): ")
+    assert f"`mkdir -p {data} && chown {volumes.uid} {data}`" in message
 
 
 def test_folder_for_the_weights_is_refused(volumes: Volumes) -> None:
-    """Weights to be downloaded to where this user cannot write are refused before the hub is asked."""
+    """A folder that this user cannot write is refused before the weights are downloaded to it."""
     target = volumes.foreign / "sam3.pt"
     assert volumes.refusal(SAM3_WEIGHTS_PATH=str(target), HF_TOKEN="hf_0123456789abcdef") == (
         f"SAM3_WEIGHTS_PATH: {volumes.foreign} cannot be written (Permission denied): this server runs as "
@@ -111,24 +111,24 @@ def test_folder_for_the_weights_is_refused(volumes: Volumes) -> None:
 
 @pytest.mark.parametrize("variable", ["SAM3_WEIGHTS_PATH", "ENV_FILE"])
 def test_closed_folder_is_refused(volumes: Volumes, variable: str) -> None:
-    """A file in a folder that this user may not enter is not taken for a missing one."""
-    said = volumes.refusal(**{variable: str(volumes.closed / "file")})
-    assert said.startswith(variable)
-    assert f"{volumes.closed / 'file'} cannot be read (Permission denied)" in said
+    """A file in a folder that this user cannot enter is reported as unreadable, not as missing."""
+    message = volumes.refusal(**{variable: str(volumes.closed / "file")})
+    assert message.startswith(variable)
+    assert f"{volumes.closed / 'file'} cannot be read (Permission denied)" in message
 
 
 def test_files_of_another_user_are_refused(volumes: Volumes) -> None:
-    """A volume from which another user has served before: one command gives all of it to this one."""
+    """For a volume with another user's files the error has one command that changes their owner."""
     lock = volumes.own / "server.lock"
     lock.touch()
     volumes.take_away(lock, 0o444)
-    said = volumes.refusal()
-    assert said.startswith(f"DATA_DIR: {lock} cannot be written (Permission denied): ")
-    assert f"`chown -R {volumes.uid} {volumes.own}`" in said
+    message = volumes.refusal()
+    assert message.startswith(f"DATA_DIR: {lock} cannot be written (Permission denied): ")
+    assert f"`chown -R {volumes.uid} {volumes.own}`" in message
 
 
 def test_read_only_volume_is_refused(tmp_path: Path) -> None:
-    """A volume that is mounted for reading is not mended by an owner."""
+    """The error for a read-only mount proposes no change of owner."""
     mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
     under = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path))
     if not can_run(*under):
@@ -151,62 +151,64 @@ def has_driver() -> bool:
 
 @pytest.mark.skipif(has_driver(), reason="there is an NVIDIA driver")
 def test_missing_driver_is_refused(tmp_path: Path) -> None:
-    """The image's CUDA variant in a container without a GPU."""
+    """The CUDA image in a container without a GPU is refused."""
     refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", **torch_built_for(tmp_path, "13.0")})
-    said = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
-    assert said.startswith("there is no NVIDIA driver here (libcuda.so.1): ")
-    assert said.endswith("--gpus all), or set SAM3_DEVICE=cpu")
+    message = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
+    assert message.startswith("there is no NVIDIA driver here (libcuda.so.1): ")
+    assert message.endswith("--gpus all), or set SAM3_DEVICE=cpu")
 
 
 def test_old_driver_is_refused(tmp_path: Path) -> None:
-    """The image of CUDA 13 on a host whose driver is too old for it, before any process is started."""
+    """The CUDA 13 image on a host with an older driver is refused before any process is started."""
     changes = fake_driver(tmp_path, 12040) | torch_built_for(tmp_path, "13.0")
     refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", **changes})
-    said = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
-    assert "needs NVIDIA driver 580 or newer; this host's driver supports CUDA 12.4: " in said
+    message = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
+    assert "needs NVIDIA driver 580 or newer; this host's driver supports CUDA 12.4: " in message
     assert "initialized" not in refusal.output
 
 
 def test_driver_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    """A container with the driver's files and no device."""
+    """A container with the driver's files but without a device is refused."""
     changes = fake_driver(tmp_path, 13000, NO_DEVICE) | torch_built_for(tmp_path, "13.0")
     refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", **changes})
-    said = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
-    assert said.startswith("NVIDIA's driver shows no GPU here (cuInit: CUDA_ERROR_NO_DEVICE): ")
+    message = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
+    assert message.startswith("NVIDIA's driver shows no GPU here (cuInit: CUDA_ERROR_NO_DEVICE): ")
 
 
 def test_driver_of_another_version_is_refused(tmp_path: Path) -> None:
-    """The host's driver was upgraded under the container: BentoML asks NVML before us, and may not fail."""
+    """After an upgrade of the host's driver the start is refused, and BentoML's use of NVML does not fail."""
     changes = fake_driver(tmp_path, 13000, MISMATCH) | fake_nvml(tmp_path, NVML_MISMATCH)
     changes |= torch_built_for(tmp_path, "13.0")
     refusal = refused_start(tmp_path, {"SAM3_DEVICE": "cuda", **changes})
-    said = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
-    assert said.startswith("NVIDIA's driver shows no GPU here (cuInit: error 803): look at nvidia-smi")
+    message = sentence_of(refusal, "cannot start: SAM3_DEVICE=cuda: ")
+    assert message.startswith("NVIDIA's driver shows no GPU here (cuInit: error 803): look at nvidia-smi")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 def test_cpu_build_of_torch_is_refused(tmp_path: Path) -> None:
-    """SAM3_DEVICE=cuda is not answered by a CPU in silence."""
-    said = sentence_of(refused_start(tmp_path, {"SAM3_DEVICE": "cuda"}), "cannot start: SAM3_DEVICE=cuda: ")
-    assert said.startswith("PyTorch here is built without CUDA: ")
+    """SAM3_DEVICE=cuda is refused by PyTorch's CPU build, instead of using the CPU."""
+    message = sentence_of(
+        refused_start(tmp_path, {"SAM3_DEVICE": "cuda"}), "cannot start: SAM3_DEVICE=cuda: "
+    )
+    assert message.startswith("PyTorch here is built without CUDA: ")
 
 
 def log_of_a_start(data_dir: Path, changes: dict[str, str]) -> str:
-    """What a start says before it finds its port in use."""
+    """The log of a start that ends because its port is in use."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         refusal = refused_start(data_dir, changes, "--port", str(other.getsockname()[1]))
     assert "cannot start: port" in refusal.output
     return refusal.output
 
 
-def test_cpu_in_the_place_of_a_gpu_is_logged(tmp_path: Path) -> None:
-    """Where no device is asked for, a GPU that cannot be used is no fault; the log says why it is not."""
+def test_fallback_to_the_cpu_is_logged(tmp_path: Path) -> None:
+    """Without SAM3_DEVICE an unusable GPU is not an error; the log has the reason."""
     log = log_of_a_start(tmp_path, fake_driver(tmp_path, 12040) | torch_built_for(tmp_path, "13.0"))
     assert "the model runs on the CPU: PyTorch here is built for CUDA 13.0, which needs" in log
 
 
 def test_share_of_the_cpu_is_logged(tmp_path: Path) -> None:
-    """A quota bounds the model's threads, rounded up; SAM3_CPU_THREADS has the last word."""
+    """A quota limits the model's threads, rounded up; SAM3_CPU_THREADS overrides it."""
     cores = os.cpu_count()
     with cpu_quota(0.75):
         log = log_of_a_start(tmp_path, {})
@@ -215,11 +217,11 @@ def test_share_of_the_cpu_is_logged(tmp_path: Path) -> None:
     assert f" of {cores} cores, threads of the model: 7" in log
 
 
-def test_processes_are_bound_to_the_share(server: LocalServer) -> None:
-    """OpenMP and numpy's BLAS would start a thread for each core of the host in every process."""
+def test_thread_limits_are_set_in_every_process(server: LocalServer) -> None:
+    """Otherwise OpenMP and numpy's BLAS would start a thread per host core in every process."""
     children = psutil.Process(server.pid).children()
     assert len(children) >= 3
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        # The shared server's SAM3_CPU_THREADS.
+        # The value of the shared server's SAM3_CPU_THREADS.
         expected = os.environ.get(name, "1")
         assert {child.environ().get(name) for child in children} == {expected}

@@ -1,4 +1,4 @@
-"""The server and its weights: served from any layout, downloaded at the start, or told why not."""
+"""The server and its weights: served from any layout, downloaded at the start, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHTS = DEMO_FOLDER / "model.safetensors"
 
 
 def health(server: LocalServer) -> dict[str, Any] | None:
-    """What /health says; None before the server listens."""
+    """The answer of /health; None before the server listens."""
     try:
         answer: dict[str, Any] = httpx.get(f"{server.url}/health").json()
     except httpx.TransportError:
@@ -43,7 +43,7 @@ def health(server: LocalServer) -> dict[str, Any] | None:
 
 
 def wrong_file(kind: str, folder: Path) -> Path:
-    """A file that is no SAM 3's weights, and can be seen to be none."""
+    """A file that is recognisably not SAM 3 weights."""
     path = folder / "weights.pt"
     if kind == "SAM 2":
         save_file({"memory_attention.x": torch.zeros(1)}, path)
@@ -77,8 +77,8 @@ def wrong_file(kind: str, folder: Path) -> Path:
         ("SAM 2", "cannot be served: it is a SAM 2 checkpoint: this server serves SAM 3"),
     ],
 )
-def test_file_that_is_no_weights_is_refused(tmp_path: Path, kind: str, fault: str) -> None:
-    """What can be seen without reading the file is told before any process is started."""
+def test_other_files_than_weights_are_refused(tmp_path: Path, kind: str, fault: str) -> None:
+    """Faults in the first bytes or the index are reported before any process is started."""
     path = wrong_file(kind, tmp_path)
     refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(path)})
     sentence = sentence_of(refusal, "cannot start: SAM3_WEIGHTS_PATH: ")
@@ -87,7 +87,7 @@ def test_file_that_is_no_weights_is_refused(tmp_path: Path, kind: str, fault: st
 
 
 def test_broken_tokenizer_is_refused(tmp_path: Path) -> None:
-    """A tokenizer that is none would end every process."""
+    """An invalid tokenizer is reported at the start; it would end every process."""
     folder = Path(shutil.copytree(DEMO_FOLDER, tmp_path / "sam3"))
     (folder / "tokenizer.json").write_text("{}")
     refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(folder)})
@@ -96,16 +96,16 @@ def test_broken_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_end_the_server(tmp_path: Path) -> None:
-    """What only loading shows ends the server, instead of leaving it up for ever without a model."""
+    """Faults that only loading detects end the server, instead of leaving it running without a model."""
     path = tmp_path / "sam3.pt"
-    torch.save(as_official(load_file(WEIGHTS)), path)  # of the demo's size, without its config.json
+    torch.save(as_official(load_file(WEIGHTS)), path)  # the demo's weights, without its config.json
     refusal = refused_start(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(path), "API_WORKERS": "1"})
     assert f"{path} does not fit the model: " in sentence_of(refusal, "the model cannot be loaded: ")
     assert refusal.output.splitlines()[-1].startswith("cannot serve: process ")
 
 
 def test_official_file_is_served(tmp_path: Path) -> None:
-    """A `sam3.pt` with the demo's weights: model/info tells the truth of it, and it finds what is there."""
+    """A `sam3.pt` with the demo's weights is described by model/info, and finds objects."""
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(DEMO_FOLDER / name, tmp_path)
     path = tmp_path / "sam3.pt"
@@ -124,14 +124,14 @@ def test_official_file_is_served(tmp_path: Path) -> None:
 
 @pytest.fixture
 def served() -> Iterator[Hub]:
-    """A hub that holds the demo's files as if they were Meta's."""
+    """A hub with the demo's files under the name of Meta's repository."""
     files = ("config.json", "tokenizer.json", "model.safetensors")
     with hub({name: (DEMO_FOLDER / name).read_bytes() for name in files}) as running:
         yield running
 
 
 def downloading(target: Path, served: Hub) -> dict[str, str]:
-    """Settings under which `target` comes from the hub `served`."""
+    """Settings that download `target` from the hub `served`."""
     return {
         "SAM3_WEIGHTS_PATH": str(target),
         "SAM3_HF_REVISION": "main",
@@ -142,7 +142,7 @@ def downloading(target: Path, served: Hub) -> dict[str, str]:
 
 
 def test_missing_weights_are_downloaded_once(tmp_path: Path, served: Hub) -> None:
-    """The first start downloads and gets ready; the second needs no hub, and serves."""
+    """The first start downloads the weights and becomes ready; the second needs no hub."""
     target = tmp_path / "sam3"
     settings = downloading(target, served)
     with local_server(tmp_path / "first", settings) as server:
@@ -157,21 +157,21 @@ def test_missing_weights_are_downloaded_once(tmp_path: Path, served: Hub) -> Non
     assert served.requests == []
 
 
-def test_progress_of_the_download_is_told(tmp_path: Path, served: Hub) -> None:
-    """While the weights come, /health says how much is there."""
+def test_health_reports_the_download_progress(tmp_path: Path, served: Hub) -> None:
+    """During the download /health reports how much is done."""
     served.hold_after_bytes = 5_000_000
     with started_server(tmp_path / "data", downloading(tmp_path / "sam3", served)) as (server, _):
-        said = wait_for(
+        reported = wait_for(
             lambda: health(server), lambda answer: answer and "of 0.01 GB" in answer.get("detail", "")
         )
-        assert said is not None
-        assert said["status"] == "loading"
+        assert reported is not None
+        assert reported["status"] == "loading"
         assert httpx.get(f"{server.url}/readyz").status_code == 503
         served.closing.set()
 
 
 def test_gated_weights_end_the_server(tmp_path: Path, served: Hub) -> None:
-    """Without access the server says whom to ask, shows no token, and ends: access is given by hand."""
+    """Without access the server logs where to request it, without the token, and ends."""
     served.granted = False
     refusal = refused_start(tmp_path / "data", downloading(tmp_path / "sam3", served))
     sentence = sentence_of(refusal, "the model cannot be loaded: ")
@@ -179,16 +179,16 @@ def test_gated_weights_end_the_server(tmp_path: Path, served: Hub) -> None:
     assert TOKEN not in refusal.output
 
 
-def test_hub_that_is_away_is_waited_for(tmp_path: Path, served: Hub) -> None:
-    """The server stays, says why it is not ready to all who ask, and gets ready once the hub is back."""
+def test_server_waits_for_an_unavailable_hub(tmp_path: Path, served: Hub) -> None:
+    """The server keeps running, reports the reason, and becomes ready once the hub is available."""
     served.failures = [503] * 1000
     settings = downloading(tmp_path / "sam3", served)
     with started_server(tmp_path / "data", settings) as (server, process), Edge(server) as edge:
-        said = wait_for(
+        reported = wait_for(
             lambda: health(server), lambda answer: answer and "answers 503" in answer.get("detail", "")
         )
-        assert said is not None
-        assert (said["status"], said["model_loaded"]) == ("loading", False)
+        assert reported is not None
+        assert (reported["status"], reported["model_loaded"]) == ("loading", False)
         assert httpx.get(f"{server.url}/readyz").status_code == 503
         status, code, message = error_of(edge.send(edge.body(edge.upload(b"x"), "red circle")))
         assert (status, code) == (503, "MODEL_NOT_LOADED")

@@ -1,4 +1,4 @@
-"""The whole server when R2 or Supabase fail: what the caller is told, and how the row ends."""
+"""The whole server while R2 or Supabase fail: the caller's answer, and the row's end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROMPT = scene(500).names[0]
 
 @dataclass(frozen=True)
 class Deployment:
-    """The server between two proxies, as the Edge sees it."""
+    """The server with a proxy before each of its stores."""
 
     server: LocalServer
     r2: FaultProxy
@@ -43,7 +43,7 @@ class Deployment:
     user_id: str
 
     def new_task(self) -> dict[str, Any]:
-        """An uploaded image and its pending row; the request."""
+        """Upload an image and insert its pending row; returns the request's body."""
         key, task_id = f"uploads/{self.user_id}/{uuid4()}", str(uuid4())
         self.objects.put(key, png_bytes(scene(500).image))
         self.database.execute(
@@ -74,7 +74,7 @@ class Deployment:
 def deployed(
     tmp_path_factory: pytest.TempPathFactory, database: Database, seaweedfs: S3Service
 ) -> Iterator[Deployment]:
-    """One server for all the faults."""
+    """One server for all faults."""
     with fault_proxy(seaweedfs.endpoint) as r2, fault_proxy(database.url) as supabase:
         settings = {
             **seaweedfs.settings(),
@@ -89,7 +89,7 @@ def deployed(
 
 @pytest.fixture
 def deployment(deployed: Deployment) -> Iterator[Deployment]:
-    """The server, with all well before and after."""
+    """The server; afterwards all faults are removed, and the log is checked for secrets."""
     yield deployed
     deployed.r2.heal()
     deployed.supabase.heal()
@@ -119,7 +119,7 @@ def is_finish(seen: Seen) -> bool:
     return seen.method == "PATCH" and json.loads(seen.body)["status"] == "done"
 
 
-PASSING: dict[str, Callable[[Deployment], None]] = {
+TRANSIENT: dict[str, Callable[[Deployment], None]] = {
     "R2 reads: 429": lambda on: on.r2.fail_next(status=429, when=is_get),
     "R2 reads: 500": lambda on: on.r2.fail_next(status=500, when=is_get),
     "R2 reads: cut": lambda on: on.r2.cut_next(when=is_get),
@@ -137,18 +137,18 @@ PASSING: dict[str, Callable[[Deployment], None]] = {
 }
 
 
-@pytest.mark.parametrize("fault", PASSING)
-def test_fault_that_passes_is_not_noticed(deployment: Deployment, fault: str) -> None:
-    """What goes wrong once is tried again: the caller gets the result, and the row is done."""
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_transient_fault_is_retried(deployment: Deployment, fault: str) -> None:
+    """An operation that fails once is retried: the caller gets the result, and the row is done."""
     body = deployment.new_task()
-    PASSING[fault](deployment)
+    TRANSIENT[fault](deployment)
     response = deployment.send(body)
     assert response.is_success, response.text
     assert response.json()["labels"] == [PROMPT]
     assert deployment.row(body) == ("done", response.json()["mask_url"], None)
 
 
-LASTING: dict[str, tuple[Callable[[FaultProxy, Predicate], None], Predicate, str]] = {
+PERSISTENT: dict[str, tuple[Callable[[FaultProxy, Predicate], None], Predicate, str]] = {
     "reads: 401": (lambda r2, when: r2.fail_next(ALWAYS, status=401, when=when), is_get, "refuses"),
     "reads: 403": (lambda r2, when: r2.fail_next(ALWAYS, status=403, when=when), is_get, "refuses"),
     "reads: 503": (lambda r2, when: r2.fail_next(ALWAYS, status=503, when=when), is_get, "does not answer"),
@@ -169,45 +169,45 @@ LASTING: dict[str, tuple[Callable[[FaultProxy, Predicate], None], Predicate, str
 
 
 @pytest.fixture(scope="module")
-def lasting(deployed: Deployment) -> dict[str, tuple[httpx.Response, dict[str, Any]]]:
-    """The answer to a task under each lasting fault of R2, all at once, and its request."""
+def persistent(deployed: Deployment) -> dict[str, tuple[httpx.Response, dict[str, Any]]]:
+    """For each persistent fault of R2, all concurrently, the answer to a task and its request."""
 
-    def meet(fault: str) -> tuple[httpx.Response, dict[str, Any]]:
+    def send(fault: str) -> tuple[httpx.Response, dict[str, Any]]:
         body = deployed.new_task()
-        harm, kind, _ = LASTING[fault]
+        inject, kind, _ = PERSISTENT[fault]
         ids = (body["image_url"], body["task_id"])
-        harm(deployed.r2, lambda seen: kind(seen) and any(each in seen.path for each in ids))
+        inject(deployed.r2, lambda seen: kind(seen) and any(each in seen.path for each in ids))
         return deployed.send(body), body
 
-    with ThreadPoolExecutor(len(LASTING)) as callers:
-        met = dict(zip(LASTING, callers.map(meet, LASTING), strict=True))
+    with ThreadPoolExecutor(len(PERSISTENT)) as callers:
+        answers = dict(zip(PERSISTENT, callers.map(send, PERSISTENT), strict=True))
     deployed.r2.heal()
-    return met
+    return answers
 
 
-@pytest.mark.parametrize("fault", LASTING)
-def test_lasting_fault_of_r2(
-    deployment: Deployment, lasting: dict[str, tuple[httpx.Response, dict[str, Any]]], fault: str
+@pytest.mark.parametrize("fault", PERSISTENT)
+def test_task_is_kept_during_a_persistent_fault_of_r2(
+    deployment: Deployment, persistent: dict[str, tuple[httpx.Response, dict[str, Any]]], fault: str
 ) -> None:
-    """R2 that stays away or refuses is a 502; the task is kept, and done once R2 is back."""
-    response, body = lasting[fault]
+    """If R2 stays unavailable or refuses, the answer is 502; the task is kept, and done once R2 works."""
+    response, body = persistent[fault]
     status, code, message = error_of(response)
     assert (status, code) == (502, "STORAGE_UNAVAILABLE")
-    assert LASTING[fault][2] in message
+    assert PERSISTENT[fault][2] in message
     assert "the task is kept" in message
     assert deployment.settled(body)[0] == "done"
     assert deployment.send(body).is_success
 
 
-def test_row_is_processing_while_r2_is_away(deployment: Deployment) -> None:
-    """Between the 502 and R2's return the row stays in the hands of its attempt."""
+def test_row_is_processing_while_r2_is_unavailable(deployment: Deployment) -> None:
+    """After the 502 the row stays processing until R2 works again."""
     body = deployment.new_task()
     deployment.r2.fail_next(
         ALWAYS, status=503, when=lambda seen: is_get(seen) and body["image_url"] in seen.path
     )
     assert error_of(deployment.send(body))[:2] == (502, "STORAGE_UNAVAILABLE")
     assert deployment.row(body)[0] == "processing"
-    # Sent again it is tried at once, and still kept.
+    # Sent again, the task is retried immediately, and still kept.
     assert error_of(deployment.send(body))[1] in {"STORAGE_UNAVAILABLE", "TASK_IN_PROGRESS"}
     assert deployment.row(body)[0] == "processing"
     deployment.r2.heal()
@@ -215,7 +215,7 @@ def test_row_is_processing_while_r2_is_away(deployment: Deployment) -> None:
 
 
 def test_outage_of_r2_has_a_limit(tmp_path: Path, database: Database, seaweedfs: S3Service) -> None:
-    """A claimed task for which R2 does not come back ends as an error that says so."""
+    """A claimed task that waits for R2 longer than OUTAGE_LIMIT_S ends as error with the reason."""
     with fault_proxy(seaweedfs.endpoint) as r2:
         settings = {**seaweedfs.settings(), **database.settings(), "R2_ENDPOINT": r2.url, "API_WORKERS": "1"}
         with local_server(tmp_path, {**settings, "OUTAGE_LIMIT_S": "0"}) as server:
@@ -236,8 +236,8 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("fault", CLAIMS)
-def test_task_is_done_once_the_database_is_back(deployment: Deployment, fault: str) -> None:
-    """A task that cannot be claimed is a 502 to its caller, who need not send it again."""
+def test_task_is_done_after_a_database_outage(deployment: Deployment, fault: str) -> None:
+    """A task that cannot be claimed gives 502, and is done later without another request."""
     body = deployment.new_task()
     CLAIMS[fault](deployment)
     status, code, message = error_of(deployment.send(body))
@@ -248,8 +248,8 @@ def test_task_is_done_once_the_database_is_back(deployment: Deployment, fault: s
     assert deployment.settled(body)[0] == "done"
 
 
-def test_calls_while_the_database_is_away_are_one_task(deployment: Deployment) -> None:
-    """Six calls for one task that cannot be claimed keep one attempt, and the image is fetched once after."""
+def test_requests_for_one_task_during_an_outage_are_done_once(deployment: Deployment) -> None:
+    """After six requests for one task during a database outage, one mask is stored."""
     body = deployment.new_task()
     deployment.supabase.fail_next(ALWAYS, status=503)
     with ThreadPoolExecutor(6) as callers:
@@ -262,8 +262,8 @@ def test_calls_while_the_database_is_away_are_one_task(deployment: Deployment) -
     assert len(puts) == 1
 
 
-def test_result_waits_for_the_database(deployment: Deployment) -> None:
-    """When only the last write fails, the caller has its answer and the row follows."""
+def test_undelivered_outcome_is_delivered_later(deployment: Deployment) -> None:
+    """If only the last write fails, the caller gets its answer, and the row is done later."""
     body = deployment.new_task()
     deployment.supabase.fail_next(ALWAYS, status=503, when=is_finish)
     response = deployment.send(body)
@@ -282,8 +282,8 @@ def test_result_waits_for_the_database(deployment: Deployment) -> None:
 
 
 @pytest.mark.parametrize("answer", ["done", "error"])
-def test_row_that_is_deleted_under_its_task(deployment: Deployment, answer: str) -> None:
-    """A user who deletes the row in the middle of the work ends the task: 404, and no row comes back."""
+def test_deleted_row_ends_its_task(deployment: Deployment, answer: str) -> None:
+    """If a user deletes the row during the work, the answer is an error, and no row is inserted again."""
     body = deployment.new_task()
     if answer == "error":
         deployment.r2.fail_next(ALWAYS, status=403, when=is_put)
@@ -297,13 +297,13 @@ def test_row_that_is_deleted_under_its_task(deployment: Deployment, answer: str)
     assert error_of(response)[:2] == expected
     assert deployment.row(body)[0] == "gone"
     deployment.r2.heal()
-    # What was stored for it is deleted in the background.
+    # Its stored masks are deleted in the background.
     folder = f"masks/{deployment.user_id}/{body['task_id']}/"
     wait_for(lambda: deployment.objects.keys(folder), lambda keys: keys == [])
 
 
-def test_forged_result_is_not_answered(deployment: Deployment) -> None:
-    """A done row whose owner has put another mask in it is a 400, not a 200 that names it."""
+def test_forged_result_is_refused(deployment: Deployment) -> None:
+    """A done row whose owner has changed its result gives 400."""
     body = deployment.new_task()
     assert deployment.send(body).is_success
     for change in (
@@ -316,7 +316,7 @@ def test_forged_result_is_not_answered(deployment: Deployment) -> None:
 
 
 def test_unknown_task_is_not_found(deployment: Deployment) -> None:
-    """A task without a row, or of another user, is 404, and no row is made."""
+    """A task without a row, or of another user, gives 404, and no row is inserted."""
     body = deployment.new_task()
     for wrong in (
         {"task_id": str(uuid4())},
@@ -327,8 +327,8 @@ def test_unknown_task_is_not_found(deployment: Deployment) -> None:
     assert deployment.row(body)[0] == "pending"
 
 
-def test_many_tasks_share_few_connections(deployment: Deployment) -> None:
-    """50 tasks at once never open more connections than the pools have."""
+def test_concurrent_tasks_share_few_connections(deployment: Deployment) -> None:
+    """50 concurrent tasks do not open more connections than the pools allow."""
     bodies = [deployment.new_task() for _ in range(50)]
     with ThreadPoolExecutor(50) as callers:
         assert all(response.is_success for response in callers.map(deployment.send, bodies))
@@ -353,7 +353,7 @@ STARTS: dict[str, tuple[Callable[[Database], dict[str, str]], str]] = {
 
 @pytest.mark.parametrize("case", STARTS)
 def test_start_is_refused(tmp_path: Path, database: Database, seaweedfs: S3Service, case: str) -> None:
-    """What can never work stops the start with one sentence that names the variable, and no secret."""
+    """A permanent fault stops the start with one sentence that names the variable, without a secret."""
     changes, sentence = STARTS[case]
     settings = {**seaweedfs.settings(), **database.settings(), **changes(database)}
     refusal = refused_start(tmp_path, settings)
@@ -365,8 +365,10 @@ def test_start_is_refused(tmp_path: Path, database: Database, seaweedfs: S3Servi
         assert settings[name] not in refusal.output
 
 
-def test_start_while_both_are_away(tmp_path: Path, database: Database, seaweedfs: S3Service) -> None:
-    """Services that are only away do not stop the start: it says so, and works once they are there."""
+def test_start_while_both_stores_are_unavailable(
+    tmp_path: Path, database: Database, seaweedfs: S3Service
+) -> None:
+    """Unavailable stores do not stop the start: the log reports them, and tasks work once they are back."""
     with fault_proxy(seaweedfs.endpoint) as r2, fault_proxy(database.url) as supabase:
         r2.fail_next(ALWAYS, status=503)
         supabase.fail_next(ALWAYS, status=503)

@@ -1,4 +1,4 @@
-"""The Swagger UI in a real browser."""
+"""The Swagger page in a real browser."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def asked() -> list[str]:
-    """The URLs that the page asked for."""
+def requested() -> list[str]:
+    """The URLs that the page requested."""
     return []
 
 
 @pytest.fixture
 def faults() -> list[str]:
-    """The errors that the page's scripts met."""
+    """The errors of the page's scripts."""
     return []
 
 
 @pytest.fixture
-def page(browser: Browser, server: LocalServer, asked: list[str], faults: list[str]) -> Iterator[Page]:
+def page(browser: Browser, server: LocalServer, requested: list[str], faults: list[str]) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 1600})
     opened = context.new_page()
     opened.set_default_timeout(WAIT_MS)
     expect.set_options(timeout=WAIT_MS)
-    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("request", lambda request: requested.append(request.url))
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.goto(f"{server.url}/")
     expect(opened.locator(".opblock")).to_have_count(len(ROUTES))
@@ -72,7 +72,7 @@ def operation(page: Page, method: str, path: str) -> Locator:
 
 
 def test_all_routes_are_shown(page: Page, faults: list[str], tmp_path: Path) -> None:
-    """The page at / shows the four routes and nothing that a caller could not use."""
+    """The page at / shows the four routes and no others."""
     shown = {
         (
             block.locator(".opblock-summary-method").inner_text().lower(),
@@ -85,8 +85,8 @@ def test_all_routes_are_shown(page: Page, faults: list[str], tmp_path: Path) -> 
     assert faults == []
 
 
-def test_predict_tells_its_fields_and_errors(page: Page, tmp_path: Path) -> None:
-    """Opened, predict shows the fields of its request, of its answer, and the model of every error."""
+def test_predict_shows_its_fields_and_errors(page: Page, tmp_path: Path) -> None:
+    """The section of predict shows the fields of request and answer, and the model of every error."""
     block = operation(page, "post", "/api/v1/predict")
     block.locator(".opblock-summary-control").click()
     request = block.locator(".opblock-section-request-body")
@@ -104,16 +104,16 @@ def test_predict_tells_its_fields_and_errors(page: Page, tmp_path: Path) -> None
     page.screenshot(path=tmp_path / "predict.png", full_page=True)
 
 
-def test_nothing_comes_from_outside(page: Page, asked: list[str]) -> None:
-    """The page works on a machine without internet, and tells nobody of its use."""
+def test_page_sends_requests_only_to_the_server(page: Page, requested: list[str]) -> None:
+    """The page works without internet, and sends no requests to other hosts."""
     page.wait_for_load_state("networkidle")
-    assert any(url.endswith("docs.json") for url in asked)
-    assert {urlsplit(url).hostname for url in asked if not url.startswith("data:")} == {"127.0.0.1"}
+    assert any(url.endswith("docs.json") for url in requested)
+    assert {urlsplit(url).hostname for url in requested if not url.startswith("data:")} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("authorized", [True, False])
-def test_try_it_out(page: Page, server: LocalServer, *, authorized: bool) -> None:
-    """With the key given to Authorize a route answers from the page, and without it says what is missing."""
+def test_try_it_out_needs_the_key(page: Page, server: LocalServer, *, authorized: bool) -> None:
+    """With the key entered at Authorize a route answers 200, without it 401."""
     if authorized:
         page.locator("button.authorize").first.click()
         page.locator(".auth-container input").fill(server.api_key)

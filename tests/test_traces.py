@@ -1,4 +1,4 @@
-"""Traces: an API worker's and the runner's spans of a request are one trace, and hold nothing private."""
+"""Traces: the spans of a request in the API worker and the runner are one trace, without private data."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ pytestmark = pytest.mark.server
 IN_WORKER = {"claim", "fetch", "decode", "segment", "encode_masks", "store", "settle"}
 IN_RUNNER = {"queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"}
 SOON = {"OTEL_BSP_SCHEDULE_DELAY": "100"}
-"""Spans leave after 0.1 s, not 5."""
+"""Spans are exported after 0.1 s instead of 5 s."""
 
 
 @pytest.fixture(scope="module")
 def collected() -> Iterator[Collector]:
-    """A collector that the module's server sends to."""
+    """The collector of the module's server."""
     with collector() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory, collected: Collector) -> Iterator[LocalServer]:
-    """A server with two API workers that traces."""
+    """A server with two API workers and tracing."""
     changes = {"OTEL_EXPORTER_OTLP_ENDPOINT": collected.endpoint, "LOG_FORMAT": "json"} | SOON
     with local_server(tmp_path_factory.mktemp("traced"), changes) as server:
         yield server
 
 
 def ask(server: LocalServer, trace_id: str, sampled: str = "01") -> httpx.Response:
-    """A good request in a trace of its caller's, for a prompt that nobody has asked for."""
+    """Send a valid request in the caller's trace, with a new prompt."""
     with Edge(server, "user-of-the-trace") as edge:
         edge.http.headers["traceparent"] = f"00-{trace_id}-00f067aa0ba902b7-{sampled}"
         edge.http.headers["User-Agent"] = "private-agent"
@@ -52,15 +52,15 @@ def ask(server: LocalServer, trace_id: str, sampled: str = "01") -> httpx.Respon
 
 
 def spans_of(collected: Collector, trace_id: str) -> list[Span]:
-    """All spans of a good request's trace, once they have arrived."""
+    """Wait for all spans of a successful request's trace; returns them."""
     wanted = {f"POST {PREDICT}"} | IN_WORKER | IN_RUNNER
     return wait_for(
         lambda: collected.of_trace(trace_id), lambda spans: wanted <= {span.name for span in spans}
     )
 
 
-def test_one_trace_over_both_processes(traced: LocalServer, collected: Collector) -> None:
-    """The stages hang below the request's span, the runner's below the call of the runner."""
+def test_one_trace_spans_both_processes(traced: LocalServer, collected: Collector) -> None:
+    """The API worker's stages are children of the request's span, the runner's of the runner's call."""
     trace_id = uuid4().hex
     assert ask(traced, trace_id).status_code == httpx.codes.OK
     spans = spans_of(collected, trace_id)
@@ -80,7 +80,7 @@ def test_one_trace_over_both_processes(traced: LocalServer, collected: Collector
 
 
 def test_each_request_of_a_batch_has_its_trace(traced: LocalServer, collected: Collector) -> None:
-    """Requests that share passes of the model each have the pass in their own trace."""
+    """Each request of a common batch has the batch's spans in its own trace."""
     trace_ids = [uuid4().hex for _ in range(6)]
     with ThreadPoolExecutor(len(trace_ids)) as callers:
         answers = list(callers.map(lambda trace_id: ask(traced, trace_id), trace_ids))
@@ -90,8 +90,8 @@ def test_each_request_of_a_batch_has_its_trace(traced: LocalServer, collected: C
         assert len(names) == len(set(names))
 
 
-def test_caller_decides_whether_it_is_traced(traced: LocalServer, collected: Collector) -> None:
-    """A request whose caller does not sample its trace leaves no span; one without a trace begins its own."""
+def test_callers_sampling_decision_is_respected(traced: LocalServer, collected: Collector) -> None:
+    """A request with an unsampled trace has no spans; a request without a trace starts a new one."""
     unsampled, later = uuid4().hex, uuid4().hex
     assert ask(traced, unsampled, sampled="00").status_code == httpx.codes.OK
     with Edge(traced) as edge:
@@ -105,19 +105,19 @@ def test_caller_decides_whether_it_is_traced(traced: LocalServer, collected: Col
     assert collected.of_trace(unsampled) == []
 
 
-def test_strangers_begin_no_traces(traced: LocalServer, collected: Collector) -> None:
-    """A request without a key leaves no span, whatever trace it names, and neither does a probe."""
-    stranger, later = uuid4().hex, uuid4().hex
-    headers = {"traceparent": f"00-{stranger}-00f067aa0ba902b7-01"}
+def test_requests_without_a_key_are_not_traced(traced: LocalServer, collected: Collector) -> None:
+    """A request without a key and a probe have no spans, even with a traceparent header."""
+    unauthenticated, later = uuid4().hex, uuid4().hex
+    headers = {"traceparent": f"00-{unauthenticated}-00f067aa0ba902b7-01"}
     assert httpx.post(f"{traced.url}{PREDICT}", headers=headers).status_code == httpx.codes.UNAUTHORIZED
     assert httpx.get(f"{traced.url}/health", headers=headers).status_code == httpx.codes.OK
     assert ask(traced, later).status_code == httpx.codes.OK
     spans_of(collected, later)
-    assert collected.of_trace(stranger) == []
+    assert collected.of_trace(unauthenticated) == []
 
 
-def test_failed_stage_is_marked(traced: LocalServer, collected: Collector) -> None:
-    """The stage that failed is marked as an error in the trace."""
+def test_failed_stage_is_marked_as_error(traced: LocalServer, collected: Collector) -> None:
+    """Only the span of the failed stage is an error."""
     trace_id = uuid4().hex
     with Edge(traced, "user-of-the-trace") as edge:
         edge.http.headers["traceparent"] = f"00-{trace_id}-00f067aa0ba902b7-01"
@@ -126,8 +126,8 @@ def test_failed_stage_is_marked(traced: LocalServer, collected: Collector) -> No
     assert [span.name for span in failed] == ["fetch"]
 
 
-def test_traces_hold_nothing_private(traced: LocalServer, collected: Collector) -> None:
-    """No user, image, prompt, agent, address or key leaves with the spans."""
+def test_traces_contain_no_private_data(traced: LocalServer, collected: Collector) -> None:
+    """The spans contain no user, image, prompt, agent, address or key."""
     trace_id = uuid4().hex
     assert ask(traced, trace_id).status_code == httpx.codes.OK
     spans_of(collected, trace_id)
@@ -136,8 +136,8 @@ def test_traces_hold_nothing_private(traced: LocalServer, collected: Collector) 
         assert private.encode() not in sent
 
 
-def test_collector_that_is_away_harms_nothing(tmp_path: Path) -> None:
-    """Without its collector the server answers as ever, and stops cleanly."""
+def test_unreachable_collector_does_not_matter(tmp_path: Path) -> None:
+    """If the collector is unreachable, the server works normally and stops cleanly."""
     with reserved_ports(1) as [closed]:
         changes = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}", "API_WORKERS": "1"} | SOON
         with local_server(tmp_path, changes) as server, Edge(server) as edge:

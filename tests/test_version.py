@@ -1,4 +1,4 @@
-"""The version stands in version.py alone; all that speak of it say the same."""
+"""The version is defined only in version.py, and reported everywhere."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_package_has_the_version() -> None:
-    """What an installer reads from pyproject.toml is version.py's, and no second one stands there."""
+    """The package's version is that of version.py; pyproject.toml has no other."""
     pyproject = ROOT / "pyproject.toml"
     assert read_configuration(pyproject)["project"]["version"] == VERSION
     assert "version" not in tomllib.loads(pyproject.read_text())["project"]
 
 
 @pytest.mark.server
-def test_server_has_the_version(server: LocalServer) -> None:
-    """Callers see it in the description of the routes and beside the model."""
+def test_server_reports_the_version(server: LocalServer) -> None:
+    """The API description and model/info have the version."""
     key = {"X-API-Key": server.api_key}
     assert httpx.get(f"{server.url}/docs.json").json()["info"]["version"] == VERSION
     info = httpx.get(f"{server.url}/api/v1/model/info", headers=key)

@@ -1,4 +1,4 @@
-"""Reads the commands that a page of documentation shows."""
+"""Reads the commands in a page of documentation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NOT_RUN = "(not run by us)"
 
 
 def command_lines(page: Path) -> list[str]:
-    """The lines of the page's code blocks, continued lines joined, without comment lines and empty ones."""
+    """The lines of the page's code blocks; joins continued lines, skips comments and empty lines."""
     blocks = re.findall(r"^ *```\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def commands_in(page: Path) -> list[list[str]]:
-    """The words of each command that is not marked as not run."""
+    """The words of each command without the mark NOT_RUN."""
     return [shlex.split(line, comments=True) for line in command_lines(page) if NOT_RUN not in line]

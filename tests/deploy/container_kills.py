@@ -1,8 +1,8 @@
-"""Kills processes of a container while tasks are in work, and looks for lost tasks.
+"""Kills processes of a container while it works on tasks, and checks that no task is lost.
 
     python -m tests.deploy.container_kills --kills 50
 
-As root, with podman, debootstrap and bubblewrap; builds the image first.
+Needs root, podman, debootstrap and bubblewrap; builds the image first.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
 KINDS = ("runner", "API worker", "decoder", "container")
 CALLERS = 4
 SETTLE_S = 180.0
-"""For the last tasks after the last kill: those that met several are done one at a time."""
+"""After the last kill; tasks that were killed several times are done one at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One kill, and how long nothing could be asked after it."""
+    """One kill, and the time until the next answer."""
 
     kind: str
-    back_s: float
+    recovery_s: float
 
 
 @dataclass(slots=True)
 class Report:
-    """What was seen.
+    """The result of a run.
 
     Attributes:
-        kills: in their order.
-        tasks: that were sent.
+        kills: in order.
+        tasks: number of tasks that were sent.
         lost: tasks that were not done at the end, with the status of their row.
     """
 
@@ -68,23 +68,23 @@ class Report:
 def kill_and_watch(
     image: Image, folder: Path, *, kills: int, seed: int, on_kill: Callable[[Kill], None] = lambda _: None
 ) -> Report:
-    """Run the image, send tasks without a pause, kill `kills` processes of every kind in turn.
+    """Run the image, send tasks continuously, and kill processes of each kind in turn.
 
     Args:
-        image: to be run.
-        folder: of the container, as `container` takes it.
-        kills: how many.
-        seed: of the choice of processes and moments.
-        on_kill: is given each kill once the container answers again.
+        image: the image to run.
+        folder: of the container, see `container`.
+        kills: number of kills.
+        seed: of the random choice of processes and times.
+        on_kill: called with each kill once the container answers again.
     """
-    rng, report = random.Random(seed), Report()  # noqa: S311 - a drawn order, no secret
+    rng, report = random.Random(seed), Report()  # noqa: S311 - not a secret
     with ExitStack() as stack:
         started = stack.enter_context(container(image, folder, {}))
         callers = Callers()
         for number in range(kills):
             kind = KINDS[number % len(KINDS)]
             with callers.calling(started):
-                # In the middle of work, not in front of it.
+                # So that the kill happens during the work.
                 callers.wait_for_answers(3)
                 time.sleep(rng.uniform(0.0, 0.3))
                 killed_s = time.monotonic()
@@ -104,7 +104,7 @@ def kill_and_watch(
 
 
 def _processes(started: Container, kind: str) -> list[psutil.Process]:
-    """The living processes of one kind, at least one."""
+    """The running processes of one kind, at least one."""
     workers = children_of(started.server, API_WORKER)
     if kind == "runner":
         return children_of(started.server, RUNNER)
@@ -114,7 +114,7 @@ def _processes(started: Container, kind: str) -> list[psutil.Process]:
 
 
 def _wait_for_an_answer(started: Container) -> None:
-    """Until a new task is done at once."""
+    """Wait until a new task is answered with 200."""
     with Edge(started.server) as edge:
 
         def status() -> int | None:
@@ -123,11 +123,11 @@ def _wait_for_an_answer(started: Container) -> None:
             except httpx.TransportError:
                 return None
 
-        wait_for(status, lambda answered: answered == httpx.codes.OK)
+        wait_for(status, lambda code: code == httpx.codes.OK)
 
 
 def _not_done(started: Container, bodies: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Send what no server ever read again, as the Edge does, wait for all, and yield what is not done."""
+    """Send pending tasks again, as the Edge does; wait for all tasks, and yield those that are not done."""
     with Edge(started.server) as edge:
         for body in bodies:
             row = edge.row(body["task_id"])
@@ -140,11 +140,11 @@ def _not_done(started: Container, bodies: list[dict[str, Any]]) -> Iterator[tupl
 
 
 class Callers:
-    """Several callers that send one task after the other.
+    """Several callers that send one task after another.
 
     Attributes:
         bodies: the tasks that were sent.
-        answered: how many of them were answered with 200.
+        answered: number of tasks that were answered with 200.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class Callers:
                     call.result()
 
     def wait_for_answers(self, count: int) -> None:
-        """Until so many more tasks were done."""
+        """Wait until `count` more tasks are answered with 200."""
         wanted = self.answered + count
         wait_for(lambda: self.answered, lambda answered: answered >= wanted)
 
@@ -183,14 +183,16 @@ class Callers:
             try:
                 answer = edge.send(body)
             except httpx.TransportError:
-                continue  # its process was killed; the row says what became of it
+                continue  # the process was killed; the row has the outcome
             with self._lock:
                 self.answered += answer.status_code == httpx.codes.OK
 
 
 def main() -> None:
-    """Build, kill, and print what was seen."""
-    parser = argparse.ArgumentParser(description="Kill processes of a container, and look for lost tasks.")
+    """Build the image, kill processes, and print the report."""
+    parser = argparse.ArgumentParser(
+        description="Kill processes of a container, and check that no task is lost."
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -201,18 +203,19 @@ def main() -> None:
 
 
 def _print(killed: Kill) -> None:
-    sys.stdout.write(f"{killed.kind} killed, answers again after {killed.back_s:.1f} s\n")
+    sys.stdout.write(f"{killed.kind} killed, answers again after {killed.recovery_s:.1f} s\n")
     sys.stdout.flush()
 
 
 def describe(report: Report) -> str:
-    """The report as text, a line a kind of kill and a line a lost task."""
+    """The report as text: one line for each kind of kill, and one for each lost task."""
     lines = [f"{report.tasks} tasks, {len(report.kills)} kills, {len(report.lost)} tasks lost"]
     for kind in KINDS:
-        backs = [kill.back_s for kill in report.kills if kill.kind == kind]
-        if backs:
+        times_s = [kill.recovery_s for kill in report.kills if kill.kind == kind]
+        if times_s:
             lines.append(
-                f"  {kind}: {len(backs)} kills, back after {median(backs):.1f} s, at most {max(backs):.1f} s"
+                f"  {kind}: {len(times_s)} kills, answers again after {median(times_s):.1f} s,"
+                f" at most {max(times_s):.1f} s"
             )
     lines += [f"  lost: {task_id}, {state}" for task_id, state in report.lost]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
-"""The server's image, really built, and containers of it, where neither Docker nor a registry can be reached.
+"""Builds the server's image and runs containers of it, without Docker and without a registry.
 
-The base comes from debootstrap, podman builds in chroot isolation, and bubblewrap runs: the image's own root
-(read-only), user, environment and entrypoint, own process ids, an empty /tmp, the folders /data and /weights.
-The network is the host's, on loopback.
+The base comes from debootstrap, and podman builds in chroot isolation. bubblewrap runs the container with the
+image's root (read-only), user, environment and entrypoint, a process namespace, an empty /tmp, and the
+folders /data and /weights. It uses the host's network.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 API_KEY = "0123456789abcdef0123456789abcdef"
 USER_ID = 1034
 PYTHON = "3.11"
-"""Of Debian 12, and so of the base."""
+"""The version of Debian 12, which is the base."""
 BUILD_TIMEOUT_S = 1200.0
 STOP_TIMEOUT_S = 60.0
 _TOOLS = ("podman", "debootstrap", "bwrap", "setpriv")
 
 
 def missing_tools() -> str | None:
-    """What this machine lacks to build and run the image."""
+    """What is missing on this machine to build and run the image; None if nothing is."""
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         return f"no {', '.join(missing)} (apt-get install podman buildah debootstrap bubblewrap)"
@@ -47,27 +47,25 @@ def missing_tools() -> str | None:
 
 
 def missing_wheels() -> str | None:
-    """Download what the image installs; what cannot be had."""
+    """Download the image's packages; returns why they are not available, or None."""
     variant = VARIANTS["cpu"]
     try:
         download_wheels(variant, PYTHON, context_of(variant, PYTHON))
     except subprocess.CalledProcessError:
-        return (
-            f"not every wheel of {variant.lock.name} can be had here: PyTorch's are at {variant.torch_index}"
-        )
+        return f"wheels of {variant.lock.name} are not available: PyTorch's are at {variant.torch_index}"
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image that was built.
+    """A built image.
 
     Attributes:
         tag: its name.
-        root: its file system, mounted.
-        config: what it says of itself: Env, User, Entrypoint, Labels.
-        size_bytes: unpacked.
-        environment: podman's, for the store that holds it.
+        root: its mounted file system.
+        config: its configuration: Env, User, Entrypoint, Labels.
+        size_bytes: of its unpacked files.
+        environment: variables with which podman uses the image's store.
     """
 
     tag: str
@@ -79,10 +77,10 @@ class Image:
 
 @contextmanager
 def built_image(folder: Path) -> Iterator[Image]:
-    """The CPU variant of this tree, built by `make image` into a store of its own below `folder`."""
+    """Build the CPU variant of this tree with `make image`, in a new store below `folder`."""
     environment = os.environ | {
         "CONTAINERS_STORAGE_CONF": str(_write_store(folder)),
-        # No user namespaces, no cgroups: a chroot is what every machine has.
+        # chroot works on every machine, without user namespaces and cgroups.
         "BUILDAH_ISOLATION": "chroot",
         "CONTAINER_TOOL": "podman",
     }
@@ -94,16 +92,16 @@ def built_image(folder: Path) -> Iterator[Image]:
         yield _mounted(tag, environment)
     finally:
         _run(["podman", "image", "umount", "--all", "--force"], environment)
-        # podman binds its folder onto itself, which would stay mounted.
+        # podman leaves this bind mount.
         subprocess.run(["umount", str(folder / "store" / "overlay")], stderr=subprocess.DEVNULL, check=False)
 
 
 def image_for_vast(image: Image, folder: Path) -> Image:
-    """deploy/vast/Dockerfile over `image`, in its store; a script in the place of cloudflared's image.
+    """Build deploy/vast/Dockerfile on `image`, in its store; a script replaces cloudflared.
 
     Args:
-        image: is left as it is.
-        folder: for what the build needs.
+        image: the base; it is not changed.
+        folder: for the build's files.
     """
     program = folder / "cloudflared"
     program.write_text('#!/bin/sh\necho "cloudflared $* with $TUNNEL_TOKEN"\nexec sleep 300\n')
@@ -148,22 +146,22 @@ def _run(command: list[str], environment: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A container that was started.
+    """A started container.
 
     Attributes:
-        server: how to reach it; `server.pid` is its process 1, seen from outside.
-        monitor: the process that waits for it, and ends with its exit status.
+        server: its server; `server.pid` is the host's pid of the container's process 1.
+        monitor: the process that waits for the container, and ends with its exit status.
     """
 
     server: LocalServer
     monitor: subprocess.Popen[bytes]
 
     def log(self) -> str:
-        """What it has written."""
+        """Its output so far."""
         return self.server.log_path.read_text(errors="replace")
 
     def stop(self) -> int:
-        """Ask it to end, as `docker stop` does. Returns its exit status."""
+        """Send SIGTERM like `docker stop`, and wait; returns the exit status."""
         if self.monitor.poll() is None:
             os.kill(self.server.pid, signal.SIGTERM)
         return self.monitor.wait(STOP_TIMEOUT_S)
@@ -173,13 +171,13 @@ class Container:
 def container(
     image: Image, folder: Path, changes: Mapping[str, str | None], *, ready: bool = True
 ) -> Iterator[Container]:
-    """Run the image until the end of the block, on the demo checkpoint and embedded stores in `folder`/data.
+    """Run the image until the end of the block: the demo checkpoint, embedded stores in `folder`/data.
 
     Args:
-        image: to be run.
-        folder: gets data/, weights/ and the log; data/ and weights/ are made, the image's user's, if missing.
-        changes: to the environment that it is given; None removes.
-        ready: wait until it is; else only until its first process runs.
+        image: the image to run.
+        folder: for data/, weights/ and the log; missing folders are created for the image's user.
+        changes: to the container's environment; None removes a variable.
+        ready: True: wait until the server is ready. False: only until the first process runs.
     """
     for name in ("data", "weights"):
         if not (folder / name).exists():
@@ -213,7 +211,7 @@ def container(
 
 
 def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[str]:
-    """The command line of bubblewrap for the image, as its configuration says."""
+    """The command line of bubblewrap, from the image's configuration."""
     environment = dict(entry.split("=", 1) for entry in image.config["Env"]) | dict(given)
     return [
         *("bwrap", "--ro-bind", str(image.root), "/", "--proc", "/proc", "--dev", "/dev"),
@@ -223,7 +221,7 @@ def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[st
         *("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--as-pid-1", "--die-with-parent"),
         *("--new-session", "--clearenv", "--chdir", image.config["WorkingDir"]),
         *(word for item in environment.items() for word in ("--setenv", *item)),
-        # bubblewrap cannot change the user without a namespace of users; the change clears its signal.
+        # bubblewrap cannot change the user without a user namespace; changing it clears the death signal.
         *("setpriv", "--reuid", str(USER_ID), "--regid", str(USER_ID), "--clear-groups"),
         *("--pdeathsig", "KILL"),
         *("--no-new-privs", "--bounding-set=-all", *image.config["Entrypoint"]),
@@ -231,7 +229,7 @@ def run_command(image: Image, folder: Path, given: Mapping[str, str]) -> list[st
 
 
 def _end(monitor: subprocess.Popen[bytes]) -> None:
-    """Kill what still runs: with a container's process 1 all its processes end, and then its monitor."""
+    """Kill process 1, which ends all of the container's processes, and then the monitor."""
     for child in _children(monitor):
         child.kill()
     monitor.kill()
@@ -239,7 +237,7 @@ def _end(monitor: subprocess.Popen[bytes]) -> None:
 
 
 def _first_process(monitor: subprocess.Popen[bytes]) -> int:
-    """The container's process 1; the monitor's own id when it has ended already."""
+    """The pid of the container's process 1; the monitor's own pid if that has ended."""
     children = _children(monitor)
     return children[0].pid if children else monitor.pid
 

@@ -1,4 +1,4 @@
-"""make audit: what it must find, and that it finds nothing here."""
+"""`make audit` finds planted faults, and none in this repository."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def planted(key: str) -> str:
-    """A made-up pair of keys to Amazon's cloud, which does not stand in this file in one piece."""
+    """A made-up pair of AWS keys, built from parts so that this file contains no key."""
     secret = f"{key[::-1]}x7ZbkR3uTnYvWcE9mHgJ2fKq"
     return f"aws_access_key_id = AKIA{key}\naws_secret_access_key = {secret}\n"
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone of this repository with its history, and with the Makefile that lies here."""
+    """A clone of this repository with its history, and with the current Makefile and workflows."""
     folder = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     shutil.copy(ROOT / "Makefile", folder)
@@ -33,7 +33,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
-    """Run a target with the tools of the environment that runs the tests."""
+    """Run a target with the tools of the tests' environment."""
     tools = Path(sys.executable).parent
     return subprocess.run(
         ["make", "--old-file", f"{tools.parent}/dev", f"VENV={tools.parent}", target],
@@ -44,15 +44,15 @@ def make(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_no_secret_lies_here(clone: Path) -> None:
-    """Neither in a file nor in the history; a developer's own .env, which git ignores, is left alone."""
+def test_repository_has_no_secrets(clone: Path) -> None:
+    """Neither the files nor the history have secrets; .env, which git ignores, is not scanned."""
     (clone / ".env").write_text(planted("QYLPMN5HHHFPZAM2"))
     found = make(clone, "audit-secrets")
     assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_secrets_are_found(clone: Path) -> None:
-    """One in a file that is not committed yet, and one in a file that was deleted again."""
+    """A secret in an uncommitted file and one in a deleted file are found."""
     (clone / "deleted.ini").write_text(planted("QYLPMN5HHHFPZAM2"))
     git(clone, "add", "deleted.ini")
     git(clone, "commit", "--message", "Add")
@@ -65,8 +65,8 @@ def test_secrets_are_found(clone: Path) -> None:
     assert "new.ini" in found.stdout
 
 
-def test_workflows_cannot_be_misused(clone: Path) -> None:
-    """Zizmor finds nothing in ours, and an action that is not pinned."""
+def test_unpinned_action_in_a_workflow_is_found(clone: Path) -> None:
+    """Zizmor accepts our workflows, and finds an action that is not pinned."""
     found = make(clone, "audit-workflows")
     assert found.returncode == 0, found.stdout + found.stderr
     workflow = clone / ".github" / "workflows" / "ci.yaml"

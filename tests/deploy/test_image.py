@@ -1,4 +1,4 @@
-"""The image: built by `make image`, run from its own entrypoint as its own user, on a read-only root."""
+"""The image: built by `make image`, run with its entrypoint and user on a read-only root."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ pytestmark = pytest.mark.server
 
 MAX_IMAGE_BYTES = 1_600_000_000
 STOP_S = 10.0
-BACK_S = 30.0
-"""From a kill of a process to the next answer, at most."""
+RECOVERY_LIMIT_S = 30.0
+"""Limit of the time from a kill to the next answer."""
 
 
 @pytest.fixture(scope="session")
@@ -50,27 +50,27 @@ def image() -> Iterator[Image]:
     """The CPU variant, built once (about three minutes)."""
     need(missing_tools())
     need(missing_wheels())
-    # Not among pytest's folders: what is mounted there after a kill would fail the next run.
+    # Not in pytest's folder: a mount that remains after a kill would break the next run.
     with TemporaryDirectory(prefix="sam3-image-") as folder, built_image(Path(folder)) as built:
         yield built
 
 
 @pytest.fixture(scope="module")
 def running(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    """A container that only documented variables were given to."""
+    """A container with documented variables only."""
     with container(image, tmp_path_factory.mktemp("container"), {}) as started:
         yield started
 
 
 @pytest.fixture
 def edge(running: Container) -> Iterator[Edge]:
-    """The caller of `running`."""
+    """A caller of `running`."""
     with Edge(running.server) as caller:
         yield caller
 
 
-def test_image_answers(running: Container, edge: Edge) -> None:
-    """A task is done in the container: mask, row and outbox lie on its volume, and belong to its user."""
+def test_container_does_a_task(running: Container, edge: Edge) -> None:
+    """A task is done in the container; mask, row and outbox are on its volume, owned by its user."""
     drawn = scene(7)
     answer = edge.answer(png_bytes(drawn.image), drawn.names[0])
     data_dir = running.server.data_dir
@@ -85,14 +85,14 @@ def test_image_answers(running: Container, edge: Edge) -> None:
 
 
 def test_smoke_script_passes(running: Container) -> None:
-    """The script that a deployment is tested with passes against the container and its volume."""
+    """The smoke script passes against the container and its volume."""
     data_dir = str(running.server.data_dir)
     ended = smoke(running.server.url, {"API_SECRET_KEY": running.server.api_key, "DATA_DIR": data_dir})
     assert ended.status == 0, ended.output
 
 
-def test_image_for_vast(image: Image, tmp_path: Path) -> None:
-    """The image for Vast.ai serves beside its tunnel, and one signal ends both cleanly."""
+def test_image_for_vast_runs_server_and_tunnel(image: Image, tmp_path: Path) -> None:
+    """The image for Vast.ai runs the server and the tunnel, and one signal stops both cleanly."""
     tunnel = {"CLOUDFLARE_TUNNEL": "green", "CLOUDFLARE_TUNNEL_TOKEN_GREEN": "token-of-green"}
     with container(image_for_vast(image, tmp_path), tmp_path, tunnel) as started:
         variables = {"API_SECRET_KEY": started.server.api_key, "DATA_DIR": str(started.server.data_dir)}
@@ -102,25 +102,25 @@ def test_image_for_vast(image: Image, tmp_path: Path) -> None:
         assert started.stop() == 0
 
 
-def test_image_describes_itself(image: Image) -> None:
-    """The labels say which version, commit and PyTorch it holds; the PyTorch inside agrees."""
+def test_labels_describe_the_image(image: Image) -> None:
+    """The labels have the version, the commit and PyTorch's version, which equals the installed one."""
     labels = image.config["Labels"]
     assert labels["org.opencontainers.image.version"] == VERSION
     assert labels["org.opencontainers.image.revision"] == revision()
     [found] = image.root.glob("app/.venv/lib/python3.*/site-packages/torch/version.py")
-    inside = found.read_text()
-    assert f"'{labels['sam3.torch']}'" in inside
+    installed = found.read_text()
+    assert f"'{labels['sam3.torch']}'" in installed
     assert labels["sam3.cuda"] == "none"
-    assert re.search(r"^cuda.* = None$", inside, re.MULTILINE)
+    assert re.search(r"^cuda.* = None$", installed, re.MULTILINE)
 
 
 def test_image_is_small(image: Image) -> None:
-    """The CPU variant stays below its mark."""
+    """The CPU variant is smaller than its limit."""
     assert image.size_bytes <= MAX_IMAGE_BYTES
 
 
-def test_image_holds_nothing_needless(image: Image) -> None:
-    """No compiler, package installer, cache, test of ours, repository, setting or key is in it."""
+def test_image_contains_nothing_unneeded(image: Image) -> None:
+    """The image contains no compiler, package installer, cache, test, repository or settings file."""
     commands = {
         path.name
         for folder in ("usr/bin", "usr/sbin", "usr/local/bin", "app/.venv/bin")
@@ -141,8 +141,8 @@ def test_image_holds_nothing_needless(image: Image) -> None:
         ]
 
 
-def test_image_holds_no_secret(image: Image) -> None:
-    """It holds no key; its user can change no file, and no program its user."""
+def test_image_contains_no_secret(image: Image) -> None:
+    """The image contains no key, its user can write no file, and no program is setuid."""
     names = {entry.split("=", 1)[0] for entry in image.config["Env"]}
     assert not [name for name in names if re.search(r"KEY|SECRET|TOKEN|PASSWORD", name)]
     private, writable, setuid = [], [], []
@@ -161,7 +161,7 @@ def test_image_holds_no_secret(image: Image) -> None:
                     private.append(path)
             assert name not in {".env", ".netrc", ".git-credentials", "pip.conf"}
     assert (setuid, writable) == ([], [])
-    # An example's key that a package carries is public.
+    # Example keys in packages are public.
     assert [path for path in private if "site-packages" not in path.parts] == []
 
 
@@ -179,10 +179,10 @@ def test_image_holds_no_secret(image: Image) -> None:
         ({"DATA_DIR": "/nowhere"}, "DATA_DIR"),
     ],
 )
-def test_container_refuses(
+def test_container_refuses_wrong_settings(
     image: Image, tmp_path: Path, changes: dict[str, str | None], sentence: str
 ) -> None:
-    """What cannot work is one sentence that names the variable, and an exit status that is not 0."""
+    """Wrong settings end the container with one sentence that names the variable, and status 1."""
     with container(image, tmp_path, changes, ready=False) as started:
         assert started.monitor.wait(60) == 1
         [line] = [line for line in started.log().splitlines() if '"cannot start: ' in line]
@@ -190,8 +190,8 @@ def test_container_refuses(
         assert "Traceback" not in started.log()
 
 
-def test_volume_of_another_user(image: Image, tmp_path: Path) -> None:
-    """A volume that root owns, as a fresh one is: the sentence names variable, folder and user."""
+def test_container_refuses_a_volume_of_another_user(image: Image, tmp_path: Path) -> None:
+    """For a volume that root owns, like a new one, the error names variable, folder and user."""
     (tmp_path / "data").mkdir(mode=0o755)
     with container(image, tmp_path, {}, ready=False) as started:
         assert started.monitor.wait(60) == 1
@@ -201,8 +201,8 @@ def test_volume_of_another_user(image: Image, tmp_path: Path) -> None:
         assert str(containers.USER_ID) in line
 
 
-def test_stop_in_a_burst(image: Image, tmp_path: Path) -> None:
-    """SIGTERM: every task that was begun is done or kept, the rest refused; the exit status is 0."""
+def test_stop_during_many_requests_is_clean(image: Image, tmp_path: Path) -> None:
+    """After SIGTERM every claimed task is done, the rest is refused; the exit status is 0."""
     with (
         container(image, tmp_path, {}) as started,
         Edge(started.server) as edge,
@@ -213,12 +213,12 @@ def test_stop_in_a_burst(image: Image, tmp_path: Path) -> None:
             edge.insert_row(body)
         answers = [pool.submit(_status_of, edge, body) for body in bodies]
         wait_for(lambda: started.log().count("/api/v1/predict 200"), lambda count: count >= 2)
-        began_s = time.monotonic()
+        signalled_s = time.monotonic()
         assert started.stop() == 0
-        stopped_s = time.monotonic() - began_s
+        took_s = time.monotonic() - signalled_s
         statuses = [answer.result() for answer in answers]
         rows = [edge.row(body["task_id"]) for body in bodies]
-    assert stopped_s < STOP_S
+    assert took_s < STOP_S
     ends = [(status, row.status) for status, row in zip(statuses, rows, strict=True) if row]
     assert {row_status for _, row_status in ends} <= {"done", "pending"}
     assert {row_status for status, row_status in ends if status == httpx.codes.OK} == {"done"}
@@ -232,10 +232,10 @@ def _status_of(edge: Edge, body: dict[str, object]) -> int | None:
         return None
 
 
-def test_what_dies_comes_back(image: Image, tmp_path: Path) -> None:
-    """Each kind of process is killed amid tasks: the container answers again, and no task is lost."""
+def test_killed_processes_are_restarted_and_no_task_is_lost(image: Image, tmp_path: Path) -> None:
+    """After a kill of each kind of process during tasks, the container answers again; no task is lost."""
     report = kill_and_watch(image, tmp_path, kills=len(KINDS), seed=1)
     assert [kill.kind for kill in report.kills] == list(KINDS)
-    assert max(kill.back_s for kill in report.kills) < BACK_S
+    assert max(kill.recovery_s for kill in report.kills) < RECOVERY_LIMIT_S
     assert report.tasks > 0
     assert report.lost == []

@@ -1,4 +1,4 @@
-"""docs/operations.md: each command is run here or in the tests beside this one, or is marked as not run."""
+"""docs/operations.md: each command is run by a test, or is marked as not run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ HOST = re.compile(r"https://sam3-(blue|green)\.example\.com|http://127\.0\.0\.1:
 
 
 def lines_of(*beginning: str) -> list[list[str]]:
-    """The words of the page's commands that begin so."""
+    """The page's commands that start with these words."""
     return [words for words in commands_in(PAGE) if words[: len(beginning)] == [*beginning]]
 
 
 def test_every_command_is_run_or_marked() -> None:
-    """test_vast.py runs those of vast.py; make's have tests of their own; the rest is run below."""
+    """Commands of vast.py run in test_vast.py, make's have their own tests, and the rest runs below."""
     left = [
         words
         for words in commands_in(PAGE)
@@ -43,14 +43,14 @@ def test_every_command_is_run_or_marked() -> None:
 
 
 def test_targets_of_make_exist() -> None:
-    """A `make` in the page is a target of the Makefile."""
+    """Each `make` command of the page names a target of the Makefile."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {words[1] for words in lines_of("make")} <= targets
 
 
 @pytest.mark.server
-def test_smoke_tests(server: LocalServer, tmp_path: Path) -> None:
-    """Each call of the smoke script passes against a server with embedded stores."""
+def test_smoke_commands_pass(server: LocalServer, tmp_path: Path) -> None:
+    """Each smoke command passes against a server with embedded stores."""
     file = tmp_path / "smoke.env"
     file.write_text(f"API_SECRET_KEY={server.api_key}\nDATA_DIR={server.data_dir}\n")
     values = {
@@ -68,8 +68,8 @@ def test_smoke_tests(server: LocalServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_curl(server: LocalServer, tmp_path: Path) -> None:
-    """Each curl gets what the page says, with the key in a file."""
+def test_curl_commands_succeed(server: LocalServer, tmp_path: Path) -> None:
+    """Each curl command gets 200, with the key in a file."""
     need(None if shutil.which("curl") else "no curl (apt-get install curl)")
     header = tmp_path / "key.header"
     header.write_text(f"X-API-Key: {server.api_key}\n")

@@ -1,4 +1,4 @@
-"""The server behind its tunnel, as the image for Vast.ai starts it; a script stands for cloudflared."""
+"""The server behind its tunnel, started as in the image for Vast.ai; a script replaces cloudflared."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CLOUDFLARED = """#!/bin/sh
 echo "cloudflared $* with $TUNNEL_TOKEN" >>"$CLOUDFLARED_LOG"
 exec sleep 300
 """
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="bash runs in the image")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the script needs bash")
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """One in which `cloudflared` is there and the tunnel is blue."""
+    """An environment with `cloudflared` and the tunnel blue."""
     program = tmp_path / "bin" / "cloudflared"
     program.parent.mkdir()
     program.write_text(CLOUDFLARED)
@@ -51,8 +51,8 @@ def ended(environment: dict[str, str], *command: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("tunnel", ["blue", "green"])
-def test_tunnel_has_its_token(environment: dict[str, str], tunnel: str) -> None:
-    """The tunnel that is named runs with its token, which stands on no command line and not at the server."""
+def test_only_the_tunnel_gets_its_token(environment: dict[str, str], tunnel: str) -> None:
+    """The token of the chosen tunnel is on no command line, and not in the server's environment."""
     wait_and_show = 'until [ -s "$CLOUDFLARED_LOG" ]; do sleep 0.05; done; env'
     run = ended({**environment, "CLOUDFLARE_TUNNEL": tunnel}, "bash", "-c", wait_and_show)
     assert run.returncode == 0
@@ -76,8 +76,10 @@ def test_tunnel_has_its_token(environment: dict[str, str], tunnel: str) -> None:
         ),
     ],
 )
-def test_refused_start(environment: dict[str, str], changes: dict[str, str], sentence: str) -> None:
-    """Without a tunnel nobody could reach the server: it is not started."""
+def test_start_without_a_tunnel_is_refused(
+    environment: dict[str, str], changes: dict[str, str], sentence: str
+) -> None:
+    """Without a tunnel the server would be unreachable, so it is not started."""
     run = ended({**environment, **changes}, "echo", "the server runs")
     assert (run.returncode, run.stderr.strip(), run.stdout) == (1, sentence, "")
 
@@ -85,8 +87,10 @@ def test_refused_start(environment: dict[str, str], changes: dict[str, str], sen
 @pytest.mark.parametrize(
     ("command", "status"), [(("true",), 0), (("bash", "-c", "exit 3"), 3), (("nothing",), 127)]
 )
-def test_status_is_the_server_s(environment: dict[str, str], command: tuple[str, ...], status: int) -> None:
-    """What watches the container sees how the server ended."""
+def test_exit_status_is_the_servers(
+    environment: dict[str, str], command: tuple[str, ...], status: int
+) -> None:
+    """The script ends with the server's exit status."""
     assert ended(environment, *command).returncode == status
 
 
@@ -114,10 +118,10 @@ def served(environment: dict[str, str], tmp_path: Path) -> Iterator[tuple[subpro
 
 
 @pytest.mark.server
-def test_server_behind_its_tunnel(
+def test_crashed_tunnel_is_restarted(
     served: tuple[subprocess.Popen[bytes], str], environment: dict[str, str]
 ) -> None:
-    """A cloudflared that crashes is started again, while the server goes on; SIGTERM ends both cleanly."""
+    """A crashed cloudflared is restarted while the server keeps running; SIGTERM stops both cleanly."""
     process, url = served
     log = Path(environment["CLOUDFLARED_LOG"])
     [cloudflared] = [

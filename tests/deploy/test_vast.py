@@ -1,4 +1,4 @@
-"""The Vast.ai kit, run with the real `vastai` of PyPI against a server that records what it asks."""
+"""The Vast.ai kit with the real `vastai` of PyPI, against a server that records its requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.deploy.commands import commands_in
-from tests.deploy.vast_api import LOG_TEXT, Asked, VastApi, vast_api
+from tests.deploy.vast_api import LOG_TEXT, RecordedRequest, VastApi, vast_api
 from tests.tiers import need
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.slow
 
 
 def vastai_python() -> Path:
-    """The Python of `make vastai`; VASTAI_PYTHON names another one."""
+    """The Python of `make vastai`; VASTAI_PYTHON overrides it."""
     return Path(os.environ.get("VASTAI_PYTHON", ROOT / ".venv" / "vastai" / "bin" / "python"))
 
 
 class Vast:
-    """Runs vast.py with the real `vastai`, whose server is `api`."""
+    """Runs vast.py with the real `vastai` against `api`."""
 
     def __init__(self, api: VastApi, home: Path) -> None:
         self.api = api
@@ -57,8 +57,8 @@ class Vast:
             check=False,
         )
 
-    def the_change(self) -> Asked:
-        """The one request that was more than a look; it carries the account's key."""
+    def the_change(self) -> RecordedRequest:
+        """The only request other than GET; checks that it has the account's key."""
         [change] = self.api.changes
         assert change.authorization == f"Bearer {ACCOUNT_KEY}"
         return change
@@ -71,8 +71,8 @@ def vast(tmp_path: Path) -> Iterator[Vast]:
         yield Vast(api, tmp_path)
 
 
-def given(body: dict[str, Any]) -> dict[str, Any]:
-    """A request's fields that are set."""
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """A request's fields that are not null."""
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -89,47 +89,47 @@ DRIVERS = {
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("cuda", DRIVERS)
-def test_search(vast: Vast, gpu: str, cuda: str) -> None:
-    """Each filter is one that vastai knows; it asks for one GPU of the kind, under a driver that fits."""
+def test_search_filters_offers(vast: Vast, gpu: str, cuda: str) -> None:
+    """Vastai knows each filter; the search is for one GPU of this kind with a suitable driver."""
     ended = vast("search", gpu, "--cuda", cuda)
     assert ended.returncode == 0, ended.stderr
     assert "Unrecognized field" not in ended.stderr
     assert "4242" in ended.stdout, "the offers are listed"
-    asked = vast.the_change()
-    assert (asked.method, asked.path) == ("POST", "/api/v0/bundles/")
-    assert asked.body["gpu_name"] == GPUS[gpu]
-    assert asked.body["num_gpus"] == {"eq": "1"}
+    request = vast.the_change()
+    assert (request.method, request.path) == ("POST", "/api/v0/bundles/")
+    assert request.body["gpu_name"] == GPUS[gpu]
+    assert request.body["num_gpus"] == {"eq": "1"}
     fields = ("cuda_max_good", "driver_version")
-    assert {name: asked.body[name] for name in fields if name in asked.body} == DRIVERS[cuda]
-    assert asked.body["order"] == [["dph_total", "asc"]], "the cheapest come first"
-    assert asked.body["allocated_storage"] == float(TEMPLATE["recommended_disk_space"])
+    assert {name: request.body[name] for name in fields if name in request.body} == DRIVERS[cuda]
+    assert request.body["order"] == [["dph_total", "asc"]], "the cheapest come first"
+    assert request.body["allocated_storage"] == float(TEMPLATE["recommended_disk_space"])
 
 
-def test_template(vast: Vast) -> None:
-    """What vastai sends is template.json, with the image that was given, and no secret."""
+def test_template_is_created_from_the_file(vast: Vast) -> None:
+    """Vastai sends template.json with the given image, and no secret."""
     assert vast("template", "--image", IMAGE).returncode == 0
-    asked = vast.the_change()
-    assert (asked.method, asked.path) == ("POST", "/api/v0/template/")
-    assert given(asked.body) == {**TEMPLATE, "image": IMAGE}
+    request = vast.the_change()
+    assert (request.method, request.path) == ("POST", "/api/v0/template/")
+    assert without_nulls(request.body) == {**TEMPLATE, "image": IMAGE}
     assert TEMPLATE["runtype"] == "args", "the image's own entrypoint runs"
 
 
-def test_template_of_cuda_12(vast: Vast) -> None:
-    """The template of the other CUDA line lets older drivers in."""
+def test_template_for_cuda_12_allows_older_drivers(vast: Vast) -> None:
+    """The template for CUDA 12 accepts older drivers."""
     assert vast("template", "--image", IMAGE, "--cuda", "12").returncode == 0
     filters = vast.the_change().body["extra_filters"]
     assert filters["cuda_max_good"] == {"gte": "12.1"}
     assert "driver_version" not in filters
 
 
-def test_create(vast: Vast) -> None:
-    """An instance of the template: this image, this tunnel, the template's disk and its way to start."""
+def test_create_uses_the_template(vast: Vast) -> None:
+    """The instance has the given image and tunnel, and the template's disk and start mode."""
     ended = vast("create", "4242", "--image", IMAGE, "--tunnel", "green", "--template", "0123abcd")
     assert ended.returncode == 0, ended.stderr
     assert "77" in ended.stdout, "the new instance's id is printed"
-    asked = vast.the_change()
-    assert (asked.method, asked.path) == ("PUT", "/api/v0/asks/4242/")
-    sent = given(asked.body)
+    request = vast.the_change()
+    assert (request.method, request.path) == ("PUT", "/api/v0/asks/4242/")
+    sent = without_nulls(request.body)
     assert sent["template_hash_id"] == "0123abcd"
     assert (sent["image"], sent["disk"]) == (IMAGE, float(TEMPLATE["recommended_disk_space"]))
     assert sent["env"] == {"CLOUDFLARE_TUNNEL": "green"}
@@ -137,10 +137,10 @@ def test_create(vast: Vast) -> None:
     assert not {"runtype", "onstart", "user", "price"} & set(sent), "on demand, as the template starts it"
 
 
-def test_create_for_ssh(vast: Vast) -> None:
-    """SSH mode has the template's variables, and an on-start that starts the server."""
+def test_create_for_ssh_starts_the_server(vast: Vast) -> None:
+    """SSH mode has the template's variables, and an on-start script that starts the server."""
     assert vast("create", "4242", "--image", IMAGE, "--tunnel", "blue", "--ssh").returncode == 0
-    sent = given(vast.the_change().body)
+    sent = without_nulls(vast.the_change().body)
     assert "ssh" in sent["runtype"]
     assert sent["onstart"] == (KIT / "onstart.sh").read_text()
     assert sent["user"] == "root"
@@ -149,74 +149,79 @@ def test_create_for_ssh(vast: Vast) -> None:
     assert sent["env"]["DATA_DIR"] == "/data"
 
 
-def test_show(vast: Vast) -> None:
-    """The account's instances are asked for."""
+def test_show_requests_the_instances(vast: Vast) -> None:
+    """`show` requests the account's instances."""
     assert vast("show").returncode == 0
-    assert "/api/v1/instances/" in [one.path for one in vast.api.asked]
+    assert "/api/v1/instances/" in [request.path for request in vast.api.requests]
 
 
-def test_logs(vast: Vast) -> None:
-    """The container's last lines are printed."""
+def test_logs_prints_the_last_lines(vast: Vast) -> None:
+    """The last lines of the container's log are printed."""
     ended = vast("logs", "77", "--tail", "50")
     assert LOG_TEXT in ended.stdout
-    asked = vast.the_change()
-    assert (asked.path, asked.body) == ("/api/v0/instances/request_logs/77/", {"tail": "50"})
+    request = vast.the_change()
+    assert (request.path, request.body) == ("/api/v0/instances/request_logs/77/", {"tail": "50"})
 
 
 @pytest.mark.parametrize(
     ("typed", "flags", "destroyed"), [("n\n", [], False), ("y\n", [], True), ("", ["--yes"], True)]
 )
-def test_destroy(vast: Vast, typed: str, flags: list[str], destroyed: bool) -> None:  # noqa: FBT001
-    """It asks first, since the disk is deleted."""
+def test_destroy_asks_for_confirmation(
+    vast: Vast,
+    typed: str,
+    flags: list[str],
+    destroyed: bool,  # noqa: FBT001
+) -> None:
+    """The instance is destroyed only after a confirmation, because its disk is deleted."""
     vast("destroy", "77", *flags, typed=typed)
-    paths = [one.path for one in vast.api.changes if one.method == "DELETE"]
+    paths = [request.path for request in vast.api.changes if request.method == "DELETE"]
     assert paths == (["/api/v0/instances/77/"] if destroyed else [])
 
 
-def test_variables(vast: Vast, tmp_path: Path) -> None:
-    """New variables are created, known ones updated; no value is printed or stands on a command line."""
+def test_variables_are_created_or_updated(vast: Vast, tmp_path: Path) -> None:
+    """New variables are created, existing ones updated; no value is printed or on a command line."""
     vast.api.variables = {"HF_TOKEN": "old"}
     text = "# of the account\n\nHF_TOKEN=hf_new-value\nAPI_SECRET_KEY = first=key,second-key\n"
     file = variables_file(tmp_path / "vast.env", text)
     ended = vast("variables", str(file))
     assert ended.returncode == 0, ended.stderr
-    assert [(one.method, one.path, one.body) for one in vast.api.changes] == [
+    assert [(request.method, request.path, request.body) for request in vast.api.changes] == [
         ("PUT", "/api/v0/secrets/", {"key": "HF_TOKEN", "value": "hf_new-value"}),
         ("POST", "/api/v0/secrets/", {"key": "API_SECRET_KEY", "value": "first=key,second-key"}),
     ]
-    said = ended.stdout + ended.stderr
-    assert "updated HF_TOKEN" in said
-    assert "created API_SECRET_KEY" in said
-    assert "hf_new-value" not in said
-    assert "second-key" not in said
-    assert "+ vastai" not in said, "no command of vastai takes part, since its arguments can be seen"
+    output = ended.stdout + ended.stderr
+    assert "updated HF_TOKEN" in output
+    assert "created API_SECRET_KEY" in output
+    assert "hf_new-value" not in output
+    assert "second-key" not in output
+    assert "+ vastai" not in output, "vastai's command line must not run: other processes see its arguments"
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "said"),
+    ("text", "mode", "sentence"),
     [
         ("HF_TOKEN=hf_secret", 0o644, "can be read by others"),
         ("HF_TOKEN=hf_secret\nhf_secret", 0o600, "line 2 of"),
         ("HF_TOKEN=", 0o600, "line 1 of"),
     ],
 )
-def test_variables_file_is_refused(tmp_path: Path, text: str, mode: int, said: str) -> None:
-    """A file that others can read, or that is no list of variables, is refused in a sentence."""
+def test_unsafe_variables_file_is_refused(tmp_path: Path, text: str, mode: int, sentence: str) -> None:
+    """A file that others can read, or that is not a list of variables, is refused with a message."""
     file = variables_file(tmp_path / "vast.env", text, mode)
     refused = variables_command(KIT, file)
     assert refused.returncode == 1
-    assert said in refused.stderr
+    assert sentence in refused.stderr
     assert "hf_secret" not in refused.stderr
 
 
 def test_variables_file_in_the_repository_is_refused(tmp_path: Path) -> None:
-    """Secrets do not lie beside the code; a copy of the kit shows it, so that none has to."""
+    """A file in the repository is refused; the test uses a copy of the kit."""
     kit = shutil.copytree(KIT, tmp_path / "repository" / "deploy" / "vast")
     refused = variables_command(
         kit, variables_file(tmp_path / "repository" / "vast.env", "HF_TOKEN=hf_secret")
     )
     assert refused.returncode == 1
-    assert "lies in the repository" in refused.stderr
+    assert "is in the repository" in refused.stderr
 
 
 def variables_file(path: Path, text: str, mode: int = 0o600) -> Path:
@@ -226,7 +231,7 @@ def variables_file(path: Path, text: str, mode: int = 0o600) -> Path:
 
 
 def variables_command(kit: Path, file: Path) -> subprocess.CompletedProcess[str]:
-    """Run `vast.py variables` of `kit` where no vastai is installed: a good file gets as far as that."""
+    """Run `vast.py variables` of `kit` without vastai: a valid file fails only because of that."""
     return subprocess.run(
         [sys.executable, str(kit / "vast.py"), "variables", str(file)],
         capture_output=True,
@@ -237,15 +242,15 @@ def variables_command(kit: Path, file: Path) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("image", ["registry.example/sam3:1.0", TEMPLATE["image"], "sam3@sha256:0123"])
 def test_image_needs_its_digest(vast: Vast, image: str) -> None:
-    """A tag can be moved, and the placeholder of template.json is no image."""
+    """A tag and the placeholder of template.json are refused."""
     ended = vast("template", "--image", image)
     assert ended.returncode == 2
     assert "by its digest" in ended.stderr
-    assert not vast.api.asked
+    assert not vast.api.requests
 
 
-def test_commands_of_the_documentation(vast: Vast, tmp_path: Path) -> None:
-    """Each line of vast.py in the documentation is one that vastai takes."""
+def test_documented_commands_work(vast: Vast, tmp_path: Path) -> None:
+    """Each command of vast.py in the documentation works with vastai."""
     file = variables_file(tmp_path / "vast.env", "HF_TOKEN=hf_value")
     values = {
         "IMAGE": IMAGE,
@@ -266,8 +271,8 @@ def test_commands_of_the_documentation(vast: Vast, tmp_path: Path) -> None:
         *("search", "variables", "template", "create", "show", "logs", "destroy")
     }
     for line in lines:
-        vast.api.asked.clear()
+        vast.api.requests.clear()
         ended = vast(*(values.get(word, word) for word in line), typed="y\n")
         assert ended.returncode == 0, f"{line}: {ended.stderr}"
         assert "usage:" not in ended.stderr
-        assert vast.api.asked, line
+        assert vast.api.requests, line

@@ -1,4 +1,4 @@
-"""An HTTP server of this machine in the place of Vast.ai: it records what the real `vastai` asks of it."""
+"""A local HTTP server that replaces Vast.ai, and records the requests of the real `vastai`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ OFFER = {"id": 4242, "gpu_name": "H100 SXM", "num_gpus": 1, "dph_total": 2.5}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One request: its method, its path without the query, its JSON body, and who asks."""
+class RecordedRequest:
+    """One request: its method, its path without the query, its JSON body, and its credentials."""
 
     method: str
     path: str
@@ -28,21 +28,21 @@ class Asked:
 
 @dataclass
 class VastApi:
-    """What was asked so far, changes alone in `changes`, and the account's variables."""
+    """The requests so far, and the account's variables."""
 
     url: str
     variables: dict[str, str] = field(default_factory=dict)
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[RecordedRequest] = field(default_factory=list)
 
     @property
-    def changes(self) -> list[Asked]:
-        """All but what only reads."""
-        return [one for one in self.asked if one.method != "GET"]
+    def changes(self) -> list[RecordedRequest]:
+        """The requests other than GET."""
+        return [request for request in self.requests if request.method != "GET"]
 
 
 @contextmanager
 def vast_api() -> Iterator[VastApi]:
-    """The server, until the end of the block."""
+    """Run the server until the end of the block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     api = VastApi(f"http://127.0.0.1:{server.server_port}")
     server.api = api  # type: ignore[attr-defined]
@@ -57,7 +57,7 @@ def vast_api() -> Iterator[VastApi]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The answers that its client needs to go on; the rest is recorded alone."""
+    """Records each request; answers what `vastai` needs to continue."""
 
     def do_GET(self) -> None:
         self._serve()
@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.partition("?")[0]
         body = json.loads(sent) if sent else None
-        api.asked.append(Asked(self.command, path, body, self.headers.get("Authorization")))
+        api.requests.append(RecordedRequest(self.command, path, body, self.headers.get("Authorization")))
         text = LOG_TEXT if path == "/log.txt" else json.dumps(_answer(api, self.command, path))
         self.send_response(200)
         self.send_header("Content-Type", "text/plain" if path == "/log.txt" else "application/json")
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: the tests read what was recorded."""
+        """Log nothing."""
 
 
 def _answer(api: VastApi, method: str, path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A small project with a git history of its own, from which releases are made."""
+"""A small project with its own git history, from which the tests make releases."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CHANGELOG = f"""# Changelog
 
 
 def git(folder: Path, *words: str) -> None:
-    """Run git as somebody, whatever the machine's configuration says."""
-    person = (
+    """Run git with a fixed identity, independent of the machine's configuration."""
+    identity = (
         "-c",
         "user.name=Somebody",
         "-c",
@@ -32,18 +32,18 @@ def git(folder: Path, *words: str) -> None:
         "-c",
         "commit.gpgsign=false",
     )
-    subprocess.run(["git", "-C", str(folder), *person, *words], check=True, capture_output=True)
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
 
 
 def commit(folder: Path) -> None:
-    """Commit all that lies in the folder."""
+    """Commit all files of the folder."""
     git(folder, "add", "--all")
     git(folder, "commit", "--message", "Change", "--allow-empty")
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A repository whose one commit can be released as VERSION."""
+    """A repository whose only commit can be released as VERSION."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "version.py").write_text(f'VERSION = "{VERSION}"\n')
@@ -58,7 +58,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def write_wheel(folder: Path, name: str, metadata: str) -> None:
-    """Write the least that is a wheel: what it says of itself, and one module."""
+    """Write a minimal wheel: its metadata, and one module."""
     about = f"{name}-1.0.dist-info"
     with ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}.py", "")

@@ -1,4 +1,4 @@
-"""Which licences may be passed on, and that those of our packages may."""
+"""Which licences allow redistribution, and that those of our packages do."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ REFUSED = (
     "",
 )
 REVIEWED = {"transformers": "", "simple_di": "License-Expression: GPL-3.0-only"}
-"""One that still states nothing, as when it was reviewed, and one that states something else by now."""
+"""One without a licence in its metadata, as when it was reviewed, and one whose metadata has changed."""
 
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The sentence about each wheel that is refused, of a folder with one wheel for each of the above."""
+    """The message for each refused wheel, from a folder with one wheel for each of the above."""
     wheels = tmp_path_factory.mktemp("wheels")
     for index, metadata in enumerate(ALLOWED):
-        write_wheel(wheels, f"polite_{index}", metadata)
+        write_wheel(wheels, f"allowed_{index}", metadata)
     for index, metadata in enumerate(REFUSED):
-        write_wheel(wheels, f"viral_{index}", metadata)
+        write_wheel(wheels, f"refused_{index}", metadata)
     for name, metadata in REVIEWED.items():
         write_wheel(wheels, name, metadata)
     bill, lock = wheels / "sbom.cdx.json", wheels / "requirements.txt"
@@ -61,35 +61,35 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("index", "metadata"), [*enumerate(ALLOWED)])
-def test_allowed(refusals: dict[str, str], index: int, metadata: str) -> None:
-    """Permissive licences, in each way that wheels state them."""
-    assert f"polite-{index}" not in refusals, metadata
+def test_permissive_licence_is_allowed(refusals: dict[str, str], index: int, metadata: str) -> None:
+    """Permissive licences are allowed, in each form of metadata."""
+    assert f"allowed-{index}" not in refusals, metadata
 
 
 @pytest.mark.parametrize(("index", "metadata"), [*enumerate(REFUSED)])
-def test_refused(refusals: dict[str, str], index: int, metadata: str) -> None:
-    """Copyleft, unknown words, and none."""
-    assert f"viral-{index}" in refusals, metadata
+def test_copyleft_or_unknown_licence_is_refused(refusals: dict[str, str], index: int, metadata: str) -> None:
+    """Copyleft, unknown and missing licences are refused."""
+    assert f"refused-{index}" in refusals, metadata
 
 
-def test_review_counts_for_the_words_it_saw(refusals: dict[str, str]) -> None:
-    """A reviewed package that states nothing is allowed; once it states another licence, that one counts."""
+def test_review_is_void_if_the_metadata_changes(refusals: dict[str, str]) -> None:
+    """A review allows a package with unchanged metadata; a changed licence counts instead of the review."""
     assert "transformers" not in refusals
     assert "states GPL-3.0-only" in refusals["simple-di"]
 
 
 def test_our_packages_are_allowed() -> None:
-    """Each package that the server runs on, as it is installed here."""
-    judged = subprocess.run(
+    """The licence of each installed package of the server is allowed."""
+    checked = subprocess.run(
         [sys.executable, "-m", "deploy.release.licences", "requirements.lock"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert judged.returncode == 0, judged.stderr
+    assert checked.returncode == 0, checked.stderr
     locked = RequirementsFile.from_file(str(ROOT / "requirements.lock")).requirements
-    assert judged.stdout == f"requirements.lock: the licences of {len(locked)} packages are allowed\n"
+    assert checked.stdout == f"requirements.lock: the licences of {len(locked)} packages are allowed\n"
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def test_our_packages_are_allowed() -> None:
         ),
     ],
 )
-def test_lock_that_is_not_installed(tmp_path: Path, line: str, sentence: str) -> None:
-    """Other packages than the locked ones say nothing of them."""
+def test_lock_must_be_installed(tmp_path: Path, line: str, sentence: str) -> None:
+    """A missing package or another version than the locked one is refused."""
     lock = tmp_path / "lock.txt"
     lock.write_text(f"{line}\n")
     with pytest.raises(NoRelease, match=sentence):
         sbom.of_installed(lock, ROOT, "1.2.3", tmp_path / "sbom.cdx.json")
 
 
-def test_bill_holds_the_lock_alone(tmp_path: Path) -> None:
-    """Packages that are installed beside the lock, as these tests' own are, are not in it."""
+def test_bill_contains_only_the_lock(tmp_path: Path) -> None:
+    """Installed packages that the lock does not name, such as the tests' own, are not in the bill."""
     lock = tmp_path / "lock.txt"
     lock.write_text(
         'six==1.17.0 \\\n    --hash=sha256:0\nhttpx==0.28.1\ncolorama==0.4.6 ; sys_platform == "win32"\n'

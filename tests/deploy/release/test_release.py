@@ -1,4 +1,4 @@
-"""make release, on a small project of its own: real git, make, BentoML and podman."""
+"""`make release` on a small project, with real git, make, BentoML and podman."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ image:
 
 
 def release(project: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Make a release of `project`, with our own code and its make."""
+    """Make a release of `project`, with our code and the project's Makefile."""
     return subprocess.run(
         [sys.executable, "-m", "deploy.release", *(options or (VERSION,))],
         cwd=project,
@@ -48,7 +48,7 @@ def release(project: Path, *options: str, **variables: str) -> subprocess.Comple
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Our code, podman, and a store of images that goes away with the test."""
+    """Variables for our code, and for podman with a temporary store of images."""
     storage = folder / "storage.conf"
     storage.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{folder}/store"\nrunroot = "{folder}/run"\n')
     return {
@@ -61,19 +61,19 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def check(project: Path, version: str = VERSION) -> subprocess.CompletedProcess[str]:
-    """Ask whether a version can be released."""
+    """Check whether a version can be released."""
     return release(project, version, "--check-only")
 
 
 def test_clean_commit_can_be_released(project: Path) -> None:
-    """A clean tree with its version and its changelog; nothing is built when it is only asked."""
-    asked = check(project)
-    assert asked.returncode == 0, asked.stderr
-    assert asked.stdout.startswith(f"{VERSION} can be released from ")
+    """A clean tree with a version and its changelog can be released; --check-only builds nothing."""
+    checked = check(project)
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.startswith(f"{VERSION} can be released from ")
     assert not (project / "dist").exists()
 
 
-def _leave_a_file(project: Path) -> None:
+def _add_a_file(project: Path) -> None:
     (project / "notes.txt").touch()
 
 
@@ -81,19 +81,19 @@ def _change_a_file(project: Path) -> None:
     (project / "version.py").write_text(f'VERSION = "{VERSION}"  # changed\n')
 
 
-def _raise_the_version(project: Path) -> None:
+def _increase_the_version(project: Path) -> None:
     (project / "version.py").write_text('VERSION = "10.0.0"\n')
     commit(project)
 
 
-def _forget_the_changelog(project: Path) -> None:
+def _omit_the_changelog(project: Path) -> None:
     (project / "CHANGELOG.md").write_text(
         CHANGELOG.replace(f"[{VERSION}] - 2026-11-26", "[9.9.8] - 2026-11-25")
     )
     commit(project)
 
 
-def _say_nothing(project: Path) -> None:
+def _empty_the_section(project: Path) -> None:
     (project / "CHANGELOG.md").write_text(CHANGELOG.partition("### Added")[0])
     commit(project)
 
@@ -111,37 +111,37 @@ def _tag_the_commit_before(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("cause_fault", "sentence"),
     [
-        (_leave_a_file, "the tree differs from its commit in notes.txt: commit or remove it"),
+        (_add_a_file, "the tree differs from its commit in notes.txt: commit or remove it"),
         (_change_a_file, "the tree differs from its commit in version.py: commit or remove it"),
-        (_raise_the_version, f"VERSION={VERSION}, but version.py says 10.0.0"),
-        (_forget_the_changelog, f"CHANGELOG.md has no lines under '## [{VERSION}] - YYYY-MM-DD'"),
-        (_say_nothing, f"CHANGELOG.md has no lines under '## [{VERSION}] - YYYY-MM-DD'"),
+        (_increase_the_version, f"VERSION={VERSION}, but version.py has 10.0.0"),
+        (_omit_the_changelog, f"CHANGELOG.md has no lines under '## [{VERSION}] - YYYY-MM-DD'"),
+        (_empty_the_section, f"CHANGELOG.md has no lines under '## [{VERSION}] - YYYY-MM-DD'"),
         (_leave_lines_unreleased, "CHANGELOG.md still has lines under Unreleased"),
-        (_tag_the_commit_before, f"the tag v{VERSION} names another commit"),
+        (_tag_the_commit_before, f"the tag v{VERSION} is on another commit"),
     ],
 )
-def test_release_is_refused(project: Path, spoil: Callable[[Path], None], sentence: str) -> None:
-    """One sentence a fault, before anything is built."""
-    spoil(project)
-    for asked in (check(project), release(project)):
-        assert asked.returncode == 1
-        assert asked.stderr.splitlines() == [asked.stderr.strip()]
-        assert f"no release: {sentence}" in asked.stderr
+def test_release_is_refused(project: Path, cause_fault: Callable[[Path], None], sentence: str) -> None:
+    """Each fault is reported in one sentence, before anything is built."""
+    cause_fault(project)
+    for ended in (check(project), release(project)):
+        assert ended.returncode == 1
+        assert ended.stderr.splitlines() == [ended.stderr.strip()]
+        assert f"no release: {sentence}" in ended.stderr
     assert not (project / "dist").exists()
 
 
-def test_tag_of_this_commit_is_no_fault(project: Path) -> None:
+def test_tag_on_this_commit_is_accepted(project: Path) -> None:
     """The workflow makes the release from its tag."""
     git(project, "tag", "--annotate", "--message", "Release", f"v{VERSION}")
     assert check(project).returncode == 0
 
 
 @pytest.mark.parametrize("version", ["1.2", "v1.2.3", "1.2.3-rc1", "1.2.3; id"])
-def test_other_versions_are_refused(project: Path, version: str) -> None:
-    """Three numbers, which Python, git and registries read the same way."""
-    assert f"VERSION={version} is no version" in check(project, version).stderr
+def test_other_formats_of_a_version_are_refused(project: Path, version: str) -> None:
+    """A version must be three numbers, which Python, git and registries treat alike."""
+    assert f"VERSION={version} is not a version" in check(project, version).stderr
 
 
 @pytest.fixture
@@ -153,22 +153,22 @@ def buildable(project: Path) -> Path:
         "import bentoml\n\n\n@bentoml.service(name='sam3')\nclass Service:\n"
         "    @bentoml.api\n    def ask(self) -> str:\n        return ''\n"
     )
-    # As ours, it asks no index when it is built.
+    # Like ours, its build needs no package index.
     (project / "bentofile.yaml").write_text(
         "service: service:Service\nname: sam3\ninclude: [service.py]\npython: {lock_packages: false}\n"
     )
     (project / "Dockerfile").write_text("FROM scratch\nCOPY version.py /version.py\n")
     (project / "context" / "wheels").mkdir(parents=True)
-    (project / "context" / "requirements.txt").write_text("polite==1.0\n")
-    write_wheel(project / "context" / "wheels", "polite", "License-Expression: MIT")
-    # Left there by a build of an older lock.
+    (project / "context" / "requirements.txt").write_text("permissive==1.0\n")
+    write_wheel(project / "context" / "wheels", "permissive", "License-Expression: MIT")
+    # A wheel that a build of an older lock has left.
     write_wheel(project / "context" / "wheels", "old", "License-Expression: MIT")
     commit(project)
     return project
 
 
-def test_release_is_whole(buildable: Path) -> None:
-    """Bento, image, bill of materials, licences and checksums lie in dist/; the next commands are named."""
+def test_release_has_all_files(buildable: Path) -> None:
+    """Bento, image, bill of materials, licences and checksums are in dist/; the next commands are printed."""
     made = release(buildable, VERSION, "--variants", "cpu", "--image", "registry.example/sam3")
     assert made.returncode == 0, made.stdout + made.stderr
     folder = buildable / "dist" / VERSION
@@ -189,8 +189,10 @@ def test_release_is_whole(buildable: Path) -> None:
         assert "manifest.json" in image.getnames()
     bill = json.loads((folder / f"{name}.cdx.json").read_text())
     assert bill["metadata"]["component"]["version"] == VERSION
-    assert [(package["name"], package["version"]) for package in bill["components"]] == [("polite", "1.0")]
-    assert (folder / f"{name}-licences.csv").read_text() == "package,version,licence\npolite,1.0,MIT\n"
+    assert [(package["name"], package["version"]) for package in bill["components"]] == [
+        ("permissive", "1.0")
+    ]
+    assert (folder / f"{name}-licences.csv").read_text() == "package,version,licence\npermissive,1.0,MIT\n"
     assert (
         f"docker-archive:dist/{VERSION}/{name}.tar docker://registry.example/sam3:{VERSION}-cpu"
         in made.stdout
@@ -198,17 +200,17 @@ def test_release_is_whole(buildable: Path) -> None:
     assert f"git push origin v{VERSION}" in made.stdout
 
 
-def test_rehearsal_says_so(buildable: Path) -> None:
-    """What was made without the tests is not for publishing."""
+def test_rehearsal_is_not_for_publishing(buildable: Path) -> None:
+    """A release without the tests is marked as a rehearsal, and no push is proposed."""
     made = release(buildable, VERSION, "--variants", "cpu", "--skip", "tests", "audit", BROKEN="test")
     assert made.returncode == 0, made.stdout + made.stderr
-    assert "is a rehearsal, not for publishing: tests and audit were left out" in made.stdout
+    assert "is a rehearsal, not for publishing: tests and audit were skipped" in made.stdout
     assert "git push" not in made.stdout
 
 
 @pytest.mark.parametrize("target", ["check", "test", "audit", "image"])
 def test_failed_target_ends_the_release(buildable: Path, target: str) -> None:
-    """Make's failure is the release's: no checksums, no next command."""
+    """If a make target fails, the release fails: no checksums, no next commands."""
     made = release(buildable, VERSION, "--variants", "cpu", BROKEN=target)
     assert made.returncode == 1
     assert "no release: make " in made.stderr
@@ -218,20 +220,20 @@ def test_failed_target_ends_the_release(buildable: Path, target: str) -> None:
 
 
 def test_missing_wheel_ends_the_release(buildable: Path) -> None:
-    """The bill of materials names all that the image's lock does, or there is none."""
-    (buildable / "context" / "requirements.txt").write_text("polite==2.0\n")
+    """Without a wheel for each package of the lock there is no release."""
+    (buildable / "context" / "requirements.txt").write_text("permissive==2.0\n")
     commit(buildable)
     made = release(buildable, VERSION, "--variants", "cpu", "--skip", "tests", "audit")
     assert made.returncode == 1
-    assert "no release: there is no wheel of polite==2.0 in " in made.stderr
+    assert "no release: there is no wheel of permissive==2.0 in " in made.stderr
 
 
-def test_licence_that_is_not_allowed_ends_the_release(buildable: Path) -> None:
-    """A package under the AGPL among the image's wheels."""
-    write_wheel(buildable / "context" / "wheels", "viral", "License-Expression: AGPL-3.0-only")
-    (buildable / "context" / "requirements.txt").write_text("polite==1.0\nviral==1.0\n")
+def test_forbidden_licence_ends_the_release(buildable: Path) -> None:
+    """A package under the AGPL among the image's wheels ends the release."""
+    write_wheel(buildable / "context" / "wheels", "copyleft", "License-Expression: AGPL-3.0-only")
+    (buildable / "context" / "requirements.txt").write_text("permissive==1.0\ncopyleft==1.0\n")
     commit(buildable)
     made = release(buildable, VERSION, "--variants", "cpu", "--skip", "tests", "audit")
     assert made.returncode == 1
-    assert "no release: viral 1.0 states AGPL-3.0-only, which is not allowed" in made.stderr
+    assert "no release: copyleft 1.0 states AGPL-3.0-only, which is not allowed" in made.stderr
     assert not (buildable / "dist" / VERSION / "SHA256SUMS").exists()
