@@ -1,1 +1,1 @@
-"""Callers of the server: the demo, which plays the Edge on one machine."""
+"""Callers of the server: the demo, which does the Edge's steps on one machine, and an example Edge."""

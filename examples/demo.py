@@ -1,7 +1,7 @@
-"""Plays the Edge for one picture: upload, row, POST; then shows what came back.
+"""Does the Edge's steps for one image: upload, row, POST; then draws the result.
 
-Starts the real server on the embedded demo checkpoint, asks it, draws the answer and stops it. The last
-line of the output is the server's JSON answer.
+Starts the real server with the embedded demo checkpoint, sends the request, draws the answer and stops the
+server. The last line of the output is the server's JSON answer.
 
     python -m examples.demo
     python -m examples.demo --image my.jpg --prompt "red circle" --prompt "stars"
@@ -37,34 +37,34 @@ REQUEST_TIMEOUT_S = 60.0
 
 
 def main() -> int:
-    """Run the demo; 0 when the server answered."""
+    """Run the demo; returns 0 if the task was done."""
     arguments = _parse()
     folder: Path = arguments.out.resolve()
-    say(f"starting the server on the embedded demo checkpoint (its log: {folder / 'server.log'})")
+    report(f"starting the server on the embedded demo checkpoint (its log: {folder / 'server.log'})")
     try:
         with local_server(folder) as server:
-            say(f"ready after {server.ready_s:.1f} s at {server.url}")
-            answer, mask_path = asyncio.run(play_edge(server, arguments.image.read_bytes(), arguments.prompt))
+            report(f"ready after {server.ready_s:.1f} s at {server.url}")
+            answer, mask_path = asyncio.run(run_task(server, arguments.image.read_bytes(), arguments.prompt))
     except ServerFailedError as error:
-        say(str(error))
+        report(str(error))
         return 1
     if "error" in answer:
-        say(f"the server refused: {answer['error']['message']}")
+        report(f"the server refused: {answer['error']['message']}")
         return 1
     overlay_path = folder / "overlay.png"
     draw_overlay(arguments.image, answer.get("results", [answer])).save(overlay_path)
-    say(f"mask:    {mask_path}")
-    say(f"overlay: {overlay_path}")
+    report(f"mask:    {mask_path}")
+    report(f"overlay: {overlay_path}")
     sys.stdout.write(json.dumps(answer) + "\n")
     return 0
 
 
-async def play_edge(server: LocalServer, image: bytes, prompts: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """Upload, insert the row, POST, read the row: the answer, and the file of the task's mask."""
+async def run_task(server: LocalServer, image: bytes, prompts: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """Upload, insert the row, POST, read the row; returns the answer, and the path of the task's mask."""
     task_id, key = str(uuid.uuid4()), f"uploads/{USER_ID}/{uuid.uuid4()}"
     LocalFolder(server.data_dir / "storage").put_upload(key, image)
-    say(f"uploaded the image as {key}")
-    # The lease matters to who claims; this one inserts and reads.
+    report(f"uploaded the image as {key}")
+    # The lease only matters for claims; here the rows are inserted and read.
     rows = SqliteResults(server.data_dir / "results.sqlite", lease_s=0)
     task = Task(task_id=task_id, user_id=USER_ID, source_image_url=key, prompts=tuple(prompts))
     await rows.insert_pending(task)
@@ -73,18 +73,18 @@ async def play_edge(server: LocalServer, image: bytes, prompts: Sequence[str]) -
         path, body["text_prompt"] = "/api/v1/predict", prompts[0]
     else:
         path, body["prompts"] = "/api/v1/predict/batch", list(prompts)
-    say(f"POST {path} {', '.join(prompts)}")
+    report(f"POST {path} {', '.join(prompts)}")
     async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as client:
         response = await client.post(server.url + path, json=body, headers=server.headers)
     row = await rows.get(task_id)
     await rows.close()
     assert row is not None
-    say(f"answer {response.status_code}; the row is {row.status}, labels {row.labels}")
+    report(f"answer {response.status_code}; the row is {row.status}, labels {row.labels}")
     return response.json(), _path_of(row.mask_url or "file:///")
 
 
 def draw_overlay(image: Path, results: Sequence[dict[str, Any]]) -> Image.Image:
-    """The picture with every mask tinted, and every instance boxed and labelled with its score."""
+    """Draw the image with tinted masks, and a box and a label with the score for every instance."""
     picture = ImageOps.exif_transpose(Image.open(image)).convert("RGB")
     for index, result in enumerate(results):
         tint = TINTS[index % len(TINTS)]
@@ -113,8 +113,8 @@ def _label(
     pen.text(at, text, fill=(0, 0, 0), font=font)
 
 
-def say(line: str) -> None:
-    """Progress goes to stderr; stdout is the answer's."""
+def report(line: str) -> None:
+    """Print progress to stderr; stdout is for the answer."""
     sys.stderr.write(f"demo: {line}\n")
 
 

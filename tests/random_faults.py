@@ -1,4 +1,4 @@
-"""Draws faults at random from a seed, and holds what must always be true: `--help` says how to run it."""
+"""Injects random faults from a seed, and checks invariants; `--help` describes the options."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from tests.faults import clock
 from tests.faults.callers import Callers
-from tests.faults.checks import CLEAN_WITHIN_S, SETTLE_WITHIN_S, Checks
-from tests.faults.diary import Violation, drawn
-from tests.faults.harms import Harms
-from tests.faults.report import story, summary
-from tests.faults.stage import prepare, stage
-from tests.faults.watchers import Prober, Watcher
+from tests.faults.checks import CLEAN_LIMIT_S, SETTLE_LIMIT_S, Checks
+from tests.faults.fault_log import Violation, rng_for
+from tests.faults.injector import FaultInjector
+from tests.faults.report import details, summary
+from tests.faults.system import prepare, system
+from tests.faults.watchers import PoisonKiller, Prober
 from tests.services import database as databases
 from tests.services import objects
 from tests.services.processes import wait_until
@@ -27,60 +27,60 @@ from tests.services.processes import wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.faults.stage import Stage
+    from tests.faults.system import System
     from tests.faults.tasks import Task
 
 PROGRESS_S = 30.0
 LOOK_S = 0.5
 ROUND_S = (60.0, 180.0)
 SETTLING_S = 45.0
-"""About how long a round takes beside its faults."""
-LEAST_ROUND_S = 40.0
+"""Approximate time of a round without its faults."""
+MIN_ROUND_S = 40.0
 REPLAYS = 10
 
 
 @dataclass
 class Outcome:
-    """How a run went."""
+    """The result of a run."""
 
     seed: int
     violations: list[Violation] = field(default_factory=list)
     summary: str = ""
-    story: str = ""
+    details: str = ""
 
 
 @dataclass
 class Run:
-    """One run; `say` gets each line of its progress."""
+    """One run; `report` is called with each line of its progress."""
 
     seed: int
     minutes: float
-    stage: Stage
-    say: Callable[[str], None]
+    system: System
+    report: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.checks = Checks(self.stage)
-        self.probers = [Prober(self.stage, server) for server in self.stage.servers.values()]
-        self._started_s = self._told_s = time.monotonic()
+        self.checks = Checks(self.system)
+        self.probers = [Prober(self.system, server) for server in self.system.servers.values()]
+        self._started_s = self._reported_s = time.monotonic()
 
     def run(self) -> Outcome:
-        """Round after round, until the time is over or an invariant does not hold."""
+        """Run rounds until the time is over or an invariant is violated."""
         outcome = Outcome(self.seed)
-        first, bit = self.stage.servers["A"], drawn(self.seed, "servers").randrange(2)
+        first, bit = self.system.servers["A"], rng_for(self.seed, "servers").randrange(2)
         first.begin()
         first.wait_until_ready()
-        prepare(self.stage, first)
+        prepare(self.system, first)
         with self._watched():
             number = 0
-            while not outcome.violations and (number == 0 or self._left_s > LEAST_ROUND_S):
+            while not outcome.violations and (number == 0 or self._left_s > MIN_ROUND_S):
                 self._set_second_server(wanted=(number + bit) % 2 == 0)
                 outcome.violations = self._round(number)
                 number += 1
-        outcome.summary = summary(self.stage, self.checks, self.probers, left_out(self.stage))
+        outcome.summary = summary(self.system, self.checks, self.probers, impossible_faults(self.system))
         if outcome.violations:
             again = f"python -m tests.random_faults --minutes {self.minutes:g} --seed {self.seed}"
-            outcome.story = story(
-                self.stage, outcome.violations, seed=self.seed, number=number - 1, again=again
+            outcome.details = details(
+                self.system, outcome.violations, seed=self.seed, number=number - 1, again=again
             )
         return outcome
 
@@ -90,8 +90,8 @@ class Run:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        threads: list[Watcher | Prober] = [
-            *(Watcher(self.stage, server) for server in self.stage.servers.values()),
+        threads: list[PoisonKiller | Prober] = [
+            *(PoisonKiller(self.system, server) for server in self.system.servers.values()),
             *self.probers,
         ]
         for thread in threads:
@@ -103,7 +103,7 @@ class Run:
                 thread.end()
 
     def _set_second_server(self, *, wanted: bool) -> None:
-        second = self.stage.servers["B"]
+        second = self.system.servers["B"]
         if wanted:
             second.begin()
             second.wait_until_ready()
@@ -111,170 +111,178 @@ class Run:
             second.stop()
 
     def _round(self, number: int) -> list[Violation]:
-        stage = self.stage
-        longest_s = max(LEAST_ROUND_S, self.minutes * 30 - SETTLING_S)
-        length_s = min(drawn(self.seed, number).uniform(*ROUND_S), longest_s)
-        stage.diary.begin_round()
-        stage.poisons.clear()
-        callers, harms = Callers(stage, self.seed, number), Harms(stage, self.seed, number)
-        names = "+".join(server.name for server in stage.active)
+        system = self.system
+        longest_s = max(MIN_ROUND_S, self.minutes * 30 - SETTLING_S)
+        length_s = min(rng_for(self.seed, number).uniform(*ROUND_S), longest_s)
+        system.fault_log.begin_round()
+        system.poisons.clear()
+        callers, injector = Callers(system, self.seed, number), FaultInjector(system, self.seed, number)
+        names = "+".join(server.name for server in system.active)
         with ThreadPoolExecutor(3) as pool:
-            jobs = [pool.submit(job) for job in (harms.harm_processes, harms.harm_stores)]
+            jobs = [
+                pool.submit(job) for job in (injector.inject_process_faults, injector.inject_store_faults)
+            ]
             calling = pool.submit(callers.run)
             try:
                 until_s = time.monotonic() + length_s
                 while time.monotonic() < until_s and not any(job.done() for job in (*jobs, calling)):
-                    self._tell(
+                    self._report_progress(
                         f"round {number} ({names}), faults for {until_s - time.monotonic():.0f} s more"
                     )
                     time.sleep(LOOK_S)
                 callers.stop()
-                harms.stop()
+                injector.stop()
                 for job in jobs:
                     job.result()
-                stage.diary.fault("(all is healed)")
-                stage.heal()
+                system.fault_log.fault("(all is healed)")
+                system.heal()
                 unsettled = self._wait_until_settled(callers)
-            finally:  # or the pool would wait for ever
+            finally:  # otherwise the pool would wait forever
                 callers.stop()
                 callers.give_up()
-                harms.stop()
+                injector.stop()
             calling.result()
-        again = self._send_again(callers.tasks, number)
+        again = self._send_pending_again(callers.tasks, number)
         self._wait_until_clean()
         found = self.checks.after_round(callers.tasks)
-        return [*stage.diary.violations, *unsettled, *again, *found]
+        return [*system.fault_log.violations, *unsettled, *again, *found]
 
     def _wait_until_settled(self, callers: Callers) -> list[Violation]:
-        """Every task ends, and every patient caller is told, within the time after the last fault."""
-        while time.monotonic() < self.stage.diary.last_fault_s + SETTLE_WITHIN_S:
+        """Wait until every task has ended and every retrying caller has its answer; returns violations."""
+        while time.monotonic() < self.system.fault_log.last_fault_s + SETTLE_LIMIT_S:
             open_tasks = self._open(callers.tasks)
-            if not open_tasks and callers.wait_until_told(LOOK_S):
+            if not open_tasks and callers.wait_until_answered(LOOK_S):
                 return []
-            self._tell(f"settling: {len(open_tasks)} tasks are open")
+            self._report_progress(f"settling: {len(open_tasks)} tasks are open")
             time.sleep(LOOK_S)
         found = [
-            Violation("tasks end in time", "not within the time", task_id)
+            Violation("tasks end in time", "it has not ended within the limit", task_id)
             for task_id in self._open(callers.tasks)
         ]
-        return found or [Violation("tasks end in time", "a patient caller still has no final answer")]
+        return found or [Violation("tasks end in time", "a retrying caller has no final answer")]
 
     def _open(self, tasks: list[Task]) -> list[str]:
-        on_files = set(self.stage.left_on_files()["attempts"])
-        rows = self.stage.rows()
+        on_files = set(self.system.left_on_files()["attempts"])
+        rows = self.system.rows()
         ours = [task for task in tasks if not task.is_forged and task.task_id in rows]
         processing = {task.task_id for task in ours if rows[task.task_id]["status"] == "processing"}
         return sorted(on_files | processing)
 
-    def _send_again(self, tasks: list[Task], number: int) -> list[Violation]:
-        """What was never taken is sent until it ends; what has ended stays as it is."""
-        stage, rng = self.stage, drawn(self.seed, number, "again")
-        found, rows = [], stage.rows()
+    def _send_pending_again(self, tasks: list[Task], number: int) -> list[Violation]:
+        """Send unaccepted tasks until they end, and some done tasks again; returns violations."""
+        system, rng = self.system, rng_for(self.seed, number, "again")
+        found, rows = [], system.rows()
         pending = [task for task in tasks if rows.get(task.task_id, {}).get("status") == "pending"]
         for task in pending:
-            if taken := [answer for answer in task.answers if answer.says_taken]:
-                text = f"{taken[0].server} said {taken[0].code} {taken[0].message}, and the row is pending"
-                found.append(Violation("what was taken ends", text, task.task_id))
+            if taken := [answer for answer in task.answers if answer.says_accepted]:
+                text = (
+                    f"{taken[0].server} answered {taken[0].code} {taken[0].message}, and the row is pending"
+                )
+                found.append(Violation("an accepted task ends", text, task.task_id))
             elif task.seen_on_file:
                 found.append(
-                    Violation("what was taken ends", "a file held it, the row is pending", task.task_id)
+                    Violation(
+                        "an accepted task ends", "an outbox file had it, the row is pending", task.task_id
+                    )
                 )
             self._send_until_ended(task)
-        self.checks.exceptions["(never taken, sent again at the end)"] += len(pending)
+        self.checks.exceptions["(never accepted, sent again at the end)"] += len(pending)
         done = [task for task in tasks if rows.get(task.task_id, {}).get("status") == "done"]
         for task in rng.sample(done, min(REPLAYS, len(done))):
-            for server in stage.active:
-                stage.send(server, task)
-        return found + [wrong for task in tasks if task.is_poison for wrong in self._poison_again(task)]
+            for server in system.active:
+                system.send(server, task)
+        return found + [wrong for task in tasks if task.is_poison for wrong in self._send_poison_again(task)]
 
     def _send_until_ended(self, task: Task) -> None:
-        server = self.stage.servers[task.server] if task.server else self.stage.active[0]
+        server = self.system.servers[task.server] if task.server else self.system.active[0]
 
         def has_ended() -> bool:
-            self.stage.send(server, task)
-            [[status]] = self.stage.execute(
+            self.system.send(server, task)
+            [[status]] = self.system.execute(
                 "select status from segmentation_results where id = %s", task.task_id
             )
             time.sleep(LOOK_S)
             return status in {"done", "error"}
 
-        with contextlib.suppress(TimeoutError):  # the checks will tell
-            wait_until(has_ended, SETTLE_WITHIN_S)
+        with contextlib.suppress(TimeoutError):  # the checks report it
+            wait_until(has_ended, SETTLE_LIMIT_S)
         server.wait_until_ready()
 
-    def _poison_again(self, task: Task) -> list[Violation]:
-        """A task that was given up is refused when it is sent again, and kills nobody."""
+    def _send_poison_again(self, task: Task) -> list[Violation]:
+        """Check that a given-up task is refused when it is sent again, and kills no process."""
         assert task.server is not None
         kills = task.kills
         query = "select status from segmentation_results where id = %s"
-        if self.stage.execute(query, task.task_id) != [("error",)]:
+        if self.system.execute(query, task.task_id) != [("error",)]:
             return []
-        answer = self.stage.send(self.stage.servers[task.server], task)
+        answer = self.system.send(self.system.servers[task.server], task)
         if answer.code == "INFERENCE_FAILED" and task.kills == kills:
             return []
-        text = f"sent again it met {answer.code} {answer.message}, and killed {task.kills - kills} times"
-        return [Violation("poison is not tried again", text, task.task_id)]
+        text = f"sent again: {answer.code} {answer.message}, and {task.kills - kills} more kills"
+        return [Violation("poison is not retried", text, task.task_id)]
 
     def _wait_until_clean(self) -> None:
-        """Unneeded masks are deleted after a while; the checks say what is left."""
-        self._tell("waiting until unneeded masks are deleted", now=True)
+        """Wait until unneeded masks are deleted; the checks report those that are left."""
+        self._report_progress("waiting until unneeded masks are deleted", now=True)
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: not any(self.stage.left_on_files().values()), CLEAN_WITHIN_S)
+            wait_until(lambda: not any(self.system.left_on_files().values()), CLEAN_LIMIT_S)
 
-    def _tell(self, text: str, *, now: bool = False) -> None:
-        if now or time.monotonic() > self._told_s + PROGRESS_S:
-            self._told_s = time.monotonic()
-            stage = self.stage
-            said = sum(any(answer.code == "done" for answer in task.answers) for task in stage.tasks)
-            faults = stage.diary.counts().total()
+    def _report_progress(self, text: str, *, now: bool = False) -> None:
+        if now or time.monotonic() > self._reported_s + PROGRESS_S:
+            self._reported_s = time.monotonic()
+            system = self.system
+            done = sum(any(answer.code == "done" for answer in task.answers) for task in system.tasks)
+            faults = system.fault_log.counts().total()
             minutes = (time.monotonic() - self._started_s) / 60
-            self.say(
-                f"{minutes:5.1f} min: {text}; {len(stage.tasks)} tasks, {said} told done, {faults} faults"
+            self.report(
+                f"{minutes:5.1f} min: {text}; {len(system.tasks)} tasks, {done} done, {faults} faults"
             )
 
 
-def run(minutes: float, seed: int, folder: Path, say: Callable[[str], None]) -> Outcome:
-    """Do faults for so long; all that the stores and servers write lies in `folder`."""
+def run(minutes: float, seed: int, folder: Path, report: Callable[[str], None]) -> Outcome:
+    """Run for so many minutes; all files of the stores and servers are in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with stage(folder) as everything:
-        return Run(seed, minutes, everything, say).run()
+    with system(folder) as everything:
+        return Run(seed, minutes, everything, report).run()
 
 
 def missing() -> str | None:
-    """Why this cannot run here; None when it can."""
+    """Why this cannot run here; None if it can."""
     return databases.missing() or objects.missing_seaweedfs()
 
 
-def left_out(stage: Stage) -> list[str]:
-    """The faults that this machine cannot have."""
+def impossible_faults(system: System) -> list[str]:
+    """The faults that cannot be injected on this machine."""
     no_clock = clock.missing()
-    disks = all(server.has_own_disk for server in stage.servers.values())
+    disks = all(server.has_separate_disk for server in system.servers.values())
     return [
         *([f"wrong clocks: {no_clock}"] if no_clock else []),
-        *([] if disks else ["full disks: only root may mount one"]),
+        *([] if disks else ["full disks: only root can mount one"]),
     ]
 
 
 def main() -> int:
-    """The command line; 1 when an invariant does not hold."""
+    """Run from the command line; exit status 1 if an invariant is violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.random_faults", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0, help="about how long (60)")
-    parser.add_argument("--seed", type=int, help="draws the tasks and faults of an earlier run again")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for logs and data; kept afterwards")
+    parser.add_argument("--minutes", type=float, default=60.0, help="approximate duration; default: 60")
+    parser.add_argument("--seed", type=int, help="seed of an earlier run, to repeat its tasks and faults")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="folder for logs and data, which is not deleted"
+    )
     given = parser.parse_args()
     if reason := missing():
         parser.error(reason)
     seed = int(time.time()) if given.seed is None else given.seed
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
-    say(f"seed {seed}")
+    report(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-        outcome = run(given.minutes, seed, given.keep or Path(temporary), say)
-    say(outcome.summary)
-    say(outcome.story or "every invariant held")
+        outcome = run(given.minutes, seed, given.keep or Path(temporary), report)
+    report(outcome.summary)
+    report(outcome.details or "every invariant held")
     return 1 if outcome.violations else 0
 
 

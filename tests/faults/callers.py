@@ -1,4 +1,4 @@
-"""Who sends the tasks, and the users who write to their rows meanwhile."""
+"""Callers that send tasks, and users who edit their rows meanwhile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tests.faults.diary import drawn
+from tests.faults.fault_log import rng_for
 from tests.faults.tasks import draw_task
 
 if TYPE_CHECKING:
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from tests.faults.stage import Stage
-    from tests.faults.tasks import Answer, Mood, Task
+    from tests.faults.system import System
+    from tests.faults.tasks import Answer, Behaviour, Task
 
 CALLERS = 12
 USERS_AT_ONCE = 2
-MOST_OPEN = 16
-"""Calls that wait or go on at once; no task is drawn beyond them."""
+MAX_OPEN = 16
+"""Maximum number of open requests; no task is drawn beyond it."""
 PAUSE_S = (0.1, 0.4)
 RESEND_S = (0.3, 1.5)
-LONGEST_RETRY_AFTER_S = 5.0
-HANG_UP_S = (0.01, 0.4)
+MAX_RETRY_AFTER_S = 5.0
+DISCONNECT_S = (0.01, 0.4)
 EDIT_POLL_S = 0.04
 EDIT_LIMIT_S = 60.0
 FINAL = ("done", "INVALID_REQUEST", "FORBIDDEN", "IMAGE_NOT_FOUND", "TASK_NOT_FOUND", "UNSUPPORTED_IMAGE")
-"""What ends a patient caller's patience, beside the errors of a task that was given up."""
+"""Answers after which a retrying caller stops, in addition to the errors of given-up tasks."""
 LARGE = "x" * 200_000
 
 
 class Callers:
-    """Draws tasks at a modest rate and has them sent, until it is told to stop.
+    """Draws tasks at a moderate rate and sends them, until it is stopped.
 
     Args:
-        stage: everything.
+        system: everything.
         seed: of the run.
         number: of the round.
     """
 
-    def __init__(self, stage: Stage, seed: int, number: int) -> None:
-        self._stage = stage
-        self._rng = drawn(seed, number, "tasks")
+    def __init__(self, system: System, seed: int, number: int) -> None:
+        self._system = system
+        self._rng = rng_for(seed, number, "tasks")
         self._seeds = (seed, number)
         self._stopping = threading.Event()
         self._give_up = threading.Event()
@@ -58,58 +58,58 @@ class Callers:
         """Send tasks until `stop`."""
         with ThreadPoolExecutor(CALLERS, "caller") as callers, ThreadPoolExecutor(USERS_AT_ONCE) as users:
             while not self._stopping.wait(self._rng.uniform(*PAUSE_S)):
-                if sum(not call.done() for call in self._calls) < MOST_OPEN:
+                if sum(not call.done() for call in self._calls) < MAX_OPEN:
                     self._send_next(callers, users)
             for job in (*self._calls, *self._edits):
                 job.result()
 
     def stop(self) -> None:
-        """Draw no more tasks; the patient callers go on."""
+        """Draw no more tasks; the retrying callers continue."""
         self._stopping.set()
 
     def give_up(self) -> None:
-        """The patient callers have waited long enough."""
+        """End the retrying callers."""
         self._give_up.set()
 
-    def wait_until_told(self, timeout_s: float) -> bool:
-        """Whether all callers have ended within that time."""
+    def wait_until_answered(self, timeout_s: float) -> bool:
+        """Wait for all callers; returns whether they have ended within the timeout."""
         return not wait(self._calls, timeout_s).not_done
 
     def _send_next(self, callers: ThreadPoolExecutor, users: ThreadPoolExecutor) -> None:
-        stage = self._stage
-        servers = [server.name for server in stage.active]
+        system = self._system
+        servers = [server.name for server in system.active]
         task = draw_task(
             len(self.tasks),
             self._rng,
-            pictures=stage.pictures,
-            bad=stage.bad,
-            users=stage.users,
+            pictures=system.pictures,
+            bad=system.bad,
+            users=system.users,
             servers=servers,
         )
         self.tasks.append(task)
-        stage.tasks.append(task)
+        system.tasks.append(task)
         if task.is_poison:
-            stage.poisons.append(task)
+            system.poisons.append(task)
         if task.is_forged or task.edit == "infinity":
-            forge_row(stage, task)
+            forge_row(system, task)
         else:
-            stage.insert_row(task)
-        if task.edit in UNDER_CLAIM or task.edit == "metadata of done":
-            self._edits.append(users.submit(edit_row, stage, task, self._give_up))
-        for index, mood in enumerate(task.callers):
-            rng = drawn(*self._seeds, "caller", task.number, index)
-            self._calls.append(callers.submit(self._call, task, mood, rng))
+            system.insert_row(task)
+        if task.edit in EDITS_AFTER_CLAIM or task.edit == "metadata of done":
+            self._edits.append(users.submit(edit_row, system, task, self._give_up))
+        for index, behaviour in enumerate(task.callers):
+            rng = rng_for(*self._seeds, "caller", task.number, index)
+            self._calls.append(callers.submit(self._call, task, behaviour, rng))
 
-    def _call(self, task: Task, mood: Mood, rng: random.Random) -> None:
+    def _call(self, task: Task, behaviour: Behaviour, rng: random.Random) -> None:
         time.sleep(rng.choice((0.0, 0.0, 0.02, 0.2)))
         while not self._give_up.is_set():
-            servers = [self._stage.servers[task.server]] if task.server else self._stage.active
-            hang_up_s = rng.uniform(*HANG_UP_S) if mood == "hang-up" else None
-            answer = self._stage.send(rng.choice(servers), task, hang_up_s=hang_up_s)
-            # Nothing was sent where there was no connection, so nobody has sent it once.
-            if answer.code != "no connection" and (mood != "patient" or _is_final(answer)):
+            servers = [self._system.servers[task.server]] if task.server else self._system.active
+            disconnect_s = rng.uniform(*DISCONNECT_S) if behaviour == "disconnects" else None
+            answer = self._system.send(rng.choice(servers), task, disconnect_s=disconnect_s)
+            # Without a connection nothing was sent, so this does not count as a request.
+            if answer.code != "no connection" and (behaviour != "retries" or _is_final(answer)):
                 return
-            pause_s = max(min(answer.retry_after_s, LONGEST_RETRY_AFTER_S), rng.uniform(*RESEND_S))
+            pause_s = max(min(answer.retry_after_s, MAX_RETRY_AFTER_S), rng.uniform(*RESEND_S))
             self._give_up.wait(pause_s)
 
 
@@ -117,7 +117,7 @@ def _is_final(answer: Answer) -> bool:
     return answer.code in FINAL or (answer.code == "INFERENCE_FAILED" and "stopped" in answer.message)
 
 
-UNDER_CLAIM: dict[str, Callable[[], dict[str, Any]]] = {
+EDITS_AFTER_CLAIM: dict[str, Callable[[], dict[str, Any]]] = {
     "metadata": lambda: {"metadata": {"note": "mine"}},
     "large metadata": lambda: {"metadata": {"note": LARGE, "attempt": "0" * 36}},
     "pending": lambda: {"status": "pending", "metadata": {}},
@@ -125,26 +125,26 @@ UNDER_CLAIM: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def edit_row(stage: Stage, task: Task, give_up: threading.Event) -> None:
-    """What the task's user does to the row, as soon as it is in the state for it."""
+def edit_row(system: System, task: Task, give_up: threading.Event) -> None:
+    """Do the user's edit of the row, as soon as the row has the right status."""
     status = "done" if task.edit == "metadata of done" else "processing"
     path = f"segmentation_results?id=eq.{task.task_id}&status=eq.{status}&select=id"
-    content = UNDER_CLAIM.get(task.edit, lambda: {"metadata": {"note": "mine"}})()
+    content = EDITS_AFTER_CLAIM.get(task.edit, lambda: {"metadata": {"note": "mine"}})()
     method = "DELETE" if task.edit == "delete" else "PATCH"
     until_s = time.monotonic() + EDIT_LIMIT_S
     while time.monotonic() < until_s and not give_up.wait(EDIT_POLL_S):
         try:
-            response = _as_user(stage, task, method, path, content)
+            response = _as_user(system, task, method, path, content)
         except httpx.TransportError:
-            continue  # the database is away
+            continue  # the database is unavailable
         if response.is_success and response.json():
             task.edited = True
-            stage.diary.fault(f"user: {task.edit}", task.task_id)
+            system.fault_log.fault(f"user: {task.edit}", task.task_id)
             return
 
 
-def forge_row(stage: Stage, task: Task) -> None:
-    """The task's user inserts the row, with what no Edge would write."""
+def forge_row(system: System, task: Task) -> None:
+    """Insert the row as the task's user, with content that no Edge would write."""
     foreign = f"https://example.com/masks/{task.user_id}/{task.task_id}/0-0123456789abcdef.png"
     result = {"metadata": {"prompts": task.prompts, "inference_time_ms": 1.0, "results": []}}
     forged: dict[str, dict[str, Any]] = {
@@ -163,20 +163,20 @@ def forge_row(stage: Stage, task: Task) -> None:
     until_s = time.monotonic() + EDIT_LIMIT_S
     while time.monotonic() < until_s:
         try:
-            response = _as_user(stage, task, "POST", "segmentation_results", row)
+            response = _as_user(system, task, "POST", "segmentation_results", row)
         except httpx.TransportError:
-            response = None  # the database is away
+            response = None  # the database is unavailable
         if response is not None and response.status_code in {httpx.codes.CREATED, httpx.codes.CONFLICT}:
             task.edited = True
-            stage.diary.fault(f"user: {task.edit}", task.task_id)
+            system.fault_log.fault(f"user: {task.edit}", task.task_id)
             return
         time.sleep(0.2)
     raise TimeoutError(f"no row could be inserted for {task}")
 
 
-def _as_user(stage: Stage, task: Task, method: str, path: str, content: dict[str, Any]) -> httpx.Response:
-    """One call to PostgREST under row level security; it comes past the proxy that fails."""
-    jwt = stage.database.user_jwt(task.user_id)
+def _as_user(system: System, task: Task, method: str, path: str, content: dict[str, Any]) -> httpx.Response:
+    """Send one request to PostgREST under row level security, without the fault proxy."""
+    jwt = system.database.user_jwt(task.user_id)
     headers = {"Prefer": "return=representation"}
     sent: dict[str, Any] = {} if method == "DELETE" else {"json": content}
-    return stage.database.request(method, path, jwt=jwt, headers=headers, **sent)
+    return system.database.request(method, path, jwt=jwt, headers=headers, **sent)

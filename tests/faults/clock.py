@@ -1,4 +1,4 @@
-"""A wall clock that is set while the server runs; libfaketime would bend the server's sleeps as well."""
+"""Changes a running server's wall clock; libfaketime would also change the server's sleeps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SOURCE = Path(__file__).parent / "wrong_clock.c"
 
 
 class Clock:
-    """The wall clock of one server; does nothing where it cannot be set.
+    """The wall clock of one server; does nothing if it cannot be changed.
 
     Attributes:
-        wrong_until_s: when it last differed from this machine's, by the monotonic clock; infinity while it
+        wrong_until_s: monotonic time when it last differed from this machine's clock; infinity while it
             does.
     """
 
@@ -36,14 +36,14 @@ class Clock:
             subprocess.run([str(_compiler()), *command], check=True)
 
     def environment(self) -> Mapping[str, str]:
-        """What the server needs that is to have this clock."""
+        """The environment variables of a server with this clock."""
         if not self._library.exists():
             return {}
         return {"LD_PRELOAD": str(self._library), "WRONG_CLOCK": str(self._file)}
 
     @contextlib.contextmanager
     def wrong_by(self, offset_s: int) -> Iterator[None]:
-        """The clock is that much ahead until the end of the block."""
+        """Set the clock forward by `offset_s` until the end of the block."""
         self.wrong_until_s = math.inf
         self._set(offset_s)
         try:
@@ -53,14 +53,14 @@ class Clock:
             self.wrong_until_s = time.monotonic()
 
     def _set(self, offset_s: int) -> None:
-        with self._file.open("r+b") as file:  # the same file: the processes have mapped it
+        with self._file.open("r+b") as file:  # in place, because the processes have mapped the file
             file.write(struct.pack("l", offset_s))
 
 
 def missing() -> str | None:
-    """Why no clock can be set here; None when one can."""
+    """Why clocks cannot be changed here; None if they can."""
     if not sys.platform.startswith("linux"):
-        return "the clocks of Linux alone are set"
+        return "clocks can be changed on Linux only"
     return None if _compiler() else "no C compiler"
 
 

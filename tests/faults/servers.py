@@ -1,4 +1,4 @@
-"""One server of the fault test: killed in every way, and started again as the host of a container does."""
+"""One server of the fault test, which is killed in several ways, and restarted like a container."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.faults.diary import Diary
+    from tests.faults.fault_log import FaultLog
 
 API_KEY = "faults-0123456789abcdef"
 READY_TIMEOUT_S = 120.0
-LEAVE_WITHIN_S = 5.0
-"""The children of a supervisor that was killed are gone by then."""
+EXIT_LIMIT_S = 5.0
+"""Time within which the children of a killed supervisor must end."""
 RESTART_PAUSE_S = 0.2
 DISK = "24m"
 _GONE = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 class Server:
-    """The real server on one port and one DATA_DIR; whenever it ends it is started anew.
+    """The real server on one port and one DATA_DIR; it is restarted whenever it ends.
 
     Attributes:
-        name: in the diary.
-        generation: counts the starts and the deaths.
-        serving: it has answered since its start; the prober says so.
-        excused_until_s: an API worker is stopped (SIGSTOP), or was just continued, until then.
-        shaken_until_s: connections may be cut until then.
-        starts: how often it was started.
+        name: in the fault log.
+        generation: number of starts and deaths.
+        serving: it has answered since its start; set by the prober.
+        unresponsive_until_s: until then an API worker is stopped (SIGSTOP), or was just continued.
+        unstable_until_s: until then connections may be closed.
+        starts: number of starts.
         clock: its wall clock.
-        has_own_disk: DATA_DIR is a file system of its own, so it can be filled.
+        has_separate_disk: DATA_DIR is a separate file system, which can be filled.
     """
 
-    def __init__(self, name: str, folder: Path, port: int, settings: dict[str, str], diary: Diary) -> None:
+    def __init__(
+        self, name: str, folder: Path, port: int, settings: dict[str, str], fault_log: FaultLog
+    ) -> None:
         self.name = name
         self.data_dir = folder / f"data-{name}"
         self.data_dir.mkdir()
@@ -57,11 +59,11 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.generation = self.starts = 0
         self.serving = False
-        self.excused_until_s = self.shaken_until_s = 0.0
+        self.unresponsive_until_s = self.unstable_until_s = 0.0
         self.clock = Clock(folder, name)
-        self.has_own_disk = _mount(self.data_dir)
+        self.has_separate_disk = _mount(self.data_dir)
         self._port = port
-        self._diary = diary
+        self._fault_log = fault_log
         home = {"BENTOML_HOME": str(folder / f"bentoml-{name}")}
         self._environment = clean_environment(self.data_dir, API_KEY) | settings | home
         self._environment |= self.clock.environment()
@@ -71,58 +73,60 @@ class Server:
         self._started_s = self._disk_full_until_s = -math.inf
         self._wanted = threading.Event()
         self._lock = threading.RLock()
-        self._keeper: threading.Thread | None = None
+        self._restarter: threading.Thread | None = None
 
     @property
     def outbox(self) -> Path:
-        """Its file of attempts."""
+        """Its outbox file."""
         return self.data_dir / "outbox.sqlite"
 
     @property
     def is_killed(self) -> bool:
-        """It was killed, and is not started anew yet; what is left of it may still answer."""
+        """Whether it was killed and is not restarted yet; remaining processes may still answer."""
         return self._killed
 
     @property
     def is_wanted(self) -> bool:
-        """Whether it is kept running."""
+        """Whether it is restarted when it ends."""
         return self._wanted.is_set()
 
     def begin(self) -> None:
-        """Keep it running from now on."""
+        """Start it, and restart it whenever it ends."""
         if self._wanted.is_set():
             return
         self._wanted.set()
-        self._keeper = threading.Thread(target=self._keep, name=f"keeper of {self.name}", daemon=True)
-        self._keeper.start()
+        self._restarter = threading.Thread(
+            target=self._restart_while_wanted, name=f"restarter of {self.name}", daemon=True
+        )
+        self._restarter.start()
 
     def end(self) -> None:
-        """SIGKILL, and no new start."""
-        self._stop_keeping()
+        """Kill it without a restart."""
+        self._stop_restarting()
         self.kill_all()
 
     def stop(self) -> None:
-        """A clean stop, and no new start."""
-        self._stop_keeping()
+        """Stop it cleanly without a restart."""
+        self._stop_restarting()
         if self._process is not None:
             children = self.processes()
             local_server.stop(self._process)
-            wait_until(lambda: all(map(_is_gone, children)), 20.0)
+            wait_until(lambda: all(map(_has_ended, children)), 20.0)
         self.serving, self._killed = False, True
 
     def release_disk(self) -> None:
-        """Unmount DATA_DIR's own disk; of what it held the file of attempts is kept, beside it."""
-        if self.has_own_disk:
+        """Unmount DATA_DIR's separate disk; keeps a copy of the outbox file beside it."""
+        if self.has_separate_disk:
             for file in self.data_dir.glob("outbox.sqlite*"):
                 shutil.copy(file, self.data_dir.with_name(f"{self.name}-{file.name}"))
             subprocess.run(["/bin/umount", "-l", self.data_dir], check=False, capture_output=True)
 
     def wait_until_ready(self) -> None:
-        """Return when the model is loaded. Raises TimeoutError."""
+        """Wait until the model is loaded. Raises TimeoutError."""
         wait_until(lambda: http_status(f"{self.url}/readyz") == 200, READY_TIMEOUT_S)
 
     def processes(self) -> list[psutil.Process]:
-        """All that run, the supervisor first."""
+        """All running processes, the supervisor first."""
         if self._process is None or self._process.poll() is not None:
             return []
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -131,7 +135,7 @@ class Server:
         return []
 
     def runner(self) -> psutil.Process | None:
-        """The process that holds the model, by its own note; None while there is none."""
+        """The runner, found by its note runner.pid in DATA_DIR; None if there is none."""
         with contextlib.suppress(OSError):
             pid = (self.data_dir / "runner.pid").read_text().partition(":")[0]
             return next((each for each in self.processes()[1:] if str(each.pid) == pid), None)
@@ -142,13 +146,13 @@ class Server:
         return [each for each in self.processes() if service_of(each) == API_WORKER]
 
     def decoders(self) -> list[psutil.Process]:
-        """The processes that decode, of all API workers."""
+        """The decoders of all API workers."""
         return [each for each in self.processes() if is_decoder(each)]
 
     def kill_all(self, if_still: Callable[[], bool] = lambda: True) -> bool:
-        """SIGKILL to all processes as if at one moment: none may see another die.
+        """Kill all processes as if at the same time: none can observe another's death.
 
-        Once they are stopped, `if_still` says whether they are to be killed, or may go on; so does this.
+        After they are stopped, `if_still` decides whether they are killed or continued; returns its result.
         """
         with self._lock:
             processes = [*self.processes(), *self._orphans]
@@ -161,11 +165,11 @@ class Server:
             _send(signal.SIGKILL, processes)
             if self._process is not None:
                 self._process.wait()
-            wait_until(lambda: all(map(_is_gone, processes)), 20.0)
+            wait_until(lambda: all(map(_has_ended, processes)), 20.0)
         return True
 
     def kill_supervisor(self) -> None:
-        """SIGKILL to the supervisor alone; its children must leave by themselves."""
+        """Kill only the supervisor; its children must end by themselves."""
         with self._lock:
             processes = self.processes()
             if not processes:
@@ -178,16 +182,16 @@ class Server:
                 supervisor.kill()
 
     def kill(self, process: psutil.Process) -> None:
-        """SIGKILL to one of its processes."""
-        self.shaken_until_s = time.monotonic() + 3.0
+        """Kill one of its processes."""
+        self.unstable_until_s = time.monotonic() + 3.0
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
     @contextlib.contextmanager
     def stopped(self, process: psutil.Process, *, is_worker: bool) -> Iterator[None]:
-        """SIGSTOP, and SIGCONT at the end of the block."""
+        """Stop a process with SIGSTOP, and continue it at the end of the block."""
         if is_worker:
-            self.excused_until_s = float("inf")
+            self.unresponsive_until_s = float("inf")
         try:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
@@ -195,11 +199,11 @@ class Server:
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
-            self.excused_until_s = time.monotonic() + 1.0 if is_worker else self.excused_until_s
+            self.unresponsive_until_s = time.monotonic() + 1.0 if is_worker else self.unresponsive_until_s
 
     @contextlib.contextmanager
     def full_disk(self) -> Iterator[None]:
-        """No byte more fits into DATA_DIR until the end of the block."""
+        """Fill DATA_DIR's disk completely until the end of the block."""
         filler = self.data_dir / "filler"
         self._disk_full_until_s = math.inf
         try:
@@ -213,45 +217,45 @@ class Server:
             filler.unlink(missing_ok=True)
             self._disk_full_until_s = time.monotonic()
 
-    def _stop_keeping(self) -> None:
+    def _stop_restarting(self) -> None:
         self._wanted.clear()
-        if self._keeper is not None:
-            self._keeper.join()
+        if self._restarter is not None:
+            self._restarter.join()
 
-    def _keep(self) -> None:
+    def _restart_while_wanted(self) -> None:
         while self._wanted.is_set():
             with self._lock:
                 ended = self._process is None or self._process.poll() is not None
             if ended:
-                self._explain_end()
-                self._see_orphans_leave()
+                self._record_end()
+                self._wait_for_orphans()
                 with self._lock:
                     self._start()
             time.sleep(RESTART_PAUSE_S)
 
-    def _explain_end(self) -> None:
+    def _record_end(self) -> None:
         if self._process is None or self._killed:
             return
         last = self.log_path.read_text(errors="replace").splitlines()[-1:]
         text = f"server {self.name} ended by itself with status {self._process.returncode}: {last}"
-        self._diary.fault("(refused start)", text)
-        # What was wrong while it started may be healed by the time at which it says so.
+        self._fault_log.fault("(refused start)", text)
+        # A fault during the start may have ended before the server reports it.
         if self._started_s > max(self._disk_full_until_s, self.clock.wrong_until_s):
-            self._diary.violated("the server runs", text)
+            self._fault_log.violated("the server runs", text)
         time.sleep(1.0)
 
-    def _see_orphans_leave(self) -> None:
-        """The children of a killed supervisor leave in time; those that do not are killed."""
+    def _wait_for_orphans(self) -> None:
+        """Wait until the children of a killed supervisor have ended; kills those that do not end in time."""
         orphans, since_s = self._orphans, time.monotonic()
         try:
-            wait_until(lambda: all(map(_is_gone, orphans)), 3 * LEAVE_WITHIN_S)
+            wait_until(lambda: all(map(_has_ended, orphans)), 3 * EXIT_LIMIT_S)
         except TimeoutError:
             for process in orphans:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        if (took_s := time.monotonic() - since_s) > LEAVE_WITHIN_S:
-            self._diary.violated(
-                "children leave with their supervisor", f"{self.name}: {took_s:.1f} s after its death"
+        if (took_s := time.monotonic() - since_s) > EXIT_LIMIT_S:
+            self._fault_log.violated(
+                "children end with their supervisor", f"{self.name}: {took_s:.1f} s after its death"
             )
         with self._lock:
             self._orphans = []
@@ -275,7 +279,7 @@ class Server:
 
 
 def _mount(folder: Path) -> bool:
-    """Give the folder a small disk of its own; False where that is not allowed."""
+    """Mount a small separate disk at the folder; returns False if that is not allowed."""
     if os.name != "posix" or os.geteuid() != 0:
         return False
     command = ["/bin/mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
@@ -288,7 +292,7 @@ def _send(number: signal.Signals, processes: list[psutil.Process]) -> None:
             process.send_signal(number)
 
 
-def _is_gone(process: psutil.Process) -> bool:
+def _has_ended(process: psutil.Process) -> bool:
     try:
         return not process.is_running() or process.status() in _GONE
     except psutil.NoSuchProcess:

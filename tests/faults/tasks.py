@@ -1,4 +1,4 @@
-"""The tasks of the fault test: how each is drawn, who sends it, what its callers were told."""
+"""The tasks of the fault test: how they are drawn, their callers and the answers."""
 
 from __future__ import annotations
 
@@ -16,58 +16,58 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Kind = Literal["good", "missing", "corrupt", "foreign", "runner poison", "server poison"]
-Mood = Literal["patient", "impatient", "hang-up"]
+Behaviour = Literal["retries", "sends once", "disconnects"]
 Edit = Literal[
     "none",
-    # Under the claim; the result must come all the same.
+    # After the claim; the task must be done nevertheless.
     "metadata",
     "large metadata",
     "pending",
-    # The row goes under the claim.
+    # The row is deleted after the claim.
     "delete",
-    # The row is done.
+    # After the row is done.
     "metadata of done",
-    # At the insert.
+    # At the insertion.
     "infinity",
     "forged done",
     "forged mask",
     "forged processing",
 ]
 
-TRUE_OF_BAD_IMAGES: Mapping[str, str] = {
+MESSAGES_OF_BAD_IMAGES: Mapping[str, str] = {
     "missing": "no image is stored there",
     "corrupt": "the image is damaged",
     "foreign": "image_url is not below the user's uploads",
 }
-TRUE_OF_POISON = "stopped 3 times"
+MESSAGE_OF_POISON = "stopped 3 times"
 FORGED: frozenset[Edit] = frozenset({"forged done", "forged mask", "forged processing"})
 _EDITS: tuple[Edit, ...] = (
     *("metadata", "metadata", "large metadata", "pending", "pending", "delete", "delete"),
     *("metadata of done", "infinity", "forged done", "forged mask", "forged processing"),
 )
 EDITED = 0.15
-"""Part of the good tasks whose row its user writes to."""
+"""Share of the valid tasks whose row is edited by its user."""
 _BAD_KINDS: tuple[Kind, ...] = ("missing", "corrupt", "foreign")
 _POISON_KINDS: tuple[Kind, ...] = ("runner poison", "server poison")
 BAD_EVERY = 10
 POISON_EVERY = 50
 SEVERAL = 0.25
-"""Part of the tasks that several callers send."""
-PATIENT, IMPATIENT = 0.55, 0.25
-"""Parts of the callers; the others hang up."""
+"""Share of the tasks with several callers."""
+RETRIES_SHARE, ONCE_SHARE = 0.55, 0.25
+"""Shares of the callers; the others disconnect."""
 
-NO_ANSWER = frozenset({"no connection", "cut", "hung up"})
-NEVER_TAKEN = frozenset({"OVERLOADED", "INVALID_REQUEST", "AUTH_REQUIRED", "AUTH_INVALID"})
-KEPT_OR_NOT_TAKEN = frozenset({"MODEL_NOT_LOADED", "RESULTS_UNAVAILABLE"})
+NO_ANSWER = frozenset({"no connection", "cut", "disconnected"})
+NOT_ACCEPTED = frozenset({"OVERLOADED", "INVALID_REQUEST", "AUTH_REQUIRED", "AUTH_INVALID"})
+ACCEPTED_IF_KEPT = frozenset({"MODEL_NOT_LOADED", "RESULTS_UNAVAILABLE"})
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene, prompts, and what a quiet server finds for them.
+    """A scene, prompts, and the results of the server without faults.
 
     Attributes:
-        keys: of each user's upload.
-        masks: one a prompt, then their union if there are several.
+        keys: the key of each user's upload.
+        masks: one per prompt, then their union if there are several.
     """
 
     keys: Mapping[str, str]
@@ -78,7 +78,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a caller was told; `code` is "done", an error's code, or what happened instead."""
+    """A caller's answer; `code` is "done", an error's code, or describes a failed request."""
 
     at_s: float
     server: str
@@ -88,25 +88,25 @@ class Answer:
     retry_after_s: float = 0.0
 
     @property
-    def says_taken(self) -> bool:
-        """Whether it says that the server, or another, has the task."""
-        if self.code in KEPT_OR_NOT_TAKEN:
+    def says_accepted(self) -> bool:
+        """Whether it means that this server, or another one, has accepted the task."""
+        if self.code in ACCEPTED_IF_KEPT:
             return "kept" in self.message
-        return self.code not in NO_ANSWER | NEVER_TAKEN
+        return self.code not in NO_ANSWER | NOT_ACCEPTED
 
 
 @dataclass
 class Task:
-    """One task, and all that is known of it.
+    """One task, and what was observed of it.
 
     Attributes:
-        number: of its round.
-        callers: the mood of each.
-        server: whose poison it is; other tasks go to any.
-        edited: its user's edit has met the row.
-        kills: how often a process was killed for it.
-        last_kill: the number of the last change of its row before that.
-        seen_on_file: a server's file held it at some time.
+        number: in its round.
+        callers: the behaviour of each caller.
+        server: the only server that gets this poison; other tasks go to any.
+        edited: its user's edit has changed the row.
+        kills: number of kills for it.
+        last_kill: number of the row's last change before the last kill.
+        seen_on_file: a server's outbox file contained it at some time.
     """
 
     number: int
@@ -114,7 +114,7 @@ class Task:
     kind: Kind
     edit: Edit
     picture: Picture | None
-    callers: tuple[Mood, ...]
+    callers: tuple[Behaviour, ...]
     server: str | None = None
     answers: list[Answer] = field(default_factory=list)
     edited: bool = False
@@ -148,8 +148,8 @@ class Task:
         return self.edit in FORGED
 
     @property
-    def has_patient_caller(self) -> bool:
-        return "patient" in self.callers
+    def has_retrying_caller(self) -> bool:
+        return "retries" in self.callers
 
     def __str__(self) -> str:
         edit = "" if self.edit == "none" else f", {self.edit}{'' if self.edited else ' (missed)'}"
@@ -158,7 +158,7 @@ class Task:
 
 @dataclass(frozen=True)
 class BadKeys:
-    """What names no good image, for each user."""
+    """Keys of missing, corrupt and foreign images, for each user."""
 
     missing: Mapping[str, str]
     corrupt: Mapping[str, str]
@@ -174,10 +174,10 @@ def draw_task(
     users: Sequence[str],
     servers: Sequence[str],
 ) -> Task:
-    """The task of this number."""
+    """Draw the task with this number."""
     picture, user = rng.choice(pictures), rng.choice(users)
     edit = rng.choice(_EDITS) if rng.random() < EDITED else "none"
-    callers = tuple(_mood(rng.random()) for _ in range(4))[
+    callers = tuple(_behaviour(rng.random()) for _ in range(4))[
         : rng.randint(2, 4) if rng.random() < SEVERAL else 1
     ]
     server, bad_kind = rng.choice(servers), rng.choice(_BAD_KINDS)
@@ -189,8 +189,8 @@ def draw_task(
     if kind != "good":
         edit = "none"
     if edit in FORGED:
-        callers = ("impatient",)  # a lease that was forged lasts for 15 minutes
-    is_bad = kind in TRUE_OF_BAD_IMAGES
+        callers = ("sends once",)  # a forged lease lasts for 15 minutes
+    is_bad = kind in MESSAGES_OF_BAD_IMAGES
     body = {
         "task_id": str(uuid4()),
         "user_id": user,
@@ -204,7 +204,7 @@ def draw_task(
     )
 
 
-def _mood(part: float) -> Mood:
-    if part < PATIENT:
-        return "patient"
-    return "impatient" if part < PATIENT + IMPATIENT else "hang-up"
+def _behaviour(part: float) -> Behaviour:
+    if part < RETRIES_SHARE:
+        return "retries"
+    return "sends once" if part < RETRIES_SHARE + ONCE_SHARE else "disconnects"

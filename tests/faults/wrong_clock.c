@@ -1,5 +1,5 @@
-// Preloaded into a server: its wall clock is wrong by the seconds that the file WRONG_CLOCK holds. What sleeps
-// and waits goes by CLOCK_MONOTONIC, and is left alone.
+// Preloaded into a server: shifts its wall clock by the seconds in the file WRONG_CLOCK. Sleeps and timeouts use
+// CLOCK_MONOTONIC, which does not change.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdlib.h>

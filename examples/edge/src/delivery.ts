@@ -1,66 +1,66 @@
-/** The two ways to bring a task to the backend: after the answer (waitUntil), and from a Queue. */
+/** The two ways to send a task to the backend: after the answer (waitUntil), and from a Queue. */
 import { callBackend, type Outcome } from "./backend";
 import type { Env, Task } from "./env";
-import { endUnlessBegun } from "./supabase";
+import { endIfPending } from "./supabase";
 
-/** Workers cancel what waitUntil holds 30 s after the answer; the rest is for the queue. */
+/** Workers cancel waitUntil's promises 30 s after the answer; the difference is for sending to the queue. */
 const WAIT_UNTIL_TIMEOUT_MS = 22_000;
-/** Over the backend's REQUEST_TIMEOUT_S and its waiting for rows; a consumer has 15 minutes. */
+/** Above the backend's REQUEST_TIMEOUT_S and its wait for the database; a consumer has 15 minutes. */
 const QUEUE_TIMEOUT_MS = 120_000;
 const GIVEN_UP = "the service could not be reached; try again later";
 
 /**
- * For ctx.waitUntil. Nobody waits for this answer, and 30 s may be too short for it: the row is the result.
- * What could not be finished goes to the queue; a task that the backend is at work on meets its own result there.
+ * For ctx.waitUntil. The user does not wait for this call, because the row is the result. A task that is not
+ * finished in time goes to the queue; if the backend finishes it meanwhile, the queue's call gets its result.
  */
-export async function callSoon(env: Env, task: Task): Promise<void> {
-  const later = await attempt(env, task, WAIT_UNTIL_TIMEOUT_MS);
-  if (later) await enqueue(env, task, later.delaySeconds);
+export async function callAfterAnswer(env: Env, task: Task): Promise<void> {
+  const retry = await attempt(env, task, WAIT_UNTIL_TIMEOUT_MS);
+  if (retry) await enqueue(env, task, retry.delaySeconds);
 }
 
-/** Leaves the task to the queue; one that cannot be queued ends at once. Throws then. */
+/** Sends the task to the queue. If that fails, ends the task's row and throws. */
 export async function enqueue(env: Env, task: Task, delaySeconds = 0): Promise<void> {
   try {
     await env.TASKS.send(task, { delaySeconds });
   } catch (error) {
-    await endUnlessBegun(env, task, GIVEN_UP);
+    await endIfPending(env, task, GIVEN_UP);
     throw error;
   }
 }
 
-/** One message of the queue: acknowledged when the row tells the result, else delivered again. */
+/** Handles one message of the queue: acknowledges it when the row has the result, otherwise retries it. */
 export async function deliver(env: Env, message: Message<Task>): Promise<void> {
-  const later = await attempt(env, message.body, QUEUE_TIMEOUT_MS);
-  if (!later) return message.ack();
-  // Without a delay of the backend's, the queue's own retry_delay.
-  message.retry(later.delaySeconds === undefined ? {} : { delaySeconds: later.delaySeconds });
+  const retry = await attempt(env, message.body, QUEUE_TIMEOUT_MS);
+  if (!retry) return message.ack();
+  // Without a delay from the backend, the queue's retry_delay applies.
+  message.retry(retry.delaySeconds === undefined ? {} : { delaySeconds: retry.delaySeconds });
 }
 
-/** One message of the dead letter queue: every try has failed, and the user must see that. */
+/** Handles one message of the dead letter queue: all retries have failed, so the row ends as error. */
 export async function giveUp(env: Env, message: Message<Task>): Promise<void> {
   console.error("task given up", message.body.task_id);
-  await endUnlessBegun(env, message.body, GIVEN_UP);
+  await endIfPending(env, message.body, GIVEN_UP);
   message.ack();
 }
 
-/** Calls the backend once, and makes sure that a refusal stands in the row; returns what is left to do. */
+/** Calls the backend once; writes a permanent error to a pending row. Returns the retry, or null if finished. */
 async function attempt(
   env: Env,
   task: Task,
   timeoutMs: number,
-): Promise<Extract<Outcome, { kind: "later" }> | null> {
+): Promise<Extract<Outcome, { kind: "retry" }> | null> {
   const outcome = await callBackend(env, task, timeoutMs);
   if (outcome.kind === "finished") return null;
-  if (outcome.kind === "later") {
-    console.warn("task to be tried again", task.task_id, outcome.reason);
+  if (outcome.kind === "retry") {
+    console.warn("task will be retried", task.task_id, outcome.reason);
     return outcome;
   }
   console.warn("task refused", task.task_id, outcome.code);
   try {
-    // A body that breaks a rule is refused before the row is claimed.
-    await endUnlessBegun(env, task, outcome.message);
+    // The backend refuses an invalid body before it claims the row.
+    await endIfPending(env, task, outcome.message);
   } catch (error) {
-    return { kind: "later", reason: String(error) };
+    return { kind: "retry", reason: String(error) };
   }
   return null;
 }

@@ -1,17 +1,17 @@
-/** What wrangler.jsonc and the secrets give to the Worker. */
+/** The Worker's bindings, from wrangler.jsonc and the secrets. */
 export interface Env {
   IMAGES: R2Bucket;
   TASKS: Queue<Task>;
   SUPABASE_URL: string;
   SUPABASE_PUBLISHABLE_KEY: string;
-  /** sb_secret_..., of this Worker's own: ends tasks that the backend never began. */
+  /** sb_secret_..., for this Worker only: ends tasks that the backend has not claimed. */
   SUPABASE_SECRET_KEY: string;
   BACKEND_URL: string;
   BACKEND_API_KEY: string;
   R2_PUBLIC_BASE_URL: string;
 }
 
-/** One task, as it travels to the backend. Its row in segmentation_results has the same id. */
+/** One task, as sent to the queue. Its row in segmentation_results has the same id. */
 export interface Task {
   task_id: string;
   user_id: string;

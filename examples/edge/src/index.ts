@@ -1,14 +1,14 @@
-/** The Worker: uploads images, makes tasks, brings them to the SAM3 backend, reads rows and masks back. */
+/** The Worker: stores images, creates tasks, sends them to the SAM3 backend, and returns rows and masks. */
 import { Hono } from "hono";
 import { HTTPException } from "hono/http-exception";
-import { callSoon, deliver, enqueue, giveUp } from "./delivery";
+import { callAfterAnswer, deliver, enqueue, giveUp } from "./delivery";
 import type { Env, Task } from "./env";
 import { refuseIfFailed, signedIn, type SignedIn, TABLE, UUID } from "./supabase";
 
 const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
 const MAX_IMAGE_BYTES = 10 * 1024 * 1024;
 const MAX_PROMPTS = 10;
-/** As the backend has it: 1 to 200 characters, one of them visible; no control characters, no line separators. */
+/** The backend's rule: 1 to 200 characters, at least one visible; no control characters, no line separators. */
 const PROMPT = /^(?=.*[^\p{Z}\p{Cf}])[^\p{Cc}\p{Cs}\p{Zl}\p{Zp}]{1,200}$/u;
 const KEY = /^\P{C}{1,1024}$/u;
 const DEAD_LETTERS = "sam3-tasks-dead";
@@ -16,7 +16,7 @@ const DEAD_LETTERS = "sam3-tasks-dead";
 const app = new Hono<SignedIn>();
 app.use(signedIn);
 
-/** Stores the body as an image of the user's. Under another name than its own: the user chooses neither key nor owner. */
+/** Stores the body as an image of the user. The Worker chooses the key, so that the user cannot choose its owner. */
 app.post("/images", async (c) => {
   const contentType = c.req.header("Content-Type") ?? "";
   if (!IMAGE_TYPES.has(contentType)) refuse(415, "send a PNG, a JPEG or a WEBP");
@@ -28,11 +28,11 @@ app.post("/images", async (c) => {
   return c.json({ image_key }, 201);
 });
 
-/** Makes a task: {image_key, text_prompt | prompts, via?: "waitUntil" | "queue"}. Its row will tell the result. */
+/** Creates a task: {image_key, text_prompt | prompts, via?: "waitUntil" | "queue"}. Its row gets the result. */
 app.post("/tasks", async (c) => {
   const { image_key, prompts, via } = parseTask(await c.req.json().catch(() => null));
   const task: Task = { task_id: crypto.randomUUID(), user_id: c.var.userId, image_key, prompts };
-  // The row first: the backend claims it, and makes none.
+  // The row comes first, because the backend claims rows and inserts none.
   const { error } = await c.var.rows.from(TABLE).insert({
     id: task.task_id,
     user_id: task.user_id,
@@ -40,9 +40,9 @@ app.post("/tasks", async (c) => {
     text_prompt: prompts.join(", "),
   });
   refuseIfFailed(error);
-  // The backend refuses a key that is not below uploads/{user_id}/, and says so in the row.
+  // The backend refuses a key that is not below uploads/{user_id}/, and writes the error to the row.
   if (via === "queue") await enqueue(c.env, task);
-  else c.executionCtx.waitUntil(callSoon(c.env, task));
+  else c.executionCtx.waitUntil(callAfterAnswer(c.env, task));
   return c.json({ task_id: task.task_id }, 202);
 });
 
@@ -51,15 +51,15 @@ app.get("/tasks/:id", async (c) => {
   return c.json({ task_id: id, status, labels, metadata });
 });
 
-/** The mask, from the bucket: it need not be public. */
+/** The mask, read from the bucket, which need not be public. */
 app.get("/tasks/:id/mask", async (c) => {
   const row = await rowOf(c.var, c.req.param("id"));
-  // Users may write their own rows: what stands there opens no other user's folder.
+  // Users can edit their rows: a URL outside their own folder must not give access.
   const prefix = `${c.env.R2_PUBLIC_BASE_URL}/masks/${c.var.userId}/${row.id}/`;
   const url: string = row.mask_image_url ?? "";
   if (!url.startsWith(prefix)) refuse(404, "this task has no mask");
   const mask = await c.env.IMAGES.get(url.slice(c.env.R2_PUBLIC_BASE_URL.length + 1));
-  if (!mask) refuse(404, "this task's mask is gone");
+  if (!mask) refuse(404, "this task's mask no longer exists");
   return c.body(mask.body, 200, {
     "Content-Type": "image/png",
     "Content-Length": String(mask.size),
@@ -71,14 +71,14 @@ app.get("/tasks/:id/mask", async (c) => {
 app.onError((error, c) => {
   if (error instanceof HTTPException) return c.json({ error: error.message }, error.status);
   console.error(error);
-  return c.json({ error: "something went wrong on our side" }, 500);
+  return c.json({ error: "internal error" }, 500);
 });
 
 function refuse(status: 400 | 404 | 411 | 413 | 415, message: string): never {
   throw new HTTPException(status, { message });
 }
 
-/** The user's row; another user's looks as if there were none. */
+/** The user's row; another user's row gives 404, like a missing one. */
 async function rowOf({ rows }: SignedIn["Variables"], id: string) {
   if (!UUID.test(id)) refuse(404, "no such task");
   const columns = "id, status, labels, metadata, mask_image_url";
@@ -89,7 +89,7 @@ async function rowOf({ rows }: SignedIn["Variables"], id: string) {
 
 function parseTask(body: unknown): { image_key: string; prompts: string[]; via: string } {
   const { image_key, text_prompt, prompts = [text_prompt], via = "waitUntil" } = Object(body);
-  if (!isText(image_key, KEY)) refuse(400, "image_key: the one that POST /images answered");
+  if (!isText(image_key, KEY)) refuse(400, "image_key: send the one from the answer of POST /images");
   const fits = Array.isArray(prompts) && prompts.length >= 1 && prompts.length <= MAX_PROMPTS;
   if (!fits || !prompts.every((prompt) => isText(prompt, PROMPT))) {
     refuse(400, `text_prompt, or 1 to ${MAX_PROMPTS} prompts: 1 to 200 characters each`);
@@ -109,7 +109,7 @@ export default {
     await Promise.all(
       batch.messages.map((message) =>
         handle(env, message).catch((error) => {
-          console.error("delivered again", message.body.task_id, error);
+          console.error("message will be retried", message.body.task_id, error);
           message.retry();
         }),
       ),

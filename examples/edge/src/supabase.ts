@@ -1,4 +1,4 @@
-/** The task's row: as the user, under row level security, and for what no user is there to do. */
+/** Access to the task's row: as the user, under row level security, and as the Worker, to end unclaimed tasks. */
 import { createClient, type SupabaseClient } from "@supabase/supabase-js";
 import type { MiddlewareHandler } from "hono";
 import { HTTPException } from "hono/http-exception";
@@ -15,10 +15,10 @@ export interface SignedIn {
 }
 
 /**
- * Lets nobody past whose token the database does not accept, and keeps the user's id and client.
+ * Refuses requests whose token the database does not accept, and sets the user's id and client.
  *
- * PostgREST verifies the token (signature, expiry); only then is what stands in it believed. A project with
- * asymmetric signing keys can verify it here instead, without a request: supabase.auth.getClaims(token).
+ * PostgREST verifies the token (signature, expiry) before its content is used. A project with asymmetric
+ * signing keys can verify it here without a request: supabase.auth.getClaims(token).
  */
 export const signedIn: MiddlewareHandler<SignedIn> = async (c, next) => {
   const token = /^Bearer (\S+)$/.exec(c.req.header("Authorization") ?? "")?.[1];
@@ -36,20 +36,20 @@ export const signedIn: MiddlewareHandler<SignedIn> = async (c, next) => {
   await next();
 };
 
-/** Answers 503 when the database could not be asked; its own message is for the log alone. */
+/** Answers 503 if the database refused or failed; the database's error is only logged. */
 export function refuseIfFailed(error: { code: string } | null): void {
   if (!error) return;
   console.error("the database refused or failed", error.code);
   throw new HTTPException(503, { message: "the database is not available; try again" });
 }
 
-/** Ends a task that the backend never began; rows that it has claimed are its own to end. Throws on failure. */
-export async function endUnlessBegun(env: Env, task: Task, message: string): Promise<void> {
+/** Ends a pending task as error; the backend ends the rows that it has claimed. Throws on failure. */
+export async function endIfPending(env: Env, task: Task, message: string): Promise<void> {
   const response = await fetch(
     `${env.SUPABASE_URL}/rest/v1/${TABLE}?id=eq.${task.task_id}&status=eq.pending`,
     {
       method: "PATCH",
-      // In apikey alone: it is no JWT, and supabase-js 2.119 would send it as a bearer's token as well.
+      // Only as apikey: it is not a JWT, and supabase-js 2.119 would also send it as a bearer token.
       headers: { apikey: env.SUPABASE_SECRET_KEY, "Content-Type": "application/json" },
       body: JSON.stringify({ status: "error", metadata: { error_message: message } }),
       signal: AbortSignal.timeout(TIMEOUT_MS),

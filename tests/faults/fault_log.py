@@ -1,4 +1,4 @@
-"""What was done to the servers and when, and what was found wrong."""
+"""Records faults with their times, and violations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One fault, or the start or end of a part of the run."""
+    """The start or end of a fault, or of a part of the run."""
 
     at_s: float
     kind: str
@@ -23,21 +23,21 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """An invariant that did not hold, and for which task, if it is one task's."""
+    """A violated invariant, with its task if it concerns one."""
 
     invariant: str
     text: str
     task_id: str | None = None
 
 
-class Diary:
-    """The faults of a run; any thread may write.
+class FaultLog:
+    """The faults of a run; safe for use by several threads.
 
     Attributes:
-        notes: all, in order.
-        violations: what threads found wrong while the faults went on.
-        last_fault_s: when the last one was over, by `time.monotonic`.
-        first_of_round: where the notes of this round begin.
+        notes: all notes, in order.
+        violations: found by threads during the faults.
+        last_fault_s: monotonic time when the last fault ended.
+        first_of_round: index of the first note of this round.
     """
 
     def __init__(self) -> None:
@@ -48,30 +48,30 @@ class Diary:
         self._lock = threading.Lock()
 
     def fault(self, kind: str, text: str = "") -> None:
-        """A fault begins or is over."""
+        """Record the start or end of a fault."""
         with self._lock:
             self.notes.append(Note(time.time(), kind, text))
             self.last_fault_s = time.monotonic()
 
     def begin_round(self) -> None:
-        """From here on the notes are the next round's."""
+        """Start a new round."""
         self.first_of_round = len(self.notes)
 
     def violated(self, invariant: str, text: str, task_id: str | None = None) -> None:
-        """An invariant does not hold."""
+        """Record a violation."""
         with self._lock:
             self.violations.append(Violation(invariant, f"{clock_time(time.time())} {text}", task_id))
 
     def counts(self) -> Counter[str]:
-        """How often each kind of fault was done."""
+        """Number of faults of each kind."""
         return Counter(note.kind for note in self.notes if not note.kind.startswith("("))
 
 
-def drawn(seed: int, *names: object) -> random.Random:
-    """The stream of one part of a run: the same for the same seed, whatever the other parts draw."""
-    return random.Random(f"{seed}/{'/'.join(map(str, names))}")  # noqa: S311 - no secrets
+def rng_for(seed: int, *names: object) -> random.Random:
+    """The random generator of one part of a run, independent of the other parts."""
+    return random.Random(f"{seed}/{'/'.join(map(str, names))}")  # noqa: S311 - not a secret
 
 
 def clock_time(at_s: float) -> str:
-    """A Unix time as the servers' logs write it, to the tenth of a second."""
+    """A Unix time in the format of the servers' logs, with tenths of a second."""
     return time.strftime("%H:%M:%S", time.localtime(at_s)) + f".{int(at_s * 10) % 10}"

@@ -1,4 +1,4 @@
-"""The stores behind their proxies, the servers before them, and what is read from all of these."""
+"""The system under test: the stores with their proxies, the servers, and queries of their state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from commands.local_server import reserved_ports
 from tests.drawn import scene
 from tests.edge import png_bytes
-from tests.faults.diary import Diary
+from tests.faults.fault_log import FaultLog
 from tests.faults.servers import API_KEY, Server
 from tests.faults.tasks import Answer, BadKeys, Picture, Task
 from tests.services.database import database
@@ -61,16 +61,16 @@ end $$;
 create trigger keep_history after insert or update or delete on segmentation_results
     for each row execute function keep_history();
 """
-"""Every state that a row was ever in, as the database saw it, and who wrote it."""
+"""A table with every state of each row, written by a trigger, and the role that wrote it."""
 
 
 @dataclass
-class Stage:
-    """Everything that takes part in a run.
+class System:
+    """All parts of a run.
 
     Attributes:
-        tasks: all that were ever sent.
-        poisons: those of this round whose work kills a process.
+        tasks: all tasks that were sent.
+        poisons: the tasks of this round that kill a process.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Stage:
     r2: FaultProxy
     rest: FaultProxy
     servers: dict[str, Server]
-    diary: Diary
+    fault_log: FaultLog
     users: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     bad: BadKeys = field(default_factory=lambda: BadKeys({}, {}, {}))
@@ -89,33 +89,33 @@ class Stage:
 
     @property
     def active(self) -> list[Server]:
-        """The servers that are kept running."""
+        """The servers that are restarted when they end."""
         return [server for server in self.servers.values() if server.is_wanted]
 
     def execute(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        """As the database's superuser, again and again while the database is away."""
+        """Run SQL as the database's superuser; retries while the database is unavailable."""
         until_s = time.monotonic() + STORE_TIMEOUT_S
         while True:
             try:
                 return self.database.execute(sql, *values)
-            except Exception:  # pg8000 has many words for it
+            except Exception:  # pg8000 raises many types
                 if time.monotonic() > until_s:
                     raise
                 time.sleep(0.2)
 
     def insert_row(self, task: Task) -> None:
-        """The pending row, as the Edge inserts it."""
+        """Insert the pending row like the Edge."""
         self.execute(
             "insert into segmentation_results (id, user_id, source_image_url, text_prompt)"
             " values (%s, %s, %s, %s) on conflict do nothing",
             *(task.task_id, task.user_id, task.body["image_url"], ", ".join(task.prompts)),
         )
 
-    def send(self, server: Server, task: Task, *, hang_up_s: float | None = None) -> Answer:
-        """One request on a connection of its own; what came of it is noted at the task."""
+    def send(self, server: Server, task: Task, *, disconnect_s: float | None = None) -> Answer:
+        """Send one request on a new connection; adds the answer to the task."""
         timeout = httpx.Timeout(CALL_TIMEOUT_S, connect=5.0)
-        if hang_up_s is not None:
-            timeout = httpx.Timeout(5.0, read=hang_up_s)
+        if disconnect_s is not None:
+            timeout = httpx.Timeout(5.0, read=disconnect_s)
         headers = {"X-API-Key": API_KEY}
         try:
             response = httpx.post(server.url + task.route, json=task.body, headers=headers, timeout=timeout)
@@ -123,7 +123,7 @@ class Stage:
         except (httpx.ConnectError, httpx.ConnectTimeout):
             answer = Answer(time.time(), server.name, "no connection")
         except httpx.ReadTimeout:
-            code = "cut" if hang_up_s is None else "hung up"
+            code = "cut" if disconnect_s is None else "disconnected"
             answer = Answer(time.time(), server.name, code)
         except httpx.TransportError:
             answer = Answer(time.time(), server.name, "cut")
@@ -132,7 +132,7 @@ class Stage:
         return answer
 
     def mask(self, url: str) -> npt.NDArray[np.bool_]:
-        """The mask at a URL that a row or an answer names."""
+        """Read the mask at a URL of a row or an answer."""
         with Image.open(io.BytesIO(self.objects.get(key_in(url)))) as image:
             return np.asarray(image) > 0
 
@@ -151,7 +151,7 @@ class Stage:
         return {str(row[0]): dict(zip(names, row, strict=True)) for row in found}
 
     def left_on_files(self) -> dict[str, list[str]]:
-        """What the servers' files hold: ids of tasks, and keys of masks to be deleted."""
+        """The content of the servers' outbox files: ids of tasks, and keys of masks to be deleted."""
         left: dict[str, list[str]] = {"attempts": [], "unneeded_masks": [], "set_aside": []}
         for server in self.servers.values():
             if server.outbox.exists():
@@ -162,17 +162,19 @@ class Stage:
         return left
 
     def heal(self) -> None:
-        """No proxy fails, and every server is ready."""
+        """Remove the proxies' faults, and wait until every server is ready."""
         self.r2.heal()
         self.rest.heal()
         for server in self.active:
             try:
                 server.wait_until_ready()
             except TimeoutError as error:
-                self.diary.violated("the server runs", f"{server.name} is not ready {error}, with all healed")
+                self.fault_log.violated(
+                    "the server runs", f"{server.name} is not ready without faults: {error}"
+                )
 
     def secrets(self) -> set[str]:
-        """What no log may hold."""
+        """Texts that no log may contain."""
         prompts = {prompt for picture in self.pictures for prompt in picture.prompts}
         keys = {str(task.body["image_url"]) for task in self.tasks}
         stores = {
@@ -185,9 +187,9 @@ class Stage:
 
 
 @contextmanager
-def stage(folder: Path) -> Iterator[Stage]:
-    """Stores of their own, and two servers before them that do not run yet."""
-    diary = Diary()
+def system(folder: Path) -> Iterator[System]:
+    """Start new stores, and create two servers that do not run yet."""
+    fault_log = FaultLog()
     with ExitStack() as running:
         rows = running.enter_context(database(folder / "database"))
         bucket = running.enter_context(seaweedfs(folder))
@@ -206,49 +208,49 @@ def stage(folder: Path) -> Iterator[Stage]:
         for name, timeout_s in REQUEST_TIMEOUTS_S.items():
             own = {"API_SECRET_KEY": API_KEY, "REQUEST_TIMEOUT_S": str(timeout_s)}
             [port] = running.enter_context(reserved_ports(1))
-            server = servers[name] = Server(name, folder, port, settings | own, diary)
+            server = servers[name] = Server(name, folder, port, settings | own, fault_log)
             running.callback(server.release_disk)
             running.callback(server.end)
-        yield Stage(folder, rows, bucket, r2, rest, servers, diary)
+        yield System(folder, rows, bucket, r2, rest, servers, fault_log)
 
 
-def prepare(stage: Stage, server: Server) -> None:
-    """Users, their uploads, and what the quiet server finds in them."""
-    stage.users = [stage.database.add_user() for _ in range(USERS)]
+def prepare(system: System, server: Server) -> None:
+    """Create users and uploads, and the expected results from the server without faults."""
+    system.users = [system.database.add_user() for _ in range(USERS)]
     whole = {seed: png_bytes(scene(seed).image) for seed in SCENES}
-    stage.bad = BadKeys(
-        missing={user: f"uploads/{user}/{uuid4()}" for user in stage.users},
-        corrupt=_uploads(stage, whole[SCENES[0]][:1000]),
-        foreign={user: f"uploads/{uuid4()}/cat" for user in stage.users},
+    system.bad = BadKeys(
+        missing={user: f"uploads/{user}/{uuid4()}" for user in system.users},
+        corrupt=_uploads(system, whole[SCENES[0]][:1000]),
+        foreign={user: f"uploads/{uuid4()}/cat" for user in system.users},
     )
     for seed, data in whole.items():
-        drawn, keys = scene(seed), _uploads(stage, data)
+        drawn, keys = scene(seed), _uploads(system, data)
         for prompts in ((drawn.names[0],), (drawn.names[-1], drawn.absent), (drawn.absent,)):
-            stage.pictures.append(_asked(stage, server, keys, prompts))
+            system.pictures.append(_asked(system, server, keys, prompts))
 
 
-def _asked(stage: Stage, server: Server, keys: dict[str, str], prompts: tuple[str, ...]) -> Picture:
-    user = stage.users[0]
+def _asked(system: System, server: Server, keys: dict[str, str], prompts: tuple[str, ...]) -> Picture:
+    user = system.users[0]
     texts: dict[str, Any] = {"text_prompt": prompts[0]} if len(prompts) == 1 else {"prompts": list(prompts)}
     body = {"task_id": str(uuid4()), "user_id": user, "image_url": keys[user], **texts}
-    task = Task(-1, body, "good", "none", None, ("patient",))
-    stage.insert_row(task)
-    answer = stage.send(server, task)
+    task = Task(-1, body, "good", "none", None, ("retries",))
+    system.insert_row(task)
+    answer = system.send(server, task)
     assert answer.code == "done", (answer.code, answer.message)
-    [[url, labels]] = stage.execute(
+    [[url, labels]] = system.execute(
         "select mask_image_url, labels from segmentation_results where id = %s", task.task_id
     )
     results = answer.content.get("results", [answer.content])
     urls = [result["mask_url"] for result in results] + ([url] if len(results) > 1 else [])
-    picture = Picture(keys, prompts, labels, [stage.mask(each) for each in urls])
-    stage.tasks.append(Task(-1, body, "good", "none", picture, ("patient",), answers=task.answers))
+    picture = Picture(keys, prompts, labels, [system.mask(each) for each in urls])
+    system.tasks.append(Task(-1, body, "good", "none", picture, ("retries",), answers=task.answers))
     return picture
 
 
-def _uploads(stage: Stage, data: bytes) -> dict[str, str]:
-    keys = {user: f"uploads/{user}/{uuid4()}" for user in stage.users}
+def _uploads(system: System, data: bytes) -> dict[str, str]:
+    keys = {user: f"uploads/{user}/{uuid4()}" for user in system.users}
     for key in keys.values():
-        stage.objects.put(key, data, "image/png")
+        system.objects.put(key, data, "image/png")
     return keys
 
 
@@ -258,7 +260,7 @@ def key_in(url: str) -> str:
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """A server's file of attempts, to be looked at."""
+    """Open a server's outbox file read-only."""
     return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=2.0)
 
 
@@ -273,6 +275,6 @@ def _read(server: str, response: httpx.Response) -> Answer:
         error = content["error"]
         code, message = str(error["code"]), str(error["message"])
     except (KeyError, TypeError):
-        code, message = f"HTTP {response.status_code} without a body of ours", response.text[:200]
+        code, message = f"HTTP {response.status_code} without our error body", response.text[:200]
     retry_after_s = float(response.headers.get("Retry-After", 0))
     return Answer(now_s, server, code, message, content, retry_after_s)
