@@ -89,8 +89,8 @@ class User:
     def begin(self, via: str, *prompts: str, image_key: str | None = None) -> str:
         """Create a task, by default for a new upload of the image; returns its id."""
         image_key = image_key or self.upload_key()
-        asked = {"text_prompt": prompts[0]} if len(prompts) == 1 else {"prompts": prompts}
-        response = self.http.post("/tasks", json={"image_key": image_key, "via": via, **asked})
+        prompt_fields = {"text_prompt": prompts[0]} if len(prompts) == 1 else {"prompts": prompts}
+        response = self.http.post("/tasks", json={"image_key": image_key, "via": via, **prompt_fields})
         assert response.status_code == httpx.codes.ACCEPTED, response.text
         task_id: str = response.json()["task_id"]
         return task_id

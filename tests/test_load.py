@@ -59,14 +59,14 @@ def check_same(answer: dict[str, Any], alone: dict[str, Any]) -> None:
 
 def test_two_hundred_concurrent_requests(edge: Edge) -> None:
     """200 concurrent requests get the same answers as single ones, and run in common batches."""
-    asked = []
+    cases = []
     for index, seed in enumerate(SEEDS):
         drawn = scene(seed, *SIZES[index % len(SIZES)])
         key = edge.upload(png_bytes(drawn.image))
-        asked += [(key, prompt) for prompt in (drawn.names[0], drawn.absent)]
-    alone = [edge.answer(key, prompt) for key, prompt in asked]
+        cases += [(key, prompt) for prompt in (drawn.names[0], drawn.absent)]
+    alone = [edge.answer(key, prompt) for key, prompt in cases]
     assert any(answer["instances"] for answer in alone)
-    bodies = [edge.body(*asked[index % len(asked)]) for index in range(CALLERS)]
+    bodies = [edge.body(*cases[index % len(cases)]) for index in range(CALLERS)]
     for body in bodies:
         edge.insert_row(body)
     single_before, all_before = batches(edge.server)
@@ -76,7 +76,7 @@ def test_two_hundred_concurrent_requests(edge: Edge) -> None:
         assert response.status_code == httpx.codes.OK, response.text
         answer = response.json()
         assert answer["task_id"] == body["task_id"]
-        check_same(answer, alone[index % len(asked)])
+        check_same(answer, alone[index % len(cases)])
         row = edge.row(body["task_id"])
         assert row is not None
         assert (row.status, row.mask_url) == ("done", answer["mask_url"])

@@ -533,4 +533,4 @@ def test_settings_are_immutable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings cannot change after the start."""
     read = load(monkeypatch)
     with pytest.raises(ValueError, match="frozen"):
-        setattr(read, "api_workers", 3)  # noqa: B010 - mypy knows it too
+        setattr(read, "api_workers", 3)  # noqa: B010 - mypy refuses the assignment too

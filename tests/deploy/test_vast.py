@@ -90,7 +90,7 @@ DRIVERS = {
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("cuda", DRIVERS)
 def test_search_filters_offers(vast: Vast, gpu: str, cuda: str) -> None:
-    """Vastai knows each filter; the search is for one GPU of this kind with a suitable driver."""
+    """Each filter is valid for vastai; the search is for one GPU of this kind with a suitable driver."""
     ended = vast("search", gpu, "--cuda", cuda)
     assert ended.returncode == 0, ended.stderr
     assert "Unrecognized field" not in ended.stderr

@@ -1,4 +1,4 @@
-"""Log lines that no stranger can forge."""
+"""Log lines that callers cannot forge, and JSON logs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from observability.log_lines import escape_log_lines, escaped
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-logger = logging.getLogger("stranger")
+logger = logging.getLogger("test")
 FORGED = "x\r\n2026-01-01 [INFO] forged\x1b[2K\x9b2J\u2028\u202e\ud800"
 
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """What `logger` writes; its handler was there before anything was escaped."""
+    """The output of `logger`, whose handler was added before escaping was set up."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(message)s"))
@@ -41,8 +41,8 @@ def lines(log: io.StringIO) -> list[str]:
     return log.getvalue().split("\n")[:-1]
 
 
-def test_message_keeps_to_its_line(log: io.StringIO) -> None:
-    """Line ends, terminal commands, marks of direction and lone surrogates in a value are spelt out."""
+def test_message_is_one_line(log: io.StringIO) -> None:
+    """Line breaks, terminal commands, direction marks and lone surrogates in a value are escaped."""
     logger.info("task %s failed", FORGED)
     [line] = lines(log)
     assert line.isprintable()
@@ -50,7 +50,7 @@ def test_message_keeps_to_its_line(log: io.StringIO) -> None:
 
 
 def test_traceback_cannot_look_like_a_record(log: io.StringIO) -> None:
-    """The lines of a traceback are indented, those of a stranger's text within it, too."""
+    """The lines of a traceback are indented, including those of a caller's text in it."""
     error = KeyError(FORGED)
     error.__cause__ = ValueError(FORGED)
     logger.error("request %s failed", FORGED, exc_info=error)
@@ -62,8 +62,8 @@ def test_traceback_cannot_look_like_a_record(log: io.StringIO) -> None:
     assert {line[:2] for line in others} == {"  "}
 
 
-def test_plain_text_stays(log: io.StringIO) -> None:
-    """Other scripts and emoji are written as they are; the line end of a message is dropped."""
+def test_plain_text_is_not_escaped(log: io.StringIO) -> None:
+    """Other scripts and emoji are not escaped; the line break at a message's end is removed."""
     logger.info("%s\n", "café 猫 🔴")
     assert lines(log)[0].endswith("café 猫 🔴")
     assert escaped("C:\\data") == "C:\\data"
@@ -134,7 +134,7 @@ def test_text_log_has_each_line_once() -> None:
 
 
 def json_log(end: str) -> tuple[int, list[dict[str, Any]]]:
-    """The exit status and the events of a process that logs as the server does, and then ends."""
+    """Run a process that logs like the server and then ends; returns its exit status and its events."""
     ended = subprocess.run(
         [sys.executable, "-c", JSON_LOG.replace("END", end), FORGED.replace("\ud800", "")],
         cwd=Path(__file__).parent.parent.parent,
@@ -146,8 +146,8 @@ def json_log(end: str) -> tuple[int, list[dict[str, Any]]]:
     return ended.returncode, [json.loads(line) for line in ended.stdout.decode("ascii").splitlines()]
 
 
-def test_json_is_one_event_a_line() -> None:
-    """Each event is one line, once, whatever logger, warning, thread, print or exception it comes from."""
+def test_json_has_one_event_per_line() -> None:
+    """Each event of loggers, warnings, threads, prints and exceptions is logged once, in one line."""
     status, events = json_log("raise RuntimeError('the end')")
     assert status == 1
     assert [(event["level"], event["logger"], event["message"]) for event in events] == [
@@ -168,7 +168,7 @@ def test_json_is_one_event_a_line() -> None:
     assert events[5]["exception"].startswith("Traceback (most recent call last):")
 
 
-def test_json_has_the_ids_of_what_it_is_about() -> None:
+def test_json_has_the_ids_of_request_and_task() -> None:
     """An event has the ids of the request and the task in whose block it was logged, and its own fields."""
     status, events = json_log("sys.exit('cannot start: a sentence')")
     assert status == 1

@@ -1,4 +1,4 @@
-"""One server a DATA_DIR."""
+"""The lock on DATA_DIR: one server for each folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ input()
 
 
 def test_second_process_is_refused(tmp_path: Path) -> None:
-    """Who comes second is told who has the folder, and gets it once that one is killed."""
+    """A second process gets the first one's pid in the error, and the folder after that one is killed."""
     folder = tmp_path / "a" / "data"
     with subprocess.Popen(
         [sys.executable, "-c", CODE, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -41,13 +41,13 @@ def test_second_process_is_refused(tmp_path: Path) -> None:
         data_lock.hold(folder)
 
 
-def test_holder_of_nothing(tmp_path: Path) -> None:
-    """A folder that no server has had."""
+def test_unused_folder_has_no_holder(tmp_path: Path) -> None:
+    """A folder that no server has used has no holder."""
     assert data_lock.holder(tmp_path / "none") == ""
 
 
-def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
-    """A file in the folder's place, or above it, is refused in a sentence."""
+def test_unusable_folder_is_refused(tmp_path: Path) -> None:
+    """A file in place of the folder, or of its parent, is refused with a message."""
     (tmp_path / "data").write_text("a file")
     with pytest.raises(SettingsError, match=f"DATA_DIR: {tmp_path / 'data'} is not a folder: move it away"):
         data_lock.hold(tmp_path / "data")

@@ -1,4 +1,4 @@
-"""A process is told apart from every other: from dead ones, from zombies, and from who has its pid now."""
+"""The identity of a process: it differs from dead processes, zombies, and processes that reuse its pid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CODE = "from processes import identity as own; print(own.current(), flush=True);
 
 @pytest.fixture
 def child() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Another process, and the identity that it gives itself."""
+    """Another process, and its own identity."""
     with subprocess.Popen(
         [sys.executable, "-c", CODE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -29,8 +29,8 @@ def child() -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.kill()
 
 
-def test_who_lives(child: tuple[subprocess.Popen[str], str]) -> None:
-    """Alive until it is killed; dead as a zombie already, which nobody has waited for."""
+def test_killed_process_is_not_alive(child: tuple[subprocess.Popen[str], str]) -> None:
+    """A process is alive until it is killed; a zombie is not alive."""
     process, child_identity = child
     assert child_identity.startswith(f"{process.pid}:")
     assert identity.is_alive(child_identity)
@@ -44,22 +44,22 @@ def test_who_lives(child: tuple[subprocess.Popen[str], str]) -> None:
     assert not identity.is_alive(child_identity)
 
 
-def test_who_is_the_parent(child: tuple[subprocess.Popen[str], str]) -> None:
-    """A child is no parent, however alive."""
+def test_parent_is_recognised(child: tuple[subprocess.Popen[str], str]) -> None:
+    """A process recognises its parent; a running child is not a parent."""
     assert not identity.is_parent(child[1])
     code = f"from processes import identity as own; print(own.is_parent('{identity.current()}'))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert printed.stdout.strip() == b"True"
 
 
-def test_it_stays_the_same() -> None:
-    """The identity of a process never changes."""
+def test_identity_does_not_change() -> None:
+    """The identity of a process is constant."""
     assert identity.current() == identity.current()
     assert identity.is_alive(identity.current())
 
 
 def test_reused_pid_is_another_process() -> None:
-    """The same pid with another start is not the same process."""
+    """The same pid with another start time is another process."""
     pid, _, started = identity.current().partition(":")
     assert not identity.is_alive(f"{pid}:{started}1")
     assert not identity.is_alive(f"{pid}:{float(started.rpartition('-')[2]):.2f}.")
@@ -68,7 +68,7 @@ def test_reused_pid_is_another_process() -> None:
 @pytest.mark.parametrize(
     "text", ["", ":", "1", "1:", "-1:3", "x:1", "\u0661:1", "99999999999:1", "9" * 30 + ":1"]
 )
-def test_malformed_text_is_nobody(text: str) -> None:
-    """What is no identity names nobody, and raises nothing."""
+def test_malformed_identity_is_not_alive(text: str) -> None:
+    """A malformed identity names no process, and raises no error."""
     assert not identity.is_alive(text)
     assert not identity.is_parent(text)
