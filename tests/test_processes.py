@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S
-from processes.lifecycle import HOPELESS
+from processes.lifecycle import EXIT_UNRECOVERABLE
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.faults.clock import Clock
@@ -271,7 +271,7 @@ def test_process_with_wrong_settings_ends(tmp_path: Path, service: str) -> None:
     """A process with wrong settings ends with an error message, instead of serving on defaults."""
     environment = changed_environment(tmp_path, {"API_SECRET_KEY": None, "API_WORKERS": "two"})
     ended = run_alone(service, environment | {"TMPDIR": os.fspath(tmp_path)})
-    assert ended.status == HOPELESS
+    assert ended.status == EXIT_UNRECOVERABLE
     assert "cannot serve: API_WORKERS must be a whole number" in ended.output
     assert "Traceback" not in ended.output
 

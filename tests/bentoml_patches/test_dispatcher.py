@@ -75,7 +75,8 @@ async def answers_when_the_clock_jumps(monkeypatch: pytest.MonkeyPatch) -> list[
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 3600)
     goes_on.set()
-    return await asyncio.gather(*calls)
+    answers: list[str] = await asyncio.gather(*calls)
+    return answers
 
 
 async def test_clock_that_is_set_makes_no_call_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded_protocol() -> Any:
     """What a server would use that BentoML configures: it names no protocol."""
     config = Config(app="app:app")
-    config.load_app = lambda: asyncio.sleep  # type: ignore[method-assign, assignment]
+    config.load_app = lambda: asyncio.sleep  # type: ignore[method-assign]
     config.load()
     return config.http_protocol_class
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bentoml._internal.server.http import instruments
+from bentoml._internal.server.http import instruments as imported
 from bentoml._internal.server.metrics.prometheus import PrometheusClient
 from prometheus_client import REGISTRY
 from starlette.applications import Starlette
@@ -17,12 +17,14 @@ from bentoml_patches import route_metrics
 
 
 @pytest.fixture(autouse=True)
-def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "RunnerTrafficMetricsMiddleware"
-    monkeypatch.setattr(instruments, name, getattr(instruments, name))
+def instruments(monkeypatch: pytest.MonkeyPatch, unpatched: Any) -> Any:
+    """BentoML's own module of middlewares."""
+    theirs = unpatched(imported)
+    monkeypatch.setattr(route_metrics, "instruments", theirs)
+    return theirs
 
 
-def endpoints_counted(namespace: str) -> set[str]:
+def endpoints_counted(instruments: Any, namespace: str) -> set[str]:
     """The endpoints that the metrics name after calls of one known path and two unknown ones."""
     middleware: Any = instruments.RunnerTrafficMetricsMiddleware
 
@@ -46,12 +48,12 @@ def endpoints_counted(namespace: str) -> set[str]:
     }
 
 
-def test_the_patch_is_needed() -> None:
+def test_the_patch_is_needed(instruments: Any) -> None:
     """BentoML's own metrics get a series for each path that a caller sends."""
-    assert {"/known", "/nothing", "/nowhere"} <= endpoints_counted("unpatched")
+    assert {"/known", "/nothing", "/nowhere"} <= endpoints_counted(instruments, "unpatched")
 
 
-def test_unknown_paths_share_one_series() -> None:
+def test_unknown_paths_share_one_series(instruments: Any) -> None:
     """After the patch the metrics name the routes, those of the mounted application, and `other`."""
     route_metrics.patch(lambda: ["/mounted"])
-    assert endpoints_counted("patched") - {"/schema.json"} == {"/known", "other"}
+    assert endpoints_counted(instruments, "patched") - {"/schema.json"} == {"/known", "other"}
