@@ -69,7 +69,7 @@ build: $(VENV)/dev ## Build the Bento
 	BENTOML_DO_NOT_TRACK=True $(BIN)/python -m bentoml build
 
 .PHONY: image
-image: $(VENV)/dev ## Build the server's image with podman or docker (VARIANT=cu130, cu129 or cpu; BASE_IMAGE=, TAG=)
+image: $(VENV)/dev ## Build the server's image with podman or docker (VARIANT=cu130, cu128 or cpu; BASE_IMAGE=, TAG=)
 	$(BIN)/python -m deploy.image.build $(if $(VARIANT),--variant $(VARIANT)) $(if $(TAG),--tag $(TAG)) \
 		$(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(if $(PYTHON_VERSION),--python $(PYTHON_VERSION))
 

@@ -1,9 +1,10 @@
 """Write the locks of the image's variants: every package with the hashes of its wheels.
 
-    python -m deploy.image.lock           # cu130 from PyPI's metadata, and cpu derived from cu130
-    python -m deploy.image.lock cu129     # needs PyTorch's index; never run yet
+    python -m deploy.image.lock           # cu130 and cu128 from PyPI's metadata, and cpu derived from cu130
+    python -m deploy.image.lock cpu       # one of them
 
-The versions are those of requirements.lock, so that the image has the versions of the tests.
+The versions are those of requirements.lock, so that the image has the versions of the tests; but cu128 has an
+older torch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from deploy.image.variants import PYTHON_VERSIONS, VARIANTS, entries
+from deploy.image.variants import PYTHON_VERSIONS, VARIANTS, Variant, entries
 
 ROOT = Path(__file__).parent.parent.parent
 TORCH_CPU = """torch==2.13.0+cpu \\
@@ -25,31 +27,39 @@ _ONLY_WITH_CUDA = re.compile(r"^(nvidia-(?!ml-py)|cuda-|triton)")
 
 
 def main() -> None:
-    """Lock the variants of the command line; by default those that need only PyPI."""
-    names = sys.argv[1:] or ["cu130", "cpu"]
+    """Lock the variants of the command line; by default all."""
+    names = sys.argv[1:] or ["cu130", "cu128", "cpu"]
     for name in names:
         variant = VARIANTS[name]
         if name == "cpu":
             variant.lock.write_text(without_cuda(VARIANTS["cu130"].lock.read_text()))
         else:
-            resolve(variant.lock, variant.torch_index)
+            resolve(variant)
         print(f"{variant.lock.relative_to(ROOT)}: {len(entries(variant.lock.read_text()))} packages")
 
 
-def resolve(lock: Path, torch_index: str | None) -> None:
+def resolve(variant: Variant) -> None:
     """Resolve pyproject.toml with uv for the image's Python, with the versions of requirements.lock."""
-    # PyTorch's index has old versions of other packages: each comes from the index that has its version.
-    more = ["--index", torch_index, "--index-strategy", "unsafe-best-match"] if torch_index else []
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "-c", "requirements.lock"),
-            *("--python-version", PYTHON_VERSIONS[0], "--python-platform", "x86_64-manylinux_2_28"),
-            *("--only-binary", ":all:", "--generate-hashes", "--no-header", "--no-annotate"),
-            *("--no-emit-index-url", "--system-certs", "--quiet", *more, "--output-file", str(lock)),
-        ],
-        cwd=ROOT,
-        check=True,
-    )
+    constraints, overrides = (ROOT / "requirements.lock").read_text(), ""
+    if variant.torch:
+        # What torch alone needs has the versions that this torch asks for.
+        constraints = re.sub(r"(?m)^(torch|triton|setuptools|sympy)==.*$", "", constraints)
+        overrides = f"torch=={variant.torch}\n"
+    with TemporaryDirectory() as folder:
+        constraint, override = Path(folder) / "constraints.txt", Path(folder) / "overrides.txt"
+        constraint.write_text(constraints)
+        override.write_text(overrides)
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml"),
+                *("--constraints", str(constraint), "--overrides", str(override)),
+                *("--python-version", PYTHON_VERSIONS[0], "--python-platform", "x86_64-manylinux_2_28"),
+                *("--only-binary", ":all:", "--generate-hashes", "--no-header", "--no-annotate"),
+                *("--no-emit-index-url", "--system-certs", "--quiet", "--output-file", str(variant.lock)),
+            ],
+            cwd=ROOT,
+            check=True,
+        )
 
 
 def without_cuda(lock: str) -> str:

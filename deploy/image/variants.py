@@ -26,12 +26,14 @@ class Variant:
     Attributes:
         name: PyTorch's name of the build: cpu, cu130.
         cuda: the CUDA version of its PyTorch; None: CPU.
+        torch: the version of its PyTorch, where it is not that of pyproject.toml.
         torch_index: the index of its torch wheel; None: that of the other packages, usually PyPI.
     """
 
     name: str
     cuda: str | None
-    torch_index: str | None
+    torch: str | None = None
+    torch_index: str | None = None
 
     @property
     def lock(self) -> Path:
@@ -48,9 +50,10 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         # PyPI's torch 2.13.0 is built for CUDA 13.0, which needs driver 580 or newer.
-        Variant("cu130", "13.0", None),
-        # For hosts with an older driver: any CUDA 12 runs on driver 525 and newer.
-        Variant("cu129", "12.9", "https://download.pytorch.org/whl/cu129"),
-        Variant("cpu", None, "https://download.pytorch.org/whl/cpu"),
+        Variant("cu130", "13.0"),
+        # For hosts with an older driver: any CUDA 12 runs on driver 525 and newer. torch 2.10.0 is the last
+        # version whose build on PyPI is for CUDA 12.
+        Variant("cu128", "12.8", torch="2.10.0"),
+        Variant("cpu", None, torch_index="https://download.pytorch.org/whl/cpu"),
     )
 }
