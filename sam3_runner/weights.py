@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import Sam3Config, Sam3Model
 from transformers.initialization import no_init_weights
-
-# By their modules: the package's front door asks for torchvision, which text prompts never use.
-from transformers.models.sam3.configuration_sam3 import Sam3Config
-from transformers.models.sam3.modeling_sam3 import Sam3Model
 
 from sam3_runner.errors import WeightsError
 from sam3_runner.layouts import Layout, detector_state

@@ -121,8 +121,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """An untrained `Sam3Model` of 4 million weights for 112 px images, written as a checkpoint in fp16."""
     from safetensors.torch import save_file  # noqa: PLC0415 - slow; few tests need it
-    from transformers.models.sam3.configuration_sam3 import Sam3Config  # noqa: PLC0415
-    from transformers.models.sam3.modeling_sam3 import Sam3Model  # noqa: PLC0415
+    from transformers import Sam3Config, Sam3Model  # noqa: PLC0415
 
     narrow = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     config = Sam3Config(

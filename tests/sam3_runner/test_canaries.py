@@ -364,19 +364,24 @@ def test_geometry_token(model: Any, pixels: torch.Tensor) -> None:
 
 
 def test_no_init_weights(tiny_checkpoint: Checkpoint) -> None:
-    """The construction of a model draws random weights, and none inside `no_init_weights`."""
+    """Inside `no_init_weights` only the position embeddings, which are no layer, are drawn at random."""
     config = transformers.Sam3Config.from_dict(tiny_checkpoint.config)
 
-    def draws_random_numbers() -> bool:
-        before = torch.get_rng_state()
-        transformers.Sam3Model(config)
-        return not torch.equal(before, torch.get_rng_state())
+    def random_state_after(construct: Callable[[], object]) -> list[int]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            construct()
+            state: list[int] = torch.get_rng_state().tolist()
+        return state
 
-    assert draws_random_numbers(), (
-        "Sam3Model does not initialise weights any more: no_init_weights is needless"
+    embeddings_only = random_state_after(lambda: torch.randn(1, 8 * 8, 96))
+    assert random_state_after(lambda: transformers.Sam3Model(config)) != embeddings_only, (
+        "Sam3Model does not initialise its layers any more: weights.py does not need no_init_weights"
     )
     with initialization.no_init_weights():
-        assert not draws_random_numbers(), "no_init_weights has no effect any more: weights.py relies on it"
+        assert random_state_after(lambda: transformers.Sam3Model(config)) == embeddings_only, (
+            "no_init_weights does not prevent the initialisation any more: weights.py relies on it"
+        )
 
 
 def test_rotary_embedding(model: Any) -> None:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers.models.sam3.configuration_sam3 import Sam3Config
-from transformers.models.sam3.modeling_sam3 import Sam3Model
+from transformers import Sam3Config, Sam3Model
 
 from commands.local_server import ROOT
 from sam3_runner import DeviceUnavailable, SAM3Predictor, WeightsError
