@@ -30,13 +30,10 @@ from observability.log_lines import log_ids
 from observability.metrics import TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import ModelNotLoaded, RunnerStopped
-from sam3_runner.cpu_share import cpu_share
-from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import union_mask
 from sam3_runner.metrics import stage
-from sam3_runner.prompts import PromptTokenizer
 from storage import StorageUnavailable, mask_key
 
 if TYPE_CHECKING:
@@ -45,10 +42,10 @@ if TYPE_CHECKING:
     from contract import BatchRequest, PredictRequest
     from results import Attempt, Outbox, StoredResult
     from sam3_runner import PredictResult
-    from sam3_runner.checkpoint import Checkpoint
-    from sam3_runner.client import RunnerClient
+    from sam3_runner.base import Decoders, Runner
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.square import SquareImage
+    from sam3_runner.prompts import PromptTokenizer
     from settings import Settings
     from storage import ObjectStore
 
@@ -59,9 +56,6 @@ DRAIN_S = 8.0
 
 IMAGE_SLOTS = 8
 """Files of images that a worker holds at once, `MAX_IMAGE_BYTES` each."""
-
-DECODERS = max(2, min(4, cpu_share().threads))
-"""Decoder processes of a worker: one may be busy with a heavy image for seconds."""
 
 LARGE_MASK_PX = 2**24
 """Larger masks are encoded one at a time in a worker: each needs two bytes a pixel."""
@@ -86,29 +80,31 @@ class Pipeline:
 
     Args:
         settings: limits and times.
-        checkpoint: has the model's input size and tokenizer.
+        tokenizer: the model's, to count the tokens of prompts.
         objects: images in, masks out.
         outbox: the tasks' rows, behind the file of attempts.
         runner: the model.
+        decoders: decode the images; the pipeline starts and closes them.
         model_version: written to the row.
     """
 
     def __init__(
         self,
         settings: Settings,
-        checkpoint: Checkpoint,
         *,
+        tokenizer: PromptTokenizer,
         objects: ObjectStore,
         outbox: Outbox,
-        runner: RunnerClient,
+        runner: Runner,
+        decoders: Decoders,
         model_version: str,
     ) -> None:
         self._settings = settings
-        self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
-        self._decoders = ImageDecoders(side_px=checkpoint.input_side_px, count=DECODERS)
+        self._tokenizer = tokenizer
         self._objects = objects
         self._outbox = outbox
         self._runner = runner
+        self._decoders = decoders
         self._model_version = model_version
         self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
         self._heavy_turn = asyncio.Lock()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pipeline import Pipeline
     from results import Attempt, Outbox
-    from sam3_runner.client import RunnerClient
+    from sam3_runner.base import Runner
     from storage import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ class Recovery:
         pipeline: runs the tasks.
     """
 
-    def __init__(
-        self, outbox: Outbox, objects: ObjectStore, runner: RunnerClient, pipeline: Pipeline
-    ) -> None:
+    def __init__(self, outbox: Outbox, objects: ObjectStore, runner: Runner, pipeline: Pipeline) -> None:
         self._outbox = outbox
         self._objects = objects
         self._runner = runner

@@ -48,8 +48,10 @@ from sam3_runner import ModelNotLoaded
 from sam3_runner.client import RunnerClient
 from sam3_runner.cpu_share import cpu_share
 from sam3_runner.engine import EngineConfig
+from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.instances import SCORE_THRESHOLD
 from sam3_runner.liveness import RunnerLiveness, write_identity
+from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.runner import runner_service
 from startup import begin_process, expected_checkpoint, hub_source, prepare_deployment, settings_or_defaults
 from stores import open_results, open_storage, open_tasks
@@ -157,12 +159,14 @@ class SegmentationService:
         )
         objects = open_storage(settings)
         self._outbox = outbox = open_tasks(settings, open_results(settings))
+        checkpoint = expected_checkpoint(settings)
         self._pipeline = Pipeline(
             settings,
-            expected_checkpoint(settings),
+            tokenizer=PromptTokenizer(checkpoint.tokenizer_file),
             objects=objects,
             outbox=outbox,
             runner=self._runner,
+            decoders=ImageDecoders(side_px=checkpoint.input_side_px),
             model_version=VERSION,
         )
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3_runner.cpu_share import cpu_share
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
 from sam3_runner.images.image_file import LENGTH
 from sam3_runner.images.square import SquareImage
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
+DECODERS = max(2, min(4, cpu_share().threads))
+"""Decoder processes of a worker: one may be busy with a heavy image for seconds."""
 STREAM_LIMIT_BYTES = 2**22
 """More than a square of SAM 3, so that a decoder never has to wait for its reader."""
 
@@ -55,7 +58,7 @@ class ImageDecoders:
         count: most processes.
     """
 
-    def __init__(self, *, side_px: int, count: int) -> None:
+    def __init__(self, *, side_px: int, count: int = DECODERS) -> None:
         self._side_px = side_px
         self._slots = asyncio.Semaphore(count)
         self._idle: list[Process] = []
