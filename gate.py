@@ -57,6 +57,7 @@ class Gate:
         access: who may read all but `/api/` and the probes: everyone, callers with a key, or also callers on
             this machine.
         max_body_bytes: longer bodies are refused before they are read whole.
+        body_timeout_s: so are bodies that take longer.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Gate:
         api_keys: tuple[str, ...],
         access: Literal["open", "key", "loopback"],
         max_body_bytes: int,
+        body_timeout_s: float = BODY_TIMEOUT_S,
     ) -> None:
         self._app = app
         self._access = access
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other scopes pass."""
@@ -132,10 +135,10 @@ class Gate:
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(self._body_timeout_s):
                 body = await self._collect(receive)
         except TimeoutError as error:
-            late = f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+            late = f"the body did not arrive within {self._body_timeout_s:g} s"
             raise Failure("INVALID_REQUEST", late) from error
         whole = iter([{"type": "http.request", "body": body, "more_body": False}])
 
