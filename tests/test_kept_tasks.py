@@ -131,9 +131,14 @@ def test_only_the_task_that_kills_the_runner_is_given_up(edge: Edge) -> None:
     """A task that kills the runner ends as error after it killed it three times alone; others are done."""
     drawn = scene(601)
     key = edge.upload(png_bytes(drawn.image))
-    poison, *others = [edge.body(key, drawn.names[0]) for _ in range(5)]
-    with Killer(edge.server, poison["task_id"]) as killer, ThreadPoolExecutor(5) as callers:
-        list(callers.map(lambda body: send_and_disconnect(edge, body), [poison, *others]))
+    bodies = poison, *others = [edge.body(key, drawn.names[0]) for _ in range(5)]
+    runner = runner_of(edge.server)
+    runner.suspend()  # so that all tasks are in progress before it dies
+    with ThreadPoolExecutor(len(bodies)) as callers:
+        list(callers.map(lambda body: send_and_disconnect(edge, body), bodies))
+    wait_for(lambda: [is_in_progress(edge.server, body["task_id"]) for body in bodies], all)
+    with Killer(edge.server, poison["task_id"]) as killer:
+        runner.resume()
         row = edge.settled_row(poison["task_id"], RESTARTS_TIMEOUT_S)
         assert row.status == "error"
         assert "stopped 3 times while it worked on this task alone" in str(row.metadata["error_message"])

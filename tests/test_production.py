@@ -116,7 +116,7 @@ def test_log_is_json(tmp_path: Path) -> None:
         kill(runner)
         logged = wait_for(
             lambda: events(server),
-            lambda found: any("another is started" in each["message"] for each in found),
+            lambda found: any("it is restarted" in each["message"] for each in found),
         )
     for event in logged:
         assert {"time", "level", "logger", "pid", "message"} <= event.keys()
