@@ -20,7 +20,7 @@ import tokenizers
 import torch
 import tqdm
 import transformers
-from huggingface_hub import constants, errors, file_download, utils
+from huggingface_hub import constants, errors, file_download
 from transformers import initialization, modeling_outputs
 
 from sam3_runner import gpu, layouts
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from sam3_runner.checkpoint import Checkpoint
     from tests.services.hub import Hub
+
+utils: Any = import_module("huggingface_hub.utils")
 
 CONTENT = bytes(range(256)) * 4096
 """1 MiB: enough for a connection to break in the middle."""

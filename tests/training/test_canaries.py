@@ -14,10 +14,15 @@ from training.architecture import SIDE_PX, demo_config
 from training.learner import cache_position_grids
 
 
+def new_model() -> Any:
+    config: Any = demo_config()
+    model: Any = Sam3Model(config)
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
-    config: Any = demo_config()
-    return Sam3Model(config).eval()
+    return new_model()
 
 
 def test_get_coords(model: Any) -> None:
@@ -60,8 +65,7 @@ def recording(function: Any, calls: list[tuple[Any, ...]]) -> Any:
 
 def test_cached_grids_are_used_and_equal() -> None:
     """The model calls the replaced grids, and the vision encoder's have the values of transformers."""
-    config: Any = demo_config()
-    model: Any = Sam3Model(config).eval()
+    model = new_model()
     pixels = torch.zeros(1, 3, SIDE_PX, SIDE_PX)
     with torch.inference_mode():
         expected = model.vision_encoder(pixels).fpn_position_encoding
