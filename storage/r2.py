@@ -157,6 +157,8 @@ class R2Bucket:
             )
         except R2Error as error:
             logger.log(error.log_level, "r2 %s failed: %s tries=%d", operation, error, error.tries)
+            # Their frames hold the response: its socket would stay open until the next garbage collection.
+            error.__traceback__ = error.__context__ = None
             raise error.to_storage_error() from None
 
     async def _in_thread(self, work: Callable[[Deadline], _T]) -> _T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
+import psutil
 import pytest
 from botocore.awsrequest import AWSResponse
 from urllib3 import HTTPHeaderDict, HTTPResponse
@@ -418,6 +420,19 @@ async def test_incomplete_image_is_refused(answer: bytes, seaweedfs: S3Service) 
     async with raw_server(answer) as url:
         with pytest.raises(StorageUnavailable):
             await get_from(seaweedfs, url)
+
+
+async def test_malformed_answer_leaves_no_open_socket(seaweedfs: S3Service) -> None:
+    """The socket of a malformed answer is closed by the end of the call, without a garbage collection."""
+    async with raw_server(INCOMPLETE["length that is no number"]) as url:
+        gc.disable()
+        try:
+            with pytest.raises(StorageUnavailable):
+                await get_from(seaweedfs, url)
+            sockets = psutil.Process().net_connections("tcp")
+        finally:
+            gc.enable()
+    assert not [each for each in sockets if each.raddr and each.raddr.port == int(url.rpartition(":")[2])]
 
 
 async def test_large_image_is_refused_by_its_length(seaweedfs: S3Service) -> None:
