@@ -277,10 +277,16 @@ async def test_body_of_the_limit(application: Application) -> None:
 
 
 async def test_body_over_the_limit(application: Application) -> None:
-    """A body with one more byte gives 413 with the limit."""
+    """A body with one more byte gives 413 with the limit, with a Content-Length or without."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield bytes(MAX_BODY_BYTES)
+        yield b"x"
+
     async with caller(application) as edge:
-        response = await edge.post(PREDICT, content=bytes(MAX_BODY_BYTES + 1))
-    assert error_of(response) == (413, "FILE_TOO_LARGE", "the body has more than 1024 bytes")
+        for content in (bytes(MAX_BODY_BYTES + 1), chunks()):
+            response = await edge.post(PREDICT, content=content)
+            assert error_of(response) == (413, "FILE_TOO_LARGE", "the body has more than 1024 bytes")
     assert application.scopes == []
 
 

@@ -26,7 +26,7 @@ from sam3_runner import (
 from sam3_runner.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
 from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from sam3_runner.images.square import SquareImage
-from tests.in_process.bench import Clock, wait_until
+from tests.in_process.bench import Clock, in_time, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -217,7 +217,7 @@ async def test_refused_connection_is_retried(
     for attempt in range(1, refusals + 1):
         await proxy.entry("segment", attempt)
         await clock.advance(1)
-    assert await call == 5.0
+    assert await in_time(call) == 5.0
     assert len(proxy.calls) == refusals + 1
 
 
@@ -285,7 +285,7 @@ async def test_dead_during_the_call(
     assert not any(call.done() for call in waiting)
     liveness.identity = successor
     await clock.advance(POLL_S)
-    ended = await asyncio.gather(*waiting, return_exceptions=True)
+    ended = await in_time(asyncio.gather(*waiting, return_exceptions=True))
     assert {type(each) for each in ended} == {RunnerStopped}
     assert len(proxy.calls) == proxy.cancelled == 20
 
@@ -361,7 +361,7 @@ async def test_shared_status_call_survives_its_first_caller(proxy: Proxy, runner
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     go_on.set()
-    assert await second == OK
+    assert await in_time(second) == OK
     assert proxy.calls == ["status"]
 
 
@@ -409,7 +409,7 @@ async def late_state(proxy: Proxy, runner: RunnerClient, clock: Clock) -> str:
     asking = asyncio.create_task(runner.status())
     await proxy.entry("status", calls + 1)
     await clock.advance(STATUS_TIMEOUT_S)
-    return (await asking).state
+    return (await in_time(asking)).state
 
 
 @pytest.mark.parametrize("error", [refused_connection(), BentoMLException("private")])
