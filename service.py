@@ -1,8 +1,6 @@
 """The Bento: the four routes, and how the parts of the server are connected.
 
-A request travels: key checked (gate.py) -> body validated (contract.py) -> pipeline.py: row claimed
-(results), image fetched (storage), decoded, segmented (sam3_runner, in its own process), masks stored,
-row settled -> answer. Errors climb untouched and become answers by one table (contract.py).
+The path of a request through them: docs/architecture.md.
 """
 
 from __future__ import annotations
