@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -239,7 +238,7 @@ async def test_loopback_needs_a_key_behind_a_proxy(application: Application, nam
 # Request ids.
 
 
-@pytest.mark.parametrize("given", ["a", "A.z_0:9-", str(uuid4()), "x" * 128])
+@pytest.mark.parametrize("given", ["a", "A.z_0:9-", "4dfdf367-bc5d-4da0-876b-2fb85ae067b2", "x" * 128])
 async def test_request_id_of_the_caller_is_used(application: Application, given: str) -> None:
     """A valid request id is used for the application, the answer and error bodies."""
     async with caller(application) as edge:
