@@ -88,7 +88,7 @@ def cleaned(name: str, raw: str, *, secret: bool) -> str:
     if len(value) > 1 and value[0] in _QUOTES and value[-1] == value[0]:
         raise TextRefused(f"{name} has quotes round its value, which count as a part of it: take them off")
     if any(unicodedata.category(each) == "Cc" for each in value):
-        raise TextRefused(f"{name} holds a line break or another control character: set it anew")
+        raise TextRefused(f"{name} holds a line break or another control character: set it again")
     if secret:
         for item in split_list(value):
             _check_secret(name, item)

@@ -86,7 +86,7 @@ class RunnerClient:
         return outcome.results, outcome.inference_ms
 
     async def status(self) -> EngineStatus:
-        """The runner's state, at most a second old; `loading` while its process is started anew.
+        """The runner's state, at most a second old; `loading` while its process restarts.
 
         `error` when it lives but does not answer.
         """

@@ -211,7 +211,7 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("R2_PUBLIC_BASE_URL", "https://", NO_URL),
         ("R2_PUBLIC_BASE_URL", "https://[::1", NO_URL),
         ("R2_PUBLIC_BASE_URL", "https://pub.example.com:https", NO_URL),
-        ("R2_BUCKET", "s3-\nimages", "holds a line break or another control character: set it anew"),
+        ("R2_BUCKET", "s3-\nimages", "holds a line break or another control character: set it again"),
     ],
 )
 def test_wrong_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str) -> None:
