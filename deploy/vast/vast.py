@@ -118,6 +118,8 @@ def read_variables(path: Path) -> dict[str, str]:
             continue
         if not equals or not value or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
             sys.exit(f"line {number} of {path} is not NAME=value")
+        if re.search(r"(^|\s)#", value) or value[0] in "'\"":
+            sys.exit(f"line {number} of {path} has a comment or quotes, which would be sent too: remove them")
         values[name] = value
     return values
 

@@ -203,6 +203,8 @@ def test_variables_are_created_or_updated(vast: Vast, tmp_path: Path) -> None:
         ("HF_TOKEN=hf_secret", 0o644, "can be read by others"),
         ("HF_TOKEN=hf_secret\nhf_secret", 0o600, "line 2 of"),
         ("HF_TOKEN=", 0o600, "line 1 of"),
+        ("HF_TOKEN=hf_secret  # of an account", 0o600, "has a comment or quotes"),
+        ('HF_TOKEN="hf_secret"', 0o600, "has a comment or quotes"),
     ],
 )
 def test_unsafe_variables_file_is_refused(tmp_path: Path, text: str, mode: int, sentence: str) -> None:
