@@ -224,7 +224,7 @@ class Pipeline:
         except Exception as error:  # those without a code end the attempt
             if Failure.of(error).code != "INTERNAL_ERROR":
                 raise
-            # A bug: the state of the row is unknown, and the task must not be begun again for ever.
+            # A bug: the state of the row is unknown, and the task must not be retried for ever.
             raise await self._end_without_result(attempt, error, begun) from error
 
     async def _settle(

@@ -64,7 +64,7 @@ class Recovery:
             self._outbox.requeue_abandoned,
             self._outbox.deliver_due,
             self._renew_leases,
-            self._begin_again,
+            self._retry_waiting,
             self._end_stale,
             self._delete_unneeded_masks,
         )
@@ -79,7 +79,7 @@ class Recovery:
     async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
             pause_s = POLL_S if await self._try(step) else POLL_AFTER_ERROR_S
-            if step == self._begin_again:
+            if step == self._retry_waiting:
                 # A waiting task can begin when one has ended.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._task_ended.wait(), pause_s)
@@ -103,7 +103,7 @@ class Recovery:
         status = await self._runner.status()
         await self._outbox.renew_leases(model_is_ready=status.state == "ok")
 
-    async def _begin_again(self) -> None:
+    async def _retry_waiting(self) -> None:
         if (await self._runner.status()).state != "ok":
             return
         while len(self._at_work) < TASKS_AT_ONCE:
@@ -118,13 +118,13 @@ class Recovery:
         task_id, request_id = attempt.task.task_id, attempt.request_id
         with (
             log_ids(request_id=request_id, task_id=task_id),
-            root_span("begin again", {}, **{"sam3.request_id": request_id}),
+            root_span("retry", {}, **{"sam3.request_id": request_id}),
         ):
-            logger.info("task %s is begun again (request %s)", task_id, request_id)
+            logger.info("task %s is retried (request %s)", task_id, request_id)
             try:
                 await self._pipeline.run_again(attempt)
             except Failure as failure:
-                logger.warning("task %s, begun again, met %s (request %s)", task_id, failure.code, request_id)
+                logger.warning("the retry of task %s met %s (request %s)", task_id, failure.code, request_id)
         self._task_ended.set()
 
     async def _end_stale(self) -> None:

@@ -53,7 +53,7 @@ def open_results(settings: Settings) -> ResultStore:
     """The rows that the settings name. Raises `SettingsError`, `ResultsError`."""
     if settings.supabase_url is None:
         return SqliteResults(settings.data_dir / "results.sqlite", lease_s=settings.lease_s)
-    from results.supabase import SupabaseResults  # noqa: PLC0415 - 43 MB a process, only where it is used
+    from results.supabase import SupabaseResults  # noqa: PLC0415 - 20 MB a process, only where it is used
 
     assert settings.supabase_service_key is not None
     publishable_key = settings.supabase_publishable_key

@@ -12,13 +12,9 @@ from bentoml._internal.server.http import instruments
 from starlette.routing import Mount, Route
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+    from collections.abc import Callable, Iterable
 
-    Scope = MutableMapping[str, Any]
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    App = Callable[[Scope, Receive, Send], Awaitable[None]]
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 OTHER = "other"
 """The label of every path that is no route."""
@@ -37,7 +33,7 @@ def patch(paths: Callable[[], Iterable[str]]) -> None:
     class RouteMetrics(instruments.RunnerTrafficMetricsMiddleware):
         """BentoML's middleware, which gets the route in place of the path."""
 
-        def __init__(self, app: App, **options: Any) -> None:
+        def __init__(self, app: ASGIApp, **options: Any) -> None:
             super().__init__(_with_original_scope(app), **options)
             self._route_of: Callable[[str], str] | None = None
 
@@ -54,7 +50,7 @@ def patch(paths: Callable[[], Iterable[str]]) -> None:
     instruments.RunnerTrafficMetricsMiddleware = RouteMetrics  # type: ignore[misc, assignment]
 
 
-def _with_original_scope(app: App) -> App:
+def _with_original_scope(app: ASGIApp) -> ASGIApp:
     async def call(counted: Scope, receive: Receive, send: Send) -> None:
         await app(counted[_ORIGINAL], receive, send)
 

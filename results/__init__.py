@@ -1,6 +1,6 @@
 """The task rows: the interface of their stores, the embedded store, the outbox and the errors.
 
-Only users of Supabase import results.supabase: supabase-py takes 0.4 s and 43 MB per process.
+Only users of Supabase import results.supabase: it takes 0.25 s and 20 MB per process.
 """
 
 from results.attempts import Attempt

@@ -57,7 +57,7 @@ VENDORS = {
     "botocore": {"storage"},
     "sqlite3": {"results"},
     "fastapi": {"service", "bentoml_patches"},
-    "starlette": {"service", "bentoml_patches"},
+    "starlette": {"service", "gate", "bentoml_patches"},
     "uvicorn": {"connections", "bentoml_patches"},
     "bentoml": {"service", "bentoml_patches", "sam3_runner"},
     "_bentoml_impl": set(),

@@ -17,7 +17,7 @@ from tests.in_process.bench import PROMPT, REQUEST_ID, failure_of, in_time, open
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from contract import PredictRequest
+    from contract import BatchResponse, PredictRequest
     from sam3_runner.prompts import PromptTokenizer
     from tests.in_process.bench import Bench
 
@@ -244,8 +244,10 @@ async def test_given_up_task_is_done_after_a_change(bench: Bench, change: str) -
     assert (await bench.row()).status == "done"
 
 
-async def test_suspect_runs_alone(bench: Bench) -> None:
-    """A task during whose work a process died runs alone."""
+async def suspect_beside_a_neighbour(
+    bench: Bench,
+) -> tuple[asyncio.Task[BatchResponse], asyncio.Task[BatchResponse], PredictRequest]:
+    """The call of a task that decodes, that of a suspect, which waits for it, and the suspect."""
     bench.stages.fail("segment", STOPPED)
     suspect = bench.request()
     await bench.failure(suspect)
@@ -254,6 +256,12 @@ async def test_suspect_runs_alone(bench: Bench) -> None:
     neighbour = bench.call()
     await bench.stages.entry_of("decode", calls=2)
     again = bench.call(suspect)
+    return neighbour, again, suspect
+
+
+async def test_suspect_runs_alone(bench: Bench) -> None:
+    """A task during whose work a process died runs alone."""
+    neighbour, again, _ = await suspect_beside_a_neighbour(bench)
     assert await bench.stages.stays_at("decode", 2)
     late = bench.call()
     assert await bench.stages.stays_at("decode", 2)
@@ -265,14 +273,7 @@ async def test_suspect_runs_alone(bench: Bench) -> None:
 
 async def test_suspect_that_waits_until_the_deadline_is_kept(bench: Bench) -> None:
     """A task that waits to run alone until its deadline is kept, and done later."""
-    bench.stages.fail("segment", STOPPED)
-    suspect = bench.request()
-    await bench.failure(suspect)
-    bench.stages.mend("segment")
-    bench.stages.hold("decode")
-    neighbour = bench.call()
-    await bench.stages.entry_of("decode", calls=2)
-    again = bench.call(suspect)
+    neighbour, again, suspect = await suspect_beside_a_neighbour(bench)
     await wait_until(lambda: bench.count(where="begun = 2") == 1)
     await bench.clock.advance(bench.settings.request_timeout_s + 1)
     failure = await failure_of(again)
