@@ -43,14 +43,14 @@ from processes import identity
 from processes.lifecycle import end_server, on_stop_signal, outlive_siblings
 from recovery import Recovery
 from sam3_runner import ModelNotLoaded
-from sam3_runner.client import RunnerClient
-from sam3_runner.cpu_share import cpu_share
-from sam3_runner.engine import EngineConfig
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.instances import SCORE_THRESHOLD
-from sam3_runner.liveness import RunnerLiveness, write_identity
 from sam3_runner.prompts import PromptTokenizer
-from sam3_runner.runner import runner_service
+from sam3_runner.serving.client import RunnerClient
+from sam3_runner.serving.cpu_share import cpu_share
+from sam3_runner.serving.engine import EngineConfig
+from sam3_runner.serving.liveness import RunnerLiveness, write_identity
+from sam3_runner.serving.runner import runner_service
 from startup import begin_process, expected_checkpoint, hub_source, prepare_deployment, settings_or_defaults
 from stores import open_results, open_storage, open_tasks
 from version import VERSION

@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, HubSource
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
+from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, HubSource
 from setting_text import TextRefused, checked_url, cleaned, hint, read_env_file, rule, shown, split_list
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from processes.lifecycle import end_server, end_with_supervisor
 from processes.volumes import check_writable
 from results import ResultsError, salvage_attempts
 from sam3_runner import WeightsError
-from sam3_runner.checkpoint import Checkpoint, HubSource, find_checkpoint, is_missing
-from sam3_runner.cpu_share import cpu_share
 from sam3_runner.errors import DeviceUnavailable
-from sam3_runner.gpu import check_gpu
 from sam3_runner.prompts import PromptTokenizer
-from sam3_runner.weights_header import check_header
+from sam3_runner.serving.cpu_share import cpu_share
+from sam3_runner.serving.gpu import check_gpu
+from sam3_runner.weights.checkpoint import Checkpoint, HubSource, find_checkpoint, is_missing
+from sam3_runner.weights.header import check_header
 from settings import (
     Settings,
     SettingsError,

@@ -31,8 +31,8 @@ import psutil
 
 from benchmarks.table import machine_name, record
 from sam3_runner import SAM3Error
-from sam3_runner.checkpoint import find_checkpoint
-from sam3_runner.engine import Engine, EngineConfig
+from sam3_runner.serving.engine import Engine, EngineConfig
+from sam3_runner.weights.checkpoint import find_checkpoint
 
 RESULTS = Path(__file__).parent / "load.csv"
 POLL_S = 0.01

@@ -37,8 +37,8 @@ from benchmarks.pictures import EVERY_PROMPT, FIRST_SEED, Scene
 from benchmarks.references import Official, Ours, Transformers, exact_float32
 from benchmarks.table import processor, record
 from sam3_runner import SAM3Error, WeightsError
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE, find_checkpoint
 from sam3_runner.instances import SCORE_THRESHOLD
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE, find_checkpoint
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -21,9 +21,9 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's usual name
 from PIL import Image
 
 from sam3_runner import SAM3Predictor
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.images.square import to_square
 from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -6,7 +6,7 @@ import csv
 import platform
 from pathlib import Path
 
-from sam3_runner.cpu_share import cpu_share
+from sam3_runner.serving.cpu_share import cpu_share
 
 
 def processor() -> str:

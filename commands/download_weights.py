@@ -6,9 +6,9 @@ import logging
 import sys
 from pathlib import Path
 
-from sam3_runner.checkpoint import DEMO
-from sam3_runner.download import download
 from sam3_runner.errors import WeightsError
+from sam3_runner.weights.checkpoint import DEMO
+from sam3_runner.weights.download import download
 from settings import SettingsError, load_weights_settings
 
 

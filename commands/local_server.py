@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from sam3_runner.checkpoint import DEMO
+from sam3_runner.weights.checkpoint import DEMO
 from settings import OWN_PREFIXES, Settings
 
 if TYPE_CHECKING:

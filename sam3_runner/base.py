@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from sam3_runner.engine import EngineStatus
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.square import SquareImage
     from sam3_runner.instances import PredictResult
+    from sam3_runner.serving.engine import EngineStatus
 
 
 class Runner(Protocol):

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sam3_runner.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
 from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
 from sam3_runner.images.decode import decode_square
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from sam3_runner.images.read import read_image_file
 from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.inference.masks import to_instances
+from sam3_runner.inference.memory import out_of_memory_as
+from sam3_runner.inference.pass_clock import PassClock
 from sam3_runner.instances import SCORE_THRESHOLD, Instance, PredictResult
-from sam3_runner.masks import to_instances
-from sam3_runner.memory import out_of_memory_as
 from sam3_runner.metrics import TEXTS
 from sam3_runner.model import (
     Detections,
@@ -32,16 +32,16 @@ from sam3_runner.model import (
     predict_masks,
 )
 from sam3_runner.optimize import optimize
-from sam3_runner.pass_clock import PassClock
 from sam3_runner.prompts import PromptTokenizer
-from sam3_runner.weights import load_model
+from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
+from sam3_runner.weights.load import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from sam3_runner.layouts import Layout
+    from sam3_runner.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
 

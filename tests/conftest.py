@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from commands.local_server import LocalServer, local_server
-from sam3_runner.checkpoint import DEMO_FOLDER, find_checkpoint
+from sam3_runner.weights.checkpoint import DEMO_FOLDER, find_checkpoint
 from settings import OWN_PREFIXES, Settings
 from tests.edge import SERVER_TIMEOUT_S, Edge
 from tests.scheduling import FileScheduling, machine_lock, ordered
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from xdist.remote import Producer
 
-    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.weights.checkpoint import Checkpoint
     from tests.services.database import Database
     from tests.services.objects import S3Service
 

@@ -12,8 +12,8 @@ import schemathesis
 from pydantic import TypeAdapter, ValidationError
 
 from contract import Prompt
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 
 IMAGE_KEY = os.environ["TEST_IMAGE_KEY"]
 """The key of an image in the server's store."""

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
-from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.server_processes import (

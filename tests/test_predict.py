@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.drawn import iou, scene
 from tests.edge import BATCH, PREDICT, SERVER_TIMEOUT_S, USER, Edge, error_of, image_bytes, png_bytes
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands.local_server import local_server
-from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 from tests.edge import Edge, error_of, wait_for
 from tests.sam3_runner.official import as_official

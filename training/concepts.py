@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 from training.scenes import COLOURS, MAX_OBJECTS, SHAPES
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from sam3_runner.checkpoint import DEMO, DEMO_FOLDER
 from sam3_runner.predictor import SAM3Predictor
+from sam3_runner.weights.checkpoint import DEMO, DEMO_FOLDER
 from training.concepts import PROMPT_SEEDS, PROMPT_UNIFORMS, kind_of, name_of, sample_prompts
 from training.scenes import MAX_OBJECTS, draw_scenes
 from training.score import HIT_IOU, Overlaps, Tally

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sam3_runner.cpu_share import cpu_share
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
 from sam3_runner.images.image_file import LENGTH
 from sam3_runner.images.square import SquareImage
 from sam3_runner.metrics import DECODER_KILLS
+from sam3_runner.serving.cpu_share import cpu_share
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.parity import Parity, Question, compare, widest_gap
 from benchmarks.references import Kept, Ours, Transformers
 from commands.local_server import ROOT
-from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.drawn import scene
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from pipeline import Pipeline
 from recovery import Recovery
 from results import Claim, Outbox, SqliteResults, StoredResult, Task, open_outbox
 from sam3_runner import Instance, MaskCrop, PredictResult
-from sam3_runner.engine import EngineStatus
 from sam3_runner.images.square import SquareImage
+from sam3_runner.serving.engine import EngineStatus
 from settings import Settings
 from storage import LocalFolder
 from tests.edge import png_bytes

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 from tests.in_process.bench import opened_bench
 
 if TYPE_CHECKING:

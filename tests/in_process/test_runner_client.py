@@ -21,11 +21,11 @@ from sam3_runner import (
     PromptTooLong,
     RunnerStopped,
     SAM3Error,
-    client,
 )
-from sam3_runner.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
-from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from sam3_runner.images.square import SquareImage
+from sam3_runner.serving import client
+from sam3_runner.serving.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
+from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from tests.in_process.bench import Clock, in_time, wait_until
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 
 import startup
 from processes import data_lock
-from sam3_runner.checkpoint import DEMO_FOLDER
+from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from settings import load_settings
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Writes the weights of a `Sam3Model` under the official names, as input for the loader.
 
-The inverse of sam3_runner/layouts.py, written independently of it from the key list of Meta's model; a test
-compares the names with that list by a digest.
+The inverse of sam3_runner/weights/layouts.py, written independently of it from the key list of Meta's model;
+a test compares the names with that list by a digest.
 """
 
 from __future__ import annotations

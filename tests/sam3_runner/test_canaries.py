@@ -23,17 +23,18 @@ import transformers
 from huggingface_hub import constants, errors, file_download
 from transformers import initialization, modeling_outputs
 
-from sam3_runner import gpu, layouts
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.model import decode_prompts, encode_image, encode_text
 from sam3_runner.optimize import optimize
+from sam3_runner.serving import gpu
+from sam3_runner.weights import layouts
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 from tests.services.hub import REPO, TOKEN, hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.weights.checkpoint import Checkpoint
     from tests.services.hub import Hub
 
 utils: Any = import_module("huggingface_hub.utils")
@@ -80,9 +81,9 @@ def error_of(function: Callable[[], object]) -> Exception | None:
         ("huggingface_hub.utils", "build_hf_headers", "download.py", ({"token": 0},)),
         ("huggingface_hub.utils", "WeakFileLock", "download.py", (0, {})),
         ("huggingface_hub.utils.sha", "git_hash", "download.py", (0, {})),
-        ("transformers.initialization", "no_init_weights", "weights.py", ({},)),
-        ("transformers", "Sam3Config.from_dict", "weights.py", (0, {})),
-        ("transformers", "Sam3Model", "weights.py", (0, {})),
+        ("transformers.initialization", "no_init_weights", "load.py", ({},)),
+        ("transformers", "Sam3Config.from_dict", "load.py", (0, {})),
+        ("transformers", "Sam3Model", "load.py", (0, {})),
         ("tokenizers", "Tokenizer.from_str", "prompts.py", None),
         ("tokenizers", "Tokenizer.encode_batch", "prompts.py", None),
     ],
@@ -229,12 +230,12 @@ def test_hf_hub_download_does_not_resume(served: Hub, tmp_path: Path) -> None:
     assert ranges == [False, False], "hf_hub_download resumes now: use it instead of download.py"
 
 
-# model.py, weights.py, optimize.py and layouts.py use transformers.
+# model.py, load.py, optimize.py and layouts.py use transformers.
 
 
 @pytest.fixture
 def model(tiny_checkpoint: Checkpoint) -> Any:
-    from sam3_runner.weights import load_model  # noqa: PLC0415 - fails where a name is gone
+    from sam3_runner.weights.load import load_model  # noqa: PLC0415 - fails where a name is gone
 
     return load_model(tiny_checkpoint, torch.device("cpu"))[0]
 
@@ -378,11 +379,11 @@ def test_no_init_weights(tiny_checkpoint: Checkpoint) -> None:
 
     embeddings_only = random_state_after(lambda: torch.randn(1, 8 * 8, 96))
     assert random_state_after(lambda: transformers.Sam3Model(config)) != embeddings_only, (
-        "Sam3Model does not initialise its layers any more: weights.py does not need no_init_weights"
+        "Sam3Model does not initialise its layers any more: load.py does not need no_init_weights"
     )
     with initialization.no_init_weights():
         assert random_state_after(lambda: transformers.Sam3Model(config)) == embeddings_only, (
-            "no_init_weights does not prevent the initialisation any more: weights.py relies on it"
+            "no_init_weights does not prevent the initialisation any more: load.py relies on it"
         )
 
 

@@ -9,13 +9,13 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sam3_runner.model import decode_prompts, encode_image, encode_text, pixel_features, predict_masks
-from sam3_runner.weights import load_model
+from sam3_runner.weights.load import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sam3_runner.checkpoint import Checkpoint
     from sam3_runner.model import Detections, ImageFeatures, TextFeatures
+    from sam3_runner.weights.checkpoint import Checkpoint
 
 IMAGE_INDEX, TEXT_INDEX = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
 ATOL = 2e-5

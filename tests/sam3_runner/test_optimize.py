@@ -9,10 +9,10 @@ import torch
 
 from sam3_runner.model import encode_image
 from sam3_runner.optimize import RotaryTable, optimize
-from sam3_runner.weights import load_model
+from sam3_runner.weights.load import load_model
 
 if TYPE_CHECKING:
-    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.weights.checkpoint import Checkpoint
 
 ATOL = 2e-5
 

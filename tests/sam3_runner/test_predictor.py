@@ -22,8 +22,8 @@ from sam3_runner.prompts import PromptTokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sam3_runner.checkpoint import Checkpoint
     from sam3_runner.instances import PredictResult
+    from sam3_runner.weights.checkpoint import Checkpoint
 
 KEPT_SCORE = 0.01
 """So low that the untrained model keeps many queries."""

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam3_runner import PromptTooLong, WeightsError
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer, clean_text
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path

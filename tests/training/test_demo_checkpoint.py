@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from sam3_runner.checkpoint import DEMO, DEMO_FOLDER
 from sam3_runner.predictor import SAM3Predictor
+from sam3_runner.weights.checkpoint import DEMO, DEMO_FOLDER
 from training.evaluate import UNKNOWN_PROMPTS, evaluate_size, make_sample
 
 

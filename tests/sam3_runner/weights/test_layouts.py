@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam3_runner import WeightsError
-from sam3_runner.layouts import detector_state
+from sam3_runner.weights.layouts import detector_state
 
 TRUNK, CONV = "backbone.vision_backbone.trunk", "backbone.vision_backbone.convs.1"
 PATCH_EMBEDDING = "vision_encoder.backbone.embeddings.patch_embeddings.projection.weight"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sam3_runner.cpu_share import CpuShare, cpu_share, quota_cores
+from sam3_runner.serving.cpu_share import CpuShare, cpu_share, quota_cores
 from tests.cgroups import cpu_quota
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups and affinity are Linux's")
 
 V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
@@ -123,7 +123,7 @@ def test_threads_of_a_share(cores: float, threads: int, text: str) -> None:
 def share_of_a_child(setup: str = "") -> list[float]:
     """Cores and threads of a process that runs `setup` first."""
     code = (
-        f"import os\n{setup}\nfrom sam3_runner.cpu_share import cpu_share\n"
+        f"import os\n{setup}\nfrom sam3_runner.serving.cpu_share import cpu_share\n"
         "share = cpu_share(); print(share.cores, share.threads)"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sam3_runner.checkpoint import find_checkpoint, is_missing
-from sam3_runner.cpu_share import cpu_share
 from sam3_runner.errors import (
     DeadlineExceeded,
     DeviceFull,
@@ -28,7 +26,7 @@ from sam3_runner.errors import (
     SAM3Error,
 )
 from sam3_runner.images.square import SquareImage
-from sam3_runner.memory import out_of_memory_as
+from sam3_runner.inference.memory import out_of_memory_as
 from sam3_runner.metrics import (
     BATCH_FALLBACKS,
     BATCH_REQUESTS,
@@ -38,13 +36,15 @@ from sam3_runner.metrics import (
     add_spans,
     observe,
 )
+from sam3_runner.serving.cpu_share import cpu_share
+from sam3_runner.weights.checkpoint import find_checkpoint, is_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sam3_runner.checkpoint import HubSource
     from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
+    from sam3_runner.weights.checkpoint import HubSource
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ class Engine:
         return predictor
 
     def _download(self, hub: HubSource) -> None:
-        from sam3_runner.download import download  # noqa: PLC0415 - loads the hub's client, used once
+        from sam3_runner.weights.download import download  # noqa: PLC0415 - loads the hub's client, used once
 
         def report_progress(done_bytes: int, total_bytes: int) -> None:
             self._progress = (
@@ -282,7 +282,7 @@ class Engine:
 
 def _run_batch(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
     """Run a batch; if it fails, run each request separately, so that only the faulty one fails."""
-    from sam3_runner.pass_clock import PassClock  # noqa: PLC0415 - imports torch
+    from sam3_runner.inference.pass_clock import PassClock  # noqa: PLC0415 - imports torch
 
     started_s = time.monotonic()
     clock = PassClock(predictor.device)

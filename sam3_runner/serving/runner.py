@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import bentoml
 
-from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
+from sam3_runner.serving.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sam3_runner import WeightsError
-from sam3_runner.checkpoint import CLIP_TOKENIZER_FILE, DEMO, find_checkpoint, is_missing
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE, DEMO, find_checkpoint, is_missing
 
 if TYPE_CHECKING:
     from pathlib import Path

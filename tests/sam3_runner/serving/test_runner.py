@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sam3_runner.engine import EngineConfig
-from sam3_runner.runner import runner_service
+from sam3_runner.serving.engine import EngineConfig
+from sam3_runner.serving.runner import runner_service
 
 
 def do_nothing() -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sam3_runner import liveness
-from sam3_runner.liveness import RunnerLiveness, write_identity
+from sam3_runner.serving import liveness
+from sam3_runner.serving.liveness import RunnerLiveness, write_identity
 
 if TYPE_CHECKING:
     from pathlib import Path

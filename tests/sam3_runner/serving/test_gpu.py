@@ -11,10 +11,10 @@ import pytest
 
 from tests.driver import NO_DEVICE, fake_driver, torch_built_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CODE = """
 from sam3_runner.errors import DeviceUnavailable
-from sam3_runner.gpu import check_gpu
+from sam3_runner.serving.gpu import check_gpu
 try:
     check_gpu()
 except DeviceUnavailable as error:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from sam3_runner.checkpoint import HubSource
+    from sam3_runner.weights.checkpoint import HubSource
 
     OnProgress = Callable[[int, int], None]
 

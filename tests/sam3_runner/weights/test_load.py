@@ -19,9 +19,9 @@ from transformers import Sam3Config, Sam3Model
 
 from commands.local_server import ROOT
 from sam3_runner import DeviceUnavailable, SAM3Predictor, WeightsError
-from sam3_runner.checkpoint import DEMO, DEMO_FOLDER, find_checkpoint
-from sam3_runner.layouts import detector_state
-from sam3_runner.weights import load_model
+from sam3_runner.weights.checkpoint import DEMO, DEMO_FOLDER, find_checkpoint
+from sam3_runner.weights.layouts import detector_state
+from sam3_runner.weights.load import load_model
 from tests.drawn import scene
 from tests.sam3_runner.official import EXTRA_SHAPES, TRACKER, as_official
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.weights.checkpoint import Checkpoint
 
     State = dict[str, Tensor]
     Write = Callable[[State, Path], Path]
@@ -392,8 +392,8 @@ PEAK = """
 import re, sys
 import psutil, torch
 import sam3_runner.predictor
-from sam3_runner.checkpoint import Checkpoint, CLIP_TOKENIZER_FILE
-from sam3_runner.weights import load_model
+from sam3_runner.weights.checkpoint import Checkpoint, CLIP_TOKENIZER_FILE
+from sam3_runner.weights.load import load_model
 from pathlib import Path
 torch.set_num_threads(1)
 path = Path(sys.argv[1])

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from bentoml.exceptions import BentoMLException
 
-from sam3_runner.engine import EngineStatus, SegmentOutcome, SegmentRequest
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Error
 from sam3_runner.metrics import MODEL_READY, trace_parent
+from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
 
 if TYPE_CHECKING:
     from sam3_runner.images.square import SquareImage
     from sam3_runner.instances import PredictResult
-    from sam3_runner.liveness import RunnerLiveness
+    from sam3_runner.serving.liveness import RunnerLiveness
 
 STOPPED = "the model's process stopped while it worked"
 CONNECT_ATTEMPTS = 3

@@ -13,15 +13,15 @@ import pytest
 from prometheus_client import REGISTRY
 
 from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong
-from sam3_runner.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
 from sam3_runner.images.square import SquareImage
+from sam3_runner.serving.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
 from tests.cgroups import cpu_quota
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
-    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.weights.checkpoint import Checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SIDE_PX = 112
 
 
@@ -144,7 +144,7 @@ def test_status_describes_the_model(engine: Engine, tiny_checkpoint: Checkpoint)
 
 THREADS = """
 import sys, time, torch
-from sam3_runner.engine import Engine, EngineConfig
+from sam3_runner.serving.engine import Engine, EngineConfig
 engine = Engine(EngineConfig("demo", "cpu"))
 engine.start()
 while engine.status().state == "loading":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from safetensors import SafetensorError, safe_open
 
 from sam3_runner.errors import WeightsError
-from sam3_runner.layouts import find_layout
+from sam3_runner.weights.layouts import find_layout
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 CHUNK_BYTES = 10 << 20
 """Size of one write by huggingface_hub; a broken connection loses at most this much."""
 
@@ -38,8 +38,8 @@ IN_A_PROCESS = """
 import json, logging, sys
 from pathlib import Path
 from sam3_runner import WeightsError
-from sam3_runner.checkpoint import HubSource
-from sam3_runner.download import download
+from sam3_runner.weights.checkpoint import HubSource
+from sam3_runner.weights.download import download
 
 logging.basicConfig(level=logging.DEBUG)
 target, repo, revision, token = sys.argv[1:]

@@ -11,7 +11,7 @@ from sam3_runner.errors import WeightsError
 
 DEMO = "demo"
 """In place of a path: the embedded demo checkpoint."""
-DEMO_FOLDER = Path(__file__).parent / "demo_checkpoint"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo_checkpoint"
 CLIP_TOKENIZER_FILE = DEMO_FOLDER / "tokenizer.json"
 """CLIP's complete vocabulary, which SAM 3 uses as well; `sam3.pt` has no tokenizer."""
 
@@ -27,7 +27,7 @@ class Checkpoint:
     """One checkpoint on disk.
 
     Attributes:
-        weights_file: in any layout that `weights.py` reads.
+        weights_file: in any layout that `load.py` reads.
         tokenizer_file: a `tokenizer.json`.
         config: for `Sam3Config`, as in config.json; SAM 3's own values are the defaults.
         name: its name in logs and in `/api/v1/model/info`.

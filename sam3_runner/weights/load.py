@@ -13,8 +13,8 @@ from transformers import Sam3Config, Sam3Model
 from transformers.initialization import no_init_weights
 
 from sam3_runner.errors import WeightsError
-from sam3_runner.layouts import Layout, detector_state
-from sam3_runner.weights_header import file_kind, truncated_file, unsupported_model
+from sam3_runner.weights.header import file_kind, truncated_file, unsupported_model
+from sam3_runner.weights.layouts import Layout, detector_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sam3_runner.checkpoint import Checkpoint
+    from sam3_runner.weights.checkpoint import Checkpoint
 
 WRAPPER_KEYS = ("model", "state_dict")
 """Keys under which training code stores the weights, beside its optimizer."""

@@ -1,0 +1,1 @@
+"""Finds, downloads and reads a checkpoint. Only `load.py` imports torch when it is imported."""
