@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -21,26 +21,19 @@ from sam3_runner.inference.memory import out_of_memory_as
 from sam3_runner.inference.pass_clock import PassClock
 from sam3_runner.instances import SCORE_THRESHOLD, Instance, PredictResult
 from sam3_runner.metrics import TEXTS
-from sam3_runner.model import (
-    Detections,
-    ImageFeatures,
-    TextFeatures,
-    decode_prompts,
-    encode_image,
-    encode_text,
-    pixel_features,
-    predict_masks,
-)
-from sam3_runner.optimize import optimize
+from sam3_runner.network.masks import mask_logits
+from sam3_runner.network.model import SAM3Network, TextFeatures
+from sam3_runner.network.precision import set_precision
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
-from sam3_runner.weights.load import load_model
+from sam3_runner.weights.load import load_network
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from sam3_runner.network.model import Detections, ImageFeatures
     from sam3_runner.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
@@ -69,7 +62,7 @@ class SAM3Predictor:
             warning.
         device: `cuda`, `cpu`, or None for cuda if there is one.
         score_threshold: instances with a higher score are kept.
-        dtype: of the large matrix products; None for bfloat16 on a GPU, float32 on a CPU. Scores, boxes
+        dtype: of the large matrix products; None for float16 on a GPU, float32 on a CPU. Scores, boxes
             and positions are float32 in either case.
     """
 
@@ -79,15 +72,15 @@ class SAM3Predictor:
         device: str | None = None,
         *,
         score_threshold: float = SCORE_THRESHOLD,
-        dtype: Literal["bfloat16", "float32"] | None = None,
+        dtype: Literal["float16", "bfloat16", "float32"] | None = None,
     ) -> None:
         self._weights_path = weights_path
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.dtype = dtype or ("float16" if self.device.type == "cuda" else "float32")
         self.score_threshold = score_threshold
         self.checkpoint: Checkpoint | None = None
         self.layout: Layout | None = None
-        self._model: Any = None
+        self._network: SAM3Network | None = None
         self._tokenizer: PromptTokenizer | None = None
         self._text_cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._clock = PassClock(torch.device("cpu"))
@@ -102,15 +95,16 @@ class SAM3Predictor:
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
         with out_of_memory_as(f"the memory of {self.device} is too full for the model: free it"):
-            model, self.layout = load_model(checkpoint, self.device)
-            optimize(model)
-        self._model = model
+            network, self.layout = load_network(checkpoint, self.device)
+            set_precision(network, getattr(torch, self.dtype))
+        self._network = network
         self.checkpoint = checkpoint
 
     @property
     def parameters(self) -> int:
         """Number of weights of the loaded model."""
-        return sum(parameter.numel() for parameter in self._model.parameters())
+        assert self._network is not None
+        return sum(parameter.numel() for parameter in self._network.parameters())
 
     def predict(self, image: ImageSource, text_prompt: str) -> PredictResult:
         """Every instance of `text_prompt` in `image`, masks at the image's size.
@@ -150,23 +144,20 @@ class SAM3Predictor:
             requests: images and prompts.
             clock: records the times of the stages.
         """
-        if self.checkpoint is None:
+        if self._network is None:
             raise ModelNotLoaded("call load() first")
         self._check_sides([square for square, _ in requests])
         self._clock = clock or PassClock(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            with self._clock.stage("encode_image"):
-                images = encode_image(self._model, self._pixels([square for square, _ in requests]))
-            pairs = [(row, prompt) for row, (_, prompts) in enumerate(requests) for prompt in prompts]
-            texts = list(dict.fromkeys(prompt for _, prompt in pairs))
-            text = self._encode_texts(texts)
-            results = [
-                result
-                for start in range(0, len(pairs), PAIRS_PER_PASS)
-                for result in self._decode(
-                    images, text, texts, pairs[start : start + PAIRS_PER_PASS], requests
-                )
-            ]
+        with self._clock.stage("encode_image"):
+            images = self._network.encode_image(self._pixels([square for square, _ in requests]))
+        pairs = [(row, prompt) for row, (_, prompts) in enumerate(requests) for prompt in prompts]
+        texts = list(dict.fromkeys(prompt for _, prompt in pairs))
+        text = self._encode_texts(texts)
+        results = [
+            result
+            for start in range(0, len(pairs), PAIRS_PER_PASS)
+            for result in self._decode(images, text, texts, pairs[start : start + PAIRS_PER_PASS], requests)
+        ]
         ordered = iter(results)
         return [[next(ordered) for _ in prompts] for _, prompts in requests]
 
@@ -178,10 +169,16 @@ class SAM3Predictor:
         pairs: list[tuple[int, str]],
         requests: Sequence[tuple[SquareImage, Sequence[str]]],
     ) -> list[PredictResult]:
+        assert self._network is not None
         image_index = self._index([row for row, _ in pairs])
         text_index = self._index([texts.index(prompt) for _, prompt in pairs])
         with self._clock.stage("decode_prompts"):
-            detections = decode_prompts(self._model, images, text, image_index, text_index)
+            detections = self._network.decode(
+                images.attended[image_index],
+                images.geometry_token[image_index],
+                text.tokens[text_index],
+                text.valid[text_index],
+            )
         squares = [requests[row][0] for row, _ in pairs]
         with self._clock.stage("draw_masks"):  # a label of the metrics
             instances = self._kept_instances(images, detections, image_index, squares)
@@ -202,20 +199,28 @@ class SAM3Predictor:
         self, images: ImageFeatures, detections: Detections, image_index: Tensor, squares: list[SquareImage]
     ) -> dict[int, list[Instance]]:
         """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only."""
+        assert self._network is not None
         instances: dict[int, list[Instance]] = {}
         scores = detections.scores
         kept = scores > self.score_threshold
         pairs: list[int] = kept.any(dim=1).nonzero().flatten().tolist()
         for start in range(0, len(pairs), MASK_PAIRS_PER_PASS):
             chunk = pairs[start : start + MASK_PAIRS_PER_PASS]
-            features = pixel_features(self._model, images, detections, image_index, self._index(chunk))
+            index = self._index(chunk)
+            features = self._network.pixel_features(
+                detections.fused[index],
+                detections.prompt[index],
+                detections.prompt_valid[index],
+                tuple(level[image_index[index]] for level in images.finer),
+            )
             for row, pair in enumerate(chunk):
                 queries = kept[pair].nonzero().flatten()
+                factor, offset = self._network.mask_decoder.embed(detections.queries[-1][pair][queries])
                 instances[pair] = to_instances(
                     queries,
                     scores[pair][queries],
                     detections.boxes[pair][queries],
-                    predict_masks(self._model, features[row], detections.queries[-1, pair][queries]),
+                    mask_logits(factor, offset, features[row]),
                     width=squares[pair].width,
                     height=squares[pair].height,
                 )
@@ -224,6 +229,7 @@ class SAM3Predictor:
     def _encode_texts(self, texts: list[str]) -> TextFeatures:
         """Features of distinct texts, in their order; from the cache where it has them."""
         assert self._tokenizer is not None
+        assert self._network is not None
         misses = [text for text in texts if text not in self._text_cache]
         TEXTS.labels("hit").inc(len(texts) - len(misses))
         TEXTS.labels("miss").inc(len(misses))
@@ -231,7 +237,7 @@ class SAM3Predictor:
             tokens = self._tokenizer.encode(misses)
             ids, valid = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid)
             with self._clock.stage("encode_text"):
-                encoded = encode_text(self._model, ids.to(self.device), valid.to(self.device))
+                encoded = self._network.encode_text(ids.to(self.device), valid.to(self.device))
             self._text_cache.update(zip(misses, zip(encoded.tokens, encoded.valid, strict=True), strict=True))
         for text in texts:
             self._text_cache.move_to_end(text)

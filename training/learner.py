@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
-from sam3_runner.model import (
-    decode_prompts,
-    encode_image,
-    encode_text,
-    pixel_features,
-    predict_masks,
-    refine_boxes,
-    score_queries,
-)
+from sam3_runner.network.masks import mask_logits
 from training.concepts import PROMPTS_PER_SCENE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sam3_runner.network.model import SAM3Network
     from training.batches import Batch
 
 _AUCTION_ROUNDS = 16
@@ -54,47 +47,35 @@ class Predictions:
     features: Tensor
 
 
-def cache_position_grids(model: Any) -> None:
-    """Replace the position grids by fp32 constants of the same values, without synchronising the device.
-
-    transformers computes the decoder's in every call, from sizes that it reads back from the device, and the
-    encoder's in bf16 under autocast.
-    """
-    grid = model.config.vision_config.backbone_config
-    side = grid.image_size // grid.patch_size
-    device = next(model.parameters()).device
-    coordinates = torch.arange(side, device=device, dtype=torch.float32) / side
-    model.detr_decoder._get_coords = lambda *_args, **_named: (coordinates, coordinates)  # noqa: SLF001
-    encoding = model.vision_encoder.neck.position_encoding
-    build = encoding.build_sine_position_embedding
-    features = encoding.num_position_features
-    encoding.forward = lambda shape, device, dtype: build(  # noqa: ARG005
-        shape, device, torch.float32, features, encoding.normalize, encoding.scale, encoding.temperature
-    )
-
-
-def compile_modules(model: Any) -> None:
+def compile_layers(network: SAM3Network) -> None:
     """Compile the vision layers and the box bias. Layers of one kind share one compilation, which is fast."""
-    for layer in model.vision_encoder.backbone.layers:
+    for layer in network.vision_encoder.backbone.layers:
         layer.compile(dynamic=False)
-    decoder = model.detr_decoder
-    decoder._get_rpb_matrix = torch.compile(decoder._get_rpb_matrix, dynamic=False)  # noqa: SLF001
+    decoder = network.detr_decoder
+    decoder.box_bias = torch.compile(decoder.box_bias, dynamic=False)  # type: ignore[method-assign]
 
 
-def predict(model: Any, pixels: Tensor, ids: Tensor, ids_valid: Tensor) -> Predictions:
+def predict(network: SAM3Network, pixels: Tensor, ids: Tensor, ids_valid: Tensor) -> Predictions:
     """Run the serving forward pass on (B, 3, S, S) pictures with four prompts each."""
     prompt = torch.arange(len(ids), device=ids.device)
     scene = prompt // PROMPTS_PER_SCENE
-    image = encode_image(model, pixels)
-    text = encode_text(model, ids, ids_valid)
-    detections = decode_prompts(model, image, text, scene, prompt)
-    logits = score_queries(model, detections.queries, detections.prompt, detections.prompt_valid)
+    image = network.encode_image(pixels)
+    text = network.encode_text(ids, ids_valid)
+    detections = network.decode(image.attended[scene], image.geometry_token[scene], text.tokens, text.valid)
+    queries, presence = torch.stack(detections.queries), torch.stack(detections.layer_presence_logits)
+    logits = network.dot_product_scoring(queries, detections.prompt, detections.prompt_valid)
+    drawn = _of_mask_prompts(prompt)
     return Predictions(
-        logits=_served_logits(logits, detections.layer_presence_logits[..., None]),
-        presence=detections.layer_presence_logits,
-        boxes=refine_boxes(model, detections.queries, detections.reference_boxes),
-        queries=detections.queries[-1],
-        features=pixel_features(model, image, detections, scene, _of_mask_prompts(prompt)),
+        logits=_served_logits(logits, presence[..., None]),
+        presence=presence,
+        boxes=network.boxes(queries, torch.stack(detections.reference_boxes)),
+        queries=queries[-1],
+        features=network.pixel_features(
+            detections.fused[drawn],
+            detections.prompt[drawn],
+            detections.prompt_valid[drawn],
+            tuple(level[scene[drawn]] for level in image.finer),
+        ),
     )
 
 
@@ -131,7 +112,9 @@ def assign(cost: Tensor, matching: Tensor) -> Tensor:
     return torch.where(held.any(dim=2), held.int().argmax(dim=2), -1)
 
 
-def losses(model: Any, predictions: Predictions, batch: Batch, assigned: Tensor) -> dict[str, Tensor]:
+def losses(
+    network: SAM3Network, predictions: Predictions, batch: Batch, assigned: Tensor
+) -> dict[str, Tensor]:
     """The weighted losses, each a scalar; `assigned` is the result of `match`."""
     counted = batch.counted & (assigned >= 0)
     count = counted.sum().clamp(min=1).float()
@@ -140,7 +123,7 @@ def losses(model: Any, predictions: Predictions, batch: Batch, assigned: Tensor)
         "score": _score_loss(predictions, batch, assigned, count),
         "presence": _presence_loss(predictions, batch),
         **_box_losses(predictions, batch, query, counted, count),
-        **_mask_losses(model, predictions, batch, query, counted),
+        **_mask_losses(network, predictions, batch, query, counted),
     }
     return {name: _WEIGHTS[name] * term for name, term in terms.items()}
 
@@ -202,15 +185,13 @@ def _box_losses(
 
 
 def _mask_losses(
-    model: Any, predictions: Predictions, batch: Batch, query: Tensor, counted: Tensor
+    network: SAM3Network, predictions: Predictions, batch: Batch, query: Tensor, counted: Tensor
 ) -> dict[str, Tensor]:
     """Cross-entropy and dice at half the picture's resolution, on the masks of counted objects."""
     query, counted = _of_mask_prompts(query), _of_mask_prompts(counted)
     index = query[..., None].expand(-1, -1, predictions.queries.shape[-1])
     queries = _of_mask_prompts(predictions.queries).gather(1, index)
-    grids = torch.func.vmap(lambda features, few: predict_masks(model, features, few))(
-        predictions.features, queries
-    )
+    grids = mask_logits(*network.mask_decoder.embed(queries), predictions.features)
     scenes, objects = len(batch.owner), counted.shape[1]
     weight, row = (
         counted.flatten().float().topk(min(_MASKS_PER_SCENE * scenes, counted.numel()), sorted=False)

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from scipy.optimize import linear_sum_assignment
 
 from sam3_runner.instances import SCORE_THRESHOLD
-from sam3_runner.model import decode_prompts, encode_image, encode_text, pixel_features, predict_masks
+from sam3_runner.network.masks import mask_logits
 from training.architecture import SIDE_PX
 from training.concepts import (
     PROMPT_SEEDS,
@@ -24,10 +24,10 @@ from training.concepts import (
 from training.scenes import MAX_OBJECTS, draw_scenes
 
 if TYPE_CHECKING:
-    from typing import Any
-
     import numpy.typing as npt
     from torch import Tensor
+
+    from sam3_runner.network.model import SAM3Network
 
 HIT_IOU = 0.5
 _SCENES_PER_BATCH = 32
@@ -99,7 +99,7 @@ class Tally:
 
 
 @torch.no_grad()
-def score_weights(model: Any, *, scenes: int, seed: int, device: str) -> dict[str, Tally]:
+def score_weights(network: SAM3Network, *, scenes: int, seed: int, device: str) -> dict[str, Tally]:
     """Score a model on new square scenes, without `SAM3Predictor`: for the log of a training run."""
     tokens = PromptTokens(device)
     tallies = {"all": Tally()}
@@ -111,7 +111,7 @@ def score_weights(model: Any, *, scenes: int, seed: int, device: str) -> dict[st
         sampled = sample_prompts(drawn, pictures, uniforms)
         words = torch.rand(count * PROMPTS_PER_SCENE, 7, generator=generator, device=device)
         ids, valid = tokens.encode(sampled.concept.flatten(), words)
-        masks, prompts = kept_masks(model, pictures.pixels.round().to(torch.uint8), ids, valid)
+        masks, prompts = kept_masks(network, pictures.pixels.round().to(torch.uint8), ids, valid)
         visible = F.one_hot(pictures.owner.flatten(1).long(), MAX_OBJECTS + 1)[..., 1:].float()
         intersections = torch.einsum(
             "kn,kno->ko", masks.flatten(1).float(), visible[prompts // PROMPTS_PER_SCENE]
@@ -129,17 +129,20 @@ def score_weights(model: Any, *, scenes: int, seed: int, device: str) -> dict[st
     return tallies
 
 
-def kept_masks(model: Any, pixels: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def kept_masks(network: SAM3Network, pixels: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Kept masks (K, S, S) bool and their prompts (K,), of four prompts for each picture."""
     prompt = torch.arange(len(ids), device=ids.device)
     scene = prompt // PROMPTS_PER_SCENE
-    image, text = encode_image(model, pixels), encode_text(model, ids, valid)
-    detections = decode_prompts(model, image, text, scene, prompt)
+    image, text = network.encode_image(pixels), network.encode_text(ids, valid)
+    detections = network.decode(image.attended[scene], image.geometry_token[scene], text.tokens, text.valid)
     pair, query = (detections.scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
-    features = pixel_features(model, image, detections, scene, prompt)
-    grids = torch.func.vmap(lambda features, queries: predict_masks(model, features, queries))(
-        features, detections.queries[-1]
+    features = network.pixel_features(
+        detections.fused,
+        detections.prompt,
+        detections.prompt_valid,
+        tuple(level[scene] for level in image.finer),
     )
+    grids = mask_logits(*network.mask_decoder.embed(detections.queries[-1]), features)
     logits = F.interpolate(
         grids[pair, query][:, None], pixels.shape[-2:], mode="bilinear", align_corners=False
     )

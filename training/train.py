@@ -21,11 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
-from transformers import Sam3Model
 
+from sam3_runner.network.model import SAM3Network
+from sam3_runner.weights.load import to_network
 from training.architecture import demo_config
 from training.batches import BatchMaker
-from training.learner import cache_position_grids, compile_modules, losses, match, predict
+from training.learner import compile_layers, losses, match, predict
 from training.score import score_weights
 from training.weights import save_weights
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 _EMA_DECAY = 0.999
 _LOG_STEPS = 100
+_EMBEDDING_STD = 0.02
+"""transformers' initializer_range."""
 VALIDATION_SEED = 700_000_000
 
 
@@ -69,10 +72,9 @@ class Trainer:
         torch.set_float32_matmul_precision("high")
         self.model = initial_model()
         if plan.init_from is not None:
-            self.model.load_state_dict(load_file(plan.init_from / "model.safetensors"))
+            self.model.load_state_dict(to_network(load_file(plan.init_from / "model.safetensors")))
         self.model.to(plan.device)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
-        cache_position_grids(self.model)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, plan.weight_decay),
             lr=torch.tensor(plan.rate, device=plan.device),
@@ -84,7 +86,7 @@ class Trainer:
             scenes=plan.scenes, seed=plan.seed, device=plan.device, compiled=plan.compiled
         )
         if plan.compiled:
-            compile_modules(self.model)
+            compile_layers(self.model)
         self._graph: _UpdateGraph | None = None
         self.step = 0
         self.seconds = 0.0
@@ -111,10 +113,9 @@ class Trainer:
 
     def _update(self, batch: Batch) -> dict[str, torch.Tensor]:
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.plan.device, torch.bfloat16, enabled=self.plan.device == "cuda"):
-            predictions = predict(self.model, batch.pixels, batch.ids, batch.ids_valid)
-            assigned = match(predictions, batch)
-            terms = losses(self.model, predictions, batch, assigned)
+        predictions = predict(self.model, batch.pixels, batch.ids, batch.ids_valid)
+        assigned = match(predictions, batch)
+        terms = losses(self.model, predictions, batch, assigned)
         torch.autograd.backward(torch.stack(list(terms.values())).sum())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
@@ -194,16 +195,20 @@ class _UpdateGraph:
         return self._terms
 
 
-def initial_model() -> Any:
+def initial_model() -> SAM3Network:
     """A model whose activations keep their scale, and whose queries start at different reference points."""
-    config: Any = demo_config()
-    model: Any = Sam3Model(config)
+    model = SAM3Network(demo_config())
+    nn.init.normal_(model.vision_encoder.backbone.embeddings.position_embeddings, std=_EMBEDDING_STD)
     for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=_EMBEDDING_STD)
+        elif isinstance(getattr(module, "bias", None), torch.Tensor):
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, nn.ConvTranspose2d):
             nn.init.normal_(module.weight, std=module.in_channels**-0.5)
-    decoder = model.detr_decoder
+    decoder: Any = model.detr_decoder
     nn.init.normal_(decoder.query_embed.weight, std=1.0)
     nn.init.zeros_(decoder.box_head.layer3.weight)
     columns, rows = torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij")

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Sam3Config, Sam3Model
+from transformers import Sam3Config
+
+from sam3_runner.network.model import SAM3Network
+from sam3_runner.weights.load import to_network, to_transformers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def save_weights(model: Any, folder: Path) -> None:
+def save_weights(network: SAM3Network, folder: Path) -> None:
     """Write config.json and, atomically, the weights in fp16."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = ["Sam3Model"]
-    model.config.save_pretrained(folder)
-    weights = {name: value.to(torch.float16).contiguous().cpu() for name, value in model.state_dict().items()}
+    network.config.architectures = ["Sam3Model"]
+    network.config.save_pretrained(folder)
+    weights = {
+        name: value.to(torch.float16).contiguous().cpu()
+        for name, value in to_transformers(network.state_dict()).items()
+    }
     unfinished = folder / "model.unfinished"
     save_file(weights, unfinished, metadata={"format": "pt"})
     unfinished.replace(folder / "model.safetensors")
 
 
-def load_weights(folder: Path) -> Any:
-    """The model of a folder, in fp32 and evaluation mode."""
-    model: Any = Sam3Model(Sam3Config.from_pretrained(folder))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.float().eval()
+def load_weights(folder: Path) -> SAM3Network:
+    """The network of a folder, in fp32 and evaluation mode."""
+    network = SAM3Network(Sam3Config.from_pretrained(folder))
+    network.load_state_dict(to_network(load_file(folder / "model.safetensors")))
+    return network.float().eval()

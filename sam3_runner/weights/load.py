@@ -1,4 +1,4 @@
-"""Loads a checkpoint's weights, of any layout, into a `transformers.Sam3Model`, strictly."""
+"""Loads a checkpoint's weights, of any layout, into our network, strictly."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Sam3Config, Sam3Model
-from transformers.initialization import no_init_weights
+from transformers import Sam3Config
 
 from sam3_runner.errors import WeightsError
+from sam3_runner.network.model import SAM3Network
 from sam3_runner.weights.header import file_kind, truncated_file, unsupported_model
 from sam3_runner.weights.layouts import Layout, detector_state
 
@@ -30,12 +30,15 @@ WRAPPER_KEYS = ("model", "state_dict")
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_LISTED_KEYS = 8
 
+_ATTENTION_KEY = re.compile(r"(?P<attention>.+)\.(?P<part>q|k|v|out)_proj\.(?P<kind>weight|bias)")
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Layout]:
-    """The model in fp32 on `device`, in evaluation mode, and the layout of its file.
+
+def load_network(checkpoint: Checkpoint, device: torch.device) -> tuple[SAM3Network, Layout]:
+    """The network in fp32 on `device`, in evaluation mode, and the layout of its file.
 
     fp16 and bf16 tensors are converted. The file is mapped: its tensors are read one by one while they
-    are copied to the device; on a CPU the mapped tensors of an fp32 file are used without a copy.
+    are copied to the device; on a CPU the mapped tensors of an fp32 file are used without a copy, except
+    q, k and v, which become one tensor.
 
     Raises:
         WeightsError: the file is unreadable or holds another model; or a key is missing, unexpected, or has
@@ -47,19 +50,50 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[Any, Layou
         layout, state = detector_state(stored)
     except WeightsError as error:
         raise unsupported_model(path, error) from error
-    model = _empty_model(checkpoint)
-    _check_fit(path, model.state_dict(), state)
+    network = _empty_network(checkpoint)
+    _check_fit(path, to_transformers(network.state_dict()), state)
     for name in list(state):
         state[name] = state[name].to(device=device, dtype=torch.float32)
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.to(device).eval().requires_grad_(requires_grad=False), layout
+    network.load_state_dict(to_network(state), strict=True, assign=True)
+    return network.to(device).eval().requires_grad_(requires_grad=False), layout
 
 
-def _empty_model(checkpoint: Checkpoint) -> Any:
+def to_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of our network, from those of a `Sam3Model`: q, k and v stacked, others unchanged."""
+    network: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if match := _ATTENTION_KEY.fullmatch(key):
+            attention, part, kind = match["attention"], match["part"], match["kind"]
+            if part == "q":
+                parts = [state[f"{attention}.{each}_proj.{kind}"] for each in "qkv"]
+                network[f"{attention}.qkv_proj.{kind}"] = torch.cat(parts)
+            elif part == "out":  # the name in CLIP's own attention
+                network[f"{attention}.o_proj.{kind}"] = tensor
+        else:
+            network[key] = tensor
+    return network
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_network`; the tensors are views."""
+    transformers: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        attention, _, kind = key.rpartition(".qkv_proj.")
+        if attention:
+            thirds = zip("qkv", tensor.chunk(3), strict=True)
+            transformers.update({f"{attention}.{part}_proj.{kind}": third for part, third in thirds})
+        elif key.startswith("text_encoder."):
+            transformers[key.replace(".o_proj.", ".out_proj.")] = tensor
+        else:
+            transformers[key] = tensor
+    return transformers
+
+
+def _empty_network(checkpoint: Checkpoint) -> SAM3Network:
     try:
-        # Its weights are not initialised, so they take no physical memory until they are replaced.
-        with no_init_weights():
-            return Sam3Model(Sam3Config.from_dict(checkpoint.config))
+        # Its weights take no memory until they are replaced by those of the file.
+        with torch.device("meta"):
+            return SAM3Network(Sam3Config.from_dict(checkpoint.config))
     except Exception as error:  # the kind that transformers raises depends on the invalid value
         reason = " ".join(str(error).split())
         raise WeightsError(f"the configuration of {checkpoint.weights_file} is invalid: {reason}") from error

@@ -21,13 +21,12 @@ import torch
 import tqdm
 import transformers
 from huggingface_hub import constants, errors, file_download
-from transformers import initialization, modeling_outputs
+from transformers import modeling_outputs
 
-from sam3_runner.model import decode_prompts, encode_image, encode_text
-from sam3_runner.optimize import optimize
 from sam3_runner.serving import gpu
 from sam3_runner.weights import layouts
 from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
+from sam3_runner.weights.load import load_network, to_transformers
 from tests.services.hub import REPO, TOKEN, hub
 
 if TYPE_CHECKING:
@@ -81,9 +80,7 @@ def error_of(function: Callable[[], object]) -> Exception | None:
         ("huggingface_hub.utils", "build_hf_headers", "download.py", ({"token": 0},)),
         ("huggingface_hub.utils", "WeakFileLock", "download.py", (0, {})),
         ("huggingface_hub.utils.sha", "git_hash", "download.py", (0, {})),
-        ("transformers.initialization", "no_init_weights", "load.py", ({},)),
         ("transformers", "Sam3Config.from_dict", "load.py", (0, {})),
-        ("transformers", "Sam3Model", "load.py", (0, {})),
         ("tokenizers", "Tokenizer.from_str", "prompts.py", None),
         ("tokenizers", "Tokenizer.encode_batch", "prompts.py", None),
     ],
@@ -230,184 +227,26 @@ def test_hf_hub_download_does_not_resume(served: Hub, tmp_path: Path) -> None:
     assert ranges == [False, False], "hf_hub_download resumes now: use it instead of download.py"
 
 
-# model.py, load.py, optimize.py and layouts.py use transformers.
+# load.py and layouts.py use transformers; the network is our own, where transformers' forward differs.
 
 
-@pytest.fixture
-def model(tiny_checkpoint: Checkpoint) -> Any:
-    from sam3_runner.weights.load import load_model  # noqa: PLC0415 - fails where a name is gone
-
-    return load_model(tiny_checkpoint, torch.device("cpu"))[0]
-
-
-@pytest.fixture
-def pixels() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8, generator=generator)
-
-
-ATTENTION = {"query": 0, "key": 0, "value": 0}
-MASKED_ATTENTION = ATTENTION | {"attention_mask": 0}
-FUSION_LAYER = "detr_encoder.layers.0"
-VISION_LAYER = "vision_encoder.backbone.layers.0"
-
-
-@pytest.mark.parametrize(
-    ("path", "used_by", "call"),
-    [
-        ("vision_encoder", "model.py", (0, {})),
-        ("vision_encoder.neck.position_encoding", "model.py", (0, 0, 0, {})),
-        (
-            "get_text_features",
-            "model.py",
-            ({"input_ids": 0, "attention_mask": 0, "return_dict": True},),
-        ),
-        (f"{FUSION_LAYER}.layer_norm1", "model.py", (0, {})),
-        (f"{FUSION_LAYER}.self_attn", "model.py", (ATTENTION,)),
-        (f"{FUSION_LAYER}.dropout", "model.py", (0, {})),
-        (f"{FUSION_LAYER}.layer_norm2", "model.py", (0, {})),
-        (f"{FUSION_LAYER}.cross_attn", "model.py", (MASKED_ATTENTION,)),
-        (f"{FUSION_LAYER}.layer_norm3", "model.py", (0, {})),
-        (f"{FUSION_LAYER}.mlp", "model.py", (0, {})),
-        ("geometry_encoder.cls_embed.weight", "model.py", None),
-        ("geometry_encoder.final_proj", "model.py", (0, {})),
-        ("geometry_encoder.prompt_layer_norm", "model.py", (0, {})),
-        (
-            "geometry_encoder.layers.0",
-            "model.py",
-            ({"prompt_feats": 0, "vision_feats": 0, "vision_pos_encoding": 0, "prompt_mask": None},),
-        ),
-        ("geometry_encoder.output_layer_norm", "model.py", (0, {})),
-        (
-            "detr_decoder",
-            "model.py",
-            (
-                dict.fromkeys(
-                    (
-                        *("vision_features", "text_features", "vision_pos_encoding"),
-                        *("text_mask", "spatial_shapes"),
-                    )
-                ),
-            ),
-        ),
-        ("detr_decoder.box_head", "model.py", (0, {})),
-        (
-            "dot_product_scoring",
-            "model.py",
-            ({"decoder_hidden_states": 0, "text_features": 0, "text_mask": 0},),
-        ),
-        ("mask_decoder.prompt_cross_attn", "model.py", (MASKED_ATTENTION,)),
-        ("mask_decoder.prompt_cross_attn_norm", "model.py", (0, {})),
-        ("mask_decoder.pixel_decoder", "model.py", (0, {})),
-        ("mask_decoder.mask_embedder", "model.py", (0, {})),
-        ("mask_decoder.instance_projection.weight", "model.py", None),
-        ("mask_decoder.instance_projection.bias", "model.py", None),
-        (f"{VISION_LAYER}.position_ids", "optimize.py", None),
-        (f"{VISION_LAYER}.rotary_emb", "optimize.py", (0, 0, {})),
-        (f"{VISION_LAYER}.attention", "optimize.py", (0, 0, {})),
-        (f"{VISION_LAYER}.attention.q_proj.bias", "optimize.py", None),
-        (f"{VISION_LAYER}.attention.k_proj.bias", "optimize.py", None),
-        (f"{VISION_LAYER}.attention.v_proj.bias", "optimize.py", None),
-        (f"{VISION_LAYER}.attention.o_proj", "optimize.py", (0, {})),
-        (f"{VISION_LAYER}.attention.num_attention_heads", "optimize.py", None),
-        (f"{VISION_LAYER}.attention.scaling", "optimize.py", None),
-    ],
-)
-def test_sam3_model(model: Any, path: str, used_by: str, call: tuple[object, ...] | None) -> None:
-    """The model has the module, which takes the arguments that we pass; None: we do not call it."""
-    try:
-        part = attrgetter(path)(model)
-    except AttributeError as error:
-        pytest.fail(f"transformers' Sam3Model has no {path} any more, which {used_by} uses: {error}")
-    if call is not None:
-        function = part.forward if isinstance(part, torch.nn.Module) else part
-        check_call(function, f"transformers' {path}", used_by, call)
-
-
-def test_decoder_output(model: Any, pixels: torch.Tensor) -> None:
-    """The decoder returns queries, reference boxes and presence logits of every layer."""
-    output: dict[str, Any] = {}
-    model.detr_decoder.register_forward_hook(lambda _module, _inputs, result: output.update(result))
-    text = encode_text(model, torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool))
-    decode_prompts(model, encode_image(model, pixels), text, torch.tensor([0]), torch.tensor([0]))
-    names = ("intermediate_hidden_states", "reference_boxes", "presence_logits")
-    shapes = [tuple(output[name].shape) if name in output else None for name in names]
-    assert shapes == [(2, 1, 12, 64), (2, 1, 12, 4), (2, 1, 1)], "the decoder's output, which model.py reads"
-
-
-def test_vision_levels(model: Any, pixels: torch.Tensor) -> None:
-    """The vision encoder returns four levels, of which nothing uses the last one."""
-    sides = [level.shape[-1] for level in model.vision_encoder(pixels.float()).fpn_hidden_states]
-    assert sides == [32, 16, 8, 4], "the vision encoder has other levels: model.py removes the last of four"
-
-
-def test_position_encoding(model: Any, pixels: torch.Tensor) -> None:
-    """Under autocast transformers computes the position encoding in bf16, so model.py computes its own."""
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        encoding = model.vision_encoder(pixels.float()).fpn_position_encoding[0]
-    assert encoding.dtype == torch.bfloat16, (
-        "transformers keeps the position encoding in fp32 now: model.py need not compute it again"
-    )
-
-
-def test_geometry_token(model: Any, pixels: torch.Tensor) -> None:
-    """A text-only prompt of transformers has no geometry token, so model.py appends it."""
-    index = torch.tensor([0])
+def test_geometry_token(tiny_checkpoint: Checkpoint) -> None:
+    """A text-only prompt of transformers has no geometry token, so the network appends it."""
+    network, _ = load_network(tiny_checkpoint, torch.device("cpu"))
+    model: Any = transformers.Sam3Model(transformers.Sam3Config.from_dict(tiny_checkpoint.config))
+    model.eval().load_state_dict(to_transformers(network.state_dict()))
+    pixels = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8)
     with torch.inference_mode():
-        text = encode_text(model, torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool))
-        detections = decode_prompts(model, encode_image(model, pixels), text, index, index)
+        text = network.encode_text(torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool))
+        image = network.encode_image(pixels)
+        ours = network.decode(image.attended, image.geometry_token, text.tokens, text.valid).logits
         text_only = model(
             vision_embeds=model.get_vision_features(pixels.float() / 127.5 - 1.0),
             text_embeds=modeling_outputs.BaseModelOutputWithPooling(pooler_output=text.tokens),
             attention_mask=text.valid.long(),
         ).pred_logits
-    assert (text_only - detections.logits).abs().max() > 2e-3, (
-        "transformers' forward gives our logits: if it appends the geometry token now, model.py need not"
-    )
-
-
-def test_no_init_weights(tiny_checkpoint: Checkpoint) -> None:
-    """Inside `no_init_weights` only the position embeddings, which are no layer, are drawn at random."""
-    config = transformers.Sam3Config.from_dict(tiny_checkpoint.config)
-
-    def random_state_after(construct: Callable[[], object]) -> list[int]:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            construct()
-            state: list[int] = torch.get_rng_state().tolist()
-        return state
-
-    embeddings_only = random_state_after(lambda: torch.randn(1, 8 * 8, 96))
-    assert random_state_after(lambda: transformers.Sam3Model(config)) != embeddings_only, (
-        "Sam3Model does not initialise its layers any more: load.py does not need no_init_weights"
-    )
-    with initialization.no_init_weights():
-        assert random_state_after(lambda: transformers.Sam3Model(config)) == embeddings_only, (
-            "no_init_weights does not prevent the initialisation any more: load.py relies on it"
-        )
-
-
-def test_rotary_embedding(model: Any) -> None:
-    """The rotary embedding is computed in every call, as a pair of tables with every value twice."""
-    layer = model.vision_encoder.backbone.layers[0]
-    cos, sin = layer.rotary_emb(layer.position_ids, layer.position_ids)
-    for table in (cos, sin):
-        assert table.shape == (1, 16, 24), "optimize.py's RotaryTable expects (1, N, head width)"
-        assert torch.equal(table[..., ::2], table[..., 1::2]), "optimize.py's RotaryTable expects pairs"
-    again, _ = layer.rotary_emb(layer.position_ids, layer.position_ids)
-    assert again is not cos, "transformers caches the rotary embedding now: RotaryTable is needless"
-
-
-def test_optimized_layers_are_called(model: Any, pixels: torch.Tensor) -> None:
-    """The vision layers call the modules that optimize.py puts in place of their own."""
-    optimize(model)
-    called: set[str] = set()
-    for layer in model.vision_encoder.backbone.layers:
-        for part in (layer.rotary_emb, layer.attention):
-            part.register_forward_hook(lambda module, *_: called.add(type(module).__name__))
-    model.vision_encoder(pixels.float())
-    assert called == {"RotaryTable", "FusedRotaryAttention"}, (
-        "transformers does not call optimize.py's modules"
+    assert (text_only - ours).abs().max() > 2e-3, (
+        "transformers' forward gives our logits: if it appends the geometry token now, say so in the docs"
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sam3_runner import InferenceFailed, ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
 from sam3_runner.images.square import to_square
 from sam3_runner.instances import union_mask
-from sam3_runner.model import decode_prompts, encode_image, encode_text, pixel_features, predict_masks
+from sam3_runner.network.masks import mask_logits
 from sam3_runner.predictor import CACHED_TEXTS
 from sam3_runner.prompts import PromptTokenizer
 
@@ -121,11 +121,14 @@ def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.Mo
     """A cached prompt is not encoded again."""
     encoded: list[int] = []
 
-    def counting(model: Any, ids: torch.Tensor, valid: torch.Tensor) -> Any:
-        encoded.append(len(ids))
-        return encode_text(model, ids, valid)
+    assert predictor._network is not None
+    encode_text = predictor._network.encode_text
 
-    monkeypatch.setattr("sam3_runner.predictor.encode_text", counting)
+    def counting(ids: torch.Tensor, valid: torch.Tensor) -> Any:
+        encoded.append(len(ids))
+        return encode_text(ids, valid)
+
+    monkeypatch.setattr(predictor._network, "encode_text", counting)
     first = predictor.predict_batch(picture(7, 40, 40), ["never seen", "neither this", "never seen"])
     again = predictor.predict_batch(picture(7, 40, 40), ["neither this", "never seen"])
     assert encoded == [2]
@@ -163,22 +166,24 @@ def test_parameters_and_dtype(predictor: SAM3Predictor, tiny_checkpoint: Checkpo
     assert predictor.parameters == sum(tensor.numel() for tensor in stored.values())
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert predictor.dtype == "float32"
-    assert {parameter.dtype for parameter in predictor._model.parameters()} == {torch.float32}
-    assert not predictor._model.training
+    assert predictor._network is not None
+    assert {parameter.dtype for parameter in predictor._network.parameters()} == {torch.float32}
+    assert not predictor._network.training
 
 
 def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any, torch.Tensor]:
     """The model's detections and mask logits of one pair, without the predictor's own steps."""
     assert predictor.checkpoint is not None
+    assert predictor._network is not None
+    network = predictor._network
     tokens = PromptTokenizer(predictor.checkpoint.tokenizer_file).encode([prompt])
-    index = torch.tensor([0])
     pixels = torch.from_numpy(to_square(image, 112).pixels.copy()).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        features = encode_image(predictor._model, pixels)
-        text = encode_text(predictor._model, torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid))
-        found = decode_prompts(predictor._model, features, text, index, index)
-        grid = pixel_features(predictor._model, features, found, index, index)
-        return found, predict_masks(predictor._model, grid[0], found.queries[-1, 0])
+        encoded = network.encode_image(pixels)
+        text = network.encode_text(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid))
+        found = network.decode(encoded.attended, encoded.geometry_token, text.tokens, text.valid)
+        features = network.pixel_features(found.fused, found.prompt, found.prompt_valid, encoded.finer)
+        return found, mask_logits(*network.mask_decoder.embed(found.queries[-1]), features)[0]
 
 
 def test_presence_multiplies_the_score(predictor: SAM3Predictor) -> None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from transformers import Sam3Model
 
-from sam3_runner.model import decode_prompts, encode_image, encode_text, score_queries
+from sam3_runner.network.model import SAM3Network
 from training import train as train_module
 from training.architecture import demo_config
 from training.batches import BatchMaker
-from training.learner import assign, cache_position_grids, generalised_iou, predict
+from training.learner import assign, generalised_iou, predict
 from training.train import Plan, Trainer, train
 from training.weights import load_weights
 
@@ -52,22 +51,20 @@ def _plan(folder: Path, **changes: Any) -> Plan:
 
 def test_training_uses_the_forward_pass_of_serving() -> None:
     torch.manual_seed(0)
-    config: Any = demo_config()
-    model = Sam3Model(config)
+    network = SAM3Network(demo_config())
     batch = BatchMaker(scenes=2, seed=1, device="cpu", compiled=False).make(0)
     prompt = torch.arange(8)
     padding = 32 - batch.ids.shape[1]
     ids = torch.nn.functional.pad(batch.ids, (0, padding), value=49407)
     with torch.no_grad():
-        image = encode_image(model, batch.pixels)
-        text = encode_text(model, ids, torch.nn.functional.pad(batch.ids_valid, (0, padding)))
-        served = decode_prompts(model, image, text, prompt // 4, prompt)
-        layers = score_queries(model, served.queries, served.prompt, served.prompt_valid)
-        cache_position_grids(model)
-        predictions = predict(model, batch.pixels, batch.ids, batch.ids_valid)
+        image = network.encode_image(batch.pixels)
+        text = network.encode_text(ids, torch.nn.functional.pad(batch.ids_valid, (0, padding)))
+        served = network.decode(
+            image.attended[prompt // 4], image.geometry_token[prompt // 4], text.tokens, text.valid
+        )
+        predictions = predict(network, batch.pixels, batch.ids, batch.ids_valid)
 
     assert torch.allclose(predictions.logits[-1].sigmoid(), served.scores, atol=1e-5)
-    assert torch.allclose(layers[-1], served.logits, atol=1e-5)
     assert torch.allclose(predictions.boxes[-1], served.boxes, atol=1e-5)
     assert torch.allclose(predictions.queries, served.queries[-1], atol=1e-4)
 

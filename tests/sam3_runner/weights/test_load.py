@@ -21,7 +21,7 @@ from commands.local_server import ROOT
 from sam3_runner import DeviceUnavailable, SAM3Predictor, WeightsError
 from sam3_runner.weights.checkpoint import DEMO, DEMO_FOLDER, find_checkpoint
 from sam3_runner.weights.layouts import detector_state
-from sam3_runner.weights.load import load_model
+from sam3_runner.weights.load import load_network, to_transformers
 from tests.drawn import scene
 from tests.sam3_runner.official import EXTRA_SHAPES, TRACKER, as_official
 
@@ -105,8 +105,8 @@ LAYOUTS: dict[str, tuple[str, Write]] = {
 def test_every_layout_is_loaded(known: State, folder: Path, kind: str) -> None:
     """From every layout each tensor of the model is loaded without a difference, and no other tensor."""
     layout, write = LAYOUTS[kind]
-    model, found_layout = load_model(find_checkpoint(str(write(known, folder))), torch.device("cpu"))
-    read = model.state_dict()
+    model, found_layout = load_network(find_checkpoint(str(write(known, folder))), torch.device("cpu"))
+    read = to_transformers(model.state_dict())
     assert found_layout == layout
     assert read.keys() == known.keys()
     assert [name for name in known if not torch.equal(read[name], known[name])] == []
@@ -117,8 +117,8 @@ def test_every_layout_is_loaded(known: State, folder: Path, kind: str) -> None:
 def test_half_precision_is_converted(known: State, folder: Path, dtype: torch.dtype) -> None:
     """Tensors of half-precision files have the same values in fp32."""
     halves = {name: tensor.to(dtype) for name, tensor in known.items()}
-    model, _ = load_model(find_checkpoint(str(in_pt(official_file(halves), folder))), torch.device("cpu"))
-    read = model.state_dict()
+    model, _ = load_network(find_checkpoint(str(in_pt(official_file(halves), folder))), torch.device("cpu"))
+    read = to_transformers(model.state_dict())
     assert [name for name in known if not torch.equal(read[name], halves[name].float())] == []
 
 
@@ -139,10 +139,10 @@ def test_full_size_keys_are_the_official_ones() -> None:
 def test_official_file_gives_the_same_results(tmp_path: Path) -> None:
     """The demo checkpoint, converted to a `sam3.pt`, gives the same instances with the same masks."""
     demo = find_checkpoint(DEMO)
-    model, _ = load_model(demo, torch.device("cpu"))
+    model, _ = load_network(demo, torch.device("cpu"))
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(DEMO_FOLDER / name, tmp_path)
-    path = in_pt({"model": official_file(model.state_dict())}, tmp_path)
+    path = in_pt({"model": official_file(to_transformers(model.state_dict()))}, tmp_path)
     picture = scene(4_000_000)
     results = []
     for weights in (DEMO, str(path)):
@@ -393,12 +393,16 @@ import re, sys
 import psutil, torch
 import sam3_runner.predictor
 from sam3_runner.weights.checkpoint import Checkpoint, CLIP_TOKENIZER_FILE
-from sam3_runner.weights.load import load_model
+from sam3_runner.weights.load import load_network
+from sam3_runner.network.model import SAM3Network
 from pathlib import Path
+from transformers import Sam3Config
 torch.set_num_threads(1)
+with torch.device("meta"):
+    SAM3Network(Sam3Config())  # imports code, which is not part of the measurement
 path = Path(sys.argv[1])
 before = psutil.Process().memory_info().rss
-model, _ = load_model(Checkpoint(path, CLIP_TOKENIZER_FILE, CONFIG, "middle"), torch.device("cpu"))
+model, _ = load_network(Checkpoint(path, CLIP_TOKENIZER_FILE, CONFIG, "middle"), torch.device("cpu"))
 sum(float(parameter.sum()) for parameter in model.parameters())  # reads every page
 # Not ru_maxrss, which a child inherits from its parent.
 peak_kb = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
