@@ -40,7 +40,7 @@ from gate import Gate
 from observability.log_lines import escape_log_lines, log_info_of
 from pipeline import Pipeline
 from processes import identity
-from processes.lifecycle import end_server, on_stop_signal, outlive_siblings
+from processes.lifecycle import end_process_soon, end_server, on_stop_signal, outlive_siblings
 from recovery import Recovery
 from sam3_runner import ModelNotLoaded
 from sam3_runner.images.decoders import ImageDecoders
@@ -125,12 +125,14 @@ Sam3Runner = runner_service(
         device=settings.sam3_device,
         cpu_threads=settings.sam3_cpu_threads,
         max_batch=settings.sam3_max_batch,
+        dtype=settings.sam3_dtype,
         hub=hub_source(settings),
     ),
     timeout_s=runner_timeout_s,
     gpu=settings.wants_gpu,
     on_start=_begin_runner,
     on_failure=end_server,
+    on_device_lost=end_process_soon,
 )
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
+from sam3_runner.inference.precision import DTypeSetting
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, HubSource
 from setting_text import TextRefused, checked_url, cleaned, hint, read_env_file, rule, shown, split_list
 
@@ -138,6 +139,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         ge=1,
         le=256,
         description="of the model, where it runs on the CPU; default: one a core that it may use",
+    )
+    sam3_dtype: DTypeSetting = Field(
+        "auto",
+        description="auto, float16, bfloat16 or float32; auto: float16 on a GPU, with bfloat16 where that "
+        "overflows, and float32 on a CPU",
     )
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
 

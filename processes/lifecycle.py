@@ -26,6 +26,8 @@ POLL_S = 0.5
 """How often the supervisor checks its processes, and they check their supervisor."""
 ORPHAN_TIME_S = 3.5
 """Time for the work in progress after the supervisor has died."""
+ANSWER_TIME_S = 0.5
+"""Time for the answers of a process that ends by itself."""
 EXIT_UNRECOVERABLE = 78
 """Exit status of a process that would fail again after every restart: EX_CONFIG of sysexits.h."""
 
@@ -33,6 +35,18 @@ EXIT_UNRECOVERABLE = 78
 def end_server() -> NoReturn:
     """End this process, and with it the server: the error was logged, and a restart would not mend it."""
     os._exit(EXIT_UNRECOVERABLE)
+
+
+def end_process_soon() -> None:
+    """End this process in `ANSWER_TIME_S` with status 1, so that its supervisor starts it anew; returns now.
+
+    Its answers to the calls in progress are sent meanwhile. No clean-up runs: it may never end where the
+    process' GPU has failed.
+    """
+    logger.error("process %d ends, and is started anew", os.getpid())
+    ending = threading.Timer(ANSWER_TIME_S, os._exit, [1])
+    ending.daemon = True
+    ending.start()
 
 
 def outlive_siblings(timeout_s: float) -> None:

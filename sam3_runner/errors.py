@@ -6,7 +6,7 @@ SAM3Error
     DeviceUnavailable       the device is unavailable
         DeviceFull              its memory is full
     ModelNotLoaded          the weights are not loaded yet, or failed to load
-    RunnerStopped           the model's process died during the request
+    RunnerStopped           the model's process died during the request, or must end since its device failed
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or over a limit
     DecoderFailed           the decoder processes cannot work, whatever the image
     PromptTooLong           more tokens than the text encoder reads
@@ -40,7 +40,7 @@ class ModelNotLoaded(SAM3Error):
 
 
 class RunnerStopped(SAM3Error):
-    """The model's process died during the request, which may have been the cause."""
+    """The model's process died during the request, or lost its device, and the request may be the cause."""
 
 
 class UnsupportedImage(SAM3Error):

@@ -32,7 +32,11 @@ BATCH_SECONDS = Histogram(
     "sam3_batch_seconds", "Time of one pass of the model, masks included", buckets=_BUCKETS_S
 )
 BATCH_FALLBACKS = Counter(
-    "sam3_batch_fallbacks", "Batches that failed, and were run again request by request"
+    "sam3_batch_fallbacks", "Batches that failed, and were run again in halves or request by request"
+)
+PRECISION_FALLBACKS = Counter(
+    "sam3_precision_fallbacks",
+    "Requests whose output was not finite in float16, and that ran again in bfloat16",
 )
 TEXTS = Counter("sam3_texts", "Distinct prompts of passes, by whether their encoding was cached", ["cache"])
 DECODER_KILLS = Counter("sam3_decoder_kills", "Image decoders that were killed, by a limit or by a crash")

@@ -48,7 +48,7 @@ class PromptTokenizer:
 
     def count(self, text: str) -> int:
         """Tokens of `text`, start and end token included."""
-        return len(self._tokenizer.encode(_cleaned(text)).ids)
+        return len(self._tokenizer.encode(clean_prompt(text)).ids)
 
     def check_length(self, text: str, *, name: str = "the prompt") -> None:
         """Raise `PromptTooLong`, with `name` first, for a text of more than 32 tokens."""
@@ -62,7 +62,7 @@ class PromptTokenizer:
         """
         ids = np.full((len(texts), CONTEXT_TOKENS), self._padding_id, dtype=np.int64)
         valid = np.zeros((len(texts), CONTEXT_TOKENS), dtype=np.bool_)
-        for row, encoding in enumerate(self._tokenizer.encode_batch([_cleaned(text) for text in texts])):
+        for row, encoding in enumerate(self._tokenizer.encode_batch([clean_prompt(text) for text in texts])):
             tokens = len(encoding.ids)
             _check_tokens(tokens, "the prompt")
             ids[row, :tokens] = encoding.ids
@@ -76,8 +76,11 @@ def clean_text(text: str) -> str:
     return " ".join(repaired.split()).lower()
 
 
-def _cleaned(text: str) -> str:
-    # The official model encodes a zero-width space at an end as tokens; pasted texts often have one.
+def clean_prompt(text: str) -> str:
+    """The text that the model reads: `clean_text`, without invisible marks at the ends.
+
+    The official model encodes a zero-width space at an end as tokens; pasted texts often have one.
+    """
     return clean_text(trimmed(text))
 
 

@@ -65,7 +65,7 @@ class RunnerClient:
         Raises:
             ModelNotLoaded, PromptTooLong, InferenceFailed: as the runner says; ModelNotLoaded also when
                 there is no runner.
-            RunnerStopped: the runner died while it had the request.
+            RunnerStopped: the runner died while it had the request, or is about to, since its device failed.
             DeadlineExceeded: `deadline_s` (of `time.monotonic`) passed before the work began.
         """
         identity = self._liveness.find()
@@ -80,6 +80,10 @@ class RunnerClient:
         )
         [packed] = await self._call_while_alive(identity, "segment", [pickle.dumps(request)])
         outcome: SegmentOutcome = pickle.loads(packed)  # noqa: S301 - from our own process
+        if isinstance(outcome.error, RunnerStopped):
+            self._liveness.mark_dying(identity)
+        if isinstance(outcome.error, ModelNotLoaded):
+            self._status_until_s = 0.0  # the last status is out of date
         if outcome.error is not None:
             raise outcome.error
         assert outcome.results is not None

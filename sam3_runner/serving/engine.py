@@ -5,7 +5,6 @@ Does not import BentoML. Only the loading thread imports torch.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import threading
@@ -15,18 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from sam3_runner.errors import (
     DeadlineExceeded,
     DeviceFull,
     HubUnavailable,
     InferenceFailed,
     ModelNotLoaded,
+    RunnerStopped,
     SAM3Error,
 )
-from sam3_runner.images.square import SquareImage
-from sam3_runner.inference.memory import out_of_memory_as
+from sam3_runner.inference.device_errors import is_out_of_memory, out_of_memory_as, release_memory
+from sam3_runner.inference.fitting_size import REDUCED_TIME_S, FittingSize
 from sam3_runner.metrics import (
     BATCH_FALLBACKS,
     BATCH_REQUESTS,
@@ -42,15 +40,16 @@ from sam3_runner.weights.checkpoint import find_checkpoint, is_missing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sam3_runner.images.square import SquareImage
+    from sam3_runner.inference.precision import DTypeSetting, Precision
     from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
     from sam3_runner.weights.checkpoint import HubSource
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_PROMPTS = ("warm up", "twice")
-
 LOADING = "the model is loading"
+DEVICE_LOST = "the model's device has failed: its process ends, and is started anew"
 FIRST_RETRY_WAIT_S, MAX_RETRY_WAIT_S = 1.0, 30.0
 """Between attempts to load where a retry may succeed: each wait is twice the one before."""
 FULL_MEMORY_RETRY_S = 300.0
@@ -67,6 +66,7 @@ class EngineConfig:
         cpu_threads: threads of one operation where the model runs on the CPU; None: one per core that this
             process may use.
         max_batch: most requests in one pass.
+        dtype: as for `SAM3Predictor`.
         hub: source of the weights if nothing exists at their path; None: that is an error.
     """
 
@@ -74,6 +74,7 @@ class EngineConfig:
     device: str | None = None
     cpu_threads: int | None = None
     max_batch: int = 8
+    dtype: DTypeSetting | Precision = "auto"
     hub: HubSource | None = None
 
 
@@ -137,16 +138,30 @@ class EngineStatus:
 
 
 class Engine:
-    """One predictor, from loading to the last batch. `segment` runs in one thread at a time."""
+    """One predictor, from loading to the last batch. `segment` runs in one thread at a time.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Args:
+        config: what to load, and how to run it.
+        make_predictor: called as `SAM3Predictor` is; None: `SAM3Predictor`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, make_predictor: Callable[..., SAM3Predictor] | None = None
+    ) -> None:
         self._config = config
+        self._make_predictor = make_predictor
+        self._fitting_batch = FittingSize(config.max_batch)
+        self._on_device_lost: Callable[[], None] | None = None
         self._predictor: SAM3Predictor | None = None
         self._error: str | None = None
         self._progress = LOADING
         self._model_facts: dict[str, Any] = {}
 
-    def start(self, on_failure: Callable[[], None] | None = None) -> None:
+    def start(
+        self,
+        on_failure: Callable[[], None] | None = None,
+        on_device_lost: Callable[[], None] | None = None,
+    ) -> None:
         """Load and warm up in the background; `ready` becomes true at the end.
 
         While the hub is unavailable, attempts continue without limit; while the GPU's memory is full, for
@@ -154,13 +169,16 @@ class Engine:
 
         Args:
             on_failure: called in the loading thread after a final error.
+            on_device_lost: called once, when the device no longer works in this process. Nothing but a new
+                process mends that.
         """
+        self._on_device_lost = on_device_lost
         threading.Thread(target=self._load, args=(on_failure,), name="load-weights", daemon=True).start()
 
     @property
     def ready(self) -> bool:
-        """The weights are loaded and the warm-up is done."""
-        return self._predictor is not None
+        """The weights are loaded, the warm-up is done, and the device works."""
+        return self._predictor is not None and self._error is None
 
     def status(self) -> EngineStatus:
         """The current state. Cheap: does not wait for a running batch."""
@@ -168,7 +186,14 @@ class Engine:
             return EngineStatus(state="error", detail=self._error)
         if self._predictor is None:
             return EngineStatus(state="loading", detail=self._progress)
-        return EngineStatus(state="ok", **self._model_facts, **_vram(self._predictor))
+        try:
+            vram = _vram(self._predictor)
+        except RuntimeError as error:
+            # Between two batches as well: without this call no request would come, and nothing notice it.
+            if not self._is_device_lost(self._predictor, error):
+                raise
+            return EngineStatus(state="error", detail=self._error)
+        return EngineStatus(state="ok", **self._model_facts, **vram)
 
     def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
         """One outcome per request, in their order. Never raises."""
@@ -178,9 +203,72 @@ class Engine:
             return [SegmentOutcome(error=error) for _ in requests]
         now_s = time.monotonic()
         pending = [request for request in requests if request.deadline_s > now_s]
-        outcomes = iter(_run_batch(predictor, pending) if pending else [])
+        outcomes = iter(self._run_batch(predictor, pending))
         expired = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
         return [next(outcomes) if request.deadline_s > now_s else expired for request in requests]
+
+    def _run_batch(self, predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+        """Run a batch, in passes of a size that fits in the memory."""
+        outcomes: list[SegmentOutcome] = []
+        while len(outcomes) < len(requests):
+            part = requests[len(outcomes) : len(outcomes) + self._fitting_batch.current]
+            part_outcomes, fitted = self._run_part(predictor, part)
+            outcomes += part_outcomes
+            if fitted < len(part) and len(part) > 1:
+                fitted = max(1, fitted)
+                logger.warning(
+                    "a batch of %d does not fit in the memory of %s: batches of %d for %.0f s; set "
+                    "SAM3_MAX_BATCH=%d, or free the memory",
+                    *(len(part), predictor.device, fitted, REDUCED_TIME_S, max(2, fitted)),
+                )
+                self._fitting_batch.reduce_to(fitted)
+        return outcomes
+
+    def _run_part(
+        self, predictor: SAM3Predictor, requests: list[SegmentRequest]
+    ) -> tuple[list[SegmentOutcome], int]:
+        """Run requests in one pass, or in several where that fails, so that only the faulty one fails.
+
+        Where the memory is full, in halves; after another error, each request separately; after the
+        device has failed, no more. Returns the outcomes, and how many requests fitted in one pass.
+        """
+        if self._error is not None:
+            return [SegmentOutcome(error=ModelNotLoaded(self._error)) for _ in requests], len(requests)
+        try:
+            return _run_pass(predictor, requests), len(requests)
+        # torch raises any kind, and the other requests of the batch must not fail.
+        except Exception as error:  # noqa: BLE001 - it is logged, or is the outcome
+            if self._is_device_lost(predictor, error):
+                # Each of them may be the cause: their tasks are retried alone, and not for ever.
+                return [SegmentOutcome(error=RunnerStopped(DEVICE_LOST)) for _ in requests], len(requests)
+            is_full = is_out_of_memory(error)
+            if len(requests) == 1:
+                return [_failed(requests[0], error, predictor)], 0 if is_full else 1
+            logger.warning("a batch of %d failed (%s)", len(requests), type(error).__name__)
+        # Outside of the handler, whose error holds the tensors of the failed pass.
+        BATCH_FALLBACKS.inc()
+        if is_full:
+            release_memory()
+        size = (len(requests) + 1) // 2 if is_full else 1
+        parts = [
+            self._run_part(predictor, requests[start : start + size])
+            for start in range(0, len(requests), size)
+        ]
+        outcomes = [outcome for part_outcomes, _ in parts for outcome in part_outcomes]
+        return outcomes, max(fitted for _, fitted in parts) if is_full else len(requests)
+
+    def _is_device_lost(self, predictor: SAM3Predictor, error: Exception) -> bool:
+        """Whether the device no longer works after `error`; then this engine is not ready any more."""
+        if isinstance(error, SAM3Error) or predictor.device_works():
+            return False
+        if self._error is None:
+            self._error = DEVICE_LOST
+            logger.critical(
+                "%s has failed in this process: %s", predictor.device, str(error).partition("\n")[0]
+            )
+            if self._on_device_lost is not None:
+                self._on_device_lost()
+        return True
 
     def _load(self, on_failure: Callable[[], None] | None) -> None:
         try:
@@ -206,7 +294,7 @@ class Engine:
                 if time.monotonic() - started_s > FULL_MEMORY_RETRY_S:
                     raise
                 self._progress = str(error)
-            _release_gpu_memory()
+            release_memory()
             logger.warning("the model is not loaded yet: %s; next attempt in %.0f s", self._progress, wait_s)
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, MAX_RETRY_WAIT_S)
@@ -222,7 +310,9 @@ class Engine:
         self._progress = LOADING
         started_s = time.monotonic()
         checkpoint = find_checkpoint(self._config.weights_path)
-        predictor = SAM3Predictor(self._config.weights_path, self._config.device)
+        predictor = (self._make_predictor or SAM3Predictor)(
+            self._config.weights_path, self._config.device, dtype=self._config.dtype
+        )
         # The checksum of 3.4 GB takes seconds, so it is computed while the model loads.
         with ThreadPoolExecutor(max_workers=1) as executor:
             digest = executor.submit(_sha256, checkpoint.weights_file)
@@ -236,16 +326,17 @@ class Engine:
                 "weights_bytes": checkpoint.weights_file.stat().st_size,
                 "input_side_px": checkpoint.input_side_px,
                 "device": str(predictor.device),
-                "dtype": predictor.dtype,
             }
             self._warm_up(predictor)
+            self._model_facts["dtype"] = predictor.dtype
             self._model_facts["weights_sha256"] = digest.result()
         logger.info(
-            "checkpoint %s (%s layout, sha256 %s) is ready on %s after %.1f s, %.1f of them reading%s",
+            "checkpoint %s (%s layout, sha256 %s) is ready on %s in %s after %.1f s, %.1f of them reading%s",
             checkpoint.name,
             predictor.layout,
             self._model_facts["weights_sha256"],
             predictor.device,
+            predictor.dtype,
             time.monotonic() - started_s,
             read_s,
             ": a demo, which knows coloured shapes and nothing else" if checkpoint.demo else "",
@@ -269,43 +360,49 @@ class Engine:
 
         Raises:
             DeviceFull: the memory has room for the weights, but not for such a batch.
+            InferenceFailed: the output is not finite in any precision that may be used.
         """
-        side_px = self._model_facts["input_side_px"]
-        blank = SquareImage(np.zeros((side_px, side_px, 3), dtype=np.uint8), width=side_px, height=side_px)
         for images in (1, self._config.max_batch) if predictor.device.type == "cuda" else (1,):
             with out_of_memory_as(
                 f"the memory of {predictor.device} is too full for a batch of {images} requests: free it, or "
                 "set SAM3_MAX_BATCH lower"
             ):
-                predictor.segment([(blank, WARM_UP_PROMPTS)] * images)
+                predictor.warm_up(images)
 
 
-def _run_batch(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
-    """Run a batch; if it fails, run each request separately, so that only the faulty one fails."""
+def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+    """Run one pass. Raises what the predictor raises."""
     from sam3_runner.inference.pass_clock import PassClock  # noqa: PLC0415 - imports torch
 
     started_s = time.monotonic()
     clock = PassClock(predictor.device)
-    try:
-        results = predictor.segment([(request.image, request.prompts) for request in requests], clock)
-    except Exception as error:  # torch raises any kind; the other requests of the batch must not fail
-        if len(requests) > 1:
-            BATCH_FALLBACKS.inc()
-            logger.warning(
-                "a batch of %d failed (%s); running each request separately",
-                len(requests),
-                type(error).__name__,
-            )
-            return [outcome for request in requests for outcome in _run_batch(predictor, [request])]
-        if isinstance(error, SAM3Error):
-            return [SegmentOutcome(error=error)]
-        logger.exception("inference failed", extra=requests[0].log_ids)
-        return [SegmentOutcome(error=InferenceFailed("the model failed on this image"))]
+    results = predictor.segment(
+        [(request.image, request.prompts) for request in requests],
+        clock,
+        log_ids=[request.log_ids for request in requests],
+    )
     elapsed_s = time.monotonic() - started_s
     BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
     _record_stages(requests, started_s, clock.times())
     return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
+
+
+def _failed(request: SegmentRequest, error: Exception, predictor: SAM3Predictor) -> SegmentOutcome:
+    """The outcome of a request that failed alone."""
+    if isinstance(error, SAM3Error):
+        return SegmentOutcome(error=error)
+    if is_out_of_memory(error):
+        logger.error(
+            "a request of %d prompts does not fit in the memory of %s",
+            *(len(request.prompts), predictor.device),
+            extra=request.log_ids,
+        )
+        return SegmentOutcome(
+            error=InferenceFailed("the request does not fit in the memory of the model's device")
+        )
+    logger.error("inference failed", exc_info=error, extra=request.log_ids)
+    return SegmentOutcome(error=InferenceFailed("the model failed on this image"))
 
 
 def _record_stages(requests: list[SegmentRequest], started_s: float, times: list[StageTime]) -> None:
@@ -315,14 +412,6 @@ def _record_stages(requests: list[SegmentRequest], started_s: float, times: list
         queue = StageTime("queue", request.sent_s, started_s)
         observe([queue])
         add_spans(request.trace_parent, [queue, *times], len(requests))
-
-
-def _release_gpu_memory() -> None:
-    """Free what a failed attempt to load allocated, for the next attempt and for other processes."""
-    import torch  # noqa: PLC0415 - loaded already
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ def runner_service(
     gpu: bool,
     on_start: Callable[[], None],
     on_failure: Callable[[], None],
+    on_device_lost: Callable[[], None],
 ) -> Any:
     """The service class `Sam3Runner`; one process, since one GPU holds one copy of the weights.
 
@@ -31,6 +32,7 @@ def runner_service(
         gpu: asks BentoML for a GPU of the host.
         on_start: is called first in the runner's process, and may end it.
         on_failure: is called when the model cannot be loaded.
+        on_device_lost: is called when the device no longer works in the runner's process, and ends it.
     """
 
     @bentoml.service(
@@ -50,7 +52,7 @@ def runner_service(
         def __init__(self) -> None:
             on_start()
             self._engine = Engine(config)
-            self._engine.start(on_failure=on_failure)
+            self._engine.start(on_failure, on_device_lost)
 
         def __is_ready__(self) -> bool:
             return self._engine.ready

@@ -138,10 +138,12 @@ def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.Mo
 def test_cache_of_texts_is_bounded(predictor: SAM3Predictor) -> None:
     """The cache holds a bounded number of prompts; the least recent are removed."""
     for start in range(0, CACHED_TEXTS + 64, 64):
-        predictor._encode_texts([f"word {number}" for number in range(start, start + 64)])
-    assert len(predictor._text_cache) == CACHED_TEXTS
-    assert f"word {CACHED_TEXTS + 63}" in predictor._text_cache
-    assert "word 0" not in predictor._text_cache
+        words = [f"word {number}" for number in range(start, start + 64)]
+        predictor._encode_texts(predictor._model_in("float32"), dict(zip(words, words, strict=True)))
+    cache = predictor._model_in("float32").texts
+    assert len(cache) == CACHED_TEXTS
+    assert f"word {CACHED_TEXTS + 63}" in cache
+    assert "word 0" not in cache
 
 
 def test_prompt_of_too_many_tokens(predictor: SAM3Predictor) -> None:

@@ -18,7 +18,12 @@ def do_nothing() -> None:
 def test_one_process_a_gpu(*, gpu: bool) -> None:
     """The runner is one process, and asks for a GPU only where there is one."""
     service: Any = runner_service(
-        EngineConfig("demo"), timeout_s=10.0, gpu=gpu, on_start=do_nothing, on_failure=do_nothing
+        EngineConfig("demo"),
+        timeout_s=10.0,
+        gpu=gpu,
+        on_start=do_nothing,
+        on_failure=do_nothing,
+        on_device_lost=do_nothing,
     )
     assert service.config["workers"] == 1
     assert ("gpu" in service.config.get("resources", {})) == gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sam3_runner.errors import DeviceFull
-from sam3_runner.inference.memory import out_of_memory_as
+from sam3_runner.inference.device_errors import out_of_memory_as
 
 FULL = "the memory of cuda is too full for the model: free it"
 

@@ -1,0 +1,272 @@
+"""Provokes faults of a real GPU in the engine, and checks what it does; `python -m tests.gpu_faults`.
+
+Needs a GPU that no other process uses. Each scenario runs in a process of its own and prints what it saw:
+
+- memory: all but a part of the GPU's memory is taken. A batch of 8 is run in halves, the safe size is
+  remembered, many prompts are decoded in smaller passes, and a request that does not fit fails alone.
+- assert, address: a device-side assert and an illegal address during a batch. The engine is not ready at
+  once, the requests' tasks can be kept, and the process ends with status 1.
+- idle: the same while no batch runs; the next look at the status notices it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from prometheus_client import REGISTRY
+
+from benchmarks.parity import random_transformers_folder
+from processes.lifecycle import end_process_soon
+from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Predictor
+from sam3_runner.images.square import SquareImage
+from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sam3_runner import PredictResult
+    from sam3_runner.inference.pass_clock import PassClock
+
+BATCH = 8
+PROMPTS = 10
+BREAKING_PROMPT = "break the device"
+LOAD_TIMEOUT_S = 300.0
+END_TIMEOUT_S = 30.0
+MIB = 2**20
+MAX_ERROR = 0.01
+"""Of presence, between passes of different sizes: other kernels round differently."""
+SEEN = "all of it was seen"
+ILLEGAL_WRITE = 'extern "C" __global__ void write_far(float* data) { data[1ull << 40] = 1.0f; }'
+
+
+def report(line: str) -> None:
+    """Print a line at once: the process may end without a flush."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def fail_assert() -> None:
+    """A device-side assert: cudaErrorAssert."""
+    torch._assert_async(torch.zeros(1, device="cuda"))
+
+
+def write_far() -> None:
+    """A write to an address that is not mapped: cudaErrorIllegalAddress."""
+    kernel = torch.cuda._compile_kernel(ILLEGAL_WRITE, "write_far")
+    kernel((1, 1, 1), (1, 1, 1), (torch.zeros(1, device="cuda"),))
+
+
+class BreakingPredictor(SAM3Predictor):
+    """Breaks the GPU in a pass with the prompt `BREAKING_PROMPT`."""
+
+    break_device: Callable[[], None] = staticmethod(fail_assert)
+
+    def segment(
+        self,
+        requests: Sequence[tuple[SquareImage, Sequence[str]]],
+        clock: PassClock | None = None,
+        *,
+        log_ids: Sequence[Mapping[str, str]] = (),
+    ) -> list[list[PredictResult]]:
+        if any(BREAKING_PROMPT in prompts for _, prompts in requests):
+            self.break_device()
+        return super().segment(requests, clock, log_ids=log_ids)
+
+
+def load(weights: str, make_predictor: Callable[..., SAM3Predictor] = SAM3Predictor) -> Engine:
+    """An engine that is ready."""
+    engine = Engine(EngineConfig(weights, "cuda", max_batch=BATCH), make_predictor)
+    engine.start(on_device_lost=end_process_soon)
+    limit_s = time.monotonic() + LOAD_TIMEOUT_S
+    while engine.status().state == "loading":
+        assert time.monotonic() < limit_s, engine.status().detail
+        time.sleep(0.1)
+    assert engine.ready, engine.status().detail
+    return engine
+
+
+def request(*prompts: str, side_px: int, seed: int = 0) -> SegmentRequest:
+    """A request with a noisy picture."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+    return SegmentRequest(SquareImage(pixels, 640, 480), [*prompts], time.monotonic() + 600)
+
+
+def batch_of(size: int, side_px: int) -> list[SegmentRequest]:
+    """Requests with different pictures and prompts."""
+    return [request(f"thing {seed}", side_px=side_px, seed=seed) for seed in range(size)]
+
+
+def side_px_of(engine: Engine) -> int:
+    """The side of the model's square."""
+    side_px = engine.status().input_side_px
+    assert side_px is not None
+    return side_px
+
+
+def presences(outcomes: list[SegmentOutcome]) -> list[float]:
+    """Of every prompt; all requests must have succeeded."""
+    assert not any(outcome.error for outcome in outcomes), outcomes
+    return [result.presence for outcome in outcomes for result in outcome.results or []]
+
+
+def count(name: str) -> int:
+    return int(REGISTRY.get_sample_value(name) or 0)
+
+
+def needed_bytes(engine: Engine, requests: list[SegmentRequest]) -> int:
+    """Memory that a batch takes from the GPU beyond the weights."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    presences(engine.segment(requests))
+    needed = torch.cuda.max_memory_reserved() - before
+    pairs = sum(len(each.prompts) for each in requests)
+    report(f"{len(requests)} requests with {pairs} prompts need {needed / MIB:.0f} MiB")
+    return needed
+
+
+def leave_free(free_bytes: int) -> torch.Tensor:
+    """Take all memory of the GPU but `free_bytes`, until the tensor is deleted."""
+    torch.cuda.empty_cache()
+    now_free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(now_free - free_bytes, dtype=torch.uint8, device="cuda")
+    report(f"-- {torch.cuda.mem_get_info()[0] / MIB:.0f} MiB of {now_free / MIB:.0f} are left free")
+    return taken
+
+
+def check_memory(weights: str) -> None:
+    """Batches, prompts and a single request that do not fit."""
+    engine = load(weights)
+    side_px = side_px_of(engine)
+    batch = batch_of(BATCH, side_px)
+    many = request(*(f"thing {number}" for number in range(PROMPTS)), side_px=side_px)
+    few = request("thing 0", "thing 1", side_px=side_px)
+    expected, expected_many = presences(engine.segment(batch)), presences(engine.segment([many]))
+    needs = {size: needed_bytes(engine, batch[:size]) for size in (1, BATCH // 2, BATCH)}
+    needs_few, needs_many = needed_bytes(engine, [few]), needed_bytes(engine, [many])
+
+    taken = leave_free((needs[BATCH // 2] + needs[BATCH]) // 2)
+    passes, fallbacks = count("sam3_batch_seconds_count"), count("sam3_batch_fallbacks_total")
+    error = largest_difference(presences(engine.segment(batch)), expected)
+    made = count("sam3_batch_seconds_count") - passes
+    report(f"a batch of {BATCH}: all succeed in {made} passes; presence differs by {error:.1e} at most")
+    assert count("sam3_batch_fallbacks_total") > fallbacks, "the batch fitted: nothing was tested"
+    assert error < MAX_ERROR
+    fallbacks = count("sam3_batch_fallbacks_total")
+    presences(engine.segment(batch))
+    assert count("sam3_batch_fallbacks_total") == fallbacks, "the safe size was not remembered"
+    report(f"the next batch of {BATCH}: all succeed, and no pass fails")
+    del taken
+
+    taken = leave_free((needs_few + needs_many) // 2)
+    error = largest_difference(presences(engine.segment([many])), expected_many)
+    report(f"{PROMPTS} prompts of one image: all succeed; presence differs by {error:.1e} at most")
+    assert error < MAX_ERROR
+    del taken
+
+    taken = leave_free(needs[1] // 4)
+    [outcome] = engine.segment([few])
+    report(f"a request that does not fit: {outcome.error!r}")
+    assert isinstance(outcome.error, InferenceFailed)
+    assert engine.ready
+    del taken
+    torch.cuda.empty_cache()
+    presences(engine.segment([few]))
+    report("the same request, when the memory is free again: succeeds")
+    report(SEEN)
+
+
+def check_lost(weights: str, break_device: Callable[[], None]) -> None:
+    """A pass that breaks the device. Does not return, since the process ends."""
+    BreakingPredictor.break_device = staticmethod(break_device)
+    engine = load(weights, BreakingPredictor)
+    side_px = side_px_of(engine)
+    presences(engine.segment(batch_of(2, side_px)))
+    outcomes = engine.segment([request("cat", side_px=side_px), request(BREAKING_PROMPT, side_px=side_px)])
+    report(f"the requests of the batch: {[outcome.error for outcome in outcomes]}")
+    assert [type(outcome.error) for outcome in outcomes] == [RunnerStopped] * 2
+    check_ends(engine, side_px)
+
+
+def check_idle(weights: str) -> None:
+    """A device that breaks between two batches. Does not return, since the process ends."""
+    engine = load(weights)
+    side_px = side_px_of(engine)
+    fail_assert()
+    limit_s = time.monotonic() + END_TIMEOUT_S
+    while engine.status().state == "ok":
+        assert time.monotonic() < limit_s, "the status stays ok"
+    check_ends(engine, side_px)
+
+
+def check_ends(engine: Engine, side_px: int) -> None:
+    """The engine is not ready, refuses requests so that their tasks are kept, and its process ends."""
+    status = engine.status()
+    report(f"ready: {engine.ready}, status: {status.state}, {status.detail}")
+    assert not engine.ready
+    assert status.state == "error"
+    [later] = engine.segment([request("cat", side_px=side_px)])
+    report(f"the next request: {later.error!r}")
+    assert isinstance(later.error, ModelNotLoaded)
+    report(SEEN)
+    time.sleep(END_TIMEOUT_S)
+
+
+def largest_difference(ones: list[float], others: list[float]) -> float:
+    """Between the values at the same places."""
+    return max(abs(one - other) for one, other in zip(ones, others, strict=True))
+
+
+SCENARIOS: dict[str, tuple[Callable[[str], None], int]] = {
+    "memory": (check_memory, 0),
+    "assert": (lambda weights: check_lost(weights, fail_assert), 1),
+    "address": (lambda weights: check_lost(weights, write_far), 1),
+    "idle": (check_idle, 1),
+}
+"""Each with the exit status of its process."""
+
+
+def main() -> int:
+    """Run all scenarios, or one in this process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", default="demo", help="demo, random (full size), or as SAM3_WEIGHTS_PATH")
+    parser.add_argument("--scenario", choices=SCENARIOS, help="run this one in this process; default: all")
+    arguments = parser.parse_args()
+    if arguments.scenario:
+        logging.basicConfig(
+            level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout
+        )
+        SCENARIOS[arguments.scenario][0](arguments.weights)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        weights = arguments.weights
+        if weights == "random":
+            weights = str(random_transformers_folder(Path(folder)))
+        report(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+        failed = [name for name in SCENARIOS if not passes(name, weights)]
+    report(f"failed: {failed or 'none'}")
+    return 1 if failed else 0
+
+
+def passes(scenario: str, weights: str) -> bool:
+    """Whether a process of the scenario saw all, and ended with the right status."""
+    report(f"\n== {scenario}")
+    command = [sys.executable, "-u", "-m", "tests.gpu_faults", "--scenario", scenario, "--weights", weights]
+    ended = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=False)
+    report(f"{ended.stdout}-> exit status {ended.returncode}")
+    return SEEN in ended.stdout and ended.returncode == SCENARIOS[scenario][1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
