@@ -2,6 +2,7 @@
 
 Needs a GPU that no other process uses. Each scenario runs in a process of its own and prints what it saw:
 
+- precision: the demo runs in float16; rescaled so that it overflows, it answers as in float32.
 - memory: all but a part of the GPU's memory is taken. A batch of 8 is run in halves, the safe size is
   remembered, many prompts are decoded in smaller passes, and a request that does not fit fails alone.
 - assert, address: a device-side assert and an illegal address during a batch. The engine is not ready at
@@ -22,13 +23,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from prometheus_client import REGISTRY
 
 from benchmarks.parity import random_transformers_folder
 from processes.lifecycle import end_process_soon
 from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Predictor
-from sam3_runner.images.square import SquareImage
+from sam3_runner.images.square import SquareImage, to_square
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
+from tests.overflowing import MASK_CONVOLUTION, VISION_VALUES, overflowing_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +47,9 @@ END_TIMEOUT_S = 30.0
 MIB = 2**20
 MAX_ERROR = 0.01
 """Of presence, between passes of different sizes: other kernels round differently."""
+MIN_IOU = 0.97
+SAMPLE = Path(__file__).parent.parent / "examples" / "sample.jpg"
+SAMPLE_PROMPT = "triangles"
 SEEN = "all of it was seen"
 ILLEGAL_WRITE = 'extern "C" __global__ void write_far(float* data) { data[1ull << 40] = 1.0f; }'
 
@@ -185,6 +191,35 @@ def check_memory(weights: str) -> None:
     report(SEEN)
 
 
+def check_precision(_weights: str) -> None:
+    """The demo's weights as they are, and rescaled: what overflows is answered in bfloat16."""
+    image = to_square(Image.open(SAMPLE), 336)
+    exact = SAM3Predictor("demo", "cuda", dtype="float32")
+    exact.load()
+    [[expected]] = exact.segment([(image, [SAMPLE_PROMPT])])
+    with tempfile.TemporaryDirectory() as folder:
+        always, sometimes = Path(folder) / "always", Path(folder) / "sometimes"
+        overflowing_folder(always, VISION_VALUES, 20)
+        overflowing_folder(sometimes, MASK_CONVOLUTION, 10)
+        for weights, dtype, fallbacks in (
+            ("demo", "float16", 0),
+            (always, "bfloat16", 0),
+            (sometimes, "float16", 1),
+        ):
+            engine = load(str(weights))
+            before = count("sam3_precision_fallbacks_total")
+            [outcome] = engine.segment([SegmentRequest(image, [SAMPLE_PROMPT], time.monotonic() + 600)])
+            [found] = outcome.results or []
+            made = count("sam3_precision_fallbacks_total") - before
+            mask, expected_mask = found.mask_array(), expected.mask_array()
+            iou = (mask & expected_mask).sum() / (mask | expected_mask).sum()
+            served = engine.status().dtype
+            report(f"{Path(weights).name}: {served}, {made} requests run again, IoU with float32 {iou:.4f}")
+            assert (served, made) == (dtype, fallbacks)
+            assert iou > MIN_IOU
+    report(SEEN)
+
+
 def check_lost(weights: str, break_device: Callable[[], None]) -> None:
     """A pass that breaks the device. Does not return, since the process ends."""
     BreakingPredictor.break_device = staticmethod(break_device)
@@ -227,6 +262,7 @@ def largest_difference(ones: list[float], others: list[float]) -> float:
 
 
 SCENARIOS: dict[str, tuple[Callable[[str], None], int]] = {
+    "precision": (check_precision, 0),
     "memory": (check_memory, 0),
     "assert": (lambda weights: check_lost(weights, fail_assert), 1),
     "address": (lambda weights: check_lost(weights, write_far), 1),
