@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ROOT = Path(__file__).parent.parent
+SERVICE = "service:SegmentationService"
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
 POLL_S = 0.1
@@ -63,7 +64,11 @@ class LocalServer:
 
 @contextmanager
 def local_server(
-    data_dir: Path, environment: Mapping[str, str] | None = None, *, port: int | None = None
+    data_dir: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    port: int | None = None,
+    service: str = SERVICE,
 ) -> Iterator[LocalServer]:
     """Run the server until the end of the block: the demo checkpoint and embedded stores in `data_dir`.
 
@@ -71,6 +76,7 @@ def local_server(
         data_dir: is created if it is missing.
         environment: additional settings; the caller's own settings and `.env` are ignored.
         port: of 127.0.0.1; None reserves one.
+        service: module and name of the Bento's service.
 
     Raises:
         ServerFailedError: the server did not become ready.
@@ -84,7 +90,7 @@ def local_server(
         url = f"http://127.0.0.1:{port}"
         started_s = time.monotonic()
         process = subprocess.Popen(  # noqa: S603 - our own command
-            server_command(port),
+            server_command(port, service),
             cwd=ROOT,
             env=clean_environment(data_dir, api_key) | dict(environment or {}),
             stdin=subprocess.DEVNULL,
@@ -97,10 +103,10 @@ def local_server(
         yield LocalServer(url, api_key, data_dir, log_path, process.pid, ready_s)
 
 
-def server_command(port: int) -> list[str]:
+def server_command(port: int, service: str = SERVICE) -> list[str]:
     """The command line of `make serve`."""
     return [
-        *(sys.executable, "-m", "bentoml", "serve", "service:SegmentationService"),
+        *(sys.executable, "-m", "bentoml", "serve", service),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
 

@@ -31,17 +31,14 @@ from processes.lifecycle import end_process_soon
 from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Predictor
 from sam3_runner.images.square import SquareImage, to_square
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
+from tests.breaking import BREAKING_PROMPT, BreakingPredictor, fail_assert
 from tests.overflowing import MASK_CONVOLUTION, VISION_VALUES, overflowing_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from sam3_runner import PredictResult
-    from sam3_runner.inference.pass_clock import PassClock
+    from collections.abc import Callable
 
 BATCH = 8
 PROMPTS = 10
-BREAKING_PROMPT = "break the device"
 LOAD_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 30.0
 MIB = 2**20
@@ -60,32 +57,10 @@ def report(line: str) -> None:
     sys.stdout.flush()
 
 
-def fail_assert() -> None:
-    """A device-side assert: cudaErrorAssert."""
-    torch._assert_async(torch.zeros(1, device="cuda"))
-
-
 def write_far() -> None:
     """A write to an address that is not mapped: cudaErrorIllegalAddress."""
     kernel = torch.cuda._compile_kernel(ILLEGAL_WRITE, "write_far")
     kernel((1, 1, 1), (1, 1, 1), (torch.zeros(1, device="cuda"),))
-
-
-class BreakingPredictor(SAM3Predictor):
-    """Breaks the GPU in a pass with the prompt `BREAKING_PROMPT`."""
-
-    break_device: Callable[[], None] = staticmethod(fail_assert)
-
-    def segment(
-        self,
-        requests: Sequence[tuple[SquareImage, Sequence[str]]],
-        clock: PassClock | None = None,
-        *,
-        log_ids: Sequence[Mapping[str, str]] = (),
-    ) -> list[list[PredictResult]]:
-        if any(BREAKING_PROMPT in prompts for _, prompts in requests):
-            self.break_device()
-        return super().segment(requests, clock, log_ids=log_ids)
 
 
 def load(weights: str, make_predictor: Callable[..., SAM3Predictor] = SAM3Predictor) -> Engine:

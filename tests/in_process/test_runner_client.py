@@ -207,6 +207,19 @@ async def test_broken_call_is_not_retried(
     assert proxy.calls == ["segment"]
 
 
+async def test_runner_that_ends_counts_as_dead(
+    proxy: Proxy, liveness: Liveness, runner: RunnerClient
+) -> None:
+    """A runner whose device has failed gets no further calls, although its process has not ended yet."""
+    proxy.segments = [outcome(error=RunnerStopped("the model's device has failed")), FOUND]
+    with pytest.raises(RunnerStopped, match="device has failed"):
+        await segment(runner)
+    assert liveness.dying == ["first"]
+    with pytest.raises(ModelNotLoaded, match=RESTARTED):
+        await segment(runner)
+    assert proxy.calls == ["segment"]
+
+
 @pytest.mark.parametrize("refusals", range(1, CONNECT_ATTEMPTS))
 async def test_refused_connection_is_retried(
     proxy: Proxy, runner: RunnerClient, clock: Clock, refusals: int
@@ -338,6 +351,16 @@ async def test_status_is_cached(
     for _ in range(BURST):
         assert await runner.status() == status
     assert proxy.calls == ["status"] * 2
+
+
+async def test_refusal_ends_the_cached_status(proxy: Proxy, runner: RunnerClient) -> None:
+    """After the runner has refused a request, the cached status is not used: kept tasks must wait."""
+    proxy.statuses = [answering(OK), answering(BROKEN)]
+    proxy.segments = [outcome(error=ModelNotLoaded("the model's device has failed"))]
+    assert await runner.status() == OK
+    with pytest.raises(ModelNotLoaded):
+        await segment(runner)
+    assert await runner.status() == BROKEN
 
 
 async def test_loading_is_not_cached(proxy: Proxy, runner: RunnerClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sam3_runner.instances import union_mask
 from sam3_runner.network.masks import mask_logits
 from sam3_runner.predictor import CACHED_TEXTS
 from sam3_runner.prompts import PromptTokenizer
+from tests.breaking import TOO_LARGE_PROMPT, TOO_MANY_FLOATS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,6 +99,44 @@ def test_more_pairs_than_one_pass_decodes(predictor: SAM3Predictor) -> None:
     check_same(results[18], predictor.predict(image, "thing 18"))
 
 
+class RoomForThreePairs(SAM3Predictor):
+    """Its memory has room for three pairs, and for none of `TOO_LARGE_PROMPT`; the error is torch's own."""
+
+    failed = 0
+
+    def _decode(self, model: Any, images: Any, text: Any, pairs: Any, squares: Any) -> Any:
+        if len(pairs) > 3 or any(pair.prompt == TOO_LARGE_PROMPT for pair in pairs):
+            self.failed += 1
+            torch.empty(TOO_MANY_FLOATS)
+        return super()._decode(model, images, text, pairs, squares)
+
+
+def test_pairs_that_do_not_fit(tiny_checkpoint: Checkpoint, predictor: SAM3Predictor) -> None:
+    """More pairs than fit are decoded in smaller passes, with the same results; the size is remembered."""
+    narrow = RoomForThreePairs(str(tiny_checkpoint.weights_file.parent), "cpu", score_threshold=KEPT_SCORE)
+    narrow.load()
+    image = picture(4, 50, 50)
+    prompts = [f"thing {number}" for number in range(10)]
+    for result, expected in zip(
+        narrow.predict_batch(image, prompts), predictor.predict_batch(image, prompts), strict=True
+    ):
+        check_same(result, expected)
+    assert narrow.failed == 2  # of 10 and of 5 pairs; then 2 at once
+    narrow.predict_batch(image, prompts)
+    assert narrow.failed == 2
+
+
+def test_pair_that_does_not_fit(tiny_checkpoint: Checkpoint) -> None:
+    """An error of torch is raised when one pair alone does not fit; later passes decode as many as before."""
+    narrow = RoomForThreePairs(str(tiny_checkpoint.weights_file.parent), "cpu")
+    narrow.load()
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        narrow.predict_batch(picture(4, 50, 50), ["cat", "dog", TOO_LARGE_PROMPT])
+    before = narrow.failed
+    assert len(narrow.predict_batch(picture(4, 50, 50), ["cat", "dog", "ring"])) == 3
+    assert narrow.failed == before
+
+
 def test_duplicate_prompts(predictor: SAM3Predictor) -> None:
     """A duplicate prompt gives the same result twice."""
     [first, _, again] = predictor.predict_batch(picture(5, 64, 64), ["cat", "dog", "cat"])
@@ -133,6 +173,34 @@ def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.Mo
     again = predictor.predict_batch(picture(7, 40, 40), ["neither this", "never seen"])
     assert encoded == [2]
     check_same(first[0], again[1])
+
+
+def test_texts_that_the_model_reads_alike_share_an_entry(
+    predictor: SAM3Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Case, spaces and marks at the ends make no second encoding; results keep the prompt as sent."""
+    encoded: list[int] = []
+
+    def counting(model: Any, ids: torch.Tensor, valid: torch.Tensor) -> Any:
+        encoded.append(len(ids))
+        return encode_text(model, ids, valid)
+
+    monkeypatch.setattr("sam3_runner.predictor.encode_text", counting)
+    prompts = ["A  Lone Tree", "a lone tree\u200b", "another &amp;amp;amp;lt; tree"]
+    results = predictor.predict_batch(picture(7, 40, 40), prompts)
+    assert [result.prompt for result in results] == prompts
+    check_same(replace(results[1], prompt=prompts[0]), results[0])
+    predictor.predict(picture(7, 40, 40), " a lone tree ")
+    assert encoded == [2]
+
+
+def test_cache_holds_no_more_than_its_entries(predictor: SAM3Predictor) -> None:
+    """Each cached text has memory of its own, not a view of the batch in which it was encoded."""
+    prompts = [f"memory {number}" for number in range(10)]
+    predictor.predict_batch(picture(7, 40, 40), prompts)
+    for prompt in prompts:
+        for tensor in predictor._model_in("float32").texts[prompt]:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_cache_of_texts_is_bounded(predictor: SAM3Predictor) -> None:

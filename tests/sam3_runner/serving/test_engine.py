@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
@@ -12,23 +13,38 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong
+from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong, RunnerStopped
 from sam3_runner.images.square import SquareImage
-from sam3_runner.serving.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
+from sam3_runner.serving.engine import (
+    DEVICE_LOST,
+    Engine,
+    EngineConfig,
+    EngineStatus,
+    SegmentOutcome,
+    SegmentRequest,
+)
+from tests.breaking import BREAKING_PROMPT, TOO_LARGE_PROMPT, BreakingPredictor
 from tests.cgroups import cpu_quota
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sam3_runner import SAM3Predictor
     from sam3_runner.weights.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[3]
 SIDE_PX = 112
 
 
-def loaded(folder: Path) -> Engine:
+def loaded(
+    folder: Path,
+    make_predictor: type[SAM3Predictor] | None = None,
+    on_device_lost: Callable[[], None] | None = None,
+) -> Engine:
     """An engine that has finished loading, with or without success."""
-    engine = Engine(EngineConfig(str(folder), "cpu", cpu_threads=1, max_batch=4))
-    engine.start()
+    engine = Engine(EngineConfig(str(folder), "cpu", cpu_threads=1, max_batch=4), make_predictor)
+    engine.start(on_device_lost=on_device_lost)
     wait_for(engine.status, lambda status: status.state != "loading")
     return engine
 
@@ -49,6 +65,11 @@ def passes() -> float:
     return REGISTRY.get_sample_value("sam3_batch_seconds_count") or 0.0
 
 
+def fallbacks() -> float:
+    """Number of batches that failed and were run again in parts."""
+    return REGISTRY.get_sample_value("sam3_batch_fallbacks_total") or 0.0
+
+
 def test_outcomes_are_in_order(engine: Engine) -> None:
     """Each request gets the results of its own prompts, from one shared pass."""
     before = passes()
@@ -65,14 +86,14 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
 
 def test_only_the_faulty_request_fails(engine: Engine) -> None:
     """An image of a wrong size gives InferenceFailed; the other requests succeed; the fallback is counted."""
-    before = REGISTRY.get_sample_value("sam3_batch_fallbacks_total") or 0
+    before = fallbacks()
     good, bad, other = engine.segment([request("cat"), request("cat", side_px=70), request("dog")])
     assert isinstance(bad.error, InferenceFailed)
     assert bad.results is None
     for outcome in (good, other):
         assert outcome.error is None
         assert outcome.results
-    assert REGISTRY.get_sample_value("sam3_batch_fallbacks_total") == before + 1
+    assert fallbacks() == before + 1
 
 
 def test_prompt_too_long_is_reported(engine: Engine) -> None:
@@ -151,6 +172,87 @@ while engine.status().state == "loading":
     time.sleep(0.1)
 print(engine.status().state, torch.get_num_threads())
 """
+
+
+# Out of memory.
+
+
+class RoomForTwo(BreakingPredictor):
+    room = 2
+
+
+@pytest.fixture
+def narrow(tiny_checkpoint: Checkpoint) -> Engine:
+    """An engine for batches of 4 whose memory has room for 2 images."""
+    return loaded(tiny_checkpoint.weights_file.parent, RoomForTwo)
+
+
+def prompts_of(outcomes: list[SegmentOutcome]) -> list[str]:
+    """The prompts of the results, in their order; every request must have succeeded."""
+    return [result.prompt for outcome in outcomes for result in outcome.results or [] if not outcome.error]
+
+
+def test_batch_that_does_not_fit_is_halved(narrow: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """All requests succeed, in halves; from then on batches are cut before they fail; it is logged once."""
+    texts = ["cat", "dog", "ring", "star"]
+    passes_before, fallbacks_before = passes(), fallbacks()
+    with caplog.at_level(logging.WARNING, "sam3_runner"):
+        assert prompts_of(narrow.segment([request(text) for text in texts])) == texts
+        assert (passes(), fallbacks()) == (passes_before + 2, fallbacks_before + 1)
+        assert prompts_of(narrow.segment([request(text) for text in reversed(texts)])) == texts[::-1]
+    assert (passes(), fallbacks()) == (passes_before + 4, fallbacks_before + 1)
+    [advice] = [record.getMessage() for record in caplog.records if "SAM3_MAX_BATCH" in record.getMessage()]
+    assert advice == (
+        "a batch of 4 does not fit in the memory of cpu: batches of 2 for 300 s; set SAM3_MAX_BATCH=2, or "
+        "free the memory"
+    )
+
+
+def test_request_that_does_not_fit_fails_alone(narrow: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """The other requests succeed; it is logged with the request's ids; the engine stays ready."""
+    large = SegmentRequest(
+        request().image, [TOO_LARGE_PROMPT], time.monotonic() + 60, log_ids={"request_id": "request-17"}
+    )
+    with caplog.at_level(logging.ERROR, "sam3_runner"):
+        *others, failed = narrow.segment([request("cat"), request("dog"), request("ring"), large])
+    assert prompts_of(others) == ["cat", "dog", "ring"]
+    assert isinstance(failed.error, InferenceFailed)
+    assert "does not fit in the memory" in str(failed.error)
+    [record] = caplog.records
+    assert vars(record)["request_id"] == "request-17"
+    assert narrow.ready
+    # Two images fit, whatever one request needed.
+    before = passes()
+    assert prompts_of(narrow.segment([request("cat"), request("dog")])) == ["cat", "dog"]
+    assert passes() == before + 1
+
+
+# A device that no longer works.
+
+
+def test_lost_device(tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """The batch's requests get RunnerStopped, all later ones ModelNotLoaded; the engine is not ready."""
+    ends: list[str] = []
+    engine = loaded(tiny_checkpoint.weights_file.parent, BreakingPredictor, lambda: ends.append("end"))
+    with caplog.at_level(logging.CRITICAL, "sam3_runner"):
+        outcomes = engine.segment([request("cat"), request(BREAKING_PROMPT)])
+    assert [type(outcome.error) for outcome in outcomes] == [RunnerStopped] * 2
+    assert not engine.ready
+    assert engine.status() == EngineStatus(state="error", detail=DEVICE_LOST)
+    [later] = engine.segment([request("cat")])
+    assert isinstance(later.error, ModelNotLoaded)
+    assert ends == ["end"]
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "cpu has failed in this process: CUDA error: an illegal memory access was encountered"
+    )
+
+
+def test_requests_after_the_loss_are_not_suspects(tiny_checkpoint: Checkpoint) -> None:
+    """Of a batch that runs in parts, those after the loss are not run: they cannot be its cause."""
+    engine = loaded(tiny_checkpoint.weights_file.parent, RoomForTwo)
+    outcomes = engine.segment([request("cat"), request(BREAKING_PROMPT), request("dog"), request("ring")])
+    assert [type(outcome.error) for outcome in outcomes] == [RunnerStopped] * 2 + [ModelNotLoaded] * 2
 
 
 def test_threads_follow_the_quota() -> None:
