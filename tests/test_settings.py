@@ -194,7 +194,7 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("OUTAGE_LIMIT_S", "inf", "must be a number of seconds, 0 or more, not 'inf'"),
         ("USER_PREFIX_REQUIRED", "ja", "must be true or false, not 'ja'"),
         ("SAM3_DEVICE", "tpu", "must be cuda or cpu, not 'tpu'"),
-        ("SAM3_DTYPE", "fp16", "must be auto, float16, bfloat16 or float32, not 'fp16'"),
+        ("SAM3_DTYPE", "fp16", "must be auto or float16 or bfloat16 or float32, not 'fp16'"),
         ("APP_ENV", "prod", "must be development or production, not 'prod'"),
         ("EMBEDDED_PARTS", "storage,all", "must be a list of storage or results, not 'storage,all'"),
         ("SAM3_HF_REPO", "sam3", "must be owner/name, such as facebook/sam3"),
