@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -20,31 +16,26 @@ from sam3_runner.images.read import read_image_file
 from sam3_runner.images.square import SquareImage, to_square
 from sam3_runner.inference.device_errors import (
     device_works,
-    is_out_of_memory,
     out_of_memory_as,
     release_memory,
 )
-from sam3_runner.inference.fitting_size import FittingSize
-from sam3_runner.inference.masks import to_instances
+from sam3_runner.inference.loaded_model import Keeping, LoadedModel
 from sam3_runner.inference.pass_clock import PassClock
+from sam3_runner.inference.passes import MAX_IMAGES
 from sam3_runner.inference.precision import DTypeSetting, Precision, not_finite_message, precision_of
 from sam3_runner.inference.warm_up import WARM_UP_PROMPTS, warm_up_squares
-from sam3_runner.instances import SCORE_THRESHOLD, Instance, PredictResult
-from sam3_runner.metrics import PRECISION_FALLBACKS, TEXTS
-from sam3_runner.network.masks import mask_logits
-from sam3_runner.network.model import SAM3Network, TextFeatures
+from sam3_runner.instances import SCORE_THRESHOLD, PredictResult
+from sam3_runner.metrics import PRECISION_FALLBACKS
 from sam3_runner.network.precision import set_precision
-from sam3_runner.prompts import PromptTokenizer, clean_prompt
+from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
 from sam3_runner.weights.load import load_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
     from sam3_runner.inference.precision import DType
-    from sam3_runner.network.model import Detections, ImageFeatures
+    from sam3_runner.network.model import SAM3Network
     from sam3_runner.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
@@ -52,34 +43,7 @@ logger = logging.getLogger(__name__)
 ImageSource = Image.Image | bytes | str | Path
 """An image as Python callers pass it."""
 
-PAIRS_PER_PASS = 16
-"""(image, prompt) pairs decoded at once; bounds the memory of the fusion encoder."""
-
-MASK_PAIRS_PER_PASS = 4
-"""Pairs whose pixel features are in memory at once: 4g x 4g x D fp32 each, 85 MB at SAM 3's full size."""
-
-CACHED_TEXTS = 1024
-"""Encoded prompts in the cache of a precision: 16 to 32 KB each at full size."""
-
-
 _FileVersion = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _LoadedModel:
-    """The model in one precision, and the texts that it has encoded: (L, D) tokens and (L,) valid of each."""
-
-    network: SAM3Network
-    texts: OrderedDict[str, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A prompt of a request, and the rows of its image and its text in their features."""
-
-    prompt: str
-    image: int
-    text: int
 
 
 class SAM3Predictor:
@@ -96,6 +60,7 @@ class SAM3Predictor:
         dtype: of the large matrix products, as SAM3_DTYPE: `auto` is float16 on a GPU, with bfloat16 for
             requests that float16 overflows on, and float32 on a CPU; or a `Precision`. Scores, boxes and
             positions are float32 in each case.
+        max_images: most images encoded at once; the memory of a GPU is taken for so many.
     """
 
     def __init__(
@@ -105,19 +70,18 @@ class SAM3Predictor:
         *,
         score_threshold: float = SCORE_THRESHOLD,
         dtype: DTypeSetting | Precision = "auto",
+        max_images: int = MAX_IMAGES,
     ) -> None:
         self._weights_path = weights_path
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._precision = dtype if isinstance(dtype, Precision) else precision_of(dtype, self.device.type)
         self.score_threshold = score_threshold
+        self._max_images = max_images
         self.checkpoint: Checkpoint | None = None
         self.layout: Layout | None = None
         self._tokenizer: PromptTokenizer | None = None
-        self._models: dict[DType, _LoadedModel] = {}
+        self._models: dict[DType, LoadedModel] = {}
         self._file_version: _FileVersion | None = None
-        self._pairs_per_pass = FittingSize(PAIRS_PER_PASS)
-        self._keeps_best = False
-        self._clock = PassClock(torch.device("cpu"))
 
     def load(self) -> None:
         """Read the weights and move them to the device. Raises `WeightsError`, `DeviceUnavailable`."""
@@ -200,9 +164,9 @@ class SAM3Predictor:
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
         self._check_sides([square for square, _ in requests])
-        self._clock = clock or PassClock(self.device)
+        clock, keeping = clock or PassClock(self.device), Keeping(self.score_threshold)
         dtype, fallback = self._precision.dtype, self._precision.fallback
-        results = self._run_pass(self._model_in(dtype), requests)
+        results = self._model_in(dtype).segment(requests, keeping, clock)
         overflowed = [row for row, result in enumerate(results) if result is None]
         if overflowed and fallback:
             for row in overflowed:
@@ -212,7 +176,8 @@ class SAM3Predictor:
                     *(dtype, fallback),
                     extra=log_ids[row] if log_ids else None,
                 )
-            again = self._run_pass(self._model_in(fallback), [requests[row] for row in overflowed])
+            repeated = [requests[row] for row in overflowed]
+            again = self._model_in(fallback).segment(repeated, keeping, clock)
             for row, result in zip(overflowed, again, strict=True):
                 results[row] = result
         finite = [result for result in results if result is not None]
@@ -233,13 +198,9 @@ class SAM3Predictor:
         assert self.checkpoint is not None
         squares = warm_up_squares(images, self.checkpoint.input_side_px)
         requests = [(square, WARM_UP_PROMPTS) for square in squares]
-        self._clock = PassClock(self.device)
-        self._keeps_best = True
-        try:
-            if None not in self._run_pass(self._model_in(self.dtype), requests):
-                return
-        finally:
-            self._keeps_best = False
+        keeping = Keeping(self.score_threshold, best=True)
+        if None not in self._model_in(self.dtype).segment(requests, keeping, PassClock(self.device)):
+            return
         if self._precision.fallback is None:
             raise InferenceFailed(not_finite_message(self.dtype))
         logger.warning(
@@ -249,13 +210,14 @@ class SAM3Predictor:
         del self._models[self.dtype]
         release_memory()
         self._precision = Precision(self._precision.fallback)
+        self._models[self.dtype] = self._load_in(self.dtype, self.checkpoint)
         self.warm_up(images)
 
     def device_works(self) -> bool:
         """Whether the device still computes in this process; false after some errors of CUDA."""
         return device_works(self.device)
 
-    def _model_in(self, dtype: DType) -> _LoadedModel:
+    def _model_in(self, dtype: DType) -> LoadedModel:
         """The model in a precision, loaded on its first use.
 
         Raises:
@@ -270,176 +232,16 @@ class SAM3Predictor:
                     f"the model is needed in {dtype}, but its weights were replaced on disk: restart the "
                     f"server, or set SAM3_DTYPE={dtype}"
                 )
-            self._models[dtype] = self._load_in(dtype, self.checkpoint)
+            # Not recorded: that takes seconds, in which no request is answered, and as much memory again.
+            self._models[dtype] = self._load_in(dtype, self.checkpoint, recorded=False)
             logger.info("the model is loaded in %s too", dtype)
         return self._models[dtype]
 
-    def _load_in(self, dtype: DType, checkpoint: Checkpoint) -> _LoadedModel:
+    def _load_in(self, dtype: DType, checkpoint: Checkpoint, *, recorded: bool | None = None) -> LoadedModel:
+        assert self._tokenizer is not None
         network, self.layout = load_network(checkpoint, self.device)
         set_precision(network, getattr(torch, dtype))
-        return _LoadedModel(network)
-
-    @torch.inference_mode()
-    def _run_pass(
-        self, model: _LoadedModel, requests: Sequence[tuple[SquareImage, Sequence[str]]]
-    ) -> list[list[PredictResult] | None]:
-        """The results of each request; None where the output of one of its pairs is not finite."""
-        with self._clock.stage("encode_image"):
-            images = model.network.encode_image(self._pixels([square for square, _ in requests]))
-        texts: dict[str, str] = {}
-        for _, prompts in requests:
-            texts |= {clean_prompt(prompt): prompt for prompt in prompts}
-        text_rows = {cleaned: row for row, cleaned in enumerate(texts)}
-        pairs = [
-            _Pair(prompt, image, text_rows[clean_prompt(prompt)])
-            for image, (_, prompts) in enumerate(requests)
-            for prompt in prompts
-        ]
-        squares = [square for square, _ in requests]
-        results = iter(self._decode_all(model, images, self._encode_texts(model, texts), pairs, squares))
-        by_request = [[next(results) for _ in prompts] for _, prompts in requests]
-        return [
-            None if None in found else [result for result in found if result is not None]
-            for found in by_request
-        ]
-
-    def _decode_all(
-        self,
-        model: _LoadedModel,
-        images: ImageFeatures,
-        text: TextFeatures,
-        pairs: list[_Pair],
-        squares: list[SquareImage],
-    ) -> list[PredictResult | None]:
-        """Decode as many pairs at once as fit in the memory. Raises when one alone does not fit."""
-        results: list[PredictResult | None] = []
-        most = limit = self._pairs_per_pass.current
-        while len(results) < len(pairs):
-            chunk = pairs[len(results) : len(results) + most]
-            try:
-                results += self._decode(model, images, text, chunk, squares)
-                continue
-            except RuntimeError as error:
-                if len(chunk) == 1 or not is_out_of_memory(error):
-                    raise
-            # Outside of the handler, whose error holds the tensors of the failed pass.
-            release_memory()
-            most = len(chunk) // 2
-        if most < limit:
-            logger.warning("%d pairs are decoded at once: more do not fit in the memory", most)
-            self._pairs_per_pass.reduce_to(most)
-        return results
-
-    def _decode(
-        self,
-        model: _LoadedModel,
-        images: ImageFeatures,
-        text: TextFeatures,
-        pairs: list[_Pair],
-        squares: list[SquareImage],
-    ) -> list[PredictResult | None]:
-        """The result of each pair; None where a score, a box or a mask is not finite."""
-        image_index = self._index([pair.image for pair in pairs])
-        text_index = self._index([pair.text for pair in pairs])
-        with self._clock.stage("decode_prompts"):
-            detections = model.network.decode(
-                images.attended[image_index],
-                images.geometry_token[image_index],
-                text.tokens[text_index],
-                text.valid[text_index],
-            )
-        with self._clock.stage("draw_masks"):  # a label of the metrics
-            instances = self._kept_instances(
-                model, images, detections, image_index, [squares[pair.image] for pair in pairs]
-            )
-        # One transfer: NaN where the pair has anything that is not finite.
-        presences: list[float] = detections.presence.where(_are_finite(detections), nan).tolist()
-        results: list[PredictResult | None] = []
-        for row, (pair, presence) in enumerate(zip(pairs, presences, strict=True)):
-            found, square = instances.get(row, []), squares[pair.image]
-            if found is None or isnan(presence):
-                results.append(None)
-            else:
-                results.append(PredictResult(pair.prompt, presence, square.width, square.height, found))
-        return results
-
-    def _kept_instances(
-        self,
-        model: _LoadedModel,
-        images: ImageFeatures,
-        detections: Detections,
-        image_index: Tensor,
-        squares: list[SquareImage],
-    ) -> dict[int, list[Instance] | None]:
-        """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only.
-
-        None for a pair whose mask logits are not finite.
-        """
-        instances: dict[int, list[Instance] | None] = {}
-        finite: list[Tensor] = []
-        scores = detections.scores
-        kept = scores > self.score_threshold
-        if self._keeps_best:
-            kept |= scores >= scores.amax(dim=1, keepdim=True)
-        pairs: list[int] = kept.any(dim=1).nonzero().flatten().tolist()
-        for start in range(0, len(pairs), MASK_PAIRS_PER_PASS):
-            chunk = pairs[start : start + MASK_PAIRS_PER_PASS]
-            index = self._index(chunk)
-            features = model.network.pixel_features(
-                detections.fused[index],
-                detections.prompt[index],
-                detections.prompt_valid[index],
-                tuple(level[image_index[index]] for level in images.finer),
-            )
-            for row, pair in enumerate(chunk):
-                queries = kept[pair].nonzero().flatten()
-                factor, offset = model.network.mask_decoder.embed(detections.queries[-1][pair][queries])
-                logits = mask_logits(factor, offset, features[row])
-                finite.append(logits.isfinite().all())
-                instances[pair] = to_instances(
-                    queries,
-                    scores[pair][queries],
-                    detections.boxes[pair][queries],
-                    logits,
-                    width=squares[pair].width,
-                    height=squares[pair].height,
-                )
-        if pairs:
-            are_finite: list[bool] = torch.stack(finite).tolist()
-            instances |= {
-                pair: None for pair, is_finite in zip(pairs, are_finite, strict=True) if not is_finite
-            }
-        return instances
-
-    def _encode_texts(self, model: _LoadedModel, texts: Mapping[str, str]) -> TextFeatures:
-        """Features of distinct texts, in their order; from the cache where it has them.
-
-        Args:
-            model: in the precision of the pass.
-            texts: a prompt by its cleaned text, which is its key in the cache.
-        """
-        assert self._tokenizer is not None
-        cache = model.texts
-        misses = [cleaned for cleaned in texts if cleaned not in cache]
-        TEXTS.labels("hit").inc(len(texts) - len(misses))
-        TEXTS.labels("miss").inc(len(misses))
-        if misses:
-            tokens = self._tokenizer.encode([texts[cleaned] for cleaned in misses])
-            ids, valid = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.valid)
-            with self._clock.stage("encode_text"):
-                encoded = model.network.encode_text(ids.to(self.device), valid.to(self.device))
-            for row, cleaned in enumerate(misses):
-                # Clones: a view would keep the whole batch in memory.
-                cache[cleaned] = encoded.tokens[row].clone(), encoded.valid[row].clone()
-        for cleaned in texts:
-            cache.move_to_end(cleaned)
-        rows = [cache[cleaned] for cleaned in texts]
-        while len(cache) > CACHED_TEXTS:
-            cache.popitem(last=False)
-        return TextFeatures(
-            tokens=torch.stack([tokens for tokens, _ in rows]),
-            valid=torch.stack([valid for _, valid in rows]),
-        )
+        return LoadedModel(network, self._tokenizer, self._max_images, recorded=recorded)
 
     def _check_sides(self, squares: list[SquareImage]) -> None:
         """Refuse other sizes than the model's own: it would run, and its results would be wrong."""
@@ -449,14 +251,6 @@ class SAM3Predictor:
             if square.pixels.shape != (side_px, side_px, 3):
                 raise InferenceFailed(f"the image is {square.pixels.shape}; the model takes {side_px} px")
 
-    def _pixels(self, squares: list[SquareImage]) -> Tensor:
-        """(B, 3, S, S) uint8 on the device, in one transfer."""
-        stacked = torch.from_numpy(np.stack([square.pixels for square in squares]))
-        return stacked.to(self.device).permute(0, 3, 1, 2)
-
-    def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.long, device=self.device)
-
 
 def _version_of(path: Path) -> _FileVersion | None:
     """What changes when a file is written or replaced; None without a file."""
@@ -465,12 +259,6 @@ def _version_of(path: Path) -> _FileVersion | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _are_finite(detections: Detections) -> Tensor:
-    """(P,) bool: the scores, the presence and the boxes of a pair are finite."""
-    scores, boxes = detections.logits.isfinite(), detections.boxes.isfinite()
-    return scores.all(dim=1) & boxes.flatten(1).all(dim=1) & detections.presence_logits.isfinite()
 
 
 def _to_square(image: ImageSource, side_px: int) -> SquareImage:

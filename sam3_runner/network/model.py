@@ -114,6 +114,13 @@ class SAM3Network(nn.Module):
         self.mask_decoder = MaskHead(config.mask_decoder_config)
         self.register_buffer("position", sine_of_grid(grid, decoder.hidden_size)[None], persistent=False)
 
+    @property
+    def input_side_px(self) -> int:
+        """S, the side of the model's square input."""
+        backbone = self.config.vision_config.backbone_config
+        side_px: int = backbone.image_size
+        return side_px
+
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Encode B images, (B, 3, S, S) uint8 RGB squares of the model's input side S."""
         *finer, coarse_map = self.vision_encoder(pixels)

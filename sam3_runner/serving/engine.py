@@ -311,7 +311,10 @@ class Engine:
         started_s = time.monotonic()
         checkpoint = find_checkpoint(self._config.weights_path)
         predictor = (self._make_predictor or SAM3Predictor)(
-            self._config.weights_path, self._config.device, dtype=self._config.dtype
+            self._config.weights_path,
+            self._config.device,
+            dtype=self._config.dtype,
+            max_images=self._config.max_batch,
         )
         # The checksum of 3.4 GB takes seconds, so it is computed while the model loads.
         with ThreadPoolExecutor(max_workers=1) as executor:

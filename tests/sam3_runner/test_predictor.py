@@ -11,15 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from PIL import Image
+from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 
 from sam3_runner import InferenceFailed, ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
 from sam3_runner.images.square import to_square
+from sam3_runner.inference.pass_clock import PassClock
+from sam3_runner.inference.passes import Decoded, Passes
+from sam3_runner.inference.texts import CACHED_TEXTS
 from sam3_runner.instances import union_mask
 from sam3_runner.network.masks import mask_logits
-from sam3_runner.predictor import CACHED_TEXTS
 from sam3_runner.prompts import PromptTokenizer
-from tests.breaking import TOO_LARGE_PROMPT, TOO_MANY_FLOATS
+from tests.breaking import TOO_MANY_FLOATS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,42 +102,56 @@ def test_more_pairs_than_one_pass_decodes(predictor: SAM3Predictor) -> None:
     check_same(results[18], predictor.predict(image, "thing 18"))
 
 
-class RoomForThreePairs(SAM3Predictor):
-    """Its memory has room for three pairs, and for none of `TOO_LARGE_PROMPT`; the error is torch's own."""
+class LittleMemory(Passes):
+    """Its memory has room for `room` pairs; the error is torch's own."""
 
+    room = 3
     failed = 0
 
-    def _decode(self, model: Any, images: Any, text: Any, pairs: Any, squares: Any) -> Any:
-        if len(pairs) > 3 or any(pair.prompt == TOO_LARGE_PROMPT for pair in pairs):
+    def decode(
+        self,
+        attended: torch.Tensor,
+        geometry_token: torch.Tensor,
+        text_tokens: torch.Tensor,
+        text_valid: torch.Tensor,
+    ) -> Decoded:
+        if len(attended) > self.room:
             self.failed += 1
             torch.empty(TOO_MANY_FLOATS)
-        return super()._decode(model, images, text, pairs, squares)
+        return super().decode(attended, geometry_token, text_tokens, text_valid)
+
+
+def with_little_memory(checkpoint: Checkpoint) -> tuple[SAM3Predictor, LittleMemory]:
+    narrow = SAM3Predictor(str(checkpoint.weights_file.parent), "cpu", score_threshold=KEPT_SCORE)
+    narrow.load()
+    passes = LittleMemory(narrow._network)
+    narrow._model_in("float32")._passes = passes
+    return narrow, passes
 
 
 def test_pairs_that_do_not_fit(tiny_checkpoint: Checkpoint, predictor: SAM3Predictor) -> None:
     """More pairs than fit are decoded in smaller passes, with the same results; the size is remembered."""
-    narrow = RoomForThreePairs(str(tiny_checkpoint.weights_file.parent), "cpu", score_threshold=KEPT_SCORE)
-    narrow.load()
+    narrow, passes = with_little_memory(tiny_checkpoint)
     image = picture(4, 50, 50)
     prompts = [f"thing {number}" for number in range(10)]
     for result, expected in zip(
         narrow.predict_batch(image, prompts), predictor.predict_batch(image, prompts), strict=True
     ):
         check_same(result, expected)
-    assert narrow.failed == 2  # of 10 and of 5 pairs; then 2 at once
+    assert passes.failed == 2  # of 10 and of 5 pairs; then 2 at once
     narrow.predict_batch(image, prompts)
-    assert narrow.failed == 2
+    assert passes.failed == 2
 
 
 def test_pair_that_does_not_fit(tiny_checkpoint: Checkpoint) -> None:
     """An error of torch is raised when one pair alone does not fit; later passes decode as many as before."""
-    narrow = RoomForThreePairs(str(tiny_checkpoint.weights_file.parent), "cpu")
-    narrow.load()
+    narrow, passes = with_little_memory(tiny_checkpoint)
+    passes.room = 0
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        narrow.predict_batch(picture(4, 50, 50), ["cat", "dog", TOO_LARGE_PROMPT])
-    before = narrow.failed
+        narrow.predict_batch(picture(4, 50, 50), ["cat", "dog"])
+    passes.room, before = 3, passes.failed
     assert len(narrow.predict_batch(picture(4, 50, 50), ["cat", "dog", "ring"])) == 3
-    assert narrow.failed == before
+    assert passes.failed == before
 
 
 def test_duplicate_prompts(predictor: SAM3Predictor) -> None:
@@ -157,61 +174,50 @@ def test_any_mode_is_accepted(predictor: SAM3Predictor, mode: str) -> None:
     assert (result.image_width, result.image_height) == (30, 20)
 
 
-def test_texts_are_encoded_once(predictor: SAM3Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def encoded_texts() -> float:
+    """How many texts have been encoded so far."""
+    return REGISTRY.get_sample_value("sam3_texts_total", {"cache": "miss"}) or 0.0
+
+
+def test_texts_are_encoded_once(predictor: SAM3Predictor) -> None:
     """A cached prompt is not encoded again."""
-    encoded: list[int] = []
-
-    assert predictor._network is not None
-    encode_text = predictor._network.encode_text
-
-    def counting(ids: torch.Tensor, valid: torch.Tensor) -> Any:
-        encoded.append(len(ids))
-        return encode_text(ids, valid)
-
-    monkeypatch.setattr(predictor._network, "encode_text", counting)
+    before = encoded_texts()
     first = predictor.predict_batch(picture(7, 40, 40), ["never seen", "neither this", "never seen"])
     again = predictor.predict_batch(picture(7, 40, 40), ["neither this", "never seen"])
-    assert encoded == [2]
+    assert encoded_texts() - before == 2
     check_same(first[0], again[1])
 
 
-def test_texts_that_the_model_reads_alike_share_an_entry(
-    predictor: SAM3Predictor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_that_the_model_reads_alike_share_an_entry(predictor: SAM3Predictor) -> None:
     """Case, spaces and marks at the ends make no second encoding; results keep the prompt as sent."""
-    encoded: list[int] = []
-
-    def counting(model: Any, ids: torch.Tensor, valid: torch.Tensor) -> Any:
-        encoded.append(len(ids))
-        return encode_text(model, ids, valid)
-
-    monkeypatch.setattr("sam3_runner.predictor.encode_text", counting)
+    before = encoded_texts()
     prompts = ["A  Lone Tree", "a lone tree\u200b", "another &amp;amp;amp;lt; tree"]
     results = predictor.predict_batch(picture(7, 40, 40), prompts)
     assert [result.prompt for result in results] == prompts
     check_same(replace(results[1], prompt=prompts[0]), results[0])
     predictor.predict(picture(7, 40, 40), " a lone tree ")
-    assert encoded == [2]
+    assert encoded_texts() - before == 2
 
 
 def test_cache_holds_no_more_than_its_entries(predictor: SAM3Predictor) -> None:
     """Each cached text has memory of its own, not a view of the batch in which it was encoded."""
     prompts = [f"memory {number}" for number in range(10)]
     predictor.predict_batch(picture(7, 40, 40), prompts)
-    for prompt in prompts:
-        for tensor in predictor._model_in("float32").texts[prompt]:
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    texts = predictor._model_in("float32").texts
+    width = 64
+    assert {texts.bytes_of(prompt) for prompt in prompts} == {32 * width * 4 + 32}
 
 
 def test_cache_of_texts_is_bounded(predictor: SAM3Predictor) -> None:
     """The cache holds a bounded number of prompts; the least recent are removed."""
+    texts, clock = predictor._model_in("float32").texts, PassClock(torch.device("cpu"))
     for start in range(0, CACHED_TEXTS + 64, 64):
         words = [f"word {number}" for number in range(start, start + 64)]
-        predictor._encode_texts(predictor._model_in("float32"), dict(zip(words, words, strict=True)))
-    cache = predictor._model_in("float32").texts
-    assert len(cache) == CACHED_TEXTS
-    assert f"word {CACHED_TEXTS + 63}" in cache
-    assert "word 0" not in cache
+        with torch.inference_mode():
+            texts.features(dict(zip(words, words, strict=True)), clock)
+    assert len(texts) == CACHED_TEXTS
+    assert f"word {CACHED_TEXTS + 63}" in texts
+    assert "word 0" not in texts
 
 
 def test_prompt_of_too_many_tokens(predictor: SAM3Predictor) -> None:

@@ -1,0 +1,102 @@
+"""CUDA graphs: a function of tensors, recorded once for each number of rows and replayed in one launch.
+
+Launching the thousands of kernels of a pass one by one takes longer than running them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_RUNS = 2
+"""Before a recording: compiling, choosing kernels and allocating workspaces cannot be recorded."""
+
+
+class GraphedFunction:
+    """A function of tensors with a common number of rows, as one CUDA graph a number of rows.
+
+    A call with other numbers of rows runs the next larger graph, with rows of zeros. The returned tensors
+    belong to the graph: its next call overwrites them.
+
+    Args:
+        function: of tensors (N, ...); returns a tensor, or a tuple or dataclass of such, with N rows. It must
+            not synchronise with the host.
+        example: returns inputs of one row, on the device; their shapes and dtypes are those of all calls.
+        sizes: numbers of rows to record. One that does not fit into the GPU's memory is left out.
+
+    Raises:
+        torch.OutOfMemoryError: not even one row fits.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        example: Callable[[], tuple[Tensor, ...]],
+        sizes: Iterable[int],
+    ) -> None:
+        examples = example()
+        self._recordings: dict[int, _Recording] = {}
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others then use parts of its memory.
+        for size in sorted(sizes, reverse=True):
+            try:
+                self._recordings[size] = _Recording(function, examples, size, pool)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                torch.cuda.empty_cache()
+                logger.warning("the GPU's memory is too full for passes of %d: they are split", size)
+        self.max_rows = max(self._recordings)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The function of at most `max_rows` rows; inputs may be in pinned memory of the host."""
+        rows = len(inputs[0])
+        size = min(size for size in self._recordings if size >= rows)
+        return first_rows(self._recordings[size].replay(inputs, rows), rows)
+
+
+class _Recording:
+    """One graph with its inputs and outputs."""
+
+    def __init__(
+        self, function: Callable[..., Any], examples: tuple[Tensor, ...], size: int, pool: Any
+    ) -> None:
+        self._inputs = [each.new_zeros(size, *each.shape[1:]) for each in examples]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._outputs = function(*self._inputs)
+
+    def replay(self, inputs: tuple[Tensor, ...], rows: int) -> Any:
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own[:rows].copy_(given, non_blocking=True)
+            if rows < len(own):
+                own[rows:].zero_()
+        self._graph.replay()
+        return self._outputs
+
+
+def first_rows(value: Any, rows: int) -> Any:
+    """The first rows of a tensor, or of each tensor in a tuple or dataclass."""
+    if isinstance(value, torch.Tensor):
+        return value[:rows]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{each.name: first_rows(getattr(value, each.name), rows) for each in fields(value)}
+        )
+    return tuple(first_rows(each, rows) for each in value)

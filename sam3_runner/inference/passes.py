@@ -1,0 +1,163 @@
+"""The steps of a pass, as a device runs them best: eagerly on a CPU, as CUDA graphs on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sam3_runner.inference.graphs import GraphedFunction
+from sam3_runner.prompts import CONTEXT_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from sam3_runner.network.model import ImageFeatures, SAM3Network, TextFeatures
+
+MAX_IMAGES = 8
+MAX_TEXTS = 16
+MAX_PAIRS = 16
+"""Pairs decoded at once; bounds the memory of the fusion encoder."""
+MAX_MASK_PAIRS = 4
+"""Pairs whose pixel features are in memory at once: 4g x 4g x D each, 42 MB in fp16 at SAM 3's full size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What serving needs of P decoded pairs with Q queries each.
+
+    Attributes:
+        summary: (P, 1 + 5 Q) fp32: presence, then the scores, then the boxes x0 y0 x1 y1 in 0..1. One tensor,
+            so that one transfer brings it to the host.
+        mask_factors: (P, Q, D) fp32, see `MaskHead.embed`.
+        mask_offsets: (P, Q) fp32.
+        fused: (P, g * g, D), as `prompt` and `prompt_valid` an input of the mask head.
+        prompt: (P, L + 1, D) fp32.
+        prompt_valid: (P, L + 1) bool.
+    """
+
+    summary: Tensor
+    mask_factors: Tensor
+    mask_offsets: Tensor
+    fused: Tensor
+    prompt: Tensor
+    prompt_valid: Tensor
+
+
+class Passes:
+    """The four steps. Each takes as many rows as its maximum; what it returns is valid until its next call.
+
+    Args:
+        network: in inference mode. On a GPU its functions are recorded as CUDA graphs here.
+        max_images: most images of one pass.
+        recorded: record them; None: where the device is a GPU.
+
+    Attributes:
+        max_images, max_texts, max_pairs, max_mask_pairs: most rows of each step. On a GPU whose memory is too
+            full for a size, that size is left out.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU's memory has no room for the smallest pass.
+    """
+
+    def __init__(
+        self, network: SAM3Network, max_images: int = MAX_IMAGES, *, recorded: bool | None = None
+    ) -> None:
+        device, side_px = network.position.device, network.input_side_px
+        if recorded is None:
+            recorded = device.type == "cuda"
+        step = GraphedFunction if recorded else partial(EagerFunction, device)
+        pixels = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8, device=device)
+        ids = torch.zeros(1, CONTEXT_TOKENS, dtype=torch.long, device=device)
+
+        def image() -> ImageFeatures:
+            return self.encode_images(pixels)
+
+        def pair() -> tuple[Tensor, ...]:
+            text = self.encode_texts(ids, ids == 0)
+            return image().attended, image().geometry_token, text.tokens, text.valid
+
+        def found() -> tuple[Tensor, ...]:
+            decoded = self.decode(*pair())
+            return decoded.fused, decoded.prompt, decoded.prompt_valid, *image().finer
+
+        self._encode_images = step(
+            lambda pixels: network.encode_image(pixels.permute(0, 3, 1, 2)),
+            lambda: (pixels,),
+            _sizes(max_images),
+        )
+        self._encode_texts = step(network.encode_text, lambda: (ids, ids == 0), _sizes(MAX_TEXTS))
+        self._decode = step(lambda *inputs: _decode(network, *inputs), pair, _sizes(MAX_PAIRS))
+        self._pixel_features = step(
+            lambda fused, prompt, valid, *finer: network.pixel_features(fused, prompt, valid, finer),
+            found,
+            _sizes(MAX_MASK_PAIRS),
+        )
+        self.max_images, self.max_texts = self._encode_images.max_rows, self._encode_texts.max_rows
+        self.max_pairs, self.max_mask_pairs = self._decode.max_rows, self._pixel_features.max_rows
+
+    def encode_images(self, pixels: Tensor) -> ImageFeatures:
+        """Features of images (B, S, S, 3) uint8 RGB, which may be on the host."""
+        features: ImageFeatures = self._encode_images(pixels)
+        return features
+
+    def encode_texts(self, input_ids: Tensor, valid: Tensor) -> TextFeatures:
+        """Features of texts (T, L) int64 and bool, which may be on the host."""
+        features: TextFeatures = self._encode_texts(input_ids, valid)
+        return features
+
+    def decode(
+        self, attended: Tensor, geometry_token: Tensor, text_tokens: Tensor, text_valid: Tensor
+    ) -> Decoded:
+        """Decode P pairs; the arguments are those of `SAM3Network.decode`."""
+        decoded: Decoded = self._decode(attended, geometry_token, text_tokens, text_valid)
+        return decoded
+
+    def pixel_features(
+        self, fused: Tensor, prompt: Tensor, prompt_valid: Tensor, finer: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Pixel features of M pairs; the arguments are those of `SAM3Network.pixel_features`."""
+        features: Tensor = self._pixel_features(fused, prompt, prompt_valid, *finer)
+        return features
+
+
+class EagerFunction:
+    """A function of tensors, called as it is; the counterpart of `GraphedFunction`, with its arguments."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        function: Callable[..., Any],
+        _example: Callable[[], tuple[Tensor, ...]],
+        sizes: Iterable[int],
+    ) -> None:
+        self._function, self._device = function, device
+        self.max_rows = max(sizes)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The function of inputs of any number of rows, which may be on the host."""
+        return self._function(*(each.to(self._device) for each in inputs))
+
+
+def _decode(
+    network: SAM3Network, attended: Tensor, geometry_token: Tensor, text_tokens: Tensor, text_valid: Tensor
+) -> Decoded:
+    found = network.decode(attended, geometry_token, text_tokens, text_valid)
+    factors, offsets = network.mask_decoder.embed(found.queries[-1])
+    return Decoded(
+        summary=torch.cat((found.presence[:, None], found.scores, found.boxes.flatten(1)), dim=1),
+        mask_factors=factors,
+        mask_offsets=offsets,
+        fused=found.fused,
+        prompt=found.prompt,
+        prompt_valid=found.prompt_valid,
+    )
+
+
+def _sizes(largest: int) -> list[int]:
+    """Powers of two up to `largest`, and `largest` itself."""
+    return [*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest]
