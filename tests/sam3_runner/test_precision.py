@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from shutil import copy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from sam3_runner import InferenceFailed, SAM3Predictor
 from sam3_runner.images.square import to_square
 from sam3_runner.inference.precision import Precision, precision_of
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
+from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.edge import wait_for
 from tests.overflowing import (
     FUSION_VALUES,
@@ -138,6 +140,16 @@ def test_no_precision_helps(tmp_path: Path, dtype: DTypeSetting | Precision, mes
     """Weights that are not finite are an error in each precision."""
     predictor = loaded(damaged_folder(tmp_path / "weights"), dtype)
     with pytest.raises(InferenceFailed, match=message):
+        predictor.segment([(SAMPLE, PROMPTS)])
+
+
+def test_replaced_weights_are_not_mixed(tmp_path: Path) -> None:
+    """When the weights on disk are others by now, the second precision is not loaded from them."""
+    folder = overflowing_folder(tmp_path / "weights", VISION_VALUES, 20)
+    predictor = loaded(folder, GPU_AUTO)
+    copy(DEMO_FOLDER / "model.safetensors", tmp_path / "new")
+    (tmp_path / "new").replace(folder / "model.safetensors")
+    with pytest.raises(InferenceFailed, match=r"weights were replaced on disk: .* SAM3_DTYPE=bfloat16"):
         predictor.segment([(SAMPLE, PROMPTS)])
 
 

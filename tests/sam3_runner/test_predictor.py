@@ -242,7 +242,6 @@ def test_parameters_and_dtype(predictor: SAM3Predictor, tiny_checkpoint: Checkpo
     assert predictor.parameters == sum(tensor.numel() for tensor in stored.values())
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert predictor.dtype == "float32"
-    assert predictor._network is not None
     assert {parameter.dtype for parameter in predictor._network.parameters()} == {torch.float32}
     assert not predictor._network.training
 
@@ -250,7 +249,6 @@ def test_parameters_and_dtype(predictor: SAM3Predictor, tiny_checkpoint: Checkpo
 def raw(predictor: SAM3Predictor, image: Image.Image, prompt: str) -> tuple[Any, torch.Tensor]:
     """The model's detections and mask logits of one pair, without the predictor's own steps."""
     assert predictor.checkpoint is not None
-    assert predictor._network is not None
     network = predictor._network
     tokens = PromptTokenizer(predictor.checkpoint.tokenizer_file).encode([prompt])
     pixels = torch.from_numpy(to_square(image, 112).pixels.copy()).permute(2, 0, 1)[None]
