@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
-from torch import nn
+from torch import Tensor, nn
 
-from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear, Perceptron
-from sam3_runner.network.positions import cells, sine_of_boxes, sine_periods
+from sam3_runner.network import operations
+from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear, Perceptron, project_all
+from sam3_runner.network.positions import cells, sine_periods
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
 MAX_PRESENCE_LOGIT = 10.0
 """transformers' clamp; the official code has none. It moves a score by 5e-5 at most."""
 MAX_LOGIT = 12.0
 """The official model's clamp of a query's logit."""
-BOX_EPS = 1e-3
-"""The official model's bound of a box's side before the inverse sigmoid."""
-_RPB_SCALE = 8.0
-"""Of the logarithmic distances, as in the official model: log2(8 d + 1) / log2(8)."""
+
+Memory = tuple[Tensor, ...]
+"""Projected keys and values, each (P, heads, N, D / heads)."""
+Bias = tuple[Tensor, Tensor]
+"""Of a grid's rows and columns, each (P, heads, Q, g)."""
 
 
 class DecoderLayer(nn.Module):
@@ -40,33 +42,29 @@ class DecoderLayer(nn.Module):
         self.mlp = FeedForward(width, config.intermediate_size, config.hidden_act)
         self.mlp_layer_norm = LayerNorm(width)
 
-    def forward(  # noqa: PLR0917 - only tensors, so that all layers share one compilation
-        self,
-        x: Tensor,
-        position: Tensor,
-        prompt: Tensor,
-        prompt_mask: Tensor,
-        image: Tensor,
-        positioned: Tensor,
-        box_bias: Tensor,
+    def forward(
+        self, x: Tensor, position: Tensor, prompt: Memory, prompt_valid: Tensor, image: Memory, bias: Bias
     ) -> Tensor:
-        """The presence token and the queries, (P, 1 + Q, D) fp32.
+        """The presence token and the queries, (P, 1 + Q, D).
 
         Args:
             x: (P, 1 + Q, D).
             position: of the queries' boxes, (P, 1 + Q, D).
-            prompt: (P, L, D).
-            prompt_mask: (P, 1, 1, L) bool.
-            image: fused image tokens, (P, N, D).
-            positioned: the same with their position encoding.
-            box_bias: (P, heads, 1 + Q, N), see `Decoder.box_bias`.
+            prompt: projected keys and values of the prompt.
+            prompt_valid: (P, L) bool.
+            image: projected keys and values of the fused image tokens.
+            bias: of `operations.box_bias`.
         """
-        x = self.self_attn_layer_norm(x + self.self_attn.attend_self(x + position, x))
-        attended = self.text_cross_attn.attend_other(x + position, prompt, prompt, prompt_mask)
-        x = self.text_cross_attn_layer_norm(x + attended)
-        attended = self.vision_cross_attn.attend_other(x + position, positioned, image, box_bias)
-        x = self.vision_cross_attn_layer_norm(x + attended)
-        output: Tensor = self.mlp_layer_norm(x + self.mlp(x))
+        attended = self.self_attn.attend_self(x + position, x)
+        _, x, positioned = operations.norm(x, self.self_attn_layer_norm, add=attended, position=position)
+        attended = self.text_cross_attn.attend_other(positioned, prompt, prompt_valid)
+        norm = self.text_cross_attn_layer_norm
+        _, x, positioned = operations.norm(x, norm, add=attended, position=position)
+        (query,) = self.vision_cross_attn.project(positioned, 0, 1)
+        key, value = image
+        attended = self.vision_cross_attn.o_proj(operations.attend_grid(query, key, value, *bias))
+        x = self.vision_cross_attn_layer_norm(x, attended)
+        output: Tensor = self.mlp_layer_norm(x, self.mlp(x))
         return output
 
 
@@ -74,7 +72,7 @@ class DecodedLayers(NamedTuple):
     """The decoder's output, one tensor a layer.
 
     Attributes:
-        queries: (P, Q, D) fp32.
+        queries: (P, Q, D) fp32, normed.
         reference_boxes: the layer's input boxes, (P, Q, 4), cx cy w h in 0..1.
         presence_logits: (P,).
     """
@@ -112,53 +110,45 @@ class Decoder(nn.Module):
         self.register_buffer("line", cells(grid), persistent=False)
         self.register_buffer("periods", sine_periods(width // 2), persistent=False)
 
-    def forward(self, image: Tensor, position: Tensor, prompt: Tensor, prompt_mask: Tensor) -> DecodedLayers:
+    def forward(
+        self, image: Tensor, position: Tensor, prompts: Sequence[Memory], prompt_valid: Tensor
+    ) -> DecodedLayers:
         """Decode P pairs.
 
         Args:
             image: fused image tokens, (P, N, D).
             position: their position encoding, (1, N, D).
-            prompt: (P, L, D).
-            prompt_mask: (P, 1, 1, L) bool, False for padding.
+            prompts: the prompt's keys and values for each layer.
+            prompt_valid: (P, L) bool, False for padding.
         """
+        dtype = self.layers[0].mlp.fc1.weight.dtype
+        attentions = [layer.vision_cross_attn for layer in self.layers]
+        keys = project_all(image + position.to(image.dtype), attentions, 1, 2)
+        values = project_all(image, attentions, 2, 3)
+        tokens = torch.cat((self.presence_token.weight, self.query_embed.weight)).to(dtype)
+        x = tokens.expand(len(image), -1, -1)
         boxes = self.reference_points.weight.sigmoid().expand(len(image), -1, -1)
-        x = torch.cat((self.presence_token.weight, self.query_embed.weight)).expand(len(image), -1, -1)
-        positioned = image + position.to(image.dtype)
-        queries, references, presence_logits = [], [], []
-        for layer in self.layers:
-            # The presence token has neither a position nor a bias.
-            of_boxes = F.pad(self.ref_point_head(sine_of_boxes(boxes, self.periods)), (0, 0, 1, 0))
-            x = layer(x, of_boxes, prompt, prompt_mask, image, positioned, self.box_bias(boxes))
-            queries.append(self.output_layer_norm(x[:, 1:]))
+        queries: list[Tensor] = []
+        references, presence_logits = [], []
+        for layer, prompt, key, value in zip(self.layers, prompts, keys, values, strict=True):
+            offset = self.box_head(queries[-1]) if queries else None
+            boxes, sine = operations.refined_boxes(offset, boxes, x, self.periods)
+            boxes = boxes.detach()
+            # The presence token has no position.
+            of_boxes = F.pad(self.ref_point_head(sine).to(dtype), (0, 0, 1, 0))
+            bias = operations.box_bias(
+                boxes, self.box_rpb_embed_x.layers, self.box_rpb_embed_y.layers, self.line, x
+            )
+            x = layer(x, of_boxes, prompt, prompt_valid, key + value, bias)
+            queries.append(self.output_layer_norm(x, dtype=torch.float32))
             references.append(boxes)
-            boxes = refine(boxes, self.box_head(queries[-1])).detach()
-            presence = self.presence_head(self.presence_layer_norm(x[:, 0])).squeeze(-1)
+            presence = self.presence_head(self.presence_layer_norm(x[:, 0])).float().squeeze(-1)
             presence_logits.append(presence.clamp(-MAX_PRESENCE_LOGIT, MAX_PRESENCE_LOGIT))
-        return DecodedLayers(tuple(queries), tuple(references), tuple(presence_logits))
-
-    def box_bias(self, boxes: Tensor) -> Tensor:
-        """The bias of attention from Q queries to N cells, by the distances of each cell to the box's sides.
-
-        Args:
-            boxes: (P, Q, 4), cx cy w h in 0..1.
-
-        Returns:
-            (P, heads, 1 + Q, N), contiguous and in the dtype of the attention's products: any other layout or
-            dtype makes PyTorch choose a slow kernel. Row 0, of the presence token, is 0.
-        """
-        center_x, center_y, width, height = boxes.unbind(-1)
-        along_x = self.box_rpb_embed_x(self._distances(center_x, width))
-        along_y = self.box_rpb_embed_y(self._distances(center_y, height))
-        along_x, along_y = along_x.permute(0, 3, 1, 2), along_y.permute(0, 3, 1, 2)  # (P, heads, Q, g)
-        bias = (along_y[..., :, None] + along_x[..., None, :]).flatten(3)
-        dtype = self.layers[0].vision_cross_attn.qkv_proj.weight.dtype
-        return F.pad(bias.to(dtype), (0, 0, 1, 0)).contiguous()
-
-    def _distances(self, center: Tensor, size: Tensor) -> Tensor:
-        """Logarithmic distances along one axis from g cells to both sides of the boxes, (P, Q, g, 2)."""
-        sides = torch.stack((center - size / 2, center + size / 2), dim=-1)
-        scaled = (self.line[:, None] - sides[:, :, None]) * _RPB_SCALE
-        return scaled.sign() * torch.log2(scaled.abs() + 1.0) / math.log2(_RPB_SCALE)
+        return DecodedLayers(
+            queries=tuple(each[:, 1:] for each in queries),
+            reference_boxes=tuple(references),
+            presence_logits=tuple(presence_logits),
+        )
 
 
 class Scoring(nn.Module):
@@ -183,10 +173,3 @@ class Scoring(nn.Module):
         mean = (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
         logits = (self.query_proj(queries) @ self.text_proj(mean)[..., None]).squeeze(-1)
         return (logits / math.sqrt(queries.shape[-1])).clamp(-MAX_LOGIT, MAX_LOGIT)
-
-
-def refine(reference: Tensor, offset: Tensor) -> Tensor:
-    """Boxes (..., 4), cx cy w h in 0..1, moved by offsets of their logits."""
-    bounded = reference.clamp(0.0, 1.0)
-    logits = torch.log(bounded.clamp(min=BOX_EPS) / (1.0 - bounded).clamp(min=BOX_EPS))
-    return (logits + offset).sigmoid()

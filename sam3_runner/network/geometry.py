@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear
+from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear, project_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +25,14 @@ class GeometryLayer(nn.Module):
         self.self_attn, self.cross_attn = Attention(width, heads), Attention(width, heads)
         self.mlp = FeedForward(width, config.intermediate_size, config.hidden_act)
 
-    def forward(self, token: Tensor, positioned: Tensor, image: Tensor) -> Tensor:
-        """Tokens (B, 1, D); image tokens (B, N, D) with and without their positions."""
+    def forward(self, token: Tensor, keys_and_values: tuple[Tensor, ...]) -> Tensor:
+        """Tokens (B, 1, D); projected keys and values of the image."""
         normed = self.layer_norm1(token)
-        token = token + self.self_attn.attend_self(normed, normed).to(token.dtype)
-        attended = self.cross_attn.attend_other(self.layer_norm2(token), positioned, image)
-        token = token + attended.to(token.dtype)
-        output: Tensor = token + self.mlp(self.layer_norm3(token)).to(token.dtype)
+        attended = self.self_attn.attend_self(normed, normed)
+        token, normed = self.layer_norm2.after_sum(token, attended.to(token.dtype))
+        attended = self.cross_attn.attend_other(normed, keys_and_values)
+        token, normed = self.layer_norm3.after_sum(token, attended.to(token.dtype))
+        output: Tensor = token + self.mlp(normed).to(token.dtype)
         return output
 
 
@@ -49,15 +50,17 @@ class GeometryEncoder(nn.Module):
         self.vision_layer_norm = LayerNorm(width)
         self.final_proj = Linear(width, width)
         self.prompt_layer_norm = LayerNorm(width)
-        self.layers = nn.ModuleList(GeometryLayer(config) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(GeometryLayer(config) for _ in range(config.num_layers))
         self.output_layer_norm = LayerNorm(width)
 
     def forward(self, image: Tensor, position: Tensor) -> Tensor:
         """The token (B, 1, D) of image tokens (B, N, D), whose position encoding is (1, N, D)."""
         token = self.prompt_layer_norm(self.final_proj(self.cls_embed.weight))
-        token = token.expand(len(image), 1, -1)
-        positioned = image + position.to(image.dtype)
-        for layer in self.layers:
-            token = layer(token, positioned, image)
+        token = token.expand(len(image), 1, -1).to(image.dtype)
+        attentions = [layer.cross_attn for layer in self.layers]
+        keys = project_all(image + position.to(image.dtype), attentions, 1, 2)
+        values = project_all(image, attentions, 2, 3)
+        for layer, key, value in zip(self.layers, keys, values, strict=True):
+            token = layer(token, key + value)
         output: Tensor = self.output_layer_norm(token)
         return output

@@ -10,10 +10,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
+from sam3_runner.network import operations
+from sam3_runner.network.operations import split_heads
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 QUICK_GELU_SLOPE = 1.702
@@ -25,15 +29,24 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) of any dtype to (..., out)."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return operations.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
     """A norm in fp32."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C) of the same dtype."""
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, add: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The norm of x + add (..., C), in `dtype`; None: in that of x."""
+        return operations.norm(x, self, add=add, dtype=dtype).normed
+
+    def after_shift(self, x: Tensor, shift: Tensor) -> Tensor:
+        """The norm of x + shift; `shift` (C,) fp32."""
+        return operations.norm(x, self, shift=shift).normed
+
+    def after_sum(self, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + add, and its norm."""
+        total, normed, _ = operations.norm(x, self, add=add)
+        return total, normed
 
 
 class Attention(nn.Module):
@@ -55,41 +68,45 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, width)
         self.width, self.heads = width, heads
 
+    def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the products `first` to `last` - 1 of (q, k, v)."""
+        rows = slice(first * self.width, last * self.width)
+        return self.qkv_proj.weight[rows], self.qkv_proj.bias[rows]
+
     def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """The products `first` to `last` - 1 of (q, k, v) of x (B, N, C), each (B, heads, N, C / heads)."""
-        rows = slice(first * self.width, last * self.width)
-        weight, bias = self.qkv_proj.weight[rows], self.qkv_proj.bias[rows]
-        projected = F.linear(x.to(weight.dtype), weight, bias)
-        return projected.unflatten(-1, (last - first, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, C) from projected q, k and v; `mask` is bool, or a bias in their dtype."""
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return output
+        return split_heads(operations.linear(x, *self.rows(first, last)), last - first, self.heads)
 
     def attend_self(self, positioned: Tensor, x: Tensor) -> Tensor:
         """Self-attention of (B, N, C): q and k from `positioned`, v from `x`."""
         query, key = self.project(positioned, 0, 2)
         (value,) = self.project(x, 2, 3)
-        return self.attend(query, key, value)
+        output: Tensor = self.o_proj(operations.attend(query, key, value))
+        return output
 
-    def attend_other(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Cross-attention from (B, N, C) to `key` and `value` (B, M, C)."""
+    def attend_other(
+        self, query: Tensor, keys_and_values: tuple[Tensor, ...], valid: Tensor | None = None
+    ) -> Tensor:
+        """Cross-attention from (B, N, C) to projected keys and values; `valid` (B, M) bool, False for padding."""
         (projected,) = self.project(query, 0, 1)
-        if key is value:
-            projected_key, projected_value = self.project(key, 1, 3)
-        else:
-            (projected_key,), (projected_value,) = self.project(key, 1, 2), self.project(value, 2, 3)
-        return self.attend(projected, projected_key, projected_value, mask)
+        key, value = keys_and_values
+        output: Tensor = self.o_proj(operations.attend(projected, key, value, valid))
+        return output
+
+
+def project_all(
+    x: Tensor, attentions: Sequence[Attention], first: int, last: int
+) -> list[tuple[Tensor, ...]]:
+    """`Attention.project` of the same x for several layers of one width, in one product."""
+    weights, biases = zip(*(attention.rows(first, last) for attention in attentions), strict=True)
+    product = operations.linear(x, torch.cat(weights), torch.cat(biases))
+    parts = last - first
+    views = split_heads(product, parts * len(attentions), attentions[0].heads)
+    return [views[start : start + parts] for start in range(0, len(views), parts)]
 
 
 class FeedForward(nn.Module):
-    """Two products with an activation between them.
-
-    Attributes:
-        activation: `relu`, `gelu`, `quick_gelu`, or `gelu_tanh`, which a GPU computes inside the product.
-    """
+    """Two products with an activation between them: `relu`, `gelu` or `quick_gelu`."""
 
     def __init__(self, width: int, hidden: int, activation: str = "relu") -> None:
         super().__init__()
@@ -99,24 +116,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C), in the dtype of the weights."""
-        output: Tensor = self.fc2(self._hidden(x))
+        output: Tensor = self.fc2(self.hidden(x))
         return output
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
+        """The first product and the activation."""
         match self.activation:
-            case "gelu_tanh":
-                rows = x.to(self.fc1.weight.dtype).flatten(0, -2)
-                hidden: Tensor = torch.ops.aten._addmm_activation(  # noqa: SLF001 - the only way to this epilogue
-                    self.fc1.bias, rows, self.fc1.weight.T, use_gelu=True
-                )
-                return hidden.unflatten(0, x.shape[:-1])
             case "gelu":
-                return F.gelu(self.fc1(x))
+                return operations.linear_gelu(x, self.fc1.weight, self.fc1.bias)
             case "quick_gelu":
-                hidden = self.fc1(x)
+                hidden: Tensor = self.fc1(x)
                 return hidden * torch.sigmoid(QUICK_GELU_SLOPE * hidden)
             case _:
-                return F.relu(self.fc1(x))
+                return operations.linear_relu(x, self.fc1.weight, self.fc1.bias)
 
 
 class Perceptron(nn.Module):
@@ -131,10 +143,15 @@ class Perceptron(nn.Module):
         for number, (before, after) in enumerate(pairwise(widths), 1):
             self.add_module(f"layer{number}", Linear(before, after))
 
+    @property
+    def layers(self) -> list[Linear]:
+        """The products, in their order."""
+        return [each for each in self.children() if isinstance(each, Linear)]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., first width) to (..., last width), in the dtype of the weights."""
-        *hidden, last = self.children()
+        *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(layer(x))
+            x = operations.linear_relu(x, layer.weight, layer.bias)
         output: Tensor = last(x)
         return output

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
+from sam3_runner.network import operations
 from sam3_runner.network.layers import Attention, LayerNorm, Linear
 
 if TYPE_CHECKING:
@@ -21,15 +22,17 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, width: int, stages: int) -> None:
         super().__init__()
-        self.conv_layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(stages))
-        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) for _ in range(stages))
+        self.conv_layers: Any = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(stages))
+        self.norms: Any = nn.ModuleList(nn.GroupNorm(GROUPS, width) for _ in range(stages))
 
     def forward(self, coarse: Tensor, finer: tuple[Tensor, ...]) -> Tensor:
         """(M, D, 4g, 4g) from (M, D, g, g) and the maps of twice and four times its side."""
-        x = coarse
+        x = operations.double_and_add(coarse, finer[0])
         # A checkpoint may have one stage more than there are finer levels.
-        for level, conv, norm in zip(finer, self.conv_layers, self.norms, strict=False):
-            x = F.relu(norm(conv(F.interpolate(x, scale_factor=2.0, mode="nearest") + level)))
+        stages = zip(self.conv_layers, self.norms, (*finer[1:], None), strict=False)
+        for conv, norm, level in stages:
+            product = F.conv2d(x, conv.weight, padding=1)
+            x = operations.group_norm_relu(product, conv.bias, norm, level)
         return x
 
 
@@ -38,12 +41,14 @@ class MaskEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear(width, width) for _ in range(3))
+        self.layers: Any = nn.ModuleList(Linear(width, width) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        first, second, third = self.layers
-        output: Tensor = third(F.relu(second(F.relu(first(x)))))
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = operations.linear_relu(x, layer.weight, layer.bias)
+        output: Tensor = last(x)
         return output
 
 
@@ -64,19 +69,18 @@ class MaskHead(nn.Module):
         self.prompt_cross_attn_norm = LayerNorm(width)
 
     def pixel_features(
-        self, fused: Tensor, prompt: Tensor, prompt_mask: Tensor, finer: tuple[Tensor, ...]
+        self, fused: Tensor, prompt: tuple[Tensor, ...], prompt_valid: Tensor, finer: tuple[Tensor, ...]
     ) -> Tensor:
         """Pixel features (M, D, 4g, 4g) of M pairs.
 
         Args:
             fused: image tokens, (M, g * g, D).
-            prompt: (M, L, D).
-            prompt_mask: (M, 1, 1, L) bool.
+            prompt: projected keys and values of the prompt.
+            prompt_valid: (M, L) bool.
             finer: the pyramid's maps of each pair's image, (M, D, 2g, 2g) and (M, D, 4g, 4g).
         """
-        attended = self.prompt_cross_attn.attend_other(
-            self.prompt_cross_attn_norm(fused), prompt, prompt, prompt_mask
-        )
+        normed = self.prompt_cross_attn_norm(fused)
+        attended = self.prompt_cross_attn.attend_other(normed, prompt, prompt_valid)
         side = finer[0].shape[-1] // 2
         coarse = (fused + attended.to(fused.dtype)).unflatten(1, (side, side)).permute(0, 3, 1, 2)
         features: Tensor = self.pixel_decoder(coarse.to(finer[0].dtype), finer)

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
-from sam3_runner.network.decoder import Decoder, Scoring, refine
+from sam3_runner.network.decoder import Decoder, Scoring
 from sam3_runner.network.fusion import FusionEncoder
 from sam3_runner.network.geometry import GeometryEncoder
-from sam3_runner.network.layers import Linear
+from sam3_runner.network.layers import Linear, project_all
 from sam3_runner.network.masks import MaskHead
+from sam3_runner.network.operations import inverse_sigmoid
 from sam3_runner.network.positions import sine_of_grid
 from sam3_runner.network.text import TextEncoder
 from sam3_runner.network.vision import VisionEncoder
@@ -125,9 +126,10 @@ class SAM3Network(nn.Module):
         """Encode B images, (B, 3, S, S) uint8 RGB squares of the model's input side S."""
         *finer, coarse_map = self.vision_encoder(pixels)
         coarse = coarse_map.flatten(2).transpose(1, 2)
+        x, add = self.detr_encoder.layers[0].attend_image(coarse, None, self.position)
         return ImageFeatures(
             finer=tuple(reversed(finer)),
-            attended=self.detr_encoder.layers[0].attend_image(coarse, self.position),
+            attended=x + add,
             geometry_token=self.geometry_encoder(coarse, self.position),
         )
 
@@ -149,9 +151,12 @@ class SAM3Network(nn.Module):
         """
         prompt = torch.cat((text_tokens, geometry_token.float()), dim=1)
         prompt_valid = F.pad(text_valid, (0, 1), value=True)
-        mask = attention_mask(prompt_valid)
-        fused = self.detr_encoder(attended, self.position, prompt, mask)
-        layers = self.detr_decoder(fused, self.position, prompt, mask)
+        attentions = [layer.cross_attn for layer in self.detr_encoder.layers]
+        attentions += [layer.text_cross_attn for layer in self.detr_decoder.layers]
+        prompts = project_all(prompt, attentions, 1, 3)
+        fused_layers = len(self.detr_encoder.layers)
+        fused = self.detr_encoder(attended, self.position, prompts[:fused_layers], prompt_valid)
+        layers = self.detr_decoder(fused, self.position, prompts[fused_layers:], prompt_valid)
         queries = layers.queries[-1]
         return Detections(
             logits=self.dot_product_scoring(queries, prompt, prompt_valid),
@@ -167,7 +172,8 @@ class SAM3Network(nn.Module):
 
     def boxes(self, queries: Tensor, reference_boxes: Tensor) -> Tensor:
         """Boxes x0 y0 x1 y1 in 0..1, (..., Q, 4), from `queries` (..., Q, D) and their reference boxes."""
-        refined = refine(reference_boxes, self.detr_decoder.box_head(queries))
+        offset = self.detr_decoder.box_head(queries).float()
+        refined = (inverse_sigmoid(reference_boxes) + offset).sigmoid()
         center, half = refined[..., :2], refined[..., 2:] / 2
         return torch.cat((center - half, center + half), dim=-1)
 
@@ -175,12 +181,5 @@ class SAM3Network(nn.Module):
         self, fused: Tensor, prompt: Tensor, prompt_valid: Tensor, finer: tuple[Tensor, ...]
     ) -> Tensor:
         """Pixel features (M, D, 4g, 4g) of M pairs, from fields of `Detections` and `ImageFeatures`."""
-        features: Tensor = self.mask_decoder.pixel_features(
-            fused, prompt, attention_mask(prompt_valid), finer
-        )
-        return features
-
-
-def attention_mask(valid: Tensor) -> Tensor:
-    """(P, 1, 1, L) bool for scaled dot product attention, from (P, L)."""
-    return valid[:, None, None, :]
+        memory = self.mask_decoder.prompt_cross_attn.project(prompt, 1, 3)
+        return self.mask_decoder.pixel_features(fused, memory, prompt_valid, finer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sam3_runner.network.layers import FeedForward, Linear
+from sam3_runner.network.layers import Linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def set_precision(network: SAM3Network, dtype: torch.dtype) -> None:
     """Cast the weights of the large products in place; all other weights stay in fp32.
 
-    fp32 are: embeddings, norms, position encodings, rotations, boxes, presence, scores, and the factors of
-    the masks. They are small, and their rounding moves boxes by pixels and scores by thousandths
+    fp32 are: embeddings, norms, position encodings, rotations, box offsets, presence, scores, and the factors
+    of the masks. They are small, and their rounding moves boxes by pixels and scores by thousandths
     (docs/decisions/model.md).
     """
     for part in _large_parts(network):
@@ -27,22 +27,14 @@ def set_precision(network: SAM3Network, dtype: torch.dtype) -> None:
             if isinstance(module, Linear | nn.Conv2d | nn.ConvTranspose2d | nn.GroupNorm):
                 module.to(dtype)
     if network.position.is_cuda:
-        _use_gpu_forms(network)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _large_parts(network: SAM3Network) -> Iterator[nn.Module]:
     decoder, masks = network.detr_decoder, network.mask_decoder
     yield from (network.vision_encoder, network.text_encoder, network.text_projection)
     yield from (network.geometry_encoder, network.detr_encoder)
-    yield from (decoder.layers, decoder.box_rpb_embed_x, decoder.box_rpb_embed_y)
+    yield from (decoder.layers, decoder.ref_point_head, decoder.box_rpb_embed_x, decoder.box_rpb_embed_y)
     yield from (masks.pixel_decoder, masks.prompt_cross_attn)
-
-
-def _use_gpu_forms(network: SAM3Network) -> None:
-    """Convolutions with channels last, and in half precision GELU in its tanh form, inside the product."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if isinstance(module, FeedForward) and module.activation == "gelu":
-            half = module.fc1.weight.dtype != torch.float32
-            module.activation = "gelu_tanh" if half else "gelu"

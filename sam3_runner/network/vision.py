@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
+from sam3_runner.network import operations
 from sam3_runner.network.layers import Attention, FeedForward, LayerNorm
-from sam3_runner.network.positions import rotary_angles, rotate
+from sam3_runner.network.positions import rotary_angles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,13 +30,21 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = FeedForward(width, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """S sequences (S, N, C), with the rotary tables of their N positions, (N, head width / 2)."""
-        query, key, value = self.attention.project(self.layer_norm1(x), 0, 3)
-        attended = self.attention.attend(rotate(query, cos, sin), rotate(key, cos, sin), value)
-        x = x + attended.to(x.dtype)
-        output: Tensor = x + self.mlp(self.layer_norm2(x)).to(x.dtype)
-        return output
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, shifts: Tensor) -> Tensor:
+        """S sequences; may overwrite x.
+
+        Args:
+            x: (S, N, C), without the biases of `Backbone.shifts`.
+            cos: rotary table of the N positions, (N, head width / 2) fp32, as `sin`.
+            sin: likewise.
+            shifts: the sum of those biases before each of the two norms, (2, C) fp32.
+        """
+        attention, mlp = self.attention, self.mlp
+        normed = self.layer_norm1.after_shift(x, shifts[0])
+        qkv = operations.rotated_qkv(normed, attention.qkv_proj, attention.heads, cos, sin)
+        x = operations.add_product(x, operations.attend(*qkv), attention.o_proj.weight)
+        hidden = mlp.hidden(self.layer_norm2.after_shift(x, shifts[1]))
+        return operations.add_product(x, hidden, mlp.fc2.weight)
 
 
 class Embeddings(nn.Module):
@@ -66,22 +76,32 @@ class Backbone(nn.Module):
         super().__init__()
         self.embeddings: Any = Embeddings(config)
         self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.grid, self.window = config.image_size // config.patch_size, config.window_size
         self.residual_dtype: torch.dtype | None = None
         self._global_layers = frozenset(config.global_attn_indexes)
         self._add_rotary_tables(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Image tokens (B, g * g, C), row by row, of pixels (B, 3, S, S) in -1..1."""
-        x = self.layer_norm(self._embed(pixels))
+        """Image tokens (B, g * g, C), row by row, of pixels (B, 3, S, S) uint8."""
+        shifts = self.shifts()
+        x = self._embed(pixels)
         for number, layer in enumerate(self.layers):
+            shift = shifts[2 * number : 2 * number + 2]
             if number in self._global_layers:
-                x = layer(x, self.global_cos, self.global_sin)
+                x = layer(x, self.global_cos, self.global_sin, shift)
             else:
                 windows = x.view(-1, self.window**2, x.shape[-1])
-                x = layer(windows, self.window_cos, self.window_sin).view(x.shape)
-        return self._from_windows(x)
+                x = layer(windows, self.window_cos, self.window_sin, shift).view(x.shape)
+        return self._from_windows(x + shifts[-1].to(x.dtype))
+
+    def shifts(self) -> Tensor:
+        """Sums of the biases of o_proj and fc2 before each norm and after the last layer, (2 layers + 1, C) fp32.
+
+        A layer adds only its products to the tokens, in place; the norms add the biases to what they read.
+        """
+        biases = [bias for layer in self.layers for bias in (layer.attention.o_proj.bias, layer.mlp.fc2.bias)]
+        return F.pad(torch.stack(biases).float().cumsum(0), (0, 0, 1, 0))
 
     def _add_rotary_tables(self, config: Any) -> None:
         head_width = config.hidden_size // config.num_attention_heads
@@ -93,16 +113,22 @@ class Backbone(nn.Module):
             self.register_buffer(f"{name}_sin", angles.sin(), persistent=False)
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Patches with their positions, (B, g * g, C) in window order."""
-        projection = self.embeddings.patch_embeddings.projection
-        patches = projection(pixels.to(projection.weight.dtype)).flatten(2).transpose(1, 2)
-        positions = self.embeddings.position_embeddings
-        side = round(positions.shape[1] ** 0.5)
+        """The norm of patches with their positions, (B, g * g, C) in window order."""
+        weight = self.embeddings.patch_embeddings.projection.weight.flatten(1)
+        patches = operations.patches(pixels, self.grid, self.window, weight.dtype)
+        tokens = F.linear(patches, F.pad(weight, (0, patches.shape[-1] - weight.shape[-1])))
+        if self.residual_dtype is not None:
+            tokens = tokens.to(self.residual_dtype)
+        return self.layer_norm(tokens, self._positions().to(tokens.dtype))
+
+    def _positions(self) -> Tensor:
+        """Position embeddings in window order, (1, g * g, C)."""
+        table = self.embeddings.position_embeddings
+        side = round(table.shape[1] ** 0.5)
         # The grid of the pretraining is repeated, as in the official model.
         repeats = -(-self.grid // side)
-        tiled = positions.view(side, side, -1).repeat(repeats, repeats, 1)[: self.grid, : self.grid]
-        tokens = patches + tiled.reshape(1, self.grid**2, -1).to(patches.dtype)
-        return self._to_windows(tokens.to(self.residual_dtype or tokens.dtype))
+        tiled = table.view(side, side, -1).repeat(repeats, repeats, 1)[: self.grid, : self.grid]
+        return self._to_windows(tiled.reshape(1, self.grid**2, -1))
 
     def _to_windows(self, x: Tensor) -> Tensor:
         """(B, g * g, C) from rows to window order."""
@@ -162,8 +188,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, S, S) uint8 RGB to the maps of `Neck`."""
-        # mean = std = 0.5, as in the official processor.
-        tokens = self.backbone(pixels.float() / 127.5 - 1.0)
+        tokens = self.backbone(pixels)
         dtype = self.neck.fpn_layers[0].proj1.weight.dtype
         # (B, g, g, C) seen as (B, C, g, g): channels last, without a copy.
         grid = tokens.to(dtype).unflatten(1, (self.backbone.grid, -1)).permute(0, 3, 1, 2)
