@@ -49,7 +49,7 @@ class BreakingPredictor(SAM3Predictor):
         log_ids: Sequence[Mapping[str, str]] = (),
     ) -> list[list[PredictResult]]:
         if len(requests) > self.room or any(TOO_LARGE_PROMPT in prompts for _, prompts in requests):
-            torch.empty(TOO_MANY_FLOATS)
+            torch.empty(TOO_MANY_FLOATS, device=self.device)
         if any(BREAKING_PROMPT in prompts for _, prompts in requests) and self._is_first():
             self.is_broken = True
             if self.device.type == "cuda":
