@@ -214,8 +214,7 @@ class Engine:
             part = requests[len(outcomes) : len(outcomes) + self._fitting_batch.current]
             part_outcomes, fitted = self._run_part(predictor, part)
             outcomes += part_outcomes
-            if fitted < len(part) and len(part) > 1:
-                fitted = max(1, fitted)
+            if 0 < fitted < len(part):
                 logger.warning(
                     "a batch of %d does not fit in the memory of %s: batches of %d for %.0f s; set "
                     "SAM3_MAX_BATCH=%d, or free the memory",
@@ -230,7 +229,8 @@ class Engine:
         """Run requests in one pass, or in several where that fails, so that only the faulty one fails.
 
         Where the memory is full, in halves; after another error, each request separately; after the
-        device has failed, no more. Returns the outcomes, and how many requests fitted in one pass.
+        device has failed, no more. Returns the outcomes, and how many requests fitted in one pass: 0 where
+        one of them does not fit alone, which says nothing of others.
         """
         if self._error is not None:
             return [SegmentOutcome(error=ModelNotLoaded(self._error)) for _ in requests], len(requests)
@@ -255,7 +255,8 @@ class Engine:
             for start in range(0, len(requests), size)
         ]
         outcomes = [outcome for part_outcomes, _ in parts for outcome in part_outcomes]
-        return outcomes, max(fitted for _, fitted in parts) if is_full else len(requests)
+        sizes = [fitted for _, fitted in parts]
+        return outcomes, (max(sizes) if all(sizes) else 0) if is_full else len(requests)
 
     def _is_device_lost(self, predictor: SAM3Predictor, error: Exception) -> bool:
         """Whether the device no longer works after `error`; then this engine is not ready any more."""

@@ -221,9 +221,15 @@ def test_request_that_does_not_fit_fails_alone(narrow: Engine, caplog: pytest.Lo
     [record] = caplog.records
     assert vars(record)["request_id"] == "request-17"
     assert narrow.ready
-    # Two images fit, whatever one request needed.
+
+
+def test_large_request_does_not_reduce_the_batches(tiny_checkpoint: Checkpoint) -> None:
+    """That one request does not fit says nothing of others: later batches are not cut."""
+    engine = loaded(tiny_checkpoint.weights_file.parent, BreakingPredictor)
+    texts = ["cat", "dog", "ring"]
+    engine.segment([request(texts[0]), request(TOO_LARGE_PROMPT), request(texts[1])])
     before = passes()
-    assert prompts_of(narrow.segment([request("cat"), request("dog")])) == ["cat", "dog"]
+    assert prompts_of(engine.segment([request(text) for text in texts])) == texts
     assert passes() == before + 1
 
 
