@@ -19,6 +19,7 @@ import click
 from bentoml._internal.utils import circus as bentoml_circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
+from circus.process import DEAD_OR_ZOMBIE, RUNNING, Process
 from prometheus_client import multiprocess
 
 from processes.lifecycle import EXIT_UNRECOVERABLE, POLL_S
@@ -46,6 +47,7 @@ def patch() -> None:
     A port that cannot be used, and a process that ends by `end_server`, end the supervisor with a sentence.
     """
     start = bentoml_circus.Arbiter.start
+    Process.status = property(_status)
 
     def start_patched(arbiter: bentoml_circus.Arbiter, cb: Callable[[Any], Any] | None = None) -> None:
         _check_address(arbiter)
@@ -79,6 +81,16 @@ def _accept_no_commands(arbiter: bentoml_circus.Arbiter) -> None:
         logger.warning("--reload has no effect: this server's supervisor accepts no commands")
     arbiter.endpoint = arbiter.ctrl.endpoint = "inproc://control"
     arbiter.pubsub_endpoint = "inproc://events"
+
+
+def _status(process: Process, status_of: Callable[[Process], int] = Process.status.fget) -> int:
+    """The status as circus has it, but a process whose exit status was not read yet is running.
+
+    The first thread of a process is a zombie while its others still end, which takes long with much memory.
+    circus would forget such a process and start its successor, and never learn how it ended.
+    """
+    status = status_of(process)
+    return RUNNING if status == DEAD_OR_ZOMBIE else status
 
 
 def _use_monotonic_time(arbiter: bentoml_circus.Arbiter) -> None:

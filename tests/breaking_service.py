@@ -15,7 +15,7 @@ def _breaking_predictor(*arguments: Any, **options: Any) -> Any:
     return BreakingPredictor(*arguments, **options)
 
 
-runner.Engine = partial(Engine, make_predictor=_breaking_predictor)  # type: ignore[attr-defined]
+runner.Engine = partial(Engine, make_predictor=_breaking_predictor)  # type: ignore[attr-defined, assignment]
 
 from service import SegmentationService  # noqa: E402 - it makes the runner's service from what is above
 

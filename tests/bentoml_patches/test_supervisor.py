@@ -13,6 +13,7 @@ from bentoml import serving
 from bentoml._internal.utils import circus as bentoml_circus
 from circus.arbiter import Arbiter
 from circus.exc import ConflictError
+from circus.process import Process
 
 from bentoml_patches import supervisor
 from commands.local_server import ROOT
@@ -35,6 +36,7 @@ def anyio_backend() -> str:
 def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("start", "stop"):
         monkeypatch.setattr(bentoml_circus.Arbiter, name, getattr(bentoml_circus.Arbiter, name))
+    monkeypatch.setattr(Process, "status", Process.status)
 
 
 def test_signal_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +121,59 @@ child = Watcher("child", sys.executable, args=sleep, hooks={"after_spawn": (set_
 arbiter = create_standalone_arbiter([child])
 arbiter.start(cb=started)
 """
+
+
+SLOW_END = """
+import ctypes, os, sys, threading, time
+
+def end_later():
+    time.sleep(1.5)
+    os._exit(7)
+
+threading.Thread(target=end_later).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+"""Its first thread is a zombie for 1.5 s before the process ends."""
+
+DEATHS = """
+import sys
+from circus.process import Process
+from bentoml._internal.utils.circus import create_standalone_arbiter
+from circus.watcher import Watcher
+from bentoml_patches import supervisor
+
+status, [patched, child_code] = Process.status, sys.argv[1:]
+starts = []
+
+def count(**_):
+    starts.append(1)
+    if len(starts) == 2:
+        arbiter.loop.add_callback(arbiter.stop)
+    return True
+
+supervisor.patch()
+if patched == "no":
+    Process.status = status
+environment = {"PROMETHEUS_MULTIPROC_DIR": "/nowhere"}
+hooks = {"after_spawn": (count, False)}
+child = Watcher("child", sys.executable, args=["-c", child_code], env=environment, hooks=hooks)
+arbiter = create_standalone_arbiter([child])
+arbiter.start()
+"""
+
+
+@pytest.mark.parametrize("patched", ["yes", "no"])
+def test_slow_end_is_not_missed(patched: str) -> None:
+    """The exit status of a process whose threads end one after another is read; circus' own misses it."""
+    ended = subprocess.run(
+        [sys.executable, "-c", DEATHS, patched, SLOW_END],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    assert ("(child) ended with status 7: it is restarted" in ended.stderr) == (patched == "yes")
 
 
 def test_clock_that_is_set_back_while_processes_start(tmp_path: Path) -> None:
