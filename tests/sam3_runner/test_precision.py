@@ -204,6 +204,7 @@ def test_log_ids_of_a_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     # Of the warm-up's mask this is 30,000 at most, of the sample's 87,000.
     engine = engine_of(overflowing_folder(tmp_path / "weights", MASK_CONVOLUTION, 10), GPU_AUTO)
     assert engine.status().dtype == "float16"
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "sam3_runner"):
         [outcome] = engine.segment([request({"request_id": "request-17", "task_id": "a-task"})])
     assert outcome.results

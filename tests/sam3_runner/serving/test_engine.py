@@ -240,6 +240,7 @@ def test_lost_device(tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixtu
     """The batch's requests get RunnerStopped, all later ones ModelNotLoaded; the engine is not ready."""
     ends: list[str] = []
     engine = loaded(tiny_checkpoint.weights_file.parent, BreakingPredictor, lambda: ends.append("end"))
+    caplog.clear()
     with caplog.at_level(logging.CRITICAL, "sam3_runner"):
         outcomes = engine.segment([request("cat"), request(BREAKING_PROMPT)])
     assert [type(outcome.error) for outcome in outcomes] == [RunnerStopped] * 2
