@@ -5,9 +5,9 @@ r"""Measure the network on a GPU, one technique after the other, with its fideli
     python -m benchmarks.model --record              # append to benchmarks/model.csv
 
 Each row adds one technique to those before it, from the eager fp32 form up. Times are medians of CUDA events
-over --runs passes after warm-up, without transfers; p99 stands beside the whole pass. "whole" is one image and
-one prompt (or eight of each): encode, decode, and the masks of 20 queries. "prompt" is one of eight further
-prompts on the same image. The text is encoded before.
+over --runs passes after warm-up, without transfers; p99 stands beside the whole pass. "whole" is one image
+and one prompt (or eight of each): encode, decode, and the masks of 20 queries. "prompt" is one of eight
+further prompts on the same image. The text is encoded before.
 
 Fidelity is measured against the first row, eager fp32, over eight (image, prompt) pairs: IoU of the masks of
 the 20 best queries, error of all scores, and queries on another side of a threshold in the widest gap between

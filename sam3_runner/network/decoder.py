@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
         self.mlp = FeedForward(width, config.intermediate_size, config.hidden_act)
         self.mlp_layer_norm = LayerNorm(width)
 
-    def forward(
+    def forward(  # noqa: PLR0917 - of one kind, passed in the order of the steps
         self, x: Tensor, position: Tensor, prompt: Memory, prompt_valid: Tensor, image: Memory, bias: Bias
     ) -> Tensor:
         """The presence token and the queries, (P, 1 + Q, D).

@@ -44,7 +44,7 @@ class LayerNorm(nn.LayerNorm):
         return operations.norm(x, self, shift=shift).normed
 
     def after_sum(self, x: Tensor, add: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + add, and its norm."""
+        """The sum x + add, and its norm."""
         total, normed, _ = operations.norm(x, self, add=add)
         return total, normed
 
@@ -87,7 +87,7 @@ class Attention(nn.Module):
     def attend_other(
         self, query: Tensor, keys_and_values: tuple[Tensor, ...], valid: Tensor | None = None
     ) -> Tensor:
-        """Cross-attention from (B, N, C) to projected keys and values; `valid` (B, M) bool, False for padding."""
+        """Cross-attention from (B, N, C) to projected keys and values, of which `valid` (B, M) bool count."""
         (projected,) = self.project(query, 0, 1)
         key, value = keys_and_values
         output: Tensor = self.o_proj(operations.attend(projected, key, value, valid))

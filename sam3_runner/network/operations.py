@@ -35,7 +35,7 @@ STEPS = frozenset(
 """Names of the steps with a kernel."""
 
 plain_steps: set[str] = set()
-"""Those whose definition runs instead, for comparisons, or all of `STEPS` where kernels cannot be compiled."""
+"""Those whose definition runs instead: for comparisons, or all where kernels cannot be compiled."""
 
 BOX_EPS = 1e-3
 """The official model's bound of a box's side before the inverse sigmoid."""
@@ -43,7 +43,9 @@ _DISTANCE_SCALE = 8.0
 """Of the logarithmic distances, as in the official model: log2(8 d + 1) / log2(8)."""
 _MIN_PRODUCT_ROWS = 1024
 """The product kernel's tiles of 128 x 256 do not suit fewer rows."""
+_TILE_COLUMNS = 256
 _MIN_ATTENTION_ROWS = 16
+"""PyTorch's kernels split the keys of fewer queries among programs; ours does not."""
 _GRID_PATCH = 8
 """Cells on a side of the patches in which the kernel of `attend_grid` reads the grid."""
 
@@ -57,6 +59,16 @@ def _has_kernel(step: str, tensor: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and step not in plain_steps
     )
+
+
+def _are_powers_of_2(*sizes: int) -> bool:
+    """Triton's blocks have such sizes; other models than SAM 3 of the official size may not."""
+    return all(size & (size - 1) == 0 for size in sizes)
+
+
+def _in_16_bytes(*sizes: int) -> bool:
+    """Whether rows of so many values of 2 bytes begin at multiples of 16 bytes, as the product kernel reads them."""
+    return all(size % 8 == 0 for size in sizes)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,8 +86,9 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of `linear`; the kernel's is the tanh form, which differs by less than half precision's rounding."""
-    if _has_kernel("gelu", weight) and x.numel() >= _MIN_PRODUCT_ROWS * x.shape[-1]:
+    """GELU of `linear`; the kernel's tanh form differs by less than half precision's rounding."""
+    many = x.numel() >= _MIN_PRODUCT_ROWS * x.shape[-1]
+    if _has_kernel("gelu", weight) and many and _in_16_bytes(*weight.shape):
         return kernels.product(x.to(weight.dtype), weight, bias, gelu=True)
     return F.gelu(linear(x, weight, bias))
 
@@ -105,8 +118,9 @@ def rotated_qkv(x: Tensor, projection: nn.Linear, heads: int, cos: Tensor, sin: 
         sin: likewise.
     """
     weight, bias = projection.weight, projection.bias
-    if _has_kernel("rotary", weight):
-        rotated = 2 * x.shape[-1]
+    rotated = 2 * x.shape[-1]
+    # A tile of columns is rotated as a whole or not at all.
+    if _has_kernel("rotary", weight) and rotated % _TILE_COLUMNS == 0 and _are_powers_of_2(cos.shape[-1]):
         return split_heads(
             kernels.product(x.to(weight.dtype), weight, bias, cos=cos, sin=sin, rotated=rotated), 3, heads
         )
@@ -139,7 +153,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = Non
         value: likewise.
         valid: (B, M) bool, False for keys that do not count.
     """
-    if _has_kernel("attention", query) and query.shape[2] >= _MIN_ATTENTION_ROWS:
+    many = query.shape[2] >= _MIN_ATTENTION_ROWS
+    if _has_kernel("attention", query) and many and _are_powers_of_2(query.shape[-1]):
         return kernels.attend(query, key, value, valid).flatten(2)
     mask = None if valid is None else valid[:, None, None, :]
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -156,7 +171,8 @@ def attend_grid(query: Tensor, key: Tensor, value: Tensor, along_y: Tensor, alon
         along_y: (P, heads, Q, g); the bias of a cell is that of its row plus that of its column.
         along_x: likewise.
     """
-    if _has_kernel("grid_attention", query) and along_y.shape[-1] % _GRID_PATCH == 0:
+    whole_patches = along_y.shape[-1] % _GRID_PATCH == 0
+    if _has_kernel("grid_attention", query) and whole_patches and _are_powers_of_2(query.shape[-1]):
         return kernels.attend_grid(query, key, value, along_y, along_x).flatten(2)
     bias = (along_y[..., :, None] + along_x[..., None, :]).flatten(3).to(query.dtype)
     # Contiguous, since PyTorch chooses a slow kernel otherwise.
@@ -198,7 +214,7 @@ def norm(
         position: (1, N, C), added to the norm.
         dtype: of the norm; None: that of x.
     """
-    if _has_kernel("norm", x):
+    if _has_kernel("norm", x) and _are_powers_of_2(x.shape[-1]):
         return Normed(*kernels.norm(x, layer.weight, layer.bias, layer.eps, add, shift, position, dtype))
     total = x if add is None else x + add.to(x.dtype)
     wide = total.float() if shift is None else total.float() + shift
@@ -221,7 +237,7 @@ def refined_boxes(
     Returns:
         Boxes (P, Q, 4) fp32, cx cy w h in 0..1, and their encoding (P, Q, 2 * D).
     """
-    if _has_kernel("boxes", like):
+    if _has_kernel("boxes", like) and _are_powers_of_2(len(periods)):
         return kernels.refined_boxes(offset, reference, 2 * len(periods), like.dtype)
     if offset is not None:
         reference = (inverse_sigmoid(reference) + offset[:, 1:].float()).sigmoid()
@@ -237,7 +253,7 @@ def inverse_sigmoid(boxes: Tensor) -> Tensor:
 def box_bias(
     boxes: Tensor, x_layers: Sequence[nn.Linear], y_layers: Sequence[nn.Linear], line: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The bias of attention from queries to the rows and columns of a grid, by their distances to a box's sides.
+    """The bias of attention from queries to a grid's rows and columns, by their distances to a box's sides.
 
     Args:
         boxes: (P, Q, 4), cx cy w h in 0..1.
@@ -249,7 +265,7 @@ def box_bias(
     Returns:
         Of rows and of columns, each (P, heads, Q, g).
     """
-    if _has_kernel("box_bias", like):
+    if _has_kernel("box_bias", like) and _are_powers_of_2(x_layers[1].in_features):
         return kernels.box_bias(boxes, x_layers, y_layers, len(line))
     center_x, center_y, width, height = boxes.unbind(-1)
     return (
@@ -279,7 +295,8 @@ def group_norm_relu(x: Tensor, conv_bias: Tensor, layer: nn.GroupNorm, finer: Te
         layer: its weights and eps.
         finer: (M, D, 2h, 2w).
     """
-    if _has_kernel("group_norm", x) and x.is_contiguous(memory_format=torch.channels_last):
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    if _has_kernel("group_norm", x) and channels_last and _are_powers_of_2(x.shape[1], layer.num_groups):
         return kernels.group_norm_relu(
             x, conv_bias, layer.num_groups, layer.weight, layer.bias, layer.eps, finer
         )

@@ -112,7 +112,7 @@ def _attend(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, N, heads, d) of q, k and v (B, heads, N, d), whose last dimension is contiguous; see `operations.attend`."""
+    """(B, N, heads, d); see `operations.attend`. The last dimension of q, k and v is contiguous."""
     batch, heads, rows, width = query.shape
     out = torch.empty(batch, rows, heads, width, device=query.device, dtype=query.dtype)
     program_rows = 128 if width == NARROW_HEAD and batch * heads * rows > MANY_ROWS else 64

@@ -39,7 +39,7 @@ def _product(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """c = epilogue(a @ b.T + bias). Each program takes every PROGRAMS-th tile."""
+    """Epilogue of a @ b.T + bias. Each program takes every PROGRAMS-th tile."""
     tiles_m = tl.cdiv(m, BM)
     tiles_n = tl.cdiv(n, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
@@ -80,16 +80,16 @@ def product(
     sin: Tensor | None = None,
     rotated: int = 0,
 ) -> Tensor:
-    """x (..., K) @ weight.T + bias, then GELU in its tanh form, or the first `rotated` columns rotated.
+    """The product x @ weight.T + bias, then GELU in its tanh form, or the first columns rotated.
 
     Args:
-        x: in the dtype of the weight.
+        x: (..., K), in the dtype of the weight.
         weight: (N, K).
         bias: (N,).
         gelu: apply GELU.
         cos: of the rotary angles, (T, d / 2) fp32, where x has rows of T tokens.
         sin: likewise.
-        rotated: a multiple of `TILE_COLUMNS`.
+        rotated: columns that are rotated, a multiple of `TILE_COLUMNS`.
     """
     rows = x.reshape(-1, x.shape[-1])
     (m, k), n = rows.shape, len(weight)
