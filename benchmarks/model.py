@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
-from transformers import Sam3Config
+from transformers import Sam3Config, Sam3Model
 
 from benchmarks.parity import randomise, widest_gap
 from benchmarks.references import exact_float32
@@ -39,7 +39,7 @@ from sam3_runner.network import operations
 from sam3_runner.network.masks import mask_logits
 from sam3_runner.network.model import SAM3Network
 from sam3_runner.network.precision import set_precision
-from sam3_runner.weights.load import to_network, to_transformers
+from sam3_runner.weights.load import to_network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "model.csv"
 IMAGES = 8
 QUERIES = 20
+WEIGHTS_SEED = 20261122
 IMAGE_TFLOP, PAIR_TFLOP = 5.613, 0.440
 STEPS = (
     *("relu", "patches", "gelu", "rotary", "residual", "norm", "attention", "grid_attention"),
@@ -121,10 +122,10 @@ def draw_inputs(device: torch.device, side_px: int = 1008) -> Inputs:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Random weights of the full size, by a fixed seed."""
+    """Random weights of the full size, by a fixed seed and in the order of transformers' model."""
     with torch.device("meta"):
-        network = SAM3Network(Sam3Config())
-    return to_network(randomise(to_transformers(network.state_dict())))
+        model: Any = Sam3Model(Sam3Config())
+    return to_network(randomise(model.state_dict(), WEIGHTS_SEED))
 
 
 def new_network(state: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> SAM3Network:
@@ -173,7 +174,7 @@ class Measured:
                 for level in images.finer
             )
             features = self.passes.pixel_features(
-                decoded.fused[part], decoded.prompt[part], decoded.prompt_valid[part], finer
+                decoded.fused[part], decoded.prompt[part], decoded.prompt_valid[part], *finer
             )
             factors = decoded.mask_factors[part].gather(1, _as_index(queries[part], decoded.mask_factors))
             masks.append(mask_logits(factors, decoded.mask_offsets[part].gather(1, queries[part]), features))
@@ -199,25 +200,7 @@ def measure(technique: Technique, measured: Measured, reference: Outputs, runs: 
     row: dict[str, object] = {"technique": technique.name}
     queries = reference.queries
     for count in (1, IMAGES):
-        rows = slice(0, count)
-        images = measured.encode(rows)
-        decoded = measured.decode(images, rows)
-
-        def whole(rows: slice = rows) -> None:
-            images = measured.encode(rows)
-            measured.masks(images, measured.decode(images, rows), queries[rows])
-
-        row[f"encode_{count}_ms"] = _median(lambda rows=rows: measured.encode(rows), runs)
-        row[f"decode_{count}_ms"] = _median(
-            lambda images=images, rows=rows: measured.decode(images, rows), runs
-        )
-        row[f"masks_{count}_ms"] = _median(
-            lambda images=images, decoded=decoded, rows=rows: measured.masks(images, decoded, queries[rows]),
-            runs,
-        )
-        times_ms = _times_ms(whole, runs)
-        row[f"whole_{count}_ms"] = round(statistics.median(times_ms), 2)
-        row[f"whole_{count}_p99_ms"] = round(sorted(times_ms)[int(0.99 * (len(times_ms) - 1))], 2)
+        row |= _measure_batch(measured, slice(0, count), queries, runs)
     image = measured.encode(slice(0, 1))
 
     def prompts() -> None:
@@ -229,6 +212,25 @@ def measure(technique: Technique, measured: Measured, reference: Outputs, runs: 
     row["tflops"] = round(IMAGES * (IMAGE_TFLOP + PAIR_TFLOP) * 1000 / whole_8_ms, 0)
     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return row | fidelity(measured.outputs(queries), reference)
+
+
+def _measure_batch(measured: Measured, rows: slice, queries: Tensor, runs: int) -> dict[str, object]:
+    """Times of the steps and of the whole pass for the images and prompts in `rows`."""
+    images = measured.encode(rows)
+    decoded = measured.decode(images, rows)
+
+    def whole() -> None:
+        images = measured.encode(rows)
+        measured.masks(images, measured.decode(images, rows), queries[rows])
+
+    times_ms = sorted(_times_ms(whole, runs))
+    return {
+        f"encode_{rows.stop}_ms": _median(lambda: measured.encode(rows), runs),
+        f"decode_{rows.stop}_ms": _median(lambda: measured.decode(images, rows), runs),
+        f"masks_{rows.stop}_ms": _median(lambda: measured.masks(images, decoded, queries[rows]), runs),
+        f"whole_{rows.stop}_ms": round(statistics.median(times_ms), 2),
+        f"whole_{rows.stop}_p99_ms": round(times_ms[int(0.99 * (len(times_ms) - 1))], 2),
+    }
 
 
 def fidelity(outputs: Outputs, reference: Outputs) -> dict[str, object]:

@@ -231,12 +231,12 @@ def random_transformers_folder(folder: Path) -> Path:
     return folder
 
 
-def randomise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def randomise(state: dict[str, Tensor], seed: int = RANDOM_SEED) -> dict[str, Tensor]:
     """Draw random values for every tensor, on the CPU, at scales that keep activations in range.
 
     The official model does not initialise some of its tensors (`torch.empty`).
     """
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, tensor in state.items():
         if tensor.is_complex():  # a computed table, not a weight
@@ -284,7 +284,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--weights", default="demo", help="demo, random, or as SAM3_WEIGHTS_PATH")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        default=["float32", "float16", "bfloat16"],
     )
     parser.add_argument("--images", nargs="+", type=Path, help="files; default: drawn scenes")
     parser.add_argument("--scenes", type=int, default=4, help="drawn scenes of 1280 x 720")

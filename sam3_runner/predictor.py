@@ -32,7 +32,7 @@ from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoin
 from sam3_runner.weights.load import load_network
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sam3_runner.inference.precision import DType
     from sam3_runner.network.model import SAM3Network
@@ -83,8 +83,17 @@ class SAM3Predictor:
         self._models: dict[DType, LoadedModel] = {}
         self._file_version: _FileVersion | None = None
 
-    def load(self) -> None:
-        """Read the weights and move them to the device. Raises `WeightsError`, `DeviceUnavailable`."""
+    def load(self, report: Callable[[str], None] = lambda _: None) -> None:
+        """Read the weights, move them to the device and prepare the passes.
+
+        Args:
+            report: is called with a sentence when a step begins that takes seconds.
+
+        Raises:
+            WeightsError: the weights cannot be read.
+            DeviceUnavailable: there is no such device.
+            DeviceFull: its memory is too full.
+        """
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceUnavailable(
                 "there is no CUDA GPU that torch can use: start with SAM3_DEVICE=cpu, or check nvidia-smi "
@@ -93,7 +102,7 @@ class SAM3Predictor:
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
         with out_of_memory_as(f"the memory of {self.device} is too full for the model: free it"):
-            self._models = {self.dtype: self._load_in(self.dtype, checkpoint)}
+            self._models = {self.dtype: self._load_in(self.dtype, checkpoint, report=report)}
         self._file_version = _version_of(checkpoint.weights_file)
         self.checkpoint = checkpoint
 
@@ -237,11 +246,18 @@ class SAM3Predictor:
             logger.info("the model is loaded in %s too", dtype)
         return self._models[dtype]
 
-    def _load_in(self, dtype: DType, checkpoint: Checkpoint, *, recorded: bool | None = None) -> LoadedModel:
+    def _load_in(
+        self,
+        dtype: DType,
+        checkpoint: Checkpoint,
+        *,
+        recorded: bool | None = None,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> LoadedModel:
         assert self._tokenizer is not None
         network, self.layout = load_network(checkpoint, self.device)
         set_precision(network, getattr(torch, dtype))
-        return LoadedModel(network, self._tokenizer, self._max_images, recorded=recorded)
+        return LoadedModel(network, self._tokenizer, self._max_images, recorded=recorded, report=report)
 
     def _check_sides(self, squares: list[SquareImage]) -> None:
         """Refuse other sizes than the model's own: it would run, and its results would be wrong."""

@@ -48,11 +48,9 @@ class Predictions:
 
 
 def compile_layers(network: SAM3Network) -> None:
-    """Compile the vision layers and the box bias. Layers of one kind share one compilation, which is fast."""
+    """Compile the vision layers. Layers of one kind share one compilation, which is fast."""
     for layer in network.vision_encoder.backbone.layers:
         layer.compile(dynamic=False)
-    decoder = network.detr_decoder
-    decoder.box_bias = torch.compile(decoder.box_bias, dynamic=False)  # type: ignore[method-assign]
 
 
 def predict(network: SAM3Network, pixels: Tensor, ids: Tensor, ids_valid: Tensor) -> Predictions:

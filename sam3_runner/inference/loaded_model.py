@@ -19,7 +19,7 @@ from sam3_runner.network.masks import mask_logits
 from sam3_runner.prompts import clean_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
     from torch import Tensor
@@ -86,6 +86,7 @@ class LoadedModel:
         tokenizer: of the checkpoint.
         max_images: most images encoded at once.
         recorded: as for `Passes`.
+        report: as for `Passes`.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class LoadedModel:
         max_images: int,
         *,
         recorded: bool | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.network = network
         with torch.inference_mode():
-            self._passes = Passes(network, max_images, recorded=recorded)
+            self._passes = Passes(network, max_images, recorded=recorded, report=report)
         self.texts = TextCache(self._passes, tokenizer)
         self._pairs_at_once = FittingSize(self._passes.max_pairs)
 
@@ -217,7 +219,7 @@ class LoadedModel:
                 rows_of(decoded.fused, chunk),
                 rows_of(decoded.prompt, chunk),
                 rows_of(decoded.prompt_valid, chunk),
-                tuple(rows_of(level, [pairs[row].image for row in chunk]) for level in images.finer),
+                *(rows_of(level, [pairs[row].image for row in chunk]) for level in images.finer),
             )
             for row, pixels in zip(chunk, features, strict=True):
                 index = _index(queries[row], pixels.device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sam3_runner.inference.graphs import GraphedFunction
+from sam3_runner.inference.kernel_support import find_supported_steps
 from sam3_runner.prompts import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Passes:
         network: in inference mode. On a GPU its functions are recorded as CUDA graphs here.
         max_images: most images of one pass.
         recorded: record them; None: where the device is a GPU.
+        report: is called with a sentence when a step begins that takes seconds.
 
     Attributes:
         max_images, max_texts, max_pairs, max_mask_pairs: most rows of each step. On a GPU whose memory is too
@@ -65,40 +67,43 @@ class Passes:
     """
 
     def __init__(
-        self, network: SAM3Network, max_images: int = MAX_IMAGES, *, recorded: bool | None = None
+        self,
+        network: SAM3Network,
+        max_images: int = MAX_IMAGES,
+        *,
+        recorded: bool | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         device, side_px = network.position.device, network.input_side_px
         if recorded is None:
             recorded = device.type == "cuda"
+        if recorded:
+            report("the model's kernels are being compiled, which takes longer the first time")
+            find_supported_steps(lambda: Passes(network, 1, recorded=False).run_all())
+            report("the model's passes are being recorded")
         step = GraphedFunction if recorded else partial(EagerFunction, device)
         pixels = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8, device=device)
         ids = torch.zeros(1, CONTEXT_TOKENS, dtype=torch.long, device=device)
 
-        def image() -> ImageFeatures:
-            return self.encode_images(pixels)
-
-        def pair() -> tuple[Tensor, ...]:
-            text = self.encode_texts(ids, ids == 0)
-            return image().attended, image().geometry_token, text.tokens, text.valid
-
-        def found() -> tuple[Tensor, ...]:
-            decoded = self.decode(*pair())
-            return decoded.fused, decoded.prompt, decoded.prompt_valid, *image().finer
-
+        self._example = (pixels, ids, ids == 0)
         self._encode_images = step(
             lambda pixels: network.encode_image(pixels.permute(0, 3, 1, 2)),
-            lambda: (pixels,),
+            lambda: self._example[:1],
             _sizes(max_images),
         )
-        self._encode_texts = step(network.encode_text, lambda: (ids, ids == 0), _sizes(MAX_TEXTS))
-        self._decode = step(lambda *inputs: _decode(network, *inputs), pair, _sizes(MAX_PAIRS))
+        self._encode_texts = step(network.encode_text, lambda: self._example[1:], _sizes(MAX_TEXTS))
+        self._decode = step(lambda *inputs: _decode(network, *inputs), self._example_pair, _sizes(MAX_PAIRS))
         self._pixel_features = step(
             lambda fused, prompt, valid, *finer: network.pixel_features(fused, prompt, valid, finer),
-            found,
+            self._example_mask_input,
             _sizes(MAX_MASK_PAIRS),
         )
         self.max_images, self.max_texts = self._encode_images.max_rows, self._encode_texts.max_rows
         self.max_pairs, self.max_mask_pairs = self._decode.max_rows, self._pixel_features.max_rows
+
+    def run_all(self) -> None:
+        """Run each step once, for a black picture."""
+        self.pixel_features(*self._example_mask_input())
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Features of images (B, S, S, 3) uint8 RGB, which may be on the host."""
@@ -117,12 +122,19 @@ class Passes:
         decoded: Decoded = self._decode(attended, geometry_token, text_tokens, text_valid)
         return decoded
 
-    def pixel_features(
-        self, fused: Tensor, prompt: Tensor, prompt_valid: Tensor, finer: tuple[Tensor, ...]
-    ) -> Tensor:
+    def pixel_features(self, fused: Tensor, prompt: Tensor, prompt_valid: Tensor, *finer: Tensor) -> Tensor:
         """Pixel features of M pairs; the arguments are those of `SAM3Network.pixel_features`."""
         features: Tensor = self._pixel_features(fused, prompt, prompt_valid, *finer)
         return features
+
+    def _example_pair(self) -> tuple[Tensor, ...]:
+        pixels, ids, valid = self._example
+        image, text = self.encode_images(pixels), self.encode_texts(ids, valid)
+        return image.attended, image.geometry_token, text.tokens, text.valid
+
+    def _example_mask_input(self) -> tuple[Tensor, ...]:
+        decoded, image = self.decode(*self._example_pair()), self.encode_images(self._example[0])
+        return decoded.fused, decoded.prompt, decoded.prompt_valid, *image.finer
 
 
 class EagerFunction:

@@ -67,7 +67,7 @@ def _are_powers_of_2(*sizes: int) -> bool:
 
 
 def _in_16_bytes(*sizes: int) -> bool:
-    """Whether rows of so many values of 2 bytes begin at multiples of 16 bytes, as the product kernel reads them."""
+    """Whether rows of so many 2-byte values begin at multiples of 16 bytes, as the product kernel needs."""
     return all(size % 8 == 0 for size in sizes)
 
 

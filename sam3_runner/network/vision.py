@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         return self._from_windows(x + shifts[-1].to(x.dtype))
 
     def shifts(self) -> Tensor:
-        """Sums of the biases of o_proj and fc2 before each norm, and after all layers: (2 layers + 1, C) fp32.
+        """Sums of the biases of o_proj and fc2 before each norm and after all layers, (2 layers + 1, C) fp32.
 
         A layer adds only its products to the tokens, in place; the norms add the biases to what they read.
         """

@@ -320,7 +320,7 @@ class Engine:
         # The checksum of 3.4 GB takes seconds, so it is computed while the model loads.
         with ThreadPoolExecutor(max_workers=1) as executor:
             digest = executor.submit(_sha256, checkpoint.weights_file)
-            predictor.load()
+            predictor.load(self._report)
             read_s = time.monotonic() - started_s
             self._model_facts = {
                 "checkpoint": checkpoint.name,
@@ -346,6 +346,10 @@ class Engine:
             ": a demo, which knows coloured shapes and nothing else" if checkpoint.demo else "",
         )
         return predictor
+
+    def _report(self, progress: str) -> None:
+        self._progress = progress
+        logger.info("%s", progress)
 
     def _download(self, hub: HubSource) -> None:
         from sam3_runner.weights.download import download  # noqa: PLC0415 - loads the hub's client, used once
