@@ -1,7 +1,6 @@
 r"""Measure the network on a GPU, one technique after the other, with its fidelity beside every speed.
 
     python -m benchmarks.model                       # the table, on random weights of the full size
-    python -m benchmarks.model --peers               # transformers, and Meta's code if sam3 is installed
     python -m benchmarks.model --record              # append to benchmarks/model.csv
 
 Each row adds one technique to those before it, from the eager fp32 form up. Times are medians of CUDA events

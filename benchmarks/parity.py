@@ -210,8 +210,15 @@ def _references(arguments: argparse.Namespace, weights: str) -> list[Model]:
 
 def _random_weights(reference: str, device: str, folder: Path) -> Path:
     """Write random weights at full size, in the format of the reference's checkpoints."""
-    if reference == "transformers":
-        return random_transformers_folder(folder)
+    return (
+        random_transformers_folder(folder)
+        if reference == "transformers"
+        else random_official_file(folder, device)
+    )
+
+
+def random_official_file(folder: Path, device: str = "cuda") -> Path:
+    """Write a `sam3.pt` with random weights to `folder`."""
     state = randomise(Official(None, device).model.state_dict())
     path = folder / "sam3.pt"
     torch.save({"model": {f"detector.{name}": tensor for name, tensor in state.items()}}, path)

@@ -93,6 +93,7 @@ class Official:
     Args:
         weights_file: a `sam3.pt`; None: the model's initial weights.
         device: `cuda`.
+        compile: Meta's option to compile the model.
 
     Attributes:
         dtype: float32; bfloat16 is autocast over fp32 weights, as in Meta's notebooks.
@@ -104,7 +105,7 @@ class Official:
     dtype: Dtype = "float32"
     own_resize = False
 
-    def __init__(self, weights_file: Path | None, device: str) -> None:
+    def __init__(self, weights_file: Path | None, device: str, *, compile: bool = False) -> None:  # noqa: A002 - Meta's name
         from sam3.model.sam3_image_processor import Sam3Processor  # noqa: PLC0415 - an optional package
         from sam3.model_builder import build_sam3_image_model  # noqa: PLC0415
 
@@ -114,6 +115,7 @@ class Official:
             device=device,
             checkpoint_path=None if weights_file is None else str(weights_file),
             load_from_HF=False,
+            compile=compile,
         )
         # Importing it enables TF32 for the whole process.
         exact_float32()

@@ -36,7 +36,7 @@ def parity(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_checkpoint_equals_transformers() -> None:
-    """On drawn scenes kept queries, masks, boxes and scores equal those of transformers; half precision is close."""
+    """On drawn scenes kept queries, masks, boxes and scores equal those of transformers."""
     ended = parity("--reference", "transformers", "--scenes", "3")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     lines = ended.stdout.splitlines()
