@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
 
+PackedMask = npt.NDArray[np.uint8]
+"""Bits of a mask, (height, bytes): 8 px per byte, the first px in the highest bit; rows have whole bytes."""
+
 SCORE_THRESHOLD = 0.5
 """Default: instances with a higher score are kept (`confidence_threshold` of the official Sam3Processor)."""
 
@@ -20,7 +23,9 @@ class MaskCrop:
     Attributes:
         left, top: corner of the rectangle in px of the image.
         width, height: its size in px; both 0 for an empty mask.
-        bits: its rows in order without padding, 8 px per byte, the first px in the highest bit.
+        bits: its rows in order, each in whole bytes: 8 px per byte, the first px in the highest bit. A byte
+            holds the px 8n to 8n + 7 of the image's row, so that masks are united byte by byte. The px left
+            and right of the rectangle are 0.
     """
 
     left: int
@@ -29,16 +34,26 @@ class MaskCrop:
     height: int
     bits: bytes
 
+    def packed(self) -> PackedMask:
+        """The rows of `bits`, (height, bytes)."""
+        columns = self.packed_window[1]
+        return np.frombuffer(self.bits, dtype=np.uint8).reshape(self.height, columns.stop - columns.start)
+
     def array(self) -> Mask:
         """The rectangle, (height, width) bool."""
-        packed = np.frombuffer(self.bits, dtype=np.uint8)
-        flat = np.unpackbits(packed, count=self.width * self.height)
-        return flat.view(np.bool_).reshape(self.height, self.width)
+        first = self.left % 8
+        return np.unpackbits(self.packed(), axis=1)[:, first : first + self.width].view(np.bool_)
 
     @property
     def window(self) -> tuple[slice, slice]:
         """Position of the rectangle in the image: rows, columns."""
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+    @property
+    def packed_window(self) -> tuple[slice, slice]:
+        """Position of `packed` in a packed mask of the image: rows, bytes."""
+        rows, columns = self.window
+        return rows, slice(columns.start // 8, -(-columns.stop // 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +104,13 @@ class PredictResult:
 
 def union_mask(results: list[PredictResult]) -> Mask:
     """The union of all instances of `results`, which share one image, (height, width) bool."""
-    union = np.zeros((results[0].image_height, results[0].image_width), dtype=np.bool_)
+    return np.unpackbits(packed_union(results), axis=1, count=results[0].image_width).view(np.bool_)
+
+
+def packed_union(results: list[PredictResult]) -> PackedMask:
+    """`union_mask` as bits, (height, width / 8 rounded up) uint8; the px right of the image are 0."""
+    union = np.zeros((results[0].image_height, -(-results[0].image_width // 8)), dtype=np.uint8)
     for result in results:
         for instance in result.instances:
-            union[instance.mask.window] |= instance.mask.array()
+            union[instance.mask.packed_window] |= instance.mask.packed()
     return union

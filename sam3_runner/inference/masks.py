@@ -1,100 +1,103 @@
-"""Converts mask logits on the device to the instances of an image."""
+"""Converts mask logits on the device to the instances of images.
+
+All kept masks are processed together. Where their logits are positive goes to the host in one transfer, and
+bounds each mask's window: the part of the image that can be positive. The windows are upsampled, thresholded
+and packed to bits on the device, in chunks bounded in memory. Each chunk goes to the host in one transfer.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
-from sam3_runner.instances import Instance, MaskCrop
+from sam3_runner.inference import mask_torch
+from sam3_runner.inference.mask_kernels import MaskKernels
+from sam3_runner.inference.mask_windows import EMPTY, windows
+from sam3_runner.inference.nvrtc import KernelsUnavailable
+from sam3_runner.instances import Instance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
     from torch import Tensor
 
-    from sam3_runner.instances import Mask
+logger = logging.getLogger(__name__)
 
-EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
+
+class KeptMasks(NamedTuple):
+    """The kept masks of one (image, prompt) pair: their number, and the size of the image in px."""
+
+    masks: int
+    width: int
+    height: int
+
+
+class Found(NamedTuple):
+    """The answer for one pair.
+
+    Attributes:
+        instances: highest score first.
+        is_finite: whether all mask logits are; if not, the network overflowed and the masks are wrong.
+    """
+
+    instances: list[Instance]
+    is_finite: bool
 
 
 def to_instances(
-    queries: Tensor, scores: Tensor, boxes: Tensor, mask_logits: Tensor, *, width: int, height: int
-) -> list[Instance]:
-    """Instances, highest score first.
+    queries: Sequence[int],
+    scores: npt.NDArray[np.float32],
+    boxes: npt.NDArray[np.float32],
+    mask_logits: Tensor,
+    pairs: Sequence[KeptMasks],
+) -> list[Found]:
+    """The instances of each pair.
 
     Args:
-        queries: (K,) int64, indices of the decoder's kept queries.
+        queries: indices of the decoder's K kept queries, those of the first pair first.
         scores: (K,) fp32.
         boxes: (K, 4) fp32, x0 y0 x1 y1 in 0..1. They are clamped to the image: the box of an object at the
             edge may exceed it by some px, and annotation tools refuse such boxes.
-        mask_logits: (K, h, w) fp32 on the model's mask grid. They are upsampled as logits (bilinear,
-            align_corners=False) and thresholded at 0, as in the official processor.
-        width: of the image in px.
-        height: of the image in px.
+        mask_logits: (K, h, w) fp32 on the model's mask grid, on the device. They are upsampled as logits
+            (bilinear, align_corners=False) and thresholded at 0, as in the official processor.
+        pairs: the K masks by pair.
     """
-    order = scores.argsort(descending=True)
-    scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
-    pixel_boxes = (boxes.clamp(0.0, 1.0) * scale)[order].tolist()
-    crops = _crops(mask_logits[order], width=width, height=height)
+    mask_logits = mask_logits.contiguous()
+    form = mask_kernels(mask_logits.device) or mask_torch
+    ranges = form.find_ranges(mask_logits)
+    sizes = np.array([pair[1:] for pair in pairs for _ in range(pair.masks)], dtype=np.int64).reshape(-1, 2)
+    grid = mask_logits.shape[1], mask_logits.shape[2]
+    drawn = dict(form.draw(mask_logits, windows(ranges, grid, sizes)))
+    pixel_boxes = np.clip(boxes, 0.0, 1.0) * np.tile(sizes, 2).astype(np.float32)
+    instances = []
+    for row, (query, score, box) in enumerate(
+        zip(queries, scores.tolist(), pixel_boxes.tolist(), strict=True)
+    ):
+        area_px, crop = drawn.get(row, EMPTY)
+        instances.append(Instance(score, tuple(box), area_px, crop, query))
+    ends = accumulate((pair.masks for pair in pairs), initial=0)
     return [
-        Instance(score, (box[0], box[1], box[2], box[3]), area_px, crop, query)
-        for query, score, box, (crop, area_px) in zip(
-            queries[order].tolist(), scores[order].tolist(), pixel_boxes, crops, strict=True
+        Found(
+            sorted(instances[start:end], key=lambda instance: -instance.score),
+            bool(ranges.is_finite[start:end].all()),
         )
+        for start, end in pairwise(ends)
     ]
 
 
-def _crops(mask_logits: Tensor, *, width: int, height: int) -> list[tuple[MaskCrop, int]]:
-    """Each mask and its area in px.
-
-    Only the part of the image that can be positive is upsampled, so time and memory depend on the size of
-    the objects, not on that of the image, which may have 50 megapixels.
-    """
-    positive = mask_logits > 0
-    # One transfer for the positive rows and columns of all masks.
-    rows, columns = positive.any(dim=2).cpu().numpy(), positive.any(dim=1).cpu().numpy()
-    crops = []
-    for logits, mask_rows, mask_columns in zip(mask_logits, rows, columns, strict=True):
-        if not mask_rows.any():
-            crops.append((EMPTY, 0))
-            continue
-        top, bottom = _pixel_range(mask_rows, height)
-        left, right = _pixel_range(mask_columns, width)
-        upsampled_rows = _upsample_rows(logits, top, bottom, height)
-        mask = _upsample_rows(upsampled_rows.T, left, right, width).T > 0
-        crops.append(_crop(mask.cpu().numpy(), top=top, left=left))
-    return crops
-
-
-def _pixel_range(positive: Mask, size_px: int) -> tuple[int, int]:
-    """First px and last px + 1 of an axis that are within one cell of the centre of a positive cell."""
-    cells = np.flatnonzero(positive)
-    px_per_cell = size_px / len(positive)
-    first, last = (cells[0] - 0.5) * px_per_cell, (cells[-1] + 1.5) * px_per_cell
-    return max(0, int(first)), min(size_px, int(last) + 1)
-
-
-def _upsample_rows(logits: Tensor, first: int, last: int, size_px: int) -> Tensor:
-    """Rows `first` to `last` of the (h, w) `logits` upsampled to `size_px` rows: (last - first, w)."""
-    cells = len(logits)
-    px = torch.arange(first, last, dtype=torch.float32, device=logits.device)
-    position = ((px + 0.5) * (cells / size_px) - 0.5).clamp(min=0.0)
-    above = position.long()
-    below = (above + 1).clamp(max=cells - 1)
-    return torch.lerp(logits[above], logits[below], (position - above)[:, None])
-
-
-def _crop(mask: Mask, *, top: int, left: int) -> tuple[MaskCrop, int]:
-    """The bounding rectangle of `mask`, whose first px is (top, left) of the image, and its area in px."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return EMPTY, 0
-    inside = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    crop = MaskCrop(
-        left=left + int(columns[0]),
-        top=top + int(rows[0]),
-        width=inside.shape[1],
-        height=inside.shape[0],
-        bits=np.packbits(inside).tobytes(),
-    )
-    return crop, int(inside.sum())
+@cache
+def mask_kernels(device: torch.device) -> MaskKernels | None:
+    """The CUDA kernels, compiled at the first call; None where torch's operations are used instead."""
+    if device.type != "cuda":
+        return None
+    try:
+        return MaskKernels(device)
+    except KernelsUnavailable as error:
+        logger.warning("masks take 2 ms or more of each request: their CUDA kernels are not used: %s", error)
+        return None

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from contract import BatchResponse
     from results import Row
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.instances import Mask
+    from sam3_runner.instances import PackedMask
     from sam3_runner.prompts import PromptTokenizer
 
 T = TypeVar("T")
@@ -190,14 +190,14 @@ class Stages:
 
 @dataclass(frozen=True)
 class StagedMask(MaskCrop):
-    """A mask whose decoding to an array is the stage `encode`."""
+    """A mask whose reading is the stage `encode`."""
 
     stages: Stages
     loop: asyncio.AbstractEventLoop
 
-    def array(self) -> Mask:
+    def packed(self) -> PackedMask:
         asyncio.run_coroutine_threadsafe(self._enter(), self.loop).result()
-        return super().array()
+        return super().packed()
 
     async def _enter(self) -> None:
         async with self.stages.call("encode"):

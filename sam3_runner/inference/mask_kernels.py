@@ -1,0 +1,148 @@
+"""Mask logits to bits by two CUDA kernels: `mask_kernels.cu`.
+
+The results are those of `mask_torch.py`, to the bit. The first kernel finds the positive part of all masks.
+The second one upsamples, thresholds and packs the windows of a chunk, of any sizes, and finds area and
+rectangle of each. Upsampled logits stay in registers: the device's memory holds the mask grids and the bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from sam3_runner.inference.mask_windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
+from sam3_runner.inference.nvrtc import Kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".cu")
+RANGE_THREADS = 1024
+DRAW_THREADS = 256
+BLOCK_BYTES = 8 * DRAW_THREADS
+"""Bytes that a block draws: BYTES_PER_THREAD of the source for each thread."""
+
+WINDOW_VALUES = 10
+STATS = 5
+"""Values of a window, given to the kernel and found by it."""
+
+CHUNK_BYTES = 16 * 1024 * 1024
+"""Bits of a chunk, unless one window has more; up to three chunks are in memory at once, on each side."""
+
+
+class MaskKernels:
+    """The kernels on one GPU. Raises `KernelsUnavailable`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._kernels = Kernels(SOURCE, ("find_ranges", "draw"), device)
+
+    def find_ranges(self, mask_logits: Tensor) -> Ranges:
+        """The positive part of each mask (K, h, w) fp32; blocks until the device has found it."""
+        masks, rows, columns = mask_logits.shape
+        found = torch.empty(masks, 5, dtype=torch.int32, pin_memory=True)
+        if masks:
+            self._kernels.launch(
+                "find_ranges",
+                (masks, 1),
+                RANGE_THREADS,
+                ctypes.c_void_p(mask_logits.data_ptr()),
+                ctypes.c_int(rows),
+                ctypes.c_int(columns),
+                ctypes.c_void_p(found.data_ptr()),  # The device writes to pinned memory directly.
+            )
+            torch.cuda.current_stream(mask_logits.device).synchronize()
+        values = found.numpy().astype(np.int64)
+        return Ranges(values[:, 0], values[:, 1], values[:, 2], values[:, 3], values[:, 4] > 0)
+
+    def draw(self, mask_logits: Tensor, windows: list[Window]) -> Iterator[tuple[int, DrawnMask]]:
+        """The masks of `windows`; the device draws the next chunk while the caller takes those of one."""
+        parameters, chunks = _plan(windows)
+        on_device = torch.from_numpy(parameters).to(mask_logits.device, non_blocking=True)
+        waiting: _Drawing | None = None
+        for chunk in chunks:
+            started = self._start(mask_logits, on_device, chunk)
+            if waiting:
+                yield from waiting.masks()
+            waiting = started
+        if waiting:
+            yield from waiting.masks()
+
+    def _start(self, mask_logits: Tensor, parameters: Tensor, chunk: _Chunk) -> _Drawing:
+        _, rows, columns = mask_logits.shape
+        count = len(chunk.windows)
+        stats_bytes = 4 * STATS * count
+        drawn = torch.zeros(stats_bytes + chunk.size, dtype=torch.uint8, device=mask_logits.device)
+        self._kernels.launch(
+            "draw",
+            (-(-chunk.largest // BLOCK_BYTES), count),
+            DRAW_THREADS,
+            ctypes.c_void_p(mask_logits.data_ptr()),
+            ctypes.c_int(rows),
+            ctypes.c_int(columns),
+            ctypes.c_void_p(parameters.data_ptr() + chunk.first * parameters.stride(0) * 4),
+            ctypes.c_void_p(drawn.data_ptr()),
+            ctypes.c_void_p(drawn.data_ptr() + stats_bytes),
+        )
+        on_host = torch.empty(drawn.shape, dtype=torch.uint8, pin_memory=True)
+        on_host.copy_(drawn, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return _Drawing(chunk, on_host, arrived)
+
+
+class _Chunk(NamedTuple):
+    """Windows that are drawn together: their bytes, those of the largest, and the number of the first one."""
+
+    windows: list[Window]
+    first: int
+    size: int
+    largest: int
+
+
+def _plan(windows: list[Window]) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int32]], list[_Chunk]]:
+    """The kernel's `windows`, (N, WINDOW_VALUES) int32, and the chunks."""
+    parameters = np.zeros((len(windows), WINDOW_VALUES), dtype=np.int32)
+    scales = parameters.view(np.float32)
+    chunks: list[_Chunk] = []
+    first, size, largest = 0, 0, 0
+    for number, (mask, rows, columns) in enumerate(windows):
+        row_bytes = columns.px // BYTE_PX
+        window_bytes = rows.px * row_bytes
+        if number > first and size + window_bytes > CHUNK_BYTES:
+            chunks.append(_Chunk(windows[first:number], first, size, largest))
+            first, size, largest = number, 0, 0
+        parameters[number, :7] = mask, rows.start, rows.px, columns.start, row_bytes, columns.size, size
+        scales[number, 7:9] = rows.cells / rows.size, columns.cells / columns.size
+        size, largest = size + window_bytes, max(largest, window_bytes)
+    if windows:
+        chunks.append(_Chunk(windows[first:], first, size, largest))
+    return parameters, chunks
+
+
+class _Drawing(NamedTuple):
+    """A chunk on its way to the host."""
+
+    chunk: _Chunk
+    drawn: Tensor
+    arrived: torch.cuda.Event
+
+    def masks(self) -> Iterator[tuple[int, DrawnMask]]:
+        """Number and mask of each window, once they have arrived."""
+        self.arrived.synchronize()
+        windows = self.chunk.windows
+        drawn = self.drawn.numpy()
+        start = 4 * STATS * len(windows)
+        stats = drawn[:start].view(np.int32).reshape(-1, STATS).tolist()
+        for window, (area_px, above_end, bottom, before_end, right) in zip(windows, stats, strict=True):
+            height, width = window.rows.px, window.columns.px
+            end = start + height * width // BYTE_PX
+            bits = drawn[start:end].reshape(height, width // BYTE_PX)
+            inside = Rectangle(height - above_end, bottom, width - before_end, right)
+            yield window.mask, drawn_mask(window, area_px, inside, [bits])
+            start = end

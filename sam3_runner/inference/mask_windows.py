@@ -1,0 +1,152 @@
+"""Windows: the parts of an image that contain the positive px of its masks.
+
+Only windows are upsampled, so time and memory depend on the size of the objects, not on that of the image,
+which may have 50 megapixels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sam3_runner.instances import MaskCrop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sam3_runner.instances import PackedMask
+
+BYTE_PX = 8
+
+
+class Ranges(NamedTuple):
+    """Where the positive logits of K masks lie on the mask grid.
+
+    Attributes:
+        first_row, last_row, first_column, last_column: (K,) int64, both included; the last ones are -1 for a
+            mask without a positive logit.
+        is_finite: (K,) bool, whether all logits of the mask are finite.
+    """
+
+    first_row: npt.NDArray[np.int64]
+    last_row: npt.NDArray[np.int64]
+    first_column: npt.NDArray[np.int64]
+    last_column: npt.NDArray[np.int64]
+    is_finite: npt.NDArray[np.bool_]
+
+
+class Axis(NamedTuple):
+    """The extent of a window along one axis.
+
+    Attributes:
+        start, end: its px. Columns start and end at multiples of 8, the end may lie outside the image.
+        size: of the image in px.
+        first, last: its cells of the mask grid, both included.
+        cells: of the whole grid.
+    """
+
+    start: int
+    end: int
+    size: int
+    first: int
+    last: int
+    cells: int
+
+    @property
+    def px(self) -> int:
+        """Length of the window."""
+        return self.end - self.start
+
+
+class Window(NamedTuple):
+    """The part of the image that contains the positive px of one mask."""
+
+    mask: int
+    rows: Axis
+    columns: Axis
+
+
+def windows(ranges: Ranges, grid: tuple[int, int], sizes: npt.NDArray[np.int64]) -> list[Window]:
+    """The window of each mask that is not empty.
+
+    Args:
+        ranges: of the K masks.
+        grid: rows and columns of the mask grid.
+        sizes: (K, 2) int64, width and height of each mask's image in px.
+    """
+    rows = _axes(ranges.first_row, ranges.last_row, grid[0], sizes[:, 1], step=1)
+    columns = _axes(ranges.first_column, ranges.last_column, grid[1], sizes[:, 0], step=BYTE_PX)
+    drawn = np.flatnonzero(ranges.last_row >= 0).tolist()
+    return [Window(mask, Axis(*rows[mask]), Axis(*columns[mask])) for mask in drawn]
+
+
+def _axes(
+    first: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    cells: int,
+    sizes: npt.NDArray[np.int64],
+    *,
+    step: int,
+) -> list[list[int]]:
+    """For each mask the px within one cell of the centre of a positive cell, and the cells they depend on.
+
+    The cells before `first` and after `last` of the axis need not be known. They are not positive, nor are
+    these two unless they are the grid's, so a px that is interpolated from these two instead is not positive
+    either.
+    """
+    px_per_cell = sizes / cells
+    starts = np.maximum(((first - 0.5) * px_per_cell).astype(np.int64), 0) // step * step
+    ends = np.minimum(((last + 1.5) * px_per_cell).astype(np.int64) + 1, sizes)
+    ends = -(-ends // step) * step
+    first, last = np.maximum(first - 1, 0), np.minimum(last + 1, cells - 1)
+    axes: list[list[int]] = np.stack(
+        [starts, ends, sizes, first, last, np.full_like(first, cells)], axis=1
+    ).tolist()
+    return axes
+
+
+class Rectangle(NamedTuple):
+    """A part of a window in its px; the ends are not included."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+class DrawnMask(NamedTuple):
+    """A mask at the image's size, and its px."""
+
+    area_px: int
+    crop: MaskCrop
+
+
+EMPTY = DrawnMask(0, MaskCrop(left=0, top=0, width=0, height=0, bits=b""))
+
+
+def drawn_mask(window: Window, area_px: int, inside: Rectangle, bands: Iterable[PackedMask]) -> DrawnMask:
+    """The mask of a window, cut to the rectangle around its positive px.
+
+    Args:
+        window: of the mask.
+        area_px: number of the positive px.
+        inside: the rectangle; not read if there are none.
+        bands: the packed rows of the window, in one or several parts.
+    """
+    if not area_px:
+        return EMPTY
+    columns = slice(inside.left // BYTE_PX, -(-inside.right // BYTE_PX))
+    bits, first = [], 0
+    for band in bands:
+        bits.append(band[max(inside.top - first, 0) : max(inside.bottom - first, 0), columns].tobytes())
+        first += len(band)
+    crop = MaskCrop(
+        left=window.columns.start + inside.left,
+        top=window.rows.start + inside.top,
+        width=inside.right - inside.left,
+        height=inside.bottom - inside.top,
+        bits=b"".join(bits),
+    )
+    return DrawnMask(area_px, crop)
