@@ -11,7 +11,7 @@ import torch
 
 from sam3_runner.inference.device_errors import is_out_of_memory, release_memory
 from sam3_runner.inference.fitting_size import FittingSize
-from sam3_runner.inference.masks import to_instances
+from sam3_runner.inference.masks import KeptMasks, to_instances
 from sam3_runner.inference.passes import Passes
 from sam3_runner.inference.texts import TextCache
 from sam3_runner.instances import Instance, PredictResult
@@ -221,22 +221,23 @@ class LoadedModel:
                 rows_of(decoded.prompt_valid, chunk),
                 *(rows_of(level, [pairs[row].image for row in chunk]) for level in images.finer),
             )
+            logits = []
             for row, pixels in zip(chunk, features, strict=True):
                 index = _index(queries[row], pixels.device)
-                logits = mask_logits(
-                    decoded.mask_factors[row, index], decoded.mask_offsets[row, index], pixels
-                )
-                if not logits.isfinite().all():
-                    instances[row] = None
-                    continue
-                instances[row] = to_instances(
-                    torch.tensor(queries[row]),
-                    torch.from_numpy(summary.scores[row, queries[row]]),
-                    torch.from_numpy(summary.boxes[row, queries[row]]),
-                    logits,
-                    width=pairs[row].square.width,
-                    height=pairs[row].square.height,
-                )
+                factors, offsets = decoded.mask_factors[row, index], decoded.mask_offsets[row, index]
+                logits.append(mask_logits(factors, offsets, pixels))
+            found = to_instances(
+                [query for row in chunk for query in queries[row]],
+                summary.scores[chunk][kept[chunk]],
+                summary.boxes[chunk][kept[chunk]],
+                torch.cat(logits),
+                [
+                    KeptMasks(len(queries[row]), pairs[row].square.width, pairs[row].square.height)
+                    for row in chunk
+                ],
+            )
+            for row, pair in zip(chunk, found, strict=True):
+                instances[row] = pair.instances if pair.is_finite else None
         return instances
 
 

@@ -3,7 +3,7 @@
 // The arithmetic is that of torch.lerp on a CPU and on a GPU, rounding by rounding: the intrinsics keep the
 // compiler from contracting a product and a sum where torch does not.
 
-const int WINDOW_VALUES = 10;
+const int WINDOW_VALUES = 9;
 const int BYTES_PER_THREAD = 8;
 
 __device__ void warp_min(int value, int* target) {
@@ -81,7 +81,7 @@ __device__ float lerp(float start, float end, float weight) {
 // logits:  (K, grid_rows, grid_columns)
 // windows: WINDOW_VALUES for each window: its mask, first row, rows, first column (a multiple of 8), bytes of a
 //          row, width of the image, first byte in `bits`, cells per px along the rows' and the columns' axis (as
-//          the bits of a float), and 0.
+//          the bits of a float).
 // stats:   5 for each window, zeros at first: positive px; then of the rectangle around them the distances from
 //          the end of the window to its top, from the start to its bottom, and the same of left and right.
 // bits:    the rows of each window.

@@ -28,9 +28,8 @@ DRAW_THREADS = 256
 BLOCK_BYTES = 8 * DRAW_THREADS
 """Bytes that a block draws: BYTES_PER_THREAD of the source for each thread."""
 
-WINDOW_VALUES = 10
 STATS = 5
-"""Values of a window, given to the kernel and found by it."""
+"""Values of a window that the kernel finds."""
 
 CHUNK_BYTES = 16 * 1024 * 1024
 """Bits of a chunk, unless one window has more; up to three chunks are in memory at once, on each side."""
@@ -85,7 +84,7 @@ class MaskKernels:
             ctypes.c_void_p(mask_logits.data_ptr()),
             ctypes.c_int(rows),
             ctypes.c_int(columns),
-            ctypes.c_void_p(parameters.data_ptr() + chunk.first * parameters.stride(0) * 4),
+            ctypes.c_void_p(parameters[chunk.first :].data_ptr()),
             ctypes.c_void_p(drawn.data_ptr()),
             ctypes.c_void_p(drawn.data_ptr() + stats_bytes),
         )
@@ -106,9 +105,8 @@ class _Chunk(NamedTuple):
 
 
 def _plan(windows: list[Window]) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int32]], list[_Chunk]]:
-    """The kernel's `windows`, (N, WINDOW_VALUES) int32, and the chunks."""
-    parameters = np.zeros((len(windows), WINDOW_VALUES), dtype=np.int32)
-    scales = parameters.view(np.float32)
+    """The kernel's `windows`, (N, 9) int32, and the chunks."""
+    parameters, scales = [], []
     chunks: list[_Chunk] = []
     first, size, largest = 0, 0, 0
     for number, (mask, rows, columns) in enumerate(windows):
@@ -117,12 +115,14 @@ def _plan(windows: list[Window]) -> tuple[np.ndarray[tuple[int, int], np.dtype[n
         if number > first and size + window_bytes > CHUNK_BYTES:
             chunks.append(_Chunk(windows[first:number], first, size, largest))
             first, size, largest = number, 0, 0
-        parameters[number, :7] = mask, rows.start, rows.px, columns.start, row_bytes, columns.size, size
-        scales[number, 7:9] = rows.cells / rows.size, columns.cells / columns.size
+        parameters.append((mask, rows.start, rows.px, columns.start, row_bytes, columns.size, size))
+        scales.append((rows.cells / rows.size, columns.cells / columns.size))
         size, largest = size + window_bytes, max(largest, window_bytes)
     if windows:
         chunks.append(_Chunk(windows[first:], first, size, largest))
-    return parameters, chunks
+    whole = np.array(parameters, dtype=np.int32).reshape(-1, 7)
+    bits_of_scales = np.array(scales, dtype=np.float32).reshape(-1, 2).view(np.int32)
+    return np.concatenate([whole, bits_of_scales], axis=1), chunks
 
 
 class _Drawing(NamedTuple):

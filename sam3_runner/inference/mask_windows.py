@@ -76,35 +76,20 @@ def windows(ranges: Ranges, grid: tuple[int, int], sizes: npt.NDArray[np.int64])
         grid: rows and columns of the mask grid.
         sizes: (K, 2) int64, width and height of each mask's image in px.
     """
-    rows = _axes(ranges.first_row, ranges.last_row, grid[0], sizes[:, 1], step=1)
-    columns = _axes(ranges.first_column, ranges.last_column, grid[1], sizes[:, 0], step=BYTE_PX)
-    drawn = np.flatnonzero(ranges.last_row >= 0).tolist()
-    return [Window(mask, Axis(*rows[mask]), Axis(*columns[mask])) for mask in drawn]
-
-
-def _axes(
-    first: npt.NDArray[np.int64],
-    last: npt.NDArray[np.int64],
-    cells: int,
-    sizes: npt.NDArray[np.int64],
-    *,
-    step: int,
-) -> list[list[int]]:
-    """For each mask the px within one cell of the centre of a positive cell, and the cells they depend on.
-
-    The cells before `first` and after `last` of the axis need not be known. They are not positive, nor are
-    these two unless they are the grid's, so a px that is interpolated from these two instead is not positive
-    either.
-    """
+    # Rows and columns together: (2, K).
+    first = np.stack([ranges.first_row, ranges.first_column])
+    last = np.stack([ranges.last_row, ranges.last_column])
+    cells, sizes, steps = np.array(grid)[:, None], sizes[:, ::-1].T, np.array([[1], [BYTE_PX]])
+    # The px within one cell of the centre of a positive cell.
     px_per_cell = sizes / cells
-    starts = np.maximum(((first - 0.5) * px_per_cell).astype(np.int64), 0) // step * step
-    ends = np.minimum(((last + 1.5) * px_per_cell).astype(np.int64) + 1, sizes)
-    ends = -(-ends // step) * step
+    starts = np.maximum(((first - 0.5) * px_per_cell).astype(np.int64), 0) // steps * steps
+    ends = -(-np.minimum(((last + 1.5) * px_per_cell).astype(np.int64) + 1, sizes) // steps) * steps
+    # The cells before `first` and after `last` need not be known. They are not positive, nor are these two
+    # unless they are the grid's, so a px that is interpolated from these two instead is not positive either.
     first, last = np.maximum(first - 1, 0), np.minimum(last + 1, cells - 1)
-    axes: list[list[int]] = np.stack(
-        [starts, ends, sizes, first, last, np.full_like(first, cells)], axis=1
-    ).tolist()
-    return axes
+    axes = np.stack([starts, ends, sizes, first, last, np.broadcast_to(cells, first.shape)], axis=2).tolist()
+    drawn = np.flatnonzero(ranges.last_row >= 0).tolist()
+    return [Window(mask, Axis(*axes[0][mask]), Axis(*axes[1][mask])) for mask in drawn]
 
 
 class Rectangle(NamedTuple):
