@@ -99,5 +99,5 @@ def mask_kernels(device: torch.device) -> MaskKernels | None:
     try:
         return MaskKernels(device)
     except KernelsUnavailable as error:
-        logger.warning("masks take 2 ms or more of each request: their CUDA kernels are not used: %s", error)
+        logger.warning("the CUDA kernels for masks are not used, which costs 1 to 30 ms a request: %s", error)
         return None

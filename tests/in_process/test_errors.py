@@ -83,7 +83,7 @@ def defined_exceptions() -> set[str]:
     def is_exception(name: str) -> bool:
         if name not in bases:
             return name.endswith(("Exception", "Error"))
-        return any(is_exception(base) for base in bases[name])
+        return any(is_exception(base) for base in bases[name] - {name})
 
     return {f"{modules[name]}.{name}" for name in bases if not name.startswith("_") and is_exception(name)}
 
