@@ -68,7 +68,7 @@ def to_instances(
             (bilinear, align_corners=False) and thresholded at 0, as in the official processor.
         pairs: the K masks by pair.
     """
-    mask_logits = mask_logits.contiguous()
+    mask_logits = mask_logits.float().contiguous()
     form = mask_kernels(mask_logits.device) or mask_torch
     ranges = form.find_ranges(mask_logits)
     sizes = np.array([pair[1:] for pair in pairs for _ in range(pair.masks)], dtype=np.int64).reshape(-1, 2)
