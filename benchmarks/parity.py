@@ -9,9 +9,9 @@ Compares the kept queries one by one: mask IoU, score error, box error, and quer
 
 --record appends the rows to benchmarks/parity.csv. The exit status is 1 when a target is missed. Targets for
 fp32 against fp32: mask IoU >= 0.999 on every kept mask, score error <= 1e-3, and the same kept set. Targets
-for bf16 against fp32: mean IoU >= 0.99 and mean score error <= 1e-2. The scores of random weights have no
-meaning, so 0.5 is no useful threshold for them. For each pair it is then the middle of the widest gap in the
-middle half of the reference's scores.
+for half precision against fp32: mean IoU >= 0.99 and mean score error <= 1e-2. The scores of random weights
+have no meaning, so 0.5 is no useful threshold for them. For each pair it is then the middle of the widest gap
+in the middle half of the reference's scores.
 """
 
 from __future__ import annotations
