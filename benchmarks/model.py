@@ -4,9 +4,9 @@ r"""Measure the network on a GPU, one technique after the other, with its fideli
     python -m benchmarks.model --record              # append to benchmarks/model.csv
 
 Each row adds one technique to those before it, from the eager fp32 form up. Times are medians of CUDA events
-over --runs passes after warm-up, without transfers; p99 stands beside the whole pass. "whole" is one image
-and one prompt (or eight of each): encode, decode, and the masks of 20 queries. "prompt" is one of eight
-further prompts on the same image. The text is encoded before.
+over --runs passes (a quarter for eager rows) after warm-up, without transfers; p99 stands beside the whole
+pass. "whole" is one image and one prompt (or eight of each): encode, decode, and the masks of 20 queries.
+"prompt" is one of eight further prompts on the same image. The text is encoded before.
 
 Fidelity is measured against the first row, eager fp32, over eight (image, prompt) pairs: IoU of the masks of
 the 20 best queries, error of all scores, and queries on another side of a threshold in the widest gap between
@@ -300,7 +300,9 @@ def measure_all(rows: Sequence[Technique], runs: int) -> list[dict[str, object]]
     for technique in rows:
         torch.cuda.empty_cache()
         measured = Measured(technique, state, inputs)
-        row = common | measure(technique, measured, reference, runs)
+        # Eager rows take seconds a run.
+        row_runs = runs if technique.recorded else max(5, runs // 4)
+        row = common | measure(technique, measured, reference, row_runs)
         table.append(row)
         sys.stdout.write(
             "  ".join(f"{name} {value}" for name, value in row.items() if name not in common) + "\n"

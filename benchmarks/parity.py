@@ -175,9 +175,9 @@ def _compare_all(
         "weights": arguments.weights if arguments.weights in {"random", "demo"} else Path(weights).name,
     }
     rows = []
+    loaded: dict[str, Model] = {dtype: Ours(weights, arguments.device, dtype) for dtype in arguments.dtypes}
     for reference in _references(arguments, weights):
-        for dtype in arguments.dtypes:
-            ours = Ours(weights, arguments.device, dtype)
+        for dtype, ours in loaded.items():
             parity, thresholds = compare(reference, ours, questions, threshold)
             missed = parity.missed(exact=reference.dtype == dtype == "float32")
             rows.append(

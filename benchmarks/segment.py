@@ -1,7 +1,7 @@
 r"""Measure what a caller gets on a GPU: a picture and a prompt in, kept masks out; beside its peers.
 
-    python -m benchmarks.segment --record           # ours and transformers
-    python -m benchmarks.segment --meta --record    # Meta's code too (pip install sam3)
+    python -m benchmarks.segment --record
+    python -m benchmarks.segment --peers transformers meta --record    # Meta's code: pip install sam3
 
 Random weights of the full size, one 1920 x 1080 picture, one prompt, and a threshold between the fifth and
 the sixth score, so that five masks are kept; they cover most of the picture, which is the worst case. Times
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "segment.csv"
 PROMPT = "red circle"
-PROMPTS = [f"{PROMPT} {number}" for number in range(10)]
 KEPT = 5
 IMAGES = 8
 START = """
@@ -92,7 +91,7 @@ def measure_ours(folder: Path, picture: Image.Image, runs: int) -> list[dict[str
     predictor.score_threshold = threshold_for([instance.score for instance in result.instances])
     calls: dict[str, Callable[[], Any]] = {
         "segment, 1 image, 1 prompt": lambda: predictor.segment([(square, [PROMPT])]),
-        "segment, 1 image, 10 prompts": lambda: predictor.segment([(square, PROMPTS)]),
+        "segment, 1 image, the prompt 10 times": lambda: predictor.segment([(square, [PROMPT] * 10)]),
         "segment, 8 images, 1 prompt each": lambda: predictor.segment([(square, [PROMPT])] * IMAGES),
         "predict": lambda: predictor.predict(picture, PROMPT),
     }
@@ -132,7 +131,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--meta", action="store_true", help="measure Meta's code too")
+    parser.add_argument("--peers", nargs="+", choices=("transformers", "meta"), default=[])
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -161,13 +160,14 @@ def _measure_all(
     yield from measure_ours(folder, picture, arguments.runs)
     torch.cuda.empty_cache()
     yield from measure_starts(folder)
-    transformers = Transformers(folder, "cuda", "bfloat16")
-    yield measure_peer(transformers, picture, "predict", arguments.runs)
-    transformers.model.compile()
-    yield measure_peer(transformers, picture, "predict, compiled", arguments.runs)
-    del transformers
-    torch.compiler.reset()
-    if arguments.meta:
+    if "transformers" in arguments.peers:
+        transformers = Transformers(folder, "cuda", "bfloat16")
+        yield measure_peer(transformers, picture, "predict", arguments.runs)
+        transformers.model.compile()
+        yield measure_peer(transformers, picture, "predict, compiled", arguments.runs)
+        del transformers
+        torch.compiler.reset()
+    if "meta" in arguments.peers:
         file = random_official_file(folder)
         for call, compiled in (("predict", False), ("predict, compiled", True)):
             torch.cuda.empty_cache()
