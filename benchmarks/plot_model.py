@@ -49,7 +49,7 @@ def draw(rows: list[dict[str, str]]) -> str:
         f'<rect class="page" width="{WIDTH_PX}" height="{height_px}"/>',
         '<text x="12" y="24">One image and one prompt, ms on the device; each row adds a technique</text>',
         (
-            f'<text class="quiet" x="12" y="44">{escape(rows[0]["device"])}, random weights of the full size, '
+            f'<text class="quiet" x="12" y="44">{escape(rows[0]["device"])}, random weights of full size, '
             f"{escape(rows[0]['measured'])}</text>"
         ),
     ]

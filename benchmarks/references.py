@@ -234,7 +234,8 @@ def _answer_of_official(outputs: dict[str, Tensor], state: dict[str, Any], thres
 
 def _kept(queries: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> dict[int, Kept]:
     return {
-        query: Kept(score, tuple(box), mask)
+        # Ours are clamped to the image too.
+        query: Kept(score, _clamped(box, mask), mask)
         for query, score, box, mask in zip(
             queries.tolist(),
             scores.float().tolist(),
@@ -243,6 +244,13 @@ def _kept(queries: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> dict
             strict=True,
         )
     }
+
+
+def _clamped(box: list[float], mask: npt.NDArray[np.bool_]) -> tuple[float, ...]:
+    """The box, x0 y0 x1 y1 in px, clamped to the image of the mask (H, W)."""
+    height, width = mask.shape
+    limits = (width, height, width, height)
+    return tuple(min(max(side, 0.0), float(limit)) for side, limit in zip(box, limits, strict=True))
 
 
 def _autocast(device: str, dtype: Dtype) -> AbstractContextManager[object]:
