@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
 from benchmarks.table import machine_name, record
-from sam3_runner.inference.masks import KeptMasks, to_instances
+from sam3_runner.masks.draw import KeptMasks, to_instances
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

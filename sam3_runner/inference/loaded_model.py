@@ -11,10 +11,10 @@ import torch
 
 from sam3_runner.inference.device_errors import is_out_of_memory, release_memory
 from sam3_runner.inference.fitting_size import FittingSize
-from sam3_runner.inference.masks import KeptMasks, to_instances
 from sam3_runner.inference.passes import Passes
 from sam3_runner.inference.texts import TextCache
 from sam3_runner.instances import Instance, PredictResult
+from sam3_runner.masks.draw import KeptMasks, to_instances
 from sam3_runner.network.masks import mask_logits
 from sam3_runner.prompts import clean_prompt
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sam3_runner.inference import mask_torch
-from sam3_runner.inference.mask_kernels import MaskKernels
-from sam3_runner.inference.mask_windows import DrawnMask, Ranges, windows
-from tests.sam3_runner.inference.test_masks import disc, smooth_noise
+from sam3_runner.masks import torch_form
+from sam3_runner.masks.cuda_form import MaskKernels
+from sam3_runner.masks.windows import DrawnMask, Ranges, windows
+from tests.sam3_runner.masks.test_draw import disc, smooth_noise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -24,9 +24,9 @@ def kernels() -> MaskKernels:
 
 def check(kernels: MaskKernels, logits: torch.Tensor, sizes: list[tuple[int, int]]) -> None:
     """The kernels find the same ranges and draw the same masks, to the bit."""
-    expected, ranges = mask_torch.find_ranges(logits), kernels.find_ranges(logits.cuda())
+    expected, ranges = torch_form.find_ranges(logits), kernels.find_ranges(logits.cuda())
     assert all(np.array_equal(*each) for each in zip(expected, ranges, strict=True))
-    assert drawn(kernels, logits.cuda(), ranges, sizes) == drawn(mask_torch, logits, ranges, sizes)
+    assert drawn(kernels, logits.cuda(), ranges, sizes) == drawn(torch_form, logits, ranges, sizes)
 
 
 def drawn(

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sam3_runner.inference import mask_torch
-from sam3_runner.inference.mask_kernels import MaskKernels
-from sam3_runner.inference.mask_windows import EMPTY, windows
-from sam3_runner.inference.nvrtc import KernelsUnavailable
 from sam3_runner.instances import Instance
+from sam3_runner.masks import torch_form
+from sam3_runner.masks.cuda_form import MaskKernels
+from sam3_runner.masks.nvrtc import KernelsUnavailable
+from sam3_runner.masks.windows import EMPTY, windows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,7 @@ def to_instances(
         pairs: the K masks by pair.
     """
     mask_logits = mask_logits.float().contiguous()
-    form = mask_kernels(mask_logits.device) or mask_torch
+    form = mask_kernels(mask_logits.device) or torch_form
     ranges = form.find_ranges(mask_logits)
     sizes = np.array([pair[1:] for pair in pairs for _ in range(pair.masks)], dtype=np.int64).reshape(-1, 2)
     grid = mask_logits.shape[1], mask_logits.shape[2]

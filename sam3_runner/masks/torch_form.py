@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sam3_runner.inference.mask_windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
+from sam3_runner.masks.windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

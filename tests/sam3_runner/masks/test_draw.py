@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam3_runner import Instance, MaskCrop, PredictResult
-from sam3_runner.inference.masks import KeptMasks, to_instances
 from sam3_runner.instances import packed_union
+from sam3_runner.masks.draw import KeptMasks, to_instances
 
 EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
 

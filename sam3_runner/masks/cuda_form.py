@@ -1,6 +1,6 @@
-"""Mask logits to bits by two CUDA kernels: `mask_kernels.cu`.
+"""Mask logits to bits by two CUDA kernels: `kernels.cu`.
 
-The results are those of `mask_torch.py`, to the bit. The first kernel finds the positive part of all masks.
+The results are those of `torch_form.py`, to the bit. The first kernel finds the positive part of all masks.
 The second one upsamples, thresholds and packs the windows of a chunk, of any sizes, and finds area and
 rectangle of each. Upsampled logits stay in registers: the device's memory holds the mask grids and the bits.
 """
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from sam3_runner.inference.mask_windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
-from sam3_runner.inference.nvrtc import Kernels
+from sam3_runner.masks.nvrtc import Kernels
+from sam3_runner.masks.windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".cu")
+SOURCE = Path(__file__).with_name("kernels.cu")
 RANGE_THREADS = 1024
 DRAW_THREADS = 256
 BLOCK_BYTES = 8 * DRAW_THREADS
