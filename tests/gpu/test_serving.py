@@ -1,0 +1,112 @@
+"""On a GPU: nothing is compiled and no CUDA graph is captured while requests are served.
+
+    python -m pytest -c /dev/null --rootdir . --noconftest tests/gpu
+
+Needs torch with CUDA, Triton, a C compiler and the packages of `sam3_runner`, and not those of the server,
+which the other tests' conftest.py imports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.network import operations
+from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU that torch can use")
+
+MAX_BATCH, MAX_PROMPTS = 8, 10
+LOAD_TIMEOUT_S = 300.0
+SIDE_PX = 336
+"""Of the demo checkpoint."""
+SAMPLE = Path(__file__).parents[2] / "examples" / "sample.jpg"
+KNOWN = ["purple circle", "triangles", "star", "red shape", "ring"]
+"""Prompts of which the demo finds some in the sample, so that masks are drawn."""
+UNUSED_WIDTH = 16
+"""No norm of the network has it: its kernel is compiled when it is first used."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """The demo checkpoint, ready."""
+    engine = Engine(EngineConfig("demo", "cuda", max_batch=MAX_BATCH))
+    engine.start()
+    limit_s = time.monotonic() + LOAD_TIMEOUT_S
+    while engine.status().state == "loading":
+        assert time.monotonic() < limit_s, engine.status().detail
+        time.sleep(0.1)
+    assert engine.ready, engine.status().detail
+    return engine
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Counts the kernels that Triton compiles, or reads from its cache on disk, and the graphs captured."""
+    triton: Any = pytest.importorskip("triton")
+    made: Counter[str] = Counter()
+    begin_capture: Any = torch.cuda.CUDAGraph.capture_begin
+
+    def counted_capture(*args: Any, **kwargs: Any) -> None:
+        made["captures"] += 1
+        begin_capture(*args, **kwargs)
+
+    def count_compilation(*, fn: Any, **_: Any) -> None:
+        made["compilations"] += 1
+        made[f"of {fn.name}"] += 1
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted_capture)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_post_compile_hook = count_compilation
+        yield made
+
+
+def squares() -> list[SquareImage]:
+    """Squares of the demo's side: the sample, and noise with no instance."""
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    return [to_square(Image.open(SAMPLE), SIDE_PX), SquareImage(noise, width=1920, height=1080)]
+
+
+def test_nothing_is_made_while_serving(engine: Engine, made: Counter[str]) -> None:
+    """Batches of 1 to 8 requests with 1 to 10 prompts each, old and new, compile and capture nothing."""
+    pictures, new_texts, masks = squares(), (f"thing {number}" for number in count()), 0
+    for batch in range(1, MAX_BATCH + 1):
+        for prompts in range(1, MAX_PROMPTS + 1):
+            requests = []
+            for row in range(batch):
+                texts = [*KNOWN[: prompts // 2], *(next(new_texts) for _ in range(prompts - prompts // 2))]
+                picture = pictures[(row + prompts) % len(pictures)]
+                requests.append(SegmentRequest(picture, texts, time.monotonic() + LOAD_TIMEOUT_S))
+            for outcome in engine.segment(requests):
+                assert outcome.results is not None, outcome.error
+                assert len(outcome.results) == prompts
+                masks += sum(len(result.instances) for result in outcome.results)
+            assert made == {}, f"a batch of {batch} requests with {prompts} prompts each"
+    assert masks, "no mask was drawn"
+
+
+def test_what_is_made_is_counted(made: Counter[str]) -> None:
+    """A new kernel and a new graph are counted, so that the test above can fail."""
+    if "norm" in operations.plain_steps:
+        pytest.skip("the kernel does not work on this machine: the engine's log has the reason")
+    x = torch.zeros(4, UNUSED_WIDTH, device="cuda", dtype=torch.float16)
+    layer = nn.LayerNorm(UNUSED_WIDTH).to("cuda")
+    with torch.inference_mode():
+        operations.norm(x, layer)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            operations.norm(x, layer)
+    assert (made["compilations"], made["captures"]) == (1, 1), made
