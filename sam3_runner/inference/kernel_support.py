@@ -7,8 +7,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from sam3_runner.inference.device_errors import is_out_of_memory
 from sam3_runner.network import operations
 
 if TYPE_CHECKING:
@@ -43,12 +42,10 @@ def find_supported_steps(run: Callable[[], object]) -> None:
     while True:
         try:
             run()
-        except torch.OutOfMemoryError:
-            raise
         # Triton raises any kind: a compiler's exit status, a missing file, too little shared memory.
         except Exception as error:
             steps = _steps_of(error) - operations.plain_steps
-            if not steps:
+            if not steps or is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
         else:
