@@ -196,10 +196,14 @@ class SAM3Predictor:
             )
         return finite
 
-    def warm_up(self, images: int) -> None:
+    def warm_up(self, images: int, report: Callable[[str], None] = lambda _: None) -> None:
         """Run the pass of a batch of `images` once, every part of the model included.
 
         A model whose output is not finite then runs in the fallback's precision from now on.
+
+        Args:
+            images: of the batch.
+            report: as for `load`.
 
         Raises:
             InferenceFailed: the output is not finite, and there is no fallback, or none that helps.
@@ -219,8 +223,8 @@ class SAM3Predictor:
         del self._models[self.dtype]
         release_memory()
         self._precision = Precision(self._precision.fallback)
-        self._models[self.dtype] = self._load_in(self.dtype, self.checkpoint)
-        self.warm_up(images)
+        self._models[self.dtype] = self._load_in(self.dtype, self.checkpoint, report=report)
+        self.warm_up(images, report)
 
     def device_works(self) -> bool:
         """Whether the device still computes in this process; false after some errors of CUDA."""

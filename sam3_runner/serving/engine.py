@@ -308,7 +308,7 @@ class Engine:
         torch.set_num_threads(self._config.cpu_threads or cpu_share().threads)
         if self._config.hub is not None and is_missing(self._config.weights_path):
             self._download(self._config.hub)
-        self._progress = LOADING
+        self._report(LOADING)
         started_s = time.monotonic()
         checkpoint = find_checkpoint(self._config.weights_path)
         predictor = (self._make_predictor or SAM3Predictor)(
@@ -321,7 +321,6 @@ class Engine:
         with ThreadPoolExecutor(max_workers=1) as executor:
             digest = executor.submit(_sha256, checkpoint.weights_file)
             predictor.load(self._report)
-            read_s = time.monotonic() - started_s
             self._model_facts = {
                 "checkpoint": checkpoint.name,
                 "layout": predictor.layout,
@@ -331,18 +330,18 @@ class Engine:
                 "input_side_px": checkpoint.input_side_px,
                 "device": str(predictor.device),
             }
+            self._report("the model is warming up")
             self._warm_up(predictor)
             self._model_facts["dtype"] = predictor.dtype
             self._model_facts["weights_sha256"] = digest.result()
         logger.info(
-            "checkpoint %s (%s layout, sha256 %s) is ready on %s in %s after %.1f s, %.1f of them reading%s",
+            "checkpoint %s (%s layout, sha256 %s) is ready on %s in %s after %.1f s%s",
             checkpoint.name,
             predictor.layout,
             self._model_facts["weights_sha256"],
             predictor.device,
             predictor.dtype,
             time.monotonic() - started_s,
-            read_s,
             ": a demo, which knows coloured shapes and nothing else" if checkpoint.demo else "",
         )
         return predictor
@@ -375,7 +374,7 @@ class Engine:
                 f"the memory of {predictor.device} is too full for a batch of {images} requests: free it, or "
                 "set SAM3_MAX_BATCH lower"
             ):
-                predictor.warm_up(images)
+                predictor.warm_up(images, self._report)
 
 
 def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:

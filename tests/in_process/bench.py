@@ -210,11 +210,12 @@ class Model:
 
     stages: Stages
     state: str = "ok"
+    detail: str | None = None
     box: tuple[float, float, float, float] = (0.0, 0.0, 8.0, 8.0)
 
     async def status(self) -> EngineStatus:
         async with self.stages.call("check"):
-            return EngineStatus(state=self.state)  # type: ignore[arg-type]
+            return EngineStatus(state=self.state, detail=self.detail)  # type: ignore[arg-type]
 
     async def segment(
         self,

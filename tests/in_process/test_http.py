@@ -142,6 +142,13 @@ async def test_health(bench: Bench, http: httpx.AsyncClient, state: str) -> None
             assert response.headers["Retry-After"] == "2"
 
 
+async def test_health_shows_the_progress(bench: Bench, http: httpx.AsyncClient) -> None:
+    """While the model loads, /health has the step that it is at, and so have errors of other routes."""
+    bench.model.state, bench.model.detail = "loading", "the model's passes are being recorded"
+    assert (await http.get("/health")).json()["detail"] == bench.model.detail
+    assert error_of(await http.get("/api/v1/model/info")) == (503, "MODEL_NOT_LOADED", bench.model.detail)
+
+
 # Invalid requests.
 
 WRONG_BODIES: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,14 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
-from sam3_runner import DeadlineExceeded, InferenceFailed, ModelNotLoaded, PromptTooLong, RunnerStopped
+from sam3_runner import (
+    DeadlineExceeded,
+    InferenceFailed,
+    ModelNotLoaded,
+    PromptTooLong,
+    RunnerStopped,
+    SAM3Predictor,
+)
 from sam3_runner.images.square import SquareImage
 from sam3_runner.serving.engine import (
     DEVICE_LOST,
@@ -30,7 +39,6 @@ from tests.edge import wait_for
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sam3_runner import SAM3Predictor
     from sam3_runner.weights.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -134,6 +142,40 @@ def test_not_started(tiny_checkpoint: Checkpoint) -> None:
     assert unstarted.status() == EngineStatus(state="loading", detail="the model is loading")
     outcomes = unstarted.segment([request("cat"), request("dog")])
     assert [type(outcome.error) for outcome in outcomes] == [ModelNotLoaded] * 2
+
+
+class Paused(SAM3Predictor):
+    """Its load reports a step, as it does on a GPU, and waits there."""
+
+    go_on = threading.Event()
+
+    def load(self, report: Callable[[str], None] = lambda _: None) -> None:
+        report("the model's passes are being recorded")
+        assert self.go_on.wait(60)
+        super().load(report)
+
+
+def test_progress_is_reported(tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """While the model loads, the status has the step that it is at; the log has each step and the end."""
+    config = EngineConfig(str(tiny_checkpoint.weights_file.parent), "cpu", cpu_threads=1, max_batch=4)
+    engine = Engine(config, Paused)
+    with caplog.at_level(logging.INFO, "sam3_runner"):
+        engine.start()
+        step = EngineStatus(state="loading", detail="the model's passes are being recorded")
+        wait_for(engine.status, lambda status: status.detail != "the model is loading")
+        assert engine.status() == step
+        [outcome] = engine.segment([request("cat")])
+        assert str(outcome.error) == step.detail
+        Paused.go_on.set()
+        wait_for(engine.status, lambda status: status.state == "ok")
+        wait_for(lambda: caplog.messages[-1], lambda message: "is ready" in message)
+    *steps, ready = caplog.messages
+    assert steps == ["the model is loading", step.detail, "the model is warming up"]
+    assert re.fullmatch(
+        rf"checkpoint {tiny_checkpoint.name} \(transformers layout, sha256 [0-9a-f]{{64}}\) is ready on cpu "
+        r"in float32 after \d+\.\d s",
+        ready,
+    )
 
 
 def test_broken_weights(broken_checkpoint: Path) -> None:
