@@ -127,6 +127,7 @@ Sam3Runner = runner_service(
         max_batch=settings.sam3_max_batch,
         dtype=settings.sam3_dtype,
         hub=hub_source(settings),
+        kernel_cache=settings.kernel_cache,
     ),
     timeout_s=runner_timeout_s,
     gpu=settings.wants_gpu,

@@ -99,7 +99,7 @@ class DataSettings(BaseModel):
     @field_validator("data_dir")
     @classmethod
     def _expand_data_home(cls, value: Path) -> Path:
-        return Path(os.path.expanduser(value))  # noqa: PTH111 - pathlib's raises where there is no home
+        return _expanded(value)
 
 
 class LogSettings(BaseModel):
@@ -146,6 +146,9 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         "overflows, and float32 on a CPU",
     )
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
+    sam3_kernel_cache: Path | None = Field(
+        None, description="folder of the kernels compiled for the GPU; default: kernels in DATA_DIR"
+    )
 
     r2_endpoint: str | None = Field(
         None, description="https://ACCOUNT.r2.cloudflarestorage.com, without the bucket"
@@ -204,6 +207,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         None,
         description="of a collector that takes traces by OTLP over HTTP, as http://HOST:4318; default: none",
     )
+
+    @field_validator("sam3_kernel_cache")
+    @classmethod
+    def _expand_cache_home(cls, value: Path | None) -> Path | None:
+        return _expanded(value) if value else None
 
     @field_validator("allowed_origins", "embedded_parts", "r2_image_url_bases", mode="before")
     @classmethod
@@ -266,6 +274,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         return self
 
     @property
+    def kernel_cache(self) -> Path:
+        """Where compiled kernels are kept between starts."""
+        return self.sam3_kernel_cache or self.data_dir / "kernels"
+
+    @property
     def uses_r2(self) -> bool:
         """Storage is R2, not a folder."""
         return self.r2_endpoint is not None
@@ -320,6 +333,8 @@ def freeze_settings() -> Settings:
     values = _read()
     checked = _checked(Settings, values)
     values["DATA_DIR"] = str(checked.data_dir.absolute())
+    if checked.sam3_kernel_cache is not None:
+        values["SAM3_KERNEL_CACHE"] = str(checked.sam3_kernel_cache.absolute())
     if checked.sam3_weights_path != DEMO:
         values["SAM3_WEIGHTS_PATH"] = str(Path(checked.sam3_weights_path).absolute())
     os.environ.update(values)
@@ -396,7 +411,7 @@ def _read() -> dict[str, str]:
 
 
 def _read_file(chosen: str, known: set[str]) -> dict[str, str]:
-    path = Path(os.path.expanduser(chosen or ".env"))  # noqa: PTH111 - pathlib's raises where there is no home
+    path = _expanded(Path(chosen or ".env"))
     try:
         is_there = path.exists()
     except PermissionError:  # read_env_file reports it
@@ -434,6 +449,10 @@ def _sentence(error: ValidationError, values: dict[str, str]) -> str:
     if first["type"] == "value_error":
         return f"{name} {reason}"
     return f"{name} must be {rule(name, Settings.model_fields[field])}{shown(values[name])}"
+
+
+def _expanded(path: Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises where there is no home
 
 
 def _names() -> set[str]:

@@ -135,7 +135,10 @@ def test_frozen_settings_do_not_depend_on_their_file(
 
 
 @pytest.mark.usefixtures("_environment_is_restored")
-@pytest.mark.parametrize("given", [{}, {"DATA_DIR": "state", "SAM3_WEIGHTS_PATH": "models/sam3.pt"}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"DATA_DIR": "state", "SAM3_WEIGHTS_PATH": "models/sam3.pt"}, {"SAM3_KERNEL_CACHE": "cache"}],
+)
 def test_frozen_paths_are_absolute(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str]
 ) -> None:
@@ -150,6 +153,8 @@ def test_frozen_paths_are_absolute(
     assert read.data_dir == frozen.data_dir == tmp_path / given.get("DATA_DIR", "data")
     weights = tmp_path / given.get("SAM3_WEIGHTS_PATH", "weights/sam3.pt")
     assert read.sam3_weights_path == frozen.sam3_weights_path == str(weights)
+    kernels = given.get("SAM3_KERNEL_CACHE", f"{given.get('DATA_DIR', 'data')}/kernels")
+    assert read.kernel_cache == frozen.kernel_cache == tmp_path / kernels
 
 
 @pytest.mark.usefixtures("_environment_is_restored")
@@ -293,9 +298,10 @@ def test_real_values_are_not_placeholders(monkeypatch: pytest.MonkeyPatch, name:
 def test_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`~` in a path is replaced by the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "my.env").write_text("DATA_DIR=~/data\nSAM3_WEIGHTS_PATH='~/w.pt'\n")
+    (tmp_path / "my.env").write_text("DATA_DIR=~/data\nSAM3_WEIGHTS_PATH='~/w.pt'\nSAM3_KERNEL_CACHE=~/k\n")
     read = load(monkeypatch, ENV_FILE="~/my.env")
     assert (read.data_dir, read.sam3_weights_path) == (tmp_path / "data", str(tmp_path / "w.pt"))
+    assert read.kernel_cache == tmp_path / "k"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from commands.local_server import local_server
 from tests.cgroups import cpu_quota
 from tests.driver import MISMATCH, NO_DEVICE, NVML_MISMATCH, fake_driver, fake_nvml, torch_built_for
 from tests.server_processes import refused_start, sentence_of
@@ -225,3 +226,19 @@ def test_thread_limits_are_set_in_every_process(server: LocalServer) -> None:
         # The value of the shared server's SAM3_CPU_THREADS.
         expected = os.environ.get(name, "1")
         assert {child.environ().get(name) for child in children} == {expected}
+
+
+def test_unusable_kernel_cache_does_not_stop_the_start(tmp_path: Path) -> None:
+    """The server is ready without its folder of kernels; one warning names the setting."""
+    (tmp_path / "kernels").write_text("a file")
+    settings = {"SAM3_KERNEL_CACHE": str(tmp_path / "kernels"), "API_WORKERS": "1", "SAM3_CPU_THREADS": "1"}
+    with local_server(tmp_path / "data", settings) as running:
+        log = running.log_path.read_text()
+    warnings = [line for line in log.splitlines() if "SAM3_KERNEL_CACHE" in line]
+    assert len(warnings) == 1
+    assert f"{tmp_path / 'kernels'} cannot be used (File exists)" in warnings[0]
+
+
+def test_kernels_are_kept_in_the_data_folder(server: LocalServer) -> None:
+    """Without SAM3_KERNEL_CACHE, Triton's folder is in DATA_DIR, which outlives a container."""
+    assert (server.data_dir / "kernels").is_dir()

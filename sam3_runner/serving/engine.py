@@ -35,6 +35,7 @@ from sam3_runner.metrics import (
     observe,
 )
 from sam3_runner.serving.cpu_share import cpu_share
+from sam3_runner.serving.kernel_cache import keep_kernels_in
 from sam3_runner.weights.checkpoint import find_checkpoint, is_missing
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class EngineConfig:
         max_batch: most requests in one pass.
         dtype: as for `SAM3Predictor`.
         hub: source of the weights if nothing exists at their path; None: that is an error.
+        kernel_cache: folder of the compiled kernels; None: Triton's default.
     """
 
     weights_path: str
@@ -76,6 +78,7 @@ class EngineConfig:
     max_batch: int = 8
     dtype: DTypeSetting | Precision = "auto"
     hub: HubSource | None = None
+    kernel_cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +287,8 @@ class Engine:
             on_failure()
 
     def _load_with_retries(self) -> SAM3Predictor:
+        if self._config.kernel_cache is not None and self._config.device != "cpu":
+            keep_kernels_in(self._config.kernel_cache)
         started_s = time.monotonic()
         wait_s = FIRST_RETRY_WAIT_S
         while True:
