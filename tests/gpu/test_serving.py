@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.masks import nvrtc
 from sam3_runner.network import operations
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 
@@ -55,20 +56,26 @@ def engine() -> Engine:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """Counts the kernels that Triton compiles, or reads from its cache on disk, and the graphs captured."""
+    """Counts kernels that Triton compiles or reads from disk, files that NVRTC compiles, and captures."""
     triton: Any = pytest.importorskip("triton")
     made: Counter[str] = Counter()
     begin_capture: Any = torch.cuda.CUDAGraph.capture_begin
+    compile_cuda = nvrtc.compile_cuda
 
     def counted_capture(*args: Any, **kwargs: Any) -> None:
         made["captures"] += 1
         begin_capture(*args, **kwargs)
+
+    def counted_compilation(source_file: Path, architecture: str) -> bytes:
+        made["files of CUDA C"] += 1
+        return compile_cuda(source_file, architecture)
 
     def count_compilation(*, fn: Any, **_: Any) -> None:
         made["compilations"] += 1
         made[f"of {fn.name}"] += 1
 
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted_capture)
+    monkeypatch.setattr(nvrtc, "compile_cuda", counted_compilation)
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_post_compile_hook = count_compilation
         yield made
@@ -109,4 +116,6 @@ def test_what_is_made_is_counted(made: Counter[str]) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             operations.norm(x, layer)
-    assert (made["compilations"], made["captures"]) == (1, 1), made
+    source_file = Path(nvrtc.__file__).with_name("kernels.cu")
+    nvrtc.Kernels(source_file, (), torch.device("cuda"))
+    assert (made["compilations"], made["captures"], made["files of CUDA C"]) == (1, 1, 1), made
