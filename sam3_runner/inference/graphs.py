@@ -71,7 +71,7 @@ class _Recording:
     def __init__(
         self, function: Callable[..., Any], examples: tuple[Tensor, ...], size: int, pool: Any
     ) -> None:
-        self._inputs = [each.new_zeros(size, *each.shape[1:]) for each in examples]
+        self._inputs = [_zeros(size, each) for each in examples]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -89,6 +89,14 @@ class _Recording:
                 own[rows:].zero_()
         self._graph.replay()
         return self._outputs
+
+
+def _zeros(size: int, example: Tensor) -> Tensor:
+    """Zeros of `size` rows in the dtype and layout of `example`: feature maps have their channels last."""
+    if example.ndim == 4 and example.is_contiguous(memory_format=torch.channels_last):
+        channels, height, width = example.shape[1:]
+        return example.new_zeros(size, height, width, channels).permute(0, 3, 1, 2)
+    return example.new_zeros(size, *example.shape[1:])
 
 
 def first_rows(value: Any, rows: int) -> Any:

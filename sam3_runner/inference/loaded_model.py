@@ -242,10 +242,16 @@ class LoadedModel:
 
 
 def rows_of(tensor: Tensor, rows: list[int]) -> Tensor:
-    """The given rows of a tensor (N, ...); a view where they follow each other."""
+    """The given rows of a tensor (N, ...); a view where they follow each other.
+
+    Rows of feature maps (N, D, h, w) keep their channels last.
+    """
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor.index_select(0, _index(rows, tensor.device))
+    index = _index(rows, tensor.device)
+    if tensor.ndim == 4:
+        return tensor.movedim(1, 3).index_select(0, index).movedim(3, 1)
+    return tensor.index_select(0, index)
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor:

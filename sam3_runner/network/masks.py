@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
 from sam3_runner.network import operations
@@ -31,8 +30,7 @@ class PixelDecoder(nn.Module):
         # A checkpoint may have one stage more than there are finer levels.
         stages = zip(self.conv_layers, self.norms, (*finer[1:], None), strict=False)
         for conv, norm, level in stages:
-            product = F.conv2d(x, conv.weight, padding=1)
-            x = operations.group_norm_relu(product, conv.bias, norm, level)
+            x = operations.convolve_and_norm(x, conv, norm, level)
         return x
 
 

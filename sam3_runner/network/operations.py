@@ -286,27 +286,27 @@ def _axis_bias(distances: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor
     return linear(hidden, second.weight, second.bias).permute(0, 3, 1, 2)
 
 
-def group_norm_relu(x: Tensor, conv_bias: Tensor, layer: nn.GroupNorm, finer: Tensor | None = None) -> Tensor:
-    """ReLU of the norm of x + conv_bias; with `finer`, doubled and added to it.
+def convolve_and_norm(x: Tensor, conv: nn.Conv2d, layer: nn.GroupNorm, finer: Tensor | None = None) -> Tensor:
+    """ReLU of the norm of a convolution of x; with `finer`, doubled and added to it.
 
     Args:
-        x: product of a convolution without its bias, (M, D, h, w).
-        conv_bias: (D,).
+        x: (M, D, h, w).
+        conv: 3 x 3, from D to D channels.
         layer: its weights and eps.
         finer: (M, D, 2h, 2w).
     """
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if _has_kernel("group_norm", x) and channels_last and _are_powers_of_2(x.shape[1], layer.num_groups):
+        assert conv.bias is not None
+        product = F.conv2d(x, conv.weight, padding=1)
         return kernels.group_norm_relu(
-            x, conv_bias, layer.num_groups, layer.weight, layer.bias, layer.eps, finer
+            product, conv.bias, layer.num_groups, layer.weight, layer.bias, layer.eps, finer
         )
-    x = F.relu(
-        F.group_norm(x + conv_bias[:, None, None], layer.num_groups, layer.weight, layer.bias, layer.eps)
-    )
+    x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    x = F.relu(F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps))
     return x if finer is None else double_and_add(x, finer)
 
 
 def double_and_add(x: Tensor, finer: Tensor) -> Tensor:
     """Each cell of x (M, D, h, w) as four, plus `finer` (M, D, 2h, 2w)."""
-    cells: Tensor = finer.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) + x[:, :, :, None, :, None]
-    return cells.flatten(4, 5).flatten(2, 3)
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") + finer

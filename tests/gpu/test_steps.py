@@ -277,14 +277,16 @@ def mask_cases(model: Model) -> Iterator[Case]:
             layer = nn.GroupNorm(8, model.fused, device="cuda")
             nn.init.normal_(layer.weight, mean=1.0, std=0.1)
             nn.init.normal_(layer.bias, std=0.1)
+            conv = nn.Conv2d(model.fused, model.fused, 3, padding=1, device="cuda", dtype=dtype)
+            conv = conv.requires_grad_(requires_grad=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             side = scale * model.grid
             finer = map_of(2 * side, dtype) if doubled else None
-            return map_of(side, dtype), normal(model.fused, dtype=dtype), layer.to(dtype), finer
+            return map_of(side, dtype), conv, layer.to(dtype), finer
 
         return inputs
 
-    yield Case("group_norm", "doubled", operations.group_norm_relu, group_norm(2, doubled=True))
-    yield Case("group_norm", "last", operations.group_norm_relu, group_norm(4, doubled=False))
+    yield Case("group_norm", "doubled", operations.convolve_and_norm, group_norm(2, doubled=True))
+    yield Case("group_norm", "last", operations.convolve_and_norm, group_norm(4, doubled=False))
 
 
 CASES = [
