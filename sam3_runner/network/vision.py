@@ -69,7 +69,6 @@ class Backbone(nn.Module):
     Attributes:
         grid: cells on a side.
         window: cells on a side of a window; divides the grid.
-        residual_dtype: of the tokens between layers; None: that of the products.
     """
 
     def __init__(self, config: Any) -> None:
@@ -78,7 +77,6 @@ class Backbone(nn.Module):
         self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers: Any = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.grid, self.window = config.image_size // config.patch_size, config.window_size
-        self.residual_dtype: torch.dtype | None = None
         self._global_layers = frozenset(config.global_attn_indexes)
         self._add_rotary_tables(config)
 
@@ -117,8 +115,6 @@ class Backbone(nn.Module):
         weight = self.embeddings.patch_embeddings.projection.weight.flatten(1)
         patches = operations.patches(pixels, self.grid, self.window, weight.dtype)
         tokens = F.linear(patches, F.pad(weight, (0, patches.shape[-1] - weight.shape[-1])))
-        if self.residual_dtype is not None:
-            tokens = tokens.to(self.residual_dtype)
         return self.layer_norm(tokens, self._positions().to(tokens.dtype))
 
     def _positions(self) -> Tensor:
