@@ -101,7 +101,9 @@ class SAM3Predictor:
             )
         checkpoint = find_checkpoint(self._weights_path or _default_weights_path())
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_file)
-        with out_of_memory_as(f"the memory of {self.device} is too full for the model: free it"):
+        with out_of_memory_as(
+            f"the memory of {self.device} is too full for the model: free it, or set SAM3_MAX_BATCH lower"
+        ):
             self._models = {self.dtype: self._load_in(self.dtype, checkpoint, report=report)}
         self._file_version = _version_of(checkpoint.weights_file)
         self.checkpoint = checkpoint

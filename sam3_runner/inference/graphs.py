@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sam3_runner.inference.device_errors import is_out_of_memory, release_memory
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -35,7 +37,7 @@ class GraphedFunction:
         sizes: numbers of rows to record. One that does not fit into the GPU's memory is left out.
 
     Raises:
-        torch.OutOfMemoryError: not even one row fits.
+        RuntimeError: torch's, of a full memory: not even one row fits.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class GraphedFunction:
         for size in sorted(sizes, reverse=True):
             try:
                 self._recordings[size] = _Recording(function, examples, size, pool)
-            except torch.OutOfMemoryError:
-                if size == 1:
+                continue
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
                     raise
-                torch.cuda.empty_cache()
-                logger.warning("the GPU's memory is too full for passes of %d: they are split", size)
+            # Outside of the handler, whose error holds the tensors of the failed pass.
+            release_memory()
+            logger.warning("the GPU's memory is too full for passes of %d: they are split", size)
         self.max_rows = max(self._recordings)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_REASON_CHARACTERS = 300
 STEPS_BY_FILE = {
     "products": {"gelu", "rotary"},
     "norms": {"norm"},
@@ -47,7 +48,7 @@ def find_supported_steps(run: Callable[[], object]) -> None:
             steps = _steps_of(error) - operations.plain_steps
             if not steps or is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_REASON_CHARACTERS]}"
         else:
             return
         operations.plain_steps.update(steps)

@@ -11,6 +11,7 @@ import torch
 
 from sam3_runner.inference.device_errors import is_out_of_memory, release_memory
 from sam3_runner.inference.fitting_size import FittingSize
+from sam3_runner.inference.kernel_support import find_supported_steps
 from sam3_runner.inference.passes import Passes
 from sam3_runner.inference.texts import TextCache
 from sam3_runner.instances import Instance, PredictResult
@@ -100,6 +101,10 @@ class LoadedModel:
     ) -> None:
         self.network = network
         with torch.inference_mode():
+            if network.position.is_cuda:
+                report("the model's kernels are being compiled, which takes longer the first time")
+                find_supported_steps(Passes(network, max_images, recorded=False).run_all)
+                release_memory()
             self._passes = Passes(network, max_images, recorded=recorded, report=report)
         self.texts = TextCache(self._passes, tokenizer)
         self._pairs_at_once = FittingSize(self._passes.max_pairs)

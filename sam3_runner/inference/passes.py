@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sam3_runner.inference.graphs import GraphedFunction
-from sam3_runner.inference.kernel_support import find_supported_steps
 from sam3_runner.prompts import CONTEXT_TOKENS
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ MAX_IMAGES = 8
 MAX_TEXTS = 16
 MAX_PAIRS = 16
 """Pairs decoded at once; bounds the memory of the fusion encoder."""
+SEVERAL_PAIRS = 4
+"""From so many on, some kernels are compiled in another variant."""
 MAX_MASK_PAIRS = 4
 """Pairs whose pixel features are in memory at once: 4g x 4g x D each, 42 MB in fp16 at SAM 3's full size."""
 
@@ -63,7 +64,7 @@ class Passes:
             full for a size, that size is left out.
 
     Raises:
-        torch.OutOfMemoryError: the GPU's memory has no room for the smallest pass.
+        RuntimeError: torch's, of a full memory: there is no room for the smallest pass.
     """
 
     def __init__(
@@ -78,8 +79,6 @@ class Passes:
         if recorded is None:
             recorded = device.type == "cuda"
         if recorded:
-            report("the model's kernels are being compiled, which takes longer the first time")
-            find_supported_steps(lambda: Passes(network, 1, recorded=False).run_all())
             report("the model's passes are being recorded")
         step = GraphedFunction if recorded else partial(EagerFunction, device)
         pixels = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8, device=device)
@@ -102,8 +101,13 @@ class Passes:
         self.max_pairs, self.max_mask_pairs = self._decode.max_rows, self._pixel_features.max_rows
 
     def run_all(self) -> None:
-        """Run each step once, for a black picture."""
-        self.pixel_features(*self._example_mask_input())
+        """Run each step for a black picture, with one pair and with as many as need other kernels."""
+        pixels, ids, valid = self._example
+        image, text = self.encode_images(pixels), self.encode_texts(ids, valid)
+        one_pair = (image.attended, image.geometry_token, text.tokens, text.valid)
+        for pairs in (1, SEVERAL_PAIRS):
+            decoded = self.decode(*(each.expand(pairs, *each.shape[1:]) for each in one_pair))
+        self.pixel_features(decoded.fused[:1], decoded.prompt[:1], decoded.prompt_valid[:1], *image.finer)
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Features of images (B, S, S, 3) uint8 RGB, which may be on the host."""

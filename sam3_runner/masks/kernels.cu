@@ -1,4 +1,4 @@
-// Two kernels of `mask_kernels.py`. Compiled by NVRTC, so without headers.
+// Two kernels of `cuda_form.py`. Compiled by NVRTC, so without headers.
 //
 // The arithmetic is that of torch.lerp on a CPU and on a GPU, rounding by rounding: the intrinsics keep the
 // compiler from contracting a product and a sum where torch does not.

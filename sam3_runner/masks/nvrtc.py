@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from sam3_runner.inference.device_errors import is_out_of_memory
+
 Argument = ctypes.c_void_p | ctypes.c_int
 
 
@@ -42,6 +44,8 @@ class Kernels:
                 self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), binary))
                 self._functions = {name: self._function(name) for name in names}
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise KernelsUnavailable(f"{source_file.name} cannot be loaded: {error}") from error
 
     def launch(self, name: str, grid: tuple[int, int], threads: int, *arguments: Argument) -> None:

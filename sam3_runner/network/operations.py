@@ -46,6 +46,7 @@ _MIN_PRODUCT_ROWS = 1024
 _TILE_COLUMNS = 256
 _MIN_ATTENTION_ROWS = 16
 """PyTorch's kernels split the keys of fewer queries among programs; ours does not."""
+_MAX_BIAS_HEADS = 16
 _GRID_PATCH = 8
 """Cells on a side of the patches in which the kernel of `attend_grid` reads the grid."""
 
@@ -265,7 +266,8 @@ def box_bias(
     Returns:
         Of rows and of columns, each (P, heads, Q, g).
     """
-    if _has_kernel("box_bias", like) and _are_powers_of_2(x_layers[1].in_features):
+    few_heads = x_layers[1].out_features <= _MAX_BIAS_HEADS
+    if _has_kernel("box_bias", like) and few_heads and _are_powers_of_2(x_layers[1].in_features):
         return kernels.box_bias(boxes, x_layers, y_layers, len(line))
     center_x, center_y, width, height = boxes.unbind(-1)
     return (
@@ -298,7 +300,7 @@ def convolve_and_norm(x: Tensor, conv: nn.Conv2d, layer: nn.GroupNorm, finer: Te
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     if _has_kernel("group_norm", x) and channels_last and _are_powers_of_2(x.shape[1], layer.num_groups):
         assert conv.bias is not None
-        product = F.conv2d(x, conv.weight, padding=1)
+        product = F.conv2d(x, conv.weight, padding=1).contiguous(memory_format=torch.channels_last)
         return kernels.group_norm_relu(
             product, conv.bias, layer.num_groups, layer.weight, layer.bias, layer.eps, finer
         )

@@ -8,6 +8,7 @@ float32 over the same inputs: a kernel may differ from it by half precision's ro
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections import Counter
 from dataclasses import dataclass
@@ -302,6 +303,7 @@ def _all_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every kernel is on; products in float32, which are the reference, are not rounded to TF32."""
     monkeypatch.setattr(operations, "plain_steps", set())
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
@@ -310,6 +312,16 @@ def _all_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_step_has_a_case() -> None:
     """No kernel is left out."""
     assert {parameters.values[0].step for parameters in CASES} == operations.STEPS  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("step", ["group_norm", "norm", "box_bias"])
+def test_overflow_is_not_hidden(step: str) -> None:
+    """A value that is not finite stays so in a step with a ReLU or a norm, or nothing would notice it."""
+    case: Case = next(each.values[0] for each in CASES if each.values[0].step == step)  # type: ignore[union-attr, assignment]
+    inputs = case.inputs(torch.float16)
+    first = next(each for each in inputs if isinstance(each, Tensor))
+    first[(0,) * first.ndim] = torch.nan
+    assert not all(found.isfinite().all() for found in flat(run(case, inputs)))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
@@ -383,7 +395,7 @@ def widened(value: Any) -> Any:
     """Inputs in float32, with which every step runs as its definition."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
-    if isinstance(value, nn.Linear | nn.GroupNorm):
+    if isinstance(value, nn.Linear | nn.GroupNorm | nn.Conv2d):
         return _copy_of(value)
     if isinstance(value, torch.dtype):
         return torch.float32
@@ -394,8 +406,10 @@ def widened(value: Any) -> Any:
     return value
 
 
-def _copy_of(layer: nn.Linear | nn.GroupNorm) -> nn.Module:
+def _copy_of(layer: nn.Linear | nn.GroupNorm | nn.Conv2d) -> nn.Module:
     wide: nn.Module
+    if isinstance(layer, nn.Conv2d):
+        return copy.deepcopy(layer).float()
     if isinstance(layer, nn.Linear):
         wide = nn.Linear(layer.in_features, layer.out_features, device="cuda")
     else:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 LOG2_TEMPERATURE = 13.287712379549449
 """log2(10,000), the temperature of the sine encoding."""
 BIAS_ROWS = 128
-HEADS = 16
-"""Columns of the product; the kernel's smallest."""
+MAX_HEADS = 16
+"""Columns of the product; the smallest that it may have."""
 
 
 @triton.jit
@@ -62,11 +62,12 @@ def _box_bias(
     unit = tl.arange(0, HIDDEN)
     hidden = near * tl.load(w1 + unit * 2).to(tl.float32)[None, :]
     hidden += far * tl.load(w1 + unit * 2 + 1).to(tl.float32)[None, :]
-    hidden = tl.maximum(hidden + tl.load(b1 + unit).to(tl.float32)[None, :], 0.0).to(tl.float16)
+    hidden += tl.load(b1 + unit).to(tl.float32)[None, :]
+    hidden = tl.where(hidden < 0, 0.0, hidden)  # not tl.maximum, which turns NaN into 0
     head = tl.arange(0, COLUMNS)
     real = head < HEADS
     weight = tl.load(w2 + head[None, :] * HIDDEN + unit[:, None], mask=real[None, :], other=0.0)
-    out = tl.dot(hidden, weight.to(tl.float16))
+    out = tl.dot(hidden.to(weight.dtype), weight)
     out += tl.load(b2 + head, mask=real, other=0.0).to(tl.float32)[None, :]
     pair = query // queries
     at = ((axis * (total // GRID // queries) + pair)[:, None] * HEADS + head[None, :]) * (queries * GRID)
@@ -86,7 +87,7 @@ def box_bias(
         each for layers in (x_layers, y_layers) for layer in layers for each in (layer.weight, layer.bias)
     ]
     _box_bias[triton.cdiv(total, BIAS_ROWS), 2](
-        boxes,
+        boxes.contiguous(),
         *weights,
         out,
         total,
@@ -94,7 +95,7 @@ def box_bias(
         GRID=grid,
         HIDDEN=hidden,
         HEADS=heads,
-        COLUMNS=HEADS,
+        COLUMNS=MAX_HEADS,
         BM=BIAS_ROWS,
         num_warps=4,
     )

@@ -74,7 +74,8 @@ def _group_norm(
     count = places * (C // GROUPS)
     mean = tl.sum(tl.load(moments_ptr + at), 0) / count
     square = tl.sum(tl.load(moments_ptr + at + 1), 0) / count
-    scale = tl.rsqrt(square - mean * mean + eps)
+    variance = square - mean * mean
+    scale = tl.rsqrt(tl.where(variance < 0, 0.0, variance) + eps)  # rounding may make it less than 0
     column = tl.arange(0, C)
     mean = tl.reshape(tl.broadcast_to(mean[:, None], (GROUPS, C // GROUPS)), (C,))
     scale = tl.reshape(tl.broadcast_to(scale[:, None], (GROUPS, C // GROUPS)), (C,))
@@ -85,7 +86,8 @@ def _group_norm(
     inside = (row < places)[:, None]
     at = (batch * places + row)[:, None] * C + column[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = tl.maximum(x * scale[None, :] + shift[None, :], 0.0)
+    x = x * scale[None, :] + shift[None, :]
+    x = tl.where(x < 0, 0.0, x)  # not tl.maximum, which turns NaN into 0
     if DOUBLED:
         corner = row // width * 2 * (width * 2) + row % width * 2
         for down in tl.static_range(2):
@@ -107,7 +109,10 @@ def group_norm_relu(
     eps: float,
     finer: Tensor | None,
 ) -> Tensor:
-    """See `operations.group_norm_relu`; x and `finer` are channels last, D a power of two."""
+    """See `operations.convolve_and_norm`.
+
+    `x` is the convolution without its bias; x and `finer` are channels last, D is a power of two.
+    """
     batch, width, rows, columns = x.shape
     places = rows * columns
     per = triton.cdiv(triton.cdiv(places, CHUNKS), SUMMED_ROWS) * SUMMED_ROWS

@@ -74,7 +74,7 @@ def test_no_compiler(caplog: pytest.LogCaptureFixture) -> None:
     [message] = caplog.messages
     assert message == (
         "the kernels for attention, box_bias, boxes, gelu, grid_attention, group_norm, norm, patches, rotary "
-        f"do not work here, and PyTorch computes these steps instead, more slowly: {NO_COMPILER}"
+        f"do not work here, and PyTorch computes these steps instead, more slowly: RuntimeError: {NO_COMPILER}"
     )
 
 
@@ -90,9 +90,11 @@ def test_kernels_that_fail(caplog: pytest.LogCaptureFixture) -> None:
     assert operations.plain_steps == {"norm", "gelu", "rotary"}
     first, second = caplog.messages
     assert first.startswith("the kernels for norm do not work here")
-    assert first.endswith("more slowly: ptxas")
+    assert first.endswith("more slowly: OSError: ptxas")
     assert second.startswith("the kernels for gelu, rotary do not work here")
-    assert second.endswith("more slowly: out of resource: shared memory, Required: 163840")
+    assert second.endswith(
+        "RuntimeError: out of resource: shared memory, Required: 163840 Hardware limit: 101376"
+    )
 
 
 @pytest.mark.parametrize(
