@@ -74,7 +74,8 @@ def test_no_compiler(caplog: pytest.LogCaptureFixture) -> None:
     [message] = caplog.messages
     assert message == (
         "the kernels for attention, box_bias, boxes, gelu, grid_attention, group_norm, norm, patches, rotary "
-        f"do not work here, and PyTorch computes these steps instead, more slowly: RuntimeError: {NO_COMPILER}"
+        "do not work here, and PyTorch computes these steps instead, more slowly: "
+        f"RuntimeError: {NO_COMPILER}"
     )
 
 
