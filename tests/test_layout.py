@@ -67,6 +67,9 @@ VENDORS = {
 }
 """The only parts that may know each of these."""
 
+COMES_WITH_TORCH = {"triton"}
+"""With PyTorch's builds for CUDA, in the version that they need. The code works without it, as on a CPU build."""
+
 TORCH_FREE = ("startup", "stores", "pipeline", "recovery", "sam3_runner", "storage", "results", "service")
 
 
@@ -121,7 +124,7 @@ def test_every_direct_import_is_declared() -> None:
     missing = set()
     for path in (ROOT / name for name in tracked.stdout.split()):
         allowed = served if path in SERVED else develop
-        tops = imports_of(path) - OURS - sys.stdlib_module_names
+        tops = imports_of(path) - OURS - sys.stdlib_module_names - COMES_WITH_TORCH
         for top in (top for top in tops if not top.startswith("types_")):  # stubs, which only mypy reads
             names = {name.lower().replace("_", "-") for name in distributions.get(top, [])}
             if names and not names & {each.replace("_", "-") for each in allowed}:
