@@ -68,7 +68,7 @@ VENDORS = {
 """The only parts that may know each of these."""
 
 COMES_WITH_TORCH = {"triton"}
-"""With PyTorch's builds for CUDA, in the version that they need. The code works without it, as on a CPU build."""
+"""With its builds for CUDA, in the version that they need. On a build for CPUs the code works without it."""
 
 TORCH_FREE = ("startup", "stores", "pipeline", "recovery", "sam3_runner", "storage", "results", "service")
 
