@@ -298,6 +298,8 @@ def measure_all(rows: Sequence[Technique], runs: int) -> list[dict[str, object]]
     table = []
     for technique in rows:
         torch.cuda.empty_cache()
+        # Before the recording, whose scratch counts.
+        torch.cuda.reset_peak_memory_stats()
         measured = Measured(technique, state, inputs)
         # Eager rows take seconds a run.
         row_runs = runs if technique.recorded else max(5, runs // 4)

@@ -1,1 +1,1 @@
-"""How a pass runs on a device: its times, its memory, and the masks that leave it."""
+"""How a pass runs on a device: its precision, its CUDA graphs, its times and its memory."""

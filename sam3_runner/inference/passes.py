@@ -102,12 +102,8 @@ class Passes:
 
     def run_all(self) -> None:
         """Run each step for a black picture, with one pair and with as many as need other kernels."""
-        pixels, ids, valid = self._example
-        image, text = self.encode_images(pixels), self.encode_texts(ids, valid)
-        one_pair = (image.attended, image.geometry_token, text.tokens, text.valid)
-        for pairs in (1, SEVERAL_PAIRS):
-            decoded = self.decode(*(each.expand(pairs, *each.shape[1:]) for each in one_pair))
-        self.pixel_features(decoded.fused[:1], decoded.prompt[:1], decoded.prompt_valid[:1], *image.finer)
+        self.pixel_features(*self._example_mask_input())
+        self.decode(*(each.expand(SEVERAL_PAIRS, *each.shape[1:]) for each in self._example_pair()))
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Features of images (B, S, S, 3) uint8 RGB, which may be on the host."""

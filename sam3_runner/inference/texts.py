@@ -40,11 +40,6 @@ class TextCache:
     def __contains__(self, cleaned: str) -> bool:
         return cleaned in self._features
 
-    def bytes_of(self, cleaned: str) -> int:
-        """Memory that the entry of a text keeps allocated."""
-        features = self._features[cleaned]
-        return sum(each.untyped_storage().nbytes() for each in (features.tokens, features.valid))
-
     def features(self, texts: Mapping[str, str], clock: PassClock) -> TextFeatures:
         """Features of distinct texts, in their order; only those that are not cached are encoded.
 

@@ -1,8 +1,8 @@
 """SAM 3's image model, and the order of its steps.
 
 `encode_image` runs once per image, `encode_text` once per text, and `decode` once per (image, text) pair.
-`pixel_features` and `mask_logits` then run for the queries that were kept. Serving, compiling, training and
-evaluation use this code.
+`pixel_features` and `mask_logits` then run for the queries that were kept. Serving, training and evaluation
+use this code.
 
 This module handles tensors only: no files, no original image sizes, no thresholds.
 """

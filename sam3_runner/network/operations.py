@@ -43,12 +43,8 @@ _DISTANCE_SCALE = 8.0
 """Of the logarithmic distances, as in the official model: log2(8 d + 1) / log2(8)."""
 _MIN_PRODUCT_ROWS = 1024
 """The product kernel's tiles of 128 x 256 do not suit fewer rows."""
-_TILE_COLUMNS = 256
 _MIN_ATTENTION_ROWS = 16
 """PyTorch's kernels split the keys of fewer queries among programs; ours does not."""
-_MAX_BIAS_HEADS = 16
-_GRID_PATCH = 8
-"""Cells on a side of the patches in which the kernel of `attend_grid` reads the grid."""
 
 
 def _has_kernel(step: str, tensor: Tensor) -> bool:
@@ -121,7 +117,11 @@ def rotated_qkv(x: Tensor, projection: nn.Linear, heads: int, cos: Tensor, sin: 
     weight, bias = projection.weight, projection.bias
     rotated = 2 * x.shape[-1]
     # A tile of columns is rotated as a whole or not at all.
-    if _has_kernel("rotary", weight) and rotated % _TILE_COLUMNS == 0 and _are_powers_of_2(cos.shape[-1]):
+    if (
+        _has_kernel("rotary", weight)
+        and rotated % kernels.TILE_COLUMNS == 0
+        and _are_powers_of_2(cos.shape[-1])
+    ):
         return split_heads(
             kernels.product(x.to(weight.dtype), weight, bias, cos=cos, sin=sin, rotated=rotated), 3, heads
         )
@@ -172,8 +172,11 @@ def attend_grid(query: Tensor, key: Tensor, value: Tensor, along_y: Tensor, alon
         along_y: (P, heads, Q, g); the bias of a cell is that of its row plus that of its column.
         along_x: likewise.
     """
-    whole_patches = along_y.shape[-1] % _GRID_PATCH == 0
-    if _has_kernel("grid_attention", query) and whole_patches and _are_powers_of_2(query.shape[-1]):
+    if (
+        _has_kernel("grid_attention", query)
+        and along_y.shape[-1] % kernels.PATCH == 0
+        and _are_powers_of_2(query.shape[-1])
+    ):
         return kernels.attend_grid(query, key, value, along_y, along_x).flatten(2)
     bias = (along_y[..., :, None] + along_x[..., None, :]).flatten(3).to(query.dtype)
     # Contiguous, since PyTorch chooses a slow kernel otherwise.
@@ -266,8 +269,11 @@ def box_bias(
     Returns:
         Of rows and of columns, each (P, heads, Q, g).
     """
-    few_heads = x_layers[1].out_features <= _MAX_BIAS_HEADS
-    if _has_kernel("box_bias", like) and few_heads and _are_powers_of_2(x_layers[1].in_features):
+    if (
+        _has_kernel("box_bias", like)
+        and x_layers[1].out_features <= kernels.MAX_HEADS
+        and _are_powers_of_2(x_layers[1].in_features)
+    ):
         return kernels.box_bias(boxes, x_layers, y_layers, len(line))
     center_x, center_y, width, height = boxes.unbind(-1)
     return (

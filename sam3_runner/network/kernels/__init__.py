@@ -12,14 +12,17 @@ Importing this package needs Triton; running a kernel needs a C compiler the fir
 """
 
 from sam3_runner.network.kernels.attention import attend
-from sam3_runner.network.kernels.boxes import box_bias, refined_boxes
-from sam3_runner.network.kernels.grid_attention import attend_grid
+from sam3_runner.network.kernels.boxes import MAX_HEADS, box_bias, refined_boxes
+from sam3_runner.network.kernels.grid_attention import PATCH, attend_grid
 from sam3_runner.network.kernels.group_norm import group_norm_relu
 from sam3_runner.network.kernels.norms import norm
 from sam3_runner.network.kernels.patches import patches
-from sam3_runner.network.kernels.products import product
+from sam3_runner.network.kernels.products import TILE_COLUMNS, product
 
 __all__ = [
+    "MAX_HEADS",
+    "PATCH",
+    "TILE_COLUMNS",
     "attend",
     "attend_grid",
     "box_bias",
