@@ -7,8 +7,9 @@ Random weights of the full size, one 1920 x 1080 picture, one prompt, and a thre
 the sixth score, so that five masks are kept; they cover most of the picture, which is the worst case. Times
 are by the wall clock, medians of --runs calls after warm-up. "predict" takes the picture, as the peers do: it
 includes the resize on the CPU. "segment" takes the model's square, as the server's runner does. "compiled"
-means torch.compile. "start" is a new process with an empty and with a filled cache of kernels, until it can
-answer.
+means torch.compile. The peak is the most GPU memory that PyTorch has reserved since the model began to load,
+graphs included; CUDA's own context, 0.6 GiB on an H100, comes on top. "start" is a new process with an empty
+and with a filled cache of kernels, until it can answer.
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ def median_ms(call: Callable[[], object], runs: int) -> float:
 
 def measure_ours(folder: Path, picture: Image.Image, runs: int) -> list[dict[str, object]]:
     """Our rows."""
+    torch.cuda.reset_peak_memory_stats()
     predictor = SAM3Predictor(str(folder), "cuda", score_threshold=0.0)
     predictor.load()
-    predictor.warm_up(1)
+    predictor.warm_up(IMAGES)
     assert predictor.checkpoint is not None
     square = to_square(picture, predictor.checkpoint.input_side_px)
     begin_s = time.perf_counter()
@@ -95,12 +97,15 @@ def measure_ours(folder: Path, picture: Image.Image, runs: int) -> list[dict[str
         "segment, 8 images, 1 prompt each": lambda: predictor.segment([(square, [PROMPT])] * IMAGES),
         "predict": lambda: predictor.predict(picture, PROMPT),
     }
-    rows: list[dict[str, object]] = [
-        {"model": "ours", "dtype": predictor.dtype, "call": "first, all masks kept", "ms": first_ms}
-    ]
-    for name, call in calls.items():
-        rows.append({"model": "ours", "dtype": predictor.dtype, "call": name, "ms": median_ms(call, runs)})
+    rows = [_row("ours", predictor.dtype, "first, all masks kept", first_ms)]
+    rows += [_row("ours", predictor.dtype, name, median_ms(call, runs)) for name, call in calls.items()]
     return rows
+
+
+def _row(model: str, dtype: str, call: str, ms: float) -> dict[str, object]:
+    """A row of the table, with the peak of the memory so far."""
+    peak_gib = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    return {"model": model, "dtype": dtype, "call": call, "ms": ms, "peak_gib": peak_gib}
 
 
 def measure_starts(folder: Path) -> list[dict[str, object]]:
@@ -113,6 +118,7 @@ def measure_starts(folder: Path) -> list[dict[str, object]]:
                 "dtype": "float16",
                 "call": f"start, {kind} cache",
                 "ms": round(1000 * float(_output([sys.executable, "-c", START, str(folder)], environment))),
+                "peak_gib": None,
             }
             for kind in ("empty", "filled")
         ]
@@ -122,7 +128,7 @@ def measure_peer(model: Model, picture: Image.Image, call: str, runs: int) -> di
     """A row of a peer."""
     threshold = threshold_for(model.segment(picture, PROMPT, 1.0).scores)
     ms = median_ms(lambda: model.segment(picture, PROMPT, threshold), runs)
-    return {"model": model.name, "dtype": model.dtype, "call": call, "ms": ms}
+    return _row(model.name, model.dtype, call, ms)
 
 
 def main() -> None:
@@ -161,6 +167,7 @@ def _measure_all(
     torch.cuda.empty_cache()
     yield from measure_starts(folder)
     if "transformers" in arguments.peers:
+        torch.cuda.reset_peak_memory_stats()
         transformers = Transformers(folder, "cuda", "bfloat16")
         yield measure_peer(transformers, picture, "predict", arguments.runs)
         transformers.model.compile()
@@ -171,6 +178,7 @@ def _measure_all(
         file = random_official_file(folder)
         for call, compiled in (("predict", False), ("predict, compiled", True)):
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             official = Official(file, "cuda", compile=compiled)
             model = official.variant(dtype="bfloat16", own_resize=True)
             yield measure_peer(model, picture, call, arguments.runs)

@@ -35,6 +35,8 @@ class GraphedFunction:
             not synchronise with the host.
         example: returns inputs of one row, on the device; their shapes and dtypes are those of all calls.
         sizes: numbers of rows to record. One that does not fit into the GPU's memory is left out.
+        pool: of `torch.cuda.graph_pool_handle`. Functions that never run at the same time share one: the
+            memory of their intermediate values then counts once. What they return stays apart.
 
     Raises:
         RuntimeError: torch's, of a full memory: not even one row fits.
@@ -45,10 +47,10 @@ class GraphedFunction:
         function: Callable[..., Any],
         example: Callable[[], tuple[Tensor, ...]],
         sizes: Iterable[int],
+        pool: Any,
     ) -> None:
         examples = example()
         self._recordings: dict[int, _Recording] = {}
-        pool = torch.cuda.graph_pool_handle()
         # The largest first: the others then use parts of its memory.
         for size in sorted(sizes, reverse=True):
             try:

@@ -78,9 +78,12 @@ class Passes:
         device, side_px = network.position.device, network.input_side_px
         if recorded is None:
             recorded = device.type == "cuda"
+        step: Callable[..., Any]
         if recorded:
             report("the model's passes are being recorded")
-        step = GraphedFunction if recorded else partial(EagerFunction, device)
+            step = partial(GraphedFunction, pool=torch.cuda.graph_pool_handle())
+        else:
+            step = partial(EagerFunction, device=device)
         pixels = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8, device=device)
         ids = torch.zeros(1, CONTEXT_TOKENS, dtype=torch.long, device=device)
 
@@ -142,10 +145,10 @@ class EagerFunction:
 
     def __init__(
         self,
-        device: torch.device,
         function: Callable[..., Any],
         _example: Callable[[], tuple[Tensor, ...]],
         sizes: Iterable[int],
+        device: torch.device,
     ) -> None:
         self._function, self._device = function, device
         self.max_rows = max(sizes)

@@ -59,12 +59,9 @@ class Start:
     log: str
 
 
-def start(kernels: Path, *, compiler: bool = True) -> Start:
-    """Start an engine in a new process, which finds a C compiler or none."""
-    environment = dict(os.environ)
-    if not compiler:
-        environment.pop("CC", None)
-        environment["PATH"] = str(kernels.parent / "no programs")
+def start(kernels: Path, **variables: str) -> Start:
+    """Start an engine in a new process, with environment variables besides those of this one."""
+    environment = {**{name: value for name, value in os.environ.items() if name != "CC"}, **variables}
     ended = subprocess.run(
         [sys.executable, "-c", START, str(kernels)],
         cwd=ROOT,
@@ -91,16 +88,17 @@ def test_second_start_compiles_nothing(tmp_path: Path) -> None:
     assert (first.state, first.plain) == ("ok", [])
     written = files_in(kernels)
     assert written
-    second = start(kernels, compiler=False)
+    # Not by PATH: Triton asks `file` about this machine, and the answer is a part of its keys.
+    second = start(kernels, CC=str(tmp_path / "no compiler"))
     assert (second.state, second.plain, second.found) == ("ok", [], first.found)
     assert files_in(kernels) == written
 
 
 def test_start_without_a_compiler(tmp_path: Path) -> None:
     """With no kernel on disk and no compiler, PyTorch computes the steps, and the log says so."""
-    served = start(tmp_path / "kernels", compiler=False)
+    served = start(tmp_path / "kernels", PATH=str(tmp_path / "no programs"))
     assert served.state == "ok"
     assert len(served.found) == 1
     assert set(served.plain) == set().union(*STEPS_BY_FILE.values())
     [warning] = [line for line in served.log.splitlines() if "do not work here" in line]
-    assert "more slowly: Failed to find C compiler" in warning
+    assert "Failed to find C compiler" in warning
