@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -29,10 +29,12 @@ from contract import (
 from observability.log_lines import log_ids
 from observability.metrics import TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
-from sam3_runner import ModelNotLoaded, RunnerStopped
+from sam3_runner import FeaturesNotHeld, ModelNotLoaded, RunnerStopped
+from sam3_runner.images.decoded import DecodedImage
+from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
-from sam3_runner.instances import union_mask
+from sam3_runner.instances import packed_union
 from sam3_runner.metrics import stage
 from storage import StorageUnavailable, mask_key
 
@@ -41,10 +43,9 @@ if TYPE_CHECKING:
 
     from contract import BatchRequest, PredictRequest
     from results import Attempt, Outbox, StoredResult
-    from sam3_runner import PredictResult
     from sam3_runner.base import Decoders, Runner
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.images.square import SquareImage
+    from sam3_runner.instances import UnionResult
     from sam3_runner.prompts import PromptTokenizer
     from settings import Settings
     from storage import ObjectStore
@@ -64,6 +65,14 @@ UNION = "union"
 # More digits would be noise of float32.
 SCORE_DIGITS = 4
 BOX_DIGITS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadImage:
+    """An image for the runner; its file too, if it has no pixels since the runner seems to need none."""
+
+    image: DecodedImage
+    file: ImageFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +237,7 @@ class Pipeline:
             raise await self._end_without_result(attempt, error, begun) from error
 
     async def _settle(
-        self, attempt: Attempt, reading: asyncio.Task[SquareImage], begun: asyncio.Event
+        self, attempt: Attempt, reading: asyncio.Task[_ReadImage], begun: asyncio.Event
     ) -> BatchResponse:
         """Do the work and end the claimed row; the only place that does."""
         try:
@@ -288,17 +297,16 @@ class Pipeline:
                 return None
         return back if kept else None
 
-    async def _work(self, attempt: Attempt, reading: asyncio.Task[SquareImage]) -> _Result:
+    async def _work(self, attempt: Attempt, reading: asyncio.Task[_ReadImage]) -> _Result:
         task = attempt.task
         deadline_s = time.monotonic() + self._settings.request_timeout_s
-        square = await reading
-        with stage("segment"):
-            found, inference_ms = await self._runner.segment(
-                square,
-                list(task.prompts),
-                deadline_s,
-                log_ids={"request_id": attempt.request_id, "task_id": task.task_id},
-            )
+        read = await reading
+        try:
+            found, inference_ms = await self._segment(attempt, read.image, deadline_s)
+        except FeaturesNotHeld:
+            assert read.file is not None
+            image = await self._pixels(read.file, read.image.key)
+            found, inference_ms = await self._segment(attempt, image, deadline_s)
         masks = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
             masks[UNION] = found
@@ -320,46 +328,64 @@ class Pipeline:
         # The last mask is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
 
-    async def _png(self, results: list[PredictResult]) -> bytes:
+    async def _segment(
+        self, attempt: Attempt, image: DecodedImage, deadline_s: float
+    ) -> tuple[list[UnionResult], float]:
+        try:
+            with stage("segment"):
+                return await self._runner.segment(
+                    image,
+                    list(attempt.task.prompts),
+                    deadline_s,
+                    log_ids={"request_id": attempt.request_id, "task_id": attempt.task.task_id},
+                )
+        finally:
+            image.close()
+
+    async def _png(self, results: list[UnionResult]) -> bytes:
         """The PNG of the union of all instances of `results`."""
         is_large = results[0].image_width * results[0].image_height > LARGE_MASK_PX
         async with self._large_mask if is_large else contextlib.nullcontext():
-            return await asyncio.to_thread(lambda: encode_png(union_mask(results)))
+            return await asyncio.to_thread(lambda: encode_png(packed_union(results), results[0].image_width))
 
-    async def _read_image(
-        self, attempt: Attempt, claimed: asyncio.Event, begun: asyncio.Event
-    ) -> SquareImage:
+    async def _read_image(self, attempt: Attempt, claimed: asyncio.Event, begun: asyncio.Event) -> _ReadImage:
         async with self._image_slots:
-            data, file = await self._fetch(attempt.task)
+            file, sha256 = await self._fetch(attempt.task)
             # After the claim: a repeat of a task that is done or running decodes nothing, and a death while
             # the database does not answer is not counted against a suspect.
             await claimed.wait()
             if not file.is_heavy:
-                return await self._decode(attempt, data, file, begun)
+                return await self._decode(attempt, file, sha256, begun)
             if not self._heavy_turn.locked():
                 async with self._heavy_turn:
-                    return await self._decode(attempt, data, file, begun)
+                    return await self._decode(attempt, file, sha256, begun)
         # Heavy images wait without a slot, so that others can use it, and are fetched again.
         async with self._heavy_turn:
             return await self._decode(attempt, *await self._fetch(attempt.task), begun)
 
-    async def _fetch(self, task: Task) -> tuple[bytes, ImageFile]:
-        """The image's bytes and the header's facts."""
+    async def _fetch(self, task: Task) -> tuple[ImageFile, str]:
+        """The image's file, its header parsed, and its checksum."""
         data = await self._download(task)
-        return data, await asyncio.to_thread(
-            read_image_file, data, max_pixels=self._settings.max_image_pixels
-        )
+        max_pixels = self._settings.max_image_pixels
+        return await asyncio.to_thread(lambda: (read_image_file(data, max_pixels=max_pixels), _sha256(data)))
 
     async def _decode(
-        self, attempt: Attempt, data: bytes, file: ImageFile, begun: asyncio.Event
-    ) -> SquareImage:
+        self, attempt: Attempt, file: ImageFile, sha256: str, begun: asyncio.Event
+    ) -> _ReadImage:
         # From here to the masks, an image may kill a process.
-        sha256 = _sha256(data) if attempt.suspect else None
-        if not await self._outbox.begin_work(attempt, sha256, is_long=file.is_heavy):
+        noted_sha256 = sha256 if attempt.suspect else None
+        if not await self._outbox.begin_work(attempt, noted_sha256, is_long=file.is_heavy):
             raise ModelNotLoaded("the server is being stopped")
         begun.set()
+        if self._runner.may_hold(sha256):
+            size = viewed_size((file.width, file.height), file.orientation)
+            return _ReadImage(DecodedImage(None, *size, key=sha256), file)
+        return _ReadImage(await self._pixels(file, sha256))
+
+    async def _pixels(self, file: ImageFile, sha256: str | None) -> DecodedImage:
         with stage("decode"):
-            return await self._decoders.decode(file)
+            max_stored_px = (await self._runner.status()).max_stored_px
+            return replace(await self._decoders.decode(file, max_stored_px), key=sha256)
 
     async def _download(self, task: Task) -> bytes:
         with stage("fetch"):
@@ -439,7 +465,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _answer(task_id: str, mask_url: str, result: PredictResult, inference_ms: float) -> PredictResponse:
+def _answer(task_id: str, mask_url: str, result: UnionResult, inference_ms: float) -> PredictResponse:
     instances = [
         InstanceModel(
             label=result.prompt,

@@ -1,6 +1,6 @@
 """Measure what the kept masks of a picture cost: from mask logits on the device to instances on the host.
 
-Times `to_instances` alone, for objects of 100 x 100 px (discs at random places) and for full-frame masks
+Times `find_instances` alone, for objects of 100 x 100 px (discs at random places) and for full-frame masks
 (smooth noise: half of each picture is positive, in many pieces). Every row is the median and the highest time
 of several calls after a warm-up, with the device idle before each. GPU memory is the peak of torch's tensors
 with the logits; host memory is the growth of the resident memory at its peak, plus pinned memory. No weights
@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
 from benchmarks.table import machine_name, record
-from sam3_runner.masks.draw import KeptMasks, to_instances
+from sam3_runner.instances import Instance
+from sam3_runner.masks.draw import KeptMasks, find_instances
+from sam3_runner.masks.windows import Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -85,18 +87,18 @@ def measure(kind: str, case: Case, device: torch.device) -> dict[str, object]:
     logits = LOGITS[kind](case, generator).to(device)
     scores = torch.rand(case.masks, generator=generator).numpy()
     boxes = torch.rand(case.masks, 4, generator=generator).numpy()
-    queries, pairs = list(range(case.masks)), [KeptMasks(case.masks, case.width, case.height)]
+    kept = KeptMasks(range(case.masks), scores, boxes, logits, [case.masks], [Size(case.width, case.height)])
     _reset_peaks(device)
     before_mib = _resident_mib("VmRSS")
-    to_instances(queries, scores, boxes, logits, pairs)  # Not timed: the first call allocates memory.
+    find_instances(kept, unite=False)  # Not timed: the first call allocates memory.
     times_ms, bits = [], 0
     for _ in range(REPEATS[device.type]):
         _synchronize(device)
         start_s = time.perf_counter()
-        [(instances, _)] = to_instances(queries, scores, boxes, logits, pairs)
+        [found] = find_instances(kept, unite=False)
         times_ms.append((time.perf_counter() - start_s) * 1000)
-        bits = sum(len(instance.mask.bits) for instance in instances)
-        del instances
+        bits = sum(len(each.mask.bits) for each in found.instances if isinstance(each, Instance))
+        del found
     on_gpu = device.type == "cuda"
     pinned_mib = torch.cuda.host_memory_stats()["allocated_bytes.peak"] / MIB if on_gpu else 0.0
     return {

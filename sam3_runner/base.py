@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.images.square import SquareImage
-    from sam3_runner.instances import PredictResult
+    from sam3_runner.instances import UnionResult
     from sam3_runner.serving.engine import EngineStatus
 
 
@@ -16,16 +16,16 @@ class Runner(Protocol):
 
     async def segment(
         self,
-        image: SquareImage,
+        image: DecodedImage,
         prompts: list[str],
         deadline_s: float,
         *,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[PredictResult], float]:
+    ) -> tuple[list[UnionResult], float]:
         """One result a prompt, and the time in ms of the model's pass that they shared.
 
         Args:
-            image: the model's square.
+            image: its pixels are read until this returns.
             prompts: of at most 32 tokens each.
             deadline_s: on the clock of `time.monotonic`.
             log_ids: fields of what the model's process logs of the request.
@@ -35,7 +35,12 @@ class Runner(Protocol):
             RunnerStopped: its process died while it had the request.
             DeadlineExceeded: the deadline passed before the work began.
             InferenceFailed, PromptTooLong: the model refused or failed on this request.
+            FeaturesNotHeld: the image has no pixels, and its features are not held.
         """
+        ...
+
+    def may_hold(self, key: str) -> bool:
+        """Whether it seems to hold the features of the image with this key, so that it needs no pixels."""
         ...
 
     async def status(self) -> EngineStatus:
@@ -50,8 +55,11 @@ class Decoders(Protocol):
         """Start the first process."""
         ...
 
-    async def decode(self, file: ImageFile) -> SquareImage:
-        """The model's square of a file. Raises UnsupportedImage, DecoderFailed."""
+    async def decode(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
+        """The pixels of a file: as stored if there are at most `max_stored_px`, or the model's square.
+
+        Raises UnsupportedImage, DecoderFailed.
+        """
         ...
 
     async def close(self) -> None:

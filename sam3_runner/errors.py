@@ -6,6 +6,7 @@ SAM3Error
     DeviceUnavailable       the device is unavailable
         DeviceFull              its memory is full
     ModelNotLoaded          the weights are not loaded yet, or failed to load
+    FeaturesNotHeld         the features of an image were asked for by its key, and are not held
     RunnerStopped           the model's process died during the request, or must end since its device failed
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or over a limit
     DecoderFailed           the decoder processes cannot work, whatever the image
@@ -37,6 +38,10 @@ class DeviceFull(DeviceUnavailable):
 
 class ModelNotLoaded(SAM3Error):
     """The weights are not loaded yet, or failed to load."""
+
+
+class FeaturesNotHeld(SAM3Error):
+    """An image has a key, but no pixels, and the features of that key are not held: send the pixels."""
 
 
 class RunnerStopped(SAM3Error):

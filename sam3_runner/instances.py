@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Mask = npt.NDArray[np.bool_]
 
@@ -57,7 +61,7 @@ class MaskCrop:
 
 
 @dataclass(frozen=True, slots=True)
-class Instance:
+class FoundInstance:
     """One object that the model found.
 
     Attributes:
@@ -65,52 +69,79 @@ class Instance:
         box: x0, y0, x1, y1 in px of the image, clamped to it, not rounded; the decoder's box, not that of
             the mask.
         area_px: pixels of the mask.
-        mask: at the image's size.
         query: index of the decoder's query that found it, from 0; identifies the instance across runs.
     """
 
     score: float
     box: tuple[float, float, float, float]
     area_px: int
-    mask: MaskCrop
     query: int
 
 
 @dataclass(frozen=True, slots=True)
-class PredictResult:
-    """Every instance of one prompt in one image, best score first.
+class Instance(FoundInstance):
+    """A found object with its mask, at the image's size."""
+
+    mask: MaskCrop
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """What was found for one prompt in one image.
 
     Attributes:
         prompt: the text, unchanged.
         presence: probability that the concept is in the image at all.
         image_width, image_height: px.
+        instances: best score first.
     """
 
     prompt: str
     presence: float
     image_width: int
     image_height: int
-    instances: list[Instance] = field(default_factory=list)
+    instances: Sequence[FoundInstance]
 
     @property
     def confidence(self) -> float:
         """The highest score, 0.0 when nothing was found."""
         return max((instance.score for instance in self.instances), default=0.0)
 
+
+@dataclass(frozen=True, slots=True)
+class PredictResult(PromptResult):
+    """What was found, with the mask of each instance."""
+
+    instances: list[Instance] = field(default_factory=list)
+
     def mask_array(self) -> Mask:
         """The union of the instances, (image_height, image_width) bool."""
         return union_mask([self])
 
 
-def union_mask(results: list[PredictResult]) -> Mask:
+@dataclass(frozen=True, slots=True)
+class UnionResult(PromptResult):
+    """What was found, with the union of the instances' masks in place of each mask.
+
+    Attributes:
+        union: (image_height, image_width / 8 rounded up) bits; None where there are no instances.
+    """
+
+    union: PackedMask | None
+
+
+def union_mask(results: Sequence[PredictResult]) -> Mask:
     """The union of all instances of `results`, which share one image, (height, width) bool."""
     return np.unpackbits(packed_union(results), axis=1, count=results[0].image_width).view(np.bool_)
 
 
-def packed_union(results: list[PredictResult]) -> PackedMask:
+def packed_union(results: Sequence[PredictResult | UnionResult]) -> PackedMask:
     """`union_mask` as bits, (height, width / 8 rounded up) uint8; the px right of the image are 0."""
     union = np.zeros((results[0].image_height, -(-results[0].image_width // 8)), dtype=np.uint8)
     for result in results:
-        for instance in result.instances:
-            union[instance.mask.packed_window] |= instance.mask.packed()
+        if isinstance(result, PredictResult):
+            for instance in result.instances:
+                union[instance.mask.packed_window] |= instance.mask.packed()
+        elif result.union is not None:
+            union |= result.union
     return union

@@ -39,6 +39,11 @@ PRECISION_FALLBACKS = Counter(
     "Requests whose output was not finite in float16, and that ran again in bfloat16",
 )
 TEXTS = Counter("sam3_texts", "Distinct prompts of passes, by whether their encoding was cached", ["cache"])
+FEATURES = Counter("sam3_features", "Images of passes, by whether their features were held", ["cache"])
+FEATURE_EVICTIONS = Counter("sam3_feature_evictions", "Images whose features made room for those of others")
+FEATURE_BYTES = Gauge(
+    "sam3_feature_bytes", "Memory of the features that are held", multiprocess_mode="livesum"
+)
 DECODER_KILLS = Counter("sam3_decoder_kills", "Image decoders that were killed, by a limit or by a crash")
 
 # "mostrecent": there is one runner, and every API worker reports the same of the model.
@@ -54,6 +59,7 @@ for _stage in STAGES:
     STAGE_SECONDS.labels(_stage)
 for _cache in ("hit", "miss"):
     TEXTS.labels(_cache)
+    FEATURES.labels(_cache)
 
 _tracer: trace.Tracer = trace.NoOpTracer()
 

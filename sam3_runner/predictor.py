@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image
 
 from sam3_runner.errors import DeviceUnavailable, InferenceFailed, ModelNotLoaded
-from sam3_runner.images.decode import decode_square
+from sam3_runner.images.decode import decode_image
+from sam3_runner.images.decoded import MAX_STORED_PX, DecodedImage
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from sam3_runner.images.read import read_image_file
-from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.images.square import from_pillow
 from sam3_runner.inference.device_errors import (
     device_works,
     out_of_memory_as,
@@ -23,8 +24,9 @@ from sam3_runner.inference.loaded_model import Keeping, LoadedModel
 from sam3_runner.inference.pass_clock import PassClock
 from sam3_runner.inference.passes import MAX_IMAGES
 from sam3_runner.inference.precision import DTypeSetting, Precision, not_finite_message, precision_of
+from sam3_runner.inference.staging import StagedImage, Stager
 from sam3_runner.inference.warm_up import WARM_UP_PROMPTS, warm_up_squares
-from sam3_runner.instances import SCORE_THRESHOLD, PredictResult
+from sam3_runner.instances import SCORE_THRESHOLD, PredictResult, UnionResult
 from sam3_runner.metrics import PRECISION_FALLBACKS
 from sam3_runner.network.precision import set_precision
 from sam3_runner.prompts import PromptTokenizer
@@ -32,9 +34,11 @@ from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoin
 from sam3_runner.weights.load import load_network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from sam3_runner.inference.loaded_model import PairResult
     from sam3_runner.inference.precision import DType
+    from sam3_runner.instances import Instance
     from sam3_runner.network.model import SAM3Network
     from sam3_runner.weights.layouts import Layout
 
@@ -42,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 ImageSource = Image.Image | bytes | str | Path
 """An image as Python callers pass it."""
+
+MAX_FEATURE_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}
+"""By device: about 36 images of SAM 3, or 20 of the demo checkpoint."""
 
 _FileVersion = tuple[int, int, int]
 
@@ -61,6 +68,8 @@ class SAM3Predictor:
             requests that float16 overflows on, and float32 on a CPU; or a `Precision`. Scores, boxes and
             positions are float32 in each case.
         max_images: most images encoded at once; the memory of a GPU is taken for so many.
+        max_feature_bytes: memory of the device for the features of images whose key is known, so that further
+            prompts on them are not encoded again. None: `MAX_FEATURE_BYTES`.
     """
 
     def __init__(
@@ -71,12 +80,17 @@ class SAM3Predictor:
         score_threshold: float = SCORE_THRESHOLD,
         dtype: DTypeSetting | Precision = "auto",
         max_images: int = MAX_IMAGES,
+        max_feature_bytes: int | None = 0,
     ) -> None:
         self._weights_path = weights_path
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._precision = dtype if isinstance(dtype, Precision) else precision_of(dtype, self.device.type)
         self.score_threshold = score_threshold
         self._max_images = max_images
+        self._max_feature_bytes = (
+            MAX_FEATURE_BYTES[self.device.type] if max_feature_bytes is None else max_feature_bytes
+        )
+        self._stager: Stager | None = None
         self.checkpoint: Checkpoint | None = None
         self.layout: Layout | None = None
         self._tokenizer: PromptTokenizer | None = None
@@ -106,6 +120,7 @@ class SAM3Predictor:
         ):
             self._models = {self.dtype: self._load_in(self.dtype, checkpoint, report=report)}
         self._file_version = _version_of(checkpoint.weights_file)
+        self._stager = Stager(self.device, checkpoint.input_side_px)
         self.checkpoint = checkpoint
 
     @property
@@ -146,12 +161,32 @@ class SAM3Predictor:
             raise ModelNotLoaded("call load() first")
         if not prompts:
             return []
-        square = _to_square(image, self.checkpoint.input_side_px)
-        return self.segment([(square, prompts)])[0]
+        decoded = _decoded(image, self.checkpoint.input_side_px, self.max_stored_px)
+        return self.segment([(decoded, prompts)])[0]
+
+    @property
+    def max_stored_px(self) -> int:
+        """Images of so many px are resized on the device; 0 on a CPU, where the resize is Pillow's."""
+        return MAX_STORED_PX if self.device.type == "cuda" else 0
+
+    def stage(self, image: DecodedImage) -> StagedImage:
+        """Move an image to the device, as its square. May run in any thread, beside a pass.
+
+        Raises:
+            ModelNotLoaded: `load` was not called.
+            OSError: the process that holds the pixels is gone.
+        """
+        if self._stager is None:
+            raise ModelNotLoaded("call load() first")
+        return self._stager.stage(image)
+
+    def holds(self, key: str | None) -> bool:
+        """Whether the features of the image with this key are held, so that a pass needs no pixels of it."""
+        return key is not None and key in self._model_in(self.dtype).features
 
     def segment(
         self,
-        requests: Sequence[tuple[SquareImage, Sequence[str]]],
+        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]],
         clock: PassClock | None = None,
         *,
         log_ids: Sequence[Mapping[str, str]] = (),
@@ -169,15 +204,63 @@ class SAM3Predictor:
         Raises:
             ModelNotLoaded: `load` was not called.
             PromptTooLong: a prompt has more than 32 tokens.
-            InferenceFailed: an image has another side than the model's, or an output is not finite.
+            InferenceFailed: an output is not finite.
+            FeaturesNotHeld: an image has a key, but no pixels, and its features are not held.
             torch.OutOfMemoryError, RuntimeError: one pair alone does not fit, or the device has failed.
         """
-        if self.checkpoint is None:
-            raise ModelNotLoaded("call load() first")
-        self._check_sides([square for square, _ in requests])
+        return [
+            [
+                PredictResult(
+                    prompt,
+                    pair.presence,
+                    staged.width,
+                    staged.height,
+                    cast("list[Instance]", pair.found.instances),
+                )
+                for prompt, pair in zip(prompts, pairs, strict=True)
+            ]
+            for staged, prompts, pairs in self._segment(requests, clock, log_ids, unite=False)
+        ]
+
+    def segment_united(
+        self,
+        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]],
+        clock: PassClock | None = None,
+        *,
+        log_ids: Sequence[Mapping[str, str]] = (),
+    ) -> list[list[UnionResult]]:
+        """As `segment`, with the union of each prompt's masks in place of each mask: less to transfer."""
+        return [
+            [
+                UnionResult(
+                    prompt,
+                    pair.presence,
+                    staged.width,
+                    staged.height,
+                    pair.found.instances,
+                    pair.found.union,
+                )
+                for prompt, pair in zip(prompts, pairs, strict=True)
+            ]
+            for staged, prompts, pairs in self._segment(requests, clock, log_ids, unite=True)
+        ]
+
+    def _segment(
+        self,
+        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]],
+        clock: PassClock | None,
+        log_ids: Sequence[Mapping[str, str]],
+        *,
+        unite: bool,
+    ) -> Iterator[tuple[StagedImage, Sequence[str], list[PairResult]]]:
+        """Each request, staged, with the result of each prompt."""
+        staged = [
+            (image if isinstance(image, StagedImage) else self.stage(image), prompts)
+            for image, prompts in requests
+        ]
         clock, keeping = clock or PassClock(self.device), Keeping(self.score_threshold)
         dtype, fallback = self._precision.dtype, self._precision.fallback
-        results = self._model_in(dtype).segment(requests, keeping, clock)
+        results = self._model_in(dtype).segment(staged, keeping, clock, unite=unite)
         overflowed = [row for row, result in enumerate(results) if result is None]
         if overflowed and fallback:
             for row in overflowed:
@@ -187,8 +270,8 @@ class SAM3Predictor:
                     *(dtype, fallback),
                     extra=log_ids[row] if log_ids else None,
                 )
-            repeated = [requests[row] for row in overflowed]
-            again = self._model_in(fallback).segment(repeated, keeping, clock)
+            repeated = [staged[row] for row in overflowed]
+            again = self._model_in(fallback).segment(repeated, keeping, clock, unite=unite)
             for row, result in zip(overflowed, again, strict=True):
                 results[row] = result
         finite = [result for result in results if result is not None]
@@ -196,7 +279,7 @@ class SAM3Predictor:
             raise InferenceFailed(
                 not_finite_message(fallback, after=dtype) if fallback else not_finite_message(dtype)
             )
-        return finite
+        return ((image, prompts, found) for (image, prompts), found in zip(staged, finite, strict=True))
 
     def warm_up(self, images: int, report: Callable[[str], None] = lambda _: None) -> None:
         """Run the pass of a batch of `images` once, every part of the model included.
@@ -212,9 +295,9 @@ class SAM3Predictor:
         """
         assert self.checkpoint is not None
         squares = warm_up_squares(images, self.checkpoint.input_side_px)
-        requests = [(square, WARM_UP_PROMPTS) for square in squares]
-        keeping = Keeping(self.score_threshold, best=True)
-        if None not in self._model_in(self.dtype).segment(requests, keeping, PassClock(self.device)):
+        requests = [(self.stage(square), WARM_UP_PROMPTS) for square in squares]
+        keeping, clock = Keeping(self.score_threshold, best=True), PassClock(self.device)
+        if None not in self._model_in(self.dtype).segment(requests, keeping, clock, unite=True):
             return
         if self._precision.fallback is None:
             raise InferenceFailed(not_finite_message(self.dtype))
@@ -263,15 +346,15 @@ class SAM3Predictor:
         assert self._tokenizer is not None
         network, self.layout = load_network(checkpoint, self.device)
         set_precision(network, getattr(torch, dtype))
-        return LoadedModel(network, self._tokenizer, self._max_images, recorded=recorded, report=report)
-
-    def _check_sides(self, squares: list[SquareImage]) -> None:
-        """Refuse other sizes than the model's own: it would run, and its results would be wrong."""
-        assert self.checkpoint is not None
-        side_px = self.checkpoint.input_side_px
-        for square in squares:
-            if square.pixels.shape != (side_px, side_px, 3):
-                raise InferenceFailed(f"the image is {square.pixels.shape}; the model takes {side_px} px")
+        return LoadedModel(
+            network,
+            self._tokenizer,
+            self._max_images,
+            # Not for the second precision: those requests are rare.
+            max_feature_bytes=self._max_feature_bytes if dtype == self.dtype else 0,
+            recorded=recorded,
+            report=report,
+        )
 
 
 def _version_of(path: Path) -> _FileVersion | None:
@@ -283,11 +366,11 @@ def _version_of(path: Path) -> _FileVersion | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _to_square(image: ImageSource, side_px: int) -> SquareImage:
+def _decoded(image: ImageSource, side_px: int, max_stored_px: int) -> DecodedImage:
     if isinstance(image, Image.Image):
-        return to_square(image, side_px)
+        return from_pillow(image, side_px, max_stored_px)
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    return decode_square(read_image_file(data, max_pixels=DEFAULT_MAX_PIXELS), side_px)
+    return decode_image(read_image_file(data, max_pixels=DEFAULT_MAX_PIXELS), side_px, max_stored_px)
 
 
 def _default_weights_path() -> str:

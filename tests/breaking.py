@@ -13,11 +13,12 @@ from sam3_runner import SAM3Predictor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sam3_runner import PredictResult
-    from sam3_runner.images.square import SquareImage
+    from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.inference.pass_clock import PassClock
+    from sam3_runner.inference.staging import StagedImage
+    from sam3_runner.instances import UnionResult
 
-    Requests = Sequence[tuple[SquareImage, Sequence[str]]]
+    Requests = Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]]
 
 BREAKING_PROMPT = "break the device"
 TOO_LARGE_PROMPT = "too large"
@@ -41,13 +42,13 @@ class BreakingPredictor(SAM3Predictor):
     break_device: Callable[[], None] = staticmethod(fail_assert)
     is_broken = False
 
-    def segment(
+    def segment_united(
         self,
         requests: Requests,
         clock: PassClock | None = None,
         *,
         log_ids: Sequence[Mapping[str, str]] = (),
-    ) -> list[list[PredictResult]]:
+    ) -> list[list[UnionResult]]:
         if len(requests) > self.room or any(TOO_LARGE_PROMPT in prompts for _, prompts in requests):
             torch.empty(TOO_MANY_FLOATS, device=self.device)
         if any(BREAKING_PROMPT in prompts for _, prompts in requests) and self._is_first():
@@ -56,7 +57,7 @@ class BreakingPredictor(SAM3Predictor):
                 self.break_device()
             else:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for it")
-        return super().segment(requests, clock, log_ids=log_ids)
+        return super().segment_united(requests, clock, log_ids=log_ids)
 
     def device_works(self) -> bool:
         return super().device_works() and (self.device.type == "cuda" or not self.is_broken)

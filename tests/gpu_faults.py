@@ -29,7 +29,9 @@ from prometheus_client import REGISTRY
 from benchmarks.parity import random_transformers_folder
 from processes.lifecycle import end_process_soon
 from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Predictor
-from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.images.decoded import LocalImage
+from sam3_runner.images.square import to_square
+from sam3_runner.instances import packed_union
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
 from tests.breaking import BREAKING_PROMPT, TOO_LARGE_PROMPT, BreakingPredictor, fail_assert
 from tests.overflowing import MASK_CONVOLUTION, VISION_VALUES, overflowing_folder
@@ -76,7 +78,7 @@ def load(weights: str, make_predictor: Callable[..., SAM3Predictor] = SAM3Predic
 def request(*prompts: str, side_px: int, seed: int = 0) -> SegmentRequest:
     """A request with a noisy picture."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
-    return SegmentRequest(SquareImage(pixels, 640, 480), [*prompts], time.monotonic() + 600)
+    return SegmentRequest(LocalImage(pixels, 640, 480), [*prompts], time.monotonic() + 600)
 
 
 def batch_of(size: int, side_px: int) -> list[SegmentRequest]:
@@ -144,7 +146,8 @@ def check_precision(_weights: str) -> None:
             [outcome] = engine.segment([SegmentRequest(image, [SAMPLE_PROMPT], time.monotonic() + 600)])
             [found] = outcome.results or []
             made = count("sam3_precision_fallbacks_total") - before
-            mask, expected_mask = found.mask_array(), expected.mask_array()
+            mask = np.unpackbits(packed_union([found]), axis=1, count=found.image_width)
+            expected_mask = expected.mask_array()
             iou = (mask & expected_mask).sum() / (mask | expected_mask).sum()
             served = engine.status().dtype
             report(f"{Path(weights).name}: {served}, {made} requests run again, IoU with float32 {iou:.4f}")

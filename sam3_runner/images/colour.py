@@ -45,6 +45,13 @@ def on_white(image: Image.Image, grey_scale: float) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
+def is_srgb(image: Image.Image, icc_profile: bytes) -> bool:
+    """Whether `image` is opaque 8-bit grey or RGB that `to_srgb` would not change."""
+    if image.mode not in {"L", "RGB"} or image.has_transparency_data:
+        return False
+    return not icc_profile or _conversion(icc_profile, image.mode) is None
+
+
 def to_srgb(pixels: npt.NDArray[np.uint8], icc_profile: bytes) -> npt.NDArray[np.uint8]:
     """(H, W, 3) sRGB of (H, W, 1, 3 or 4) grey, RGB or CMYK.
 

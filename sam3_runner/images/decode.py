@@ -1,4 +1,4 @@
-"""Decodes an image file, with Pillow and imagecodecs, and resizes it to the model's square."""
+"""Decodes an image file, with Pillow and imagecodecs, and resizes it to the square unless the model does."""
 
 from __future__ import annotations
 
@@ -9,17 +9,30 @@ import imagecodecs
 from PIL import Image
 
 from sam3_runner.images.image_file import damaged
-from sam3_runner.images.square import SquareImage, oriented_square
+from sam3_runner.images.square import stored_or_square
 
 if TYPE_CHECKING:
+    from sam3_runner.images.decoded import LocalImage
     from sam3_runner.images.image_file import ImageFile
 
 
-def decode_square(file: ImageFile, side_px: int) -> SquareImage:
+def decode_square(file: ImageFile, side_px: int) -> LocalImage:
     """Decode a file to the model's square. Raises `UnsupportedImage`: its pixels are damaged."""
-    return oriented_square(
+    return decode_image(file, side_px, max_stored_px=0)
+
+
+def decode_image(file: ImageFile, side_px: int, max_stored_px: int) -> LocalImage:
+    """Decode a file for a model that resizes images of at most `max_stored_px` itself; 0: none.
+
+    Such an image stays as stored, unless its colours or its transparency need work that Pillow does here.
+
+    Raises:
+        UnsupportedImage: its pixels are damaged.
+    """
+    return stored_or_square(
         decode(file),
         side_px,
+        max_stored_px,
         orientation=file.orientation,
         icc_profile=file.icc_profile,
         size=(file.width, file.height),

@@ -1,7 +1,8 @@
 """A decoder process: `python -m sam3_runner.images.decoder SIDE_PX`, started by decoders.py.
 
-It reads image files from standard input and writes squares to standard output, until the input ends. It has
-no secret and no connection. The kernel ends it when an image takes more time or memory than any valid one.
+It reads image files from standard input and answers on standard output, until the input ends. The pixels lie
+in shared memory until the API worker holds them too. It has no secret and no connection. The kernel ends it
+when an image takes more time or memory than any valid one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 from sam3_runner.errors import UnsupportedImage
-from sam3_runner.images.decode import decode_square
-from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES
+from sam3_runner.images.decode import decode_image
+from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES, TAKEN
+from sam3_runner.images.pixel_file import SHARES_MEMORY, hold_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sam3_runner.images.decoded import LocalImage
     from sam3_runner.images.image_file import ImageFile
 
 PIPE_BYTES = 2**20
@@ -46,29 +49,47 @@ def main() -> None:
 
 def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool:
     """Decode one file; False at the end of the input. Keeps nothing of the file after the return."""
-    file = _receive(input_stream)
-    if file is None:
+    message = _receive(input_stream)
+    if message is None:
         return False
+    file, max_stored_px = message
     try:
         with _limited_time():
-            square = decode_square(file, side_px)
+            image = decode_image(file, side_px, max_stored_px)
     except UnsupportedImage as refusal:
-        _send(output, json.dumps({"refusal": str(refusal)}).encode())
+        _send_head(output, refusal=str(refusal))
     except MemoryError:
-        _send(output, json.dumps({"refusal": "the image takes too much memory to decode"}).encode())
+        _send_head(output, refusal="the image takes too much memory to decode")
     else:
-        _send(output, json.dumps({"width": square.width, "height": square.height}).encode())
-        _send(output, square.pixels.data)
+        return _hand_over(image, input_stream, output)
     return True
 
 
-def _receive(stream: BinaryIO) -> ImageFile | None:
-    """The next file; None at the end of the input."""
+def _hand_over(image: LocalImage, input_stream: BinaryIO, output: BinaryIO) -> bool:
+    """Send the image; False if the API worker ends before it holds the pixels."""
+    facts = {"width": image.width, "height": image.height, "orientation": image.orientation}
+    if not SHARES_MEMORY:
+        _send_head(output, **facts, shape=image.shape)
+        _send(output, image.pixels.data)
+        return True
+    held = hold_pixels(image.pixels)
+    _send_head(output, **facts, shape=image.shape, descriptor=held.file.descriptor, name=held.file.name)
+    taken = input_stream.read(len(TAKEN)) == TAKEN
+    held.close()
+    return taken
+
+
+def _receive(stream: BinaryIO) -> tuple[ImageFile, int] | None:
+    """The next file, and the most px of an image that stays as stored; None at the end of the input."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
-    file: ImageFile = pickle.loads(stream.read(*LENGTH.unpack(head)))  # noqa: S301 - from our own API worker
-    return file
+    message: tuple[ImageFile, int] = pickle.loads(stream.read(*LENGTH.unpack(head)))  # noqa: S301 - from our own API worker
+    return message
+
+
+def _send_head(stream: BinaryIO, **facts: object) -> None:
+    _send(stream, json.dumps(facts).encode())
 
 
 def _send(stream: BinaryIO, message: bytes | memoryview) -> None:

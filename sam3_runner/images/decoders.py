@@ -21,15 +21,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
-from sam3_runner.images.image_file import LENGTH
-from sam3_runner.images.square import SquareImage
+from sam3_runner.images.decoded import DecodedImage
+from sam3_runner.images.image_file import LENGTH, TAKEN
+from sam3_runner.images.pixel_file import PixelFile
 from sam3_runner.metrics import DECODER_KILLS
 from sam3_runner.serving.cpu_share import cpu_share
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
 
+    import numpy.typing as npt
+
     from sam3_runner.images.image_file import ImageFile
+    from sam3_runner.images.pixel_file import HeldPixels
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 DECODERS = max(2, min(4, cpu_share().threads))
 """Decoder processes of a worker: one may be busy with a heavy image for seconds."""
 STREAM_LIMIT_BYTES = 2**22
-"""More than a square of SAM 3, so that a decoder never has to wait for its reader."""
+"""More than a square of SAM 3: where memory is not shared, a decoder never waits for its reader."""
 
 ENVIRONMENT = {
     # Everything that this process can import.
@@ -67,8 +71,12 @@ class ImageDecoders:
         """Start the first process, so that no image waits for it; the others start on demand."""
         self._idle.append(await self._new_process())
 
-    async def decode(self, file: ImageFile) -> SquareImage:
-        """The model's square of a file. When cancelled, it ends the decoder before it frees the slot.
+    async def decode(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
+        """Decode a file. When cancelled, it ends the decoder before it frees the slot.
+
+        Args:
+            file: of the image.
+            max_stored_px: the model resizes images of so many px itself; others become its square.
 
         Raises:
             UnsupportedImage: the pixels are damaged, take too much time or memory, or crash a decoder.
@@ -76,7 +84,7 @@ class ImageDecoders:
         """
         async with self._slots:
             try:
-                return await self._decode_once(file)
+                return await self._decode_once(file, max_stored_px)
             except _DecoderKilled as killed:
                 DECODER_KILLS.inc()
                 if killed.signal_number == signal.SIGPROF:
@@ -86,7 +94,7 @@ class ImageDecoders:
                     killed.signal_number,
                 )
             try:
-                return await self._decode_once(file)
+                return await self._decode_once(file, max_stored_px)
             except _DecoderKilled as killed:
                 DECODER_KILLS.inc()
                 raise UnsupportedImage("the image cannot be decoded: it ends the decoder") from killed
@@ -96,12 +104,12 @@ class ImageDecoders:
         while self._idle:
             await _end(self._idle.pop())
 
-    async def _decode_once(self, file: ImageFile) -> SquareImage:
+    async def _decode_once(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
         # A heavy image has its own process: memory of earlier images does not add to its own, and all of it
         # is returned to the host.
         process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
         try:
-            head, pixels = await _exchange(process, file)
+            head, pixels = await _exchange(process, file, max_stored_px)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             code = await process.wait()
             if code < 0:
@@ -114,10 +122,9 @@ class ImageDecoders:
             await _end(process)
         else:
             self._idle.append(process)
-        if "refusal" in head:
+        if pixels is None:
             raise UnsupportedImage(head["refusal"])
-        square = np.frombuffer(pixels, np.uint8).reshape(self._side_px, self._side_px, 3)
-        return SquareImage(square, head["width"], head["height"])
+        return DecodedImage(pixels, head["width"], head["height"], head["orientation"])
 
     def _idle_process(self) -> Process | None:
         """An idle process that is still alive."""
@@ -149,14 +156,27 @@ class _DecoderKilled(Exception):
         self.signal_number = signal_number
 
 
-async def _exchange(process: Process, file: ImageFile) -> tuple[dict[str, Any], bytes]:
-    """The process' answer for a file, and the square's bytes unless it refuses the file."""
+async def _exchange(
+    process: Process, file: ImageFile, max_stored_px: int
+) -> tuple[dict[str, Any], HeldPixels | npt.NDArray[np.uint8] | None]:
+    """The process' answer for a file, and the pixels unless it refuses the file."""
     assert process.stdin is not None
-    packed = pickle.dumps(file)
+    packed = pickle.dumps((file, max_stored_px))
     process.stdin.writelines([LENGTH.pack(len(packed)), packed])
     await process.stdin.drain()
     head: dict[str, Any] = json.loads(await _receive(process))
-    return head, b"" if "refusal" in head else await _receive(process)
+    if "refusal" in head:
+        return head, None
+    if "descriptor" not in head:
+        return head, np.frombuffer(await _receive(process), np.uint8).reshape(head["shape"])
+    try:
+        held = PixelFile(process.pid, head["descriptor"], head["name"], tuple(head["shape"])).hold()
+    except PermissionError as error:
+        raise DecoderFailed("the pixels of a decoder process cannot be read by way of /proc") from error
+    except OSError as error:  # the process has just died
+        raise ConnectionResetError from error
+    process.stdin.write(TAKEN)
+    return head, held
 
 
 async def _receive(process: Process) -> bytes:

@@ -30,3 +30,9 @@ def orientation_of(tiff: bytes) -> int:
         if tag == ORIENTATION_TAG:
             return value if kind == SHORT and count == 1 and 1 <= value <= 8 else 1
     return 1
+
+
+def viewed_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height as a viewer shows an image whose stored size is `size`."""
+    width, height = size
+    return (height, width) if orientation >= 5 else size  # rotated by 90 degrees

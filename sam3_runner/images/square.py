@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from math import ceil, floor
 
@@ -11,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sam3_runner.images.colour import grey_scale_of, on_white, to_srgb
-from sam3_runner.images.exif import EXIF_PREFIX, orientation_of
+from sam3_runner.images.colour import grey_scale_of, is_srgb, on_white, to_srgb
+from sam3_runner.images.decoded import LocalImage
+from sam3_runner.images.exif import EXIF_PREFIX, orientation_of, viewed_size
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -23,34 +23,43 @@ _bands = ThreadPoolExecutor(THREADS, thread_name_prefix="resize")
 """Pillow releases the GIL while it resizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class SquareImage:
-    """The model's input image, and the size of the masks in the result.
-
-    Attributes:
-        pixels: (side, side, 3) uint8 RGB, resized without keeping the aspect ratio, as in the official
-            processor does.
-        width, height: px of the image as a viewer shows it (EXIF orientation applied).
-    """
-
-    pixels: Pixels
-    width: int
-    height: int
-
-
-def to_square(image: Image.Image, side_px: int) -> SquareImage:
+def to_square(image: Image.Image, side_px: int) -> LocalImage:
     """The model's square of a Pillow image of any mode.
 
     Does for an opened file what the server does for the file: the EXIF orientation of a JPEG or PNG is
     applied, transparency is composited on white, and a colour profile that is not near sRGB is converted.
     """
+    return from_pillow(image, side_px, max_stored_px=0)
+
+
+def from_pillow(image: Image.Image, side_px: int, max_stored_px: int) -> LocalImage:
+    """As `to_square`, for a model that resizes images of at most `max_stored_px` itself."""
     exif = b"" if image.format == "WEBP" else image.info.get("exif", b"")
-    return oriented_square(
+    return stored_or_square(
         image,
         side_px,
+        max_stored_px,
         orientation=orientation_of(exif.removeprefix(EXIF_PREFIX)),
         icc_profile=image.info.get("icc_profile") or b"",
+        size=image.size,
     )
+
+
+def stored_or_square(
+    image: Image.Image,
+    side_px: int,
+    max_stored_px: int,
+    *,
+    orientation: int,
+    icc_profile: bytes,
+    size: tuple[int, int],
+) -> LocalImage:
+    """The pixels as stored, if these are few enough and opaque sRGB; else as `oriented_square`."""
+    is_whole = image.size == size
+    if image.width * image.height > max_stored_px or not is_whole or not is_srgb(image, icc_profile):
+        return oriented_square(image, side_px, orientation=orientation, icc_profile=icc_profile, size=size)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    return LocalImage(pixels, *viewed_size(size, orientation), orientation)
 
 
 def oriented_square(
@@ -59,9 +68,9 @@ def oriented_square(
     *,
     orientation: int,
     icc_profile: bytes,
-    size: tuple[int, int] | None = None,
-) -> SquareImage:
-    """As `to_square`, with `orientation` and `icc_profile` as in the file.
+    size: tuple[int, int],
+) -> LocalImage:
+    """The model's square, with `orientation` and `icc_profile` as in the file.
 
     Args:
         image: as stored.
@@ -70,11 +79,9 @@ def oriented_square(
         icc_profile: of the image; may be empty.
         size: width and height in px of the full image, where `image` is a reduced version of it.
     """
-    width, height = size or image.size
+    width, height = viewed_size(size, orientation)
     square = to_srgb(_resize(image, side_px), icc_profile)
-    if orientation >= 5:  # rotated by 90 degrees
-        width, height = height, width
-    return SquareImage(np.ascontiguousarray(_oriented(square, orientation)), width=width, height=height)
+    return LocalImage(np.ascontiguousarray(_oriented(square, orientation)), width=width, height=height)
 
 
 def _resize(image: Image.Image, side_px: int) -> Pixels:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sam3_runner.errors import FeaturesNotHeld
 from sam3_runner.inference.device_errors import is_out_of_memory, release_memory
+from sam3_runner.inference.features import FeatureCache, ImageRow, count_features, gather, rows_of
 from sam3_runner.inference.fitting_size import FittingSize
 from sam3_runner.inference.kernel_support import find_supported_steps
 from sam3_runner.inference.passes import Passes
 from sam3_runner.inference.texts import TextCache
-from sam3_runner.instances import Instance, PredictResult
-from sam3_runner.masks.draw import KeptMasks, to_instances
+from sam3_runner.masks.draw import Found, KeptMasks, find_instances
+from sam3_runner.masks.windows import Size
 from sam3_runner.network.masks import mask_logits
 from sam3_runner.prompts import clean_prompt
 
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from sam3_runner.images.square import SquareImage
     from sam3_runner.inference.pass_clock import PassClock
     from sam3_runner.inference.passes import Decoded
-    from sam3_runner.network.model import ImageFeatures, SAM3Network, TextFeatures
+    from sam3_runner.inference.staging import StagedImage
+    from sam3_runner.network.model import SAM3Network, TextFeatures
     from sam3_runner.prompts import PromptTokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,12 +55,22 @@ class Keeping:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """A prompt of a request, its image, and the rows of its image and its text in their features."""
+class PairResult:
+    """What was found for one (image, prompt) pair; presence is the probability that the concept is there."""
 
-    prompt: str
-    square: SquareImage
-    image: int
+    presence: float
+    found: Found
+
+
+NOTHING = Found([], None, is_finite=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A prompt of a request: its image, the features of this, and the row of its text in theirs."""
+
+    staged: StagedImage
+    features: ImageRow
     text: int
 
 
@@ -86,6 +98,7 @@ class LoadedModel:
         network: on its device, in its precision.
         tokenizer: of the checkpoint.
         max_images: most images encoded at once.
+        max_feature_bytes: memory for the features of images whose key is known.
         recorded: as for `Passes`.
         report: as for `Passes`.
     """
@@ -96,6 +109,7 @@ class LoadedModel:
         tokenizer: PromptTokenizer,
         max_images: int,
         *,
+        max_feature_bytes: int = 0,
         recorded: bool | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -107,160 +121,175 @@ class LoadedModel:
                 release_memory()
             self._passes = Passes(network, max_images, recorded=recorded, report=report)
         self.texts = TextCache(self._passes, tokenizer)
+        self.features = FeatureCache(max_feature_bytes, copies=network.position.is_cuda)
         self._pairs_at_once = FittingSize(self._passes.max_pairs)
 
     @torch.inference_mode()
     def segment(
-        self, requests: Sequence[tuple[SquareImage, Sequence[str]]], keeping: Keeping, clock: PassClock
-    ) -> list[list[PredictResult] | None]:
+        self,
+        requests: Sequence[tuple[StagedImage, Sequence[str]]],
+        keeping: Keeping,
+        clock: PassClock,
+        *,
+        unite: bool,
+    ) -> list[list[PairResult] | None]:
         """The results of each request; None where the output of one of its pairs is not finite.
 
-        Images are encoded together, each distinct text once, and pairs are decoded together, each as many as
-        a pass takes.
+        Images are encoded together unless their features are held, each distinct text once, and pairs are
+        decoded together, each as many as a pass takes.
         """
         most = self._passes.max_images
         return [
             result
             for start in range(0, len(requests), most)
-            for result in self._segment(requests[start : start + most], keeping, clock)
+            for result in self._segment(requests[start : start + most], keeping, clock, unite=unite)
         ]
 
     def _segment(
-        self, requests: Sequence[tuple[SquareImage, Sequence[str]]], keeping: Keeping, clock: PassClock
-    ) -> list[list[PredictResult] | None]:
+        self,
+        requests: Sequence[tuple[StagedImage, Sequence[str]]],
+        keeping: Keeping,
+        clock: PassClock,
+        *,
+        unite: bool,
+    ) -> list[list[PairResult] | None]:
         texts: dict[str, str] = {}
         for _, prompts in requests:
             texts |= {clean_prompt(prompt): prompt for prompt in prompts}
         text_rows = {cleaned: row for row, cleaned in enumerate(texts)}
+        with clock.stage("encode_image"):
+            features = self._features([staged for staged, _ in requests])
         pairs = [
-            _Pair(prompt, square, image, text_rows[clean_prompt(prompt)])
-            for image, (square, prompts) in enumerate(requests)
+            _Pair(staged, image, text_rows[clean_prompt(prompt)])
+            for image, (staged, prompts) in zip(features, requests, strict=True)
             for prompt in prompts
         ]
-        with clock.stage("encode_image"):
-            pixels = np.stack([square.pixels for square, _ in requests])
-            images = self._passes.encode_images(torch.from_numpy(pixels))
-        results = iter(self._decode_all(images, self.texts.features(texts, clock), pairs, keeping, clock))
+        encoded_texts = self.texts.features(texts, clock)
+        results = iter(self._decode_all(encoded_texts, pairs, keeping, clock, unite=unite))
         by_request = [[next(results) for _ in prompts] for _, prompts in requests]
-        return [
-            None if None in found else [result for result in found if result is not None]
-            for found in by_request
-        ]
+        return [found if all(result.found.is_finite for result in found) else None for found in by_request]
+
+    def _features(self, images: Sequence[StagedImage]) -> list[ImageRow]:
+        """The features of each image; images with one key are encoded once, now or in an earlier pass."""
+        held = {image.key: self.features.find(image.key) for image in images}
+        misses: dict[object, StagedImage] = {}
+        for image in images:
+            if held[image.key] is None:
+                misses.setdefault(image.key or id(image), image)
+        encoded: dict[object, ImageRow] = {}
+        if misses:
+            batch = self._passes.encode_images(torch.stack([_square(image) for image in misses.values()]))
+            encoded = {
+                key: self.features.keep(image.key, ImageRow(batch, row))
+                for row, (key, image) in enumerate(misses.items())
+            }
+        count_features(hits=len(images) - len(misses), misses=len(misses))
+        return [held[image.key] or encoded[image.key or id(image)] for image in images]
 
     def _decode_all(
         self,
-        images: ImageFeatures,
         texts: TextFeatures,
         pairs: list[_Pair],
         keeping: Keeping,
         clock: PassClock,
-    ) -> list[PredictResult | None]:
+        *,
+        unite: bool,
+    ) -> list[PairResult]:
         """Decode as many pairs at once as fit in the memory. Raises when one alone does not fit."""
-        results: list[PredictResult | None] = []
+        results: list[PairResult] = []
         most = limit = self._pairs_at_once.current
         while len(results) < len(pairs):
             chunk = pairs[len(results) : len(results) + most]
             try:
                 with clock.stage("decode_prompts"):
-                    decoded = self._decode(images, texts, chunk)
+                    decoded = self._decode(texts, chunk)
                 with clock.stage("draw_masks"):  # a label of the metrics
-                    results += self._results(images, decoded, chunk, keeping)
+                    results += self._results(decoded, chunk, keeping, unite=unite)
                 continue
             except RuntimeError as error:
-                if len(chunk) == 1 or not is_out_of_memory(error):
+                if not is_out_of_memory(error):
+                    raise
+                had_features = self.features.clear()
+                if len(chunk) == 1 and not had_features:
                     raise
             # Outside of the handler, whose error holds the tensors of the failed pass.
             release_memory()
-            most = len(chunk) // 2
+            most = len(chunk) if had_features else len(chunk) // 2
         if most < limit:
             logger.warning("%d pairs are decoded at once: more do not fit in the memory", most)
             self._pairs_at_once.reduce_to(most)
         return results
 
-    def _decode(self, images: ImageFeatures, texts: TextFeatures, pairs: list[_Pair]) -> Decoded:
-        image_rows, text_rows = [pair.image for pair in pairs], [pair.text for pair in pairs]
+    def _decode(self, texts: TextFeatures, pairs: list[_Pair]) -> Decoded:
+        images, text_rows = [pair.features for pair in pairs], [pair.text for pair in pairs]
         return self._passes.decode(
-            rows_of(images.attended, image_rows),
-            rows_of(images.geometry_token, image_rows),
+            gather(images, lambda features: features.attended),
+            gather(images, lambda features: features.geometry_token),
             rows_of(texts.tokens, text_rows),
             rows_of(texts.valid, text_rows),
         )
 
     def _results(
-        self, images: ImageFeatures, decoded: Decoded, pairs: list[_Pair], keeping: Keeping
-    ) -> list[PredictResult | None]:
-        """The result of each pair; None where a score, a box or a mask is not finite."""
+        self, decoded: Decoded, pairs: list[_Pair], keeping: Keeping, *, unite: bool
+    ) -> list[PairResult]:
+        """The result of each pair; it is not finite where a score, a box or a mask is not."""
         summary = _on_host(decoded)
-        instances = self._instances(images, decoded, summary, pairs, keeping)
-        results: list[PredictResult | None] = []
-        for row, pair in enumerate(pairs):
-            found = instances.get(row, [])
-            if found is None or not summary.finite[row]:
-                results.append(None)
-                continue
-            presence = float(summary.presence[row])
-            results.append(PredictResult(pair.prompt, presence, pair.square.width, pair.square.height, found))
+        instances = self._instances(decoded, summary, pairs, keeping, unite=unite)
+        results: list[PairResult] = []
+        for row in range(len(pairs)):
+            found = instances.get(row, NOTHING)
+            is_finite = found.is_finite and bool(summary.finite[row])
+            results.append(PairResult(float(summary.presence[row]), found._replace(is_finite=is_finite)))
         return results
 
     def _instances(
-        self,
-        images: ImageFeatures,
-        decoded: Decoded,
-        summary: _Summary,
-        pairs: list[_Pair],
-        keeping: Keeping,
-    ) -> dict[int, list[Instance] | None]:
-        """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only.
-
-        None for a pair whose mask logits are not finite.
-        """
+        self, decoded: Decoded, summary: _Summary, pairs: list[_Pair], keeping: Keeping, *, unite: bool
+    ) -> dict[int, Found]:
+        """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only."""
         kept = keeping.of(summary.scores)
         queries = {int(row): np.flatnonzero(kept[row]).tolist() for row in np.flatnonzero(kept.any(axis=1))}
         rows, most = list(queries), self._passes.max_mask_pairs
-        instances: dict[int, list[Instance] | None] = {}
+        instances: dict[int, Found] = {}
         for start in range(0, len(rows), most):
             chunk = rows[start : start + most]
-            features = self._passes.pixel_features(
-                rows_of(decoded.fused, chunk),
-                rows_of(decoded.prompt, chunk),
-                rows_of(decoded.prompt_valid, chunk),
-                *(rows_of(level, [pairs[row].image for row in chunk]) for level in images.finer),
+            found = find_instances(
+                KeptMasks(
+                    queries=[query for row in chunk for query in queries[row]],
+                    scores=summary.scores[chunk][kept[chunk]],
+                    boxes=summary.boxes[chunk][kept[chunk]],
+                    logits=self._mask_logits(decoded, pairs, {row: queries[row] for row in chunk}),
+                    counts=[len(queries[row]) for row in chunk],
+                    sizes=[Size(pairs[row].staged.width, pairs[row].staged.height) for row in chunk],
+                ),
+                unite=unite,
             )
-            logits = []
-            for row, pixels in zip(chunk, features, strict=True):
-                index = _index(queries[row], pixels.device)
-                factors, offsets = decoded.mask_factors[row, index], decoded.mask_offsets[row, index]
-                logits.append(mask_logits(factors, offsets, pixels))
-            found = to_instances(
-                [query for row in chunk for query in queries[row]],
-                summary.scores[chunk][kept[chunk]],
-                summary.boxes[chunk][kept[chunk]],
-                torch.cat(logits),
-                [
-                    KeptMasks(len(queries[row]), pairs[row].square.width, pairs[row].square.height)
-                    for row in chunk
-                ],
-            )
-            for row, pair in zip(chunk, found, strict=True):
-                instances[row] = pair.instances if pair.is_finite else None
+            instances |= dict(zip(chunk, found, strict=True))
         return instances
 
+    def _mask_logits(self, decoded: Decoded, pairs: list[_Pair], queries: dict[int, list[int]]) -> Tensor:
+        """Logits (K, h, w) of the given queries by pair, those of the first pair first."""
+        rows = list(queries)
+        images = [pairs[row].features for row in rows]
+        levels = range(len(images[0].batch.finer))
+        features = self._passes.pixel_features(
+            rows_of(decoded.fused, rows),
+            rows_of(decoded.prompt, rows),
+            rows_of(decoded.prompt_valid, rows),
+            *(gather(images, lambda features, level=level: features.finer[level]) for level in levels),  # type: ignore[misc]
+        )
+        logits = []
+        for (row, kept), pixels in zip(queries.items(), features, strict=True):
+            index = torch.tensor(kept).to(pixels.device, non_blocking=True)
+            logits.append(
+                mask_logits(decoded.mask_factors[row, index], decoded.mask_offsets[row, index], pixels)
+            )
+        return torch.cat(logits)
 
-def rows_of(tensor: Tensor, rows: list[int]) -> Tensor:
-    """The given rows of a tensor (N, ...); a view where they follow each other.
 
-    Rows of feature maps (N, D, h, w) keep their channels last.
-    """
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return tensor[rows[0] : rows[0] + len(rows)]
-    index = _index(rows, tensor.device)
-    if tensor.ndim == 4:
-        return tensor.movedim(1, 3).index_select(0, index).movedim(3, 1)
-    return tensor.index_select(0, index)
-
-
-def _index(rows: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(rows).to(device, non_blocking=True)
+def _square(image: StagedImage) -> Tensor:
+    if image.square is None:
+        raise FeaturesNotHeld("the features of this image are not held")
+    return image.square
 
 
 def _on_host(decoded: Decoded) -> _Summary:

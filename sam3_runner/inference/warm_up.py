@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from sam3_runner.images.square import SquareImage
+from sam3_runner.images.decoded import LocalImage
 
 WARM_UP_PROMPTS = ("warm up", "twice")
 
 
-def warm_up_squares(count: int, side_px: int) -> list[SquareImage]:
+def warm_up_squares(count: int, side_px: int) -> list[LocalImage]:
     """`count` squares of the model's side: colours that change slowly, black, white, noise, and so on.
 
     They differ, so that a precision that overflows on some pictures is noticed before the first request.
@@ -23,5 +23,5 @@ def warm_up_squares(count: int, side_px: int) -> list[SquareImage]:
         np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
     )
     return [
-        SquareImage(pictures[index % len(pictures)], width=side_px, height=side_px) for index in range(count)
+        LocalImage(pictures[index % len(pictures)], width=side_px, height=side_px) for index in range(count)
     ]

@@ -1,13 +1,15 @@
-"""Mask logits to bits by two CUDA kernels: `kernels.cu`.
+"""Mask logits to bits by three CUDA kernels: `kernels.cu`.
 
 The results are those of `torch_form.py`, to the bit. The first kernel finds the positive part of all masks.
 The second one upsamples, thresholds and packs the windows of a chunk, of any sizes, and finds area and
 rectangle of each. Upsampled logits stay in registers: the device's memory holds the mask grids and the bits.
+The third one unites the windows of each image, for callers who do not need each mask.
 """
 
 from __future__ import annotations
 
 import ctypes
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,10 +17,19 @@ import numpy as np
 import torch
 
 from sam3_runner.masks.nvrtc import Kernels
-from sam3_runner.masks.windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
+from sam3_runner.masks.windows import (
+    BYTE_PX,
+    DrawnMask,
+    Ranges,
+    Rectangle,
+    Size,
+    United,
+    Window,
+    drawn_mask,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -39,7 +50,7 @@ class MaskKernels:
     """The kernels on one GPU. Raises `KernelsUnavailable`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._kernels = Kernels(SOURCE, ("find_ranges", "draw"), device)
+        self._kernels = Kernels(SOURCE, ("find_ranges", "draw", "unite"), device)
 
     def find_ranges(self, mask_logits: Tensor) -> Ranges:
         """The positive part of each mask (K, h, w) fp32; blocks until the device has found it."""
@@ -65,14 +76,63 @@ class MaskKernels:
         on_device = torch.from_numpy(parameters).to(mask_logits.device, non_blocking=True)
         waiting: _Drawing | None = None
         for chunk in chunks:
-            started = self._start(mask_logits, on_device, chunk)
+            drawn = self._start(mask_logits, on_device, chunk)
+            started = _Drawing(chunk, *_to_host(drawn))
             if waiting:
                 yield from waiting.masks()
             waiting = started
         if waiting:
             yield from waiting.masks()
 
-    def _start(self, mask_logits: Tensor, parameters: Tensor, chunk: _Chunk) -> _Drawing:
+    def unite(
+        self, mask_logits: Tensor, windows: list[Window], image_of: Sequence[int], sizes: Sequence[Size]
+    ) -> United:
+        """As `torch_form.unite`, in one transfer for all masks."""
+        parameters, chunks = _plan(windows)
+        device = mask_logits.device
+        masks_bytes = [size.height * -(-size.width // BYTE_PX) for size in sizes]
+        *starts, end = accumulate(masks_bytes, initial=0)
+        places = torch.tensor(
+            [
+                (starts[image_of[window.mask]], -(-sizes[image_of[window.mask]].width // BYTE_PX))
+                for window in windows
+            ],
+            dtype=torch.int64,
+        ).to(device, non_blocking=True)
+        on_device = torch.from_numpy(parameters).to(device, non_blocking=True)
+        # After the areas, which are 4 bytes each: so both are aligned to words.
+        areas_bytes = 4 * len(windows)
+        found = torch.zeros(areas_bytes + -(-end // 4) * 4, dtype=torch.uint8, device=device)
+        areas = found[:areas_bytes].view(torch.int32)
+        for chunk in chunks:
+            drawn = self._start(mask_logits, on_device, chunk)
+            count = len(chunk.windows)
+            stats = drawn[: 4 * STATS * count].view(torch.int32).view(count, STATS)
+            areas[chunk.first : chunk.first + count] = stats[:, 0]
+            self._kernels.launch(
+                "unite",
+                (-(-chunk.largest // BLOCK_BYTES), count),
+                DRAW_THREADS,
+                ctypes.c_void_p(on_device[chunk.first :].data_ptr()),
+                ctypes.c_void_p(places[chunk.first :].data_ptr()),
+                ctypes.c_void_p(drawn.data_ptr() + 4 * STATS * count),
+                ctypes.c_void_p(found.data_ptr() + areas_bytes),
+            )
+        on_host, arrived = _to_host(found)
+        arrived.synchronize()
+        values = on_host.numpy()
+        areas_px = values[:areas_bytes].view(np.int32).tolist()
+        united = values[areas_bytes:]
+        return United(
+            {window.mask: area for window, area in zip(windows, areas_px, strict=True)},
+            [
+                united[start : start + size_bytes].reshape(size.height, -1).copy()
+                for start, size_bytes, size in zip(starts, masks_bytes, sizes, strict=True)
+            ],
+        )
+
+    def _start(self, mask_logits: Tensor, parameters: Tensor, chunk: _Chunk) -> Tensor:
+        """Draw a chunk; the stats and bits of its windows, (bytes,) uint8 on the device."""
         _, rows, columns = mask_logits.shape
         count = len(chunk.windows)
         stats_bytes = 4 * STATS * count
@@ -88,11 +148,16 @@ class MaskKernels:
             ctypes.c_void_p(drawn.data_ptr()),
             ctypes.c_void_p(drawn.data_ptr() + stats_bytes),
         )
-        on_host = torch.empty(drawn.shape, dtype=torch.uint8, pin_memory=True)
-        on_host.copy_(drawn, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return _Drawing(chunk, on_host, arrived)
+        return drawn
+
+
+def _to_host(found: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy in pinned memory, and the event of its arrival."""
+    on_host = torch.empty(found.shape, dtype=torch.uint8, pin_memory=True)
+    on_host.copy_(found, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+    return on_host, arrived
 
 
 class _Chunk(NamedTuple):

@@ -1,4 +1,4 @@
-// Two kernels of `cuda_form.py`. Compiled by NVRTC, so without headers.
+// Three kernels of `cuda_form.py`. Compiled by NVRTC, so without headers.
 //
 // The arithmetic is that of torch.lerp on a CPU and on a GPU, rounding by rounding: the intrinsics keep the
 // compiler from contracting a product and a sum where torch does not.
@@ -133,4 +133,28 @@ extern "C" __global__ void draw(
     warp_max(bottom, found + 2);
     warp_max(before_end, found + 3);
     warp_max(right, found + 4);
+}
+
+// Unites the windows of a chunk, which `draw` has drawn, in the masks of their images.
+//
+// windows: as for `draw`.
+// places:  2 for each window: the first byte of its image's mask in `united`, and the bytes of a row there.
+// bits:    as drawn.
+// united:  zeros at first. Bytes of a word may belong to several windows, so they are joined atomically.
+extern "C" __global__ void unite(
+    const int* windows, const long long* places, const unsigned char* bits, unsigned int* united
+) {
+    const int* window = windows + WINDOW_VALUES * blockIdx.y;
+    const int row_bytes = window[4], bytes = window[2] * row_bytes;
+    const int first = blockIdx.x * blockDim.x * BYTES_PER_THREAD;
+    const unsigned char* drawn = bits + window[6];
+    const long long start = places[2 * blockIdx.y], row_step = places[2 * blockIdx.y + 1];
+    for (int each = 0; each < BYTES_PER_THREAD; ++each) {
+        const int index = first + each * blockDim.x + threadIdx.x;
+        if (index >= bytes) return;
+        if (!drawn[index]) continue;
+        const int row = index / row_bytes;
+        const long long byte = start + (window[1] + row) * row_step + window[3] / 8 + index - row * row_bytes;
+        atomicOr(united + byte / 4, (unsigned int)drawn[index] << 8 * (byte % 4));
+    }
 }

@@ -13,10 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sam3_runner.masks.windows import BYTE_PX, DrawnMask, Ranges, Rectangle, Window, drawn_mask
+from sam3_runner.masks.windows import (
+    BYTE_PX,
+    DrawnMask,
+    Ranges,
+    Rectangle,
+    Size,
+    United,
+    Window,
+    drawn_mask,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -74,6 +83,25 @@ def draw(mask_logits: Tensor, windows: list[Window]) -> Iterator[tuple[int, Draw
     parts = _parts(mask_logits, windows)
     for mask, bands in groupby(parts, key=lambda part: part.window.mask):
         yield mask, _joined(list(bands))
+
+
+def unite(
+    mask_logits: Tensor, windows: list[Window], image_of: Sequence[int], sizes: Sequence[Size]
+) -> United:
+    """The union of the masks of each image.
+
+    Args:
+        mask_logits: (K, h, w) fp32.
+        windows: of the masks that are not empty.
+        image_of: of each mask, the index of its image in `sizes`.
+        sizes: of the images.
+    """
+    masks = [np.zeros((size.height, -(-size.width // BYTE_PX)), dtype=np.uint8) for size in sizes]
+    areas_px = {}
+    for mask, (area_px, crop) in draw(mask_logits, windows):
+        masks[image_of[mask]][crop.packed_window] |= crop.packed()
+        areas_px[mask] = area_px
+    return United(areas_px, masks)
 
 
 def _joined(bands: list[_Part]) -> DrawnMask:

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sam3_runner.instances import MaskCrop
+from sam3_runner.instances import MaskCrop, PackedMask
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from sam3_runner.instances import PackedMask
 
 BYTE_PX = 8
 
@@ -106,6 +104,25 @@ class DrawnMask(NamedTuple):
 
     area_px: int
     crop: MaskCrop
+
+
+class Size(NamedTuple):
+    """Of an image in px."""
+
+    width: int
+    height: int
+
+
+class United(NamedTuple):
+    """Masks that were united by image.
+
+    Attributes:
+        areas_px: positive px of each mask that is not empty.
+        masks: of each image, the union of its masks, (height, width / 8 rounded up) bits.
+    """
+
+    areas_px: dict[int, int]
+    masks: list[PackedMask]
 
 
 EMPTY = DrawnMask(0, MaskCrop(left=0, top=0, width=0, height=0, bits=b""))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -15,8 +16,8 @@ from sam3_runner.metrics import MODEL_READY, trace_parent
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
 
 if TYPE_CHECKING:
-    from sam3_runner.images.square import SquareImage
-    from sam3_runner.instances import PredictResult
+    from sam3_runner.images.decoded import DecodedImage
+    from sam3_runner.instances import UnionResult
     from sam3_runner.serving.liveness import RunnerLiveness
 
 STOPPED = "the model's process stopped while it worked"
@@ -27,6 +28,8 @@ POLL_S = 0.25
 STATUS_AGE_S = 1.0
 STATUS_TIMEOUT_S = 0.7
 """Keeps the answer of a probe under a second, whatever the runner does."""
+REMEMBERED_KEYS = 32
+"""Images of which a client assumes that the runner holds their features; a wrong guess costs one short call."""
 BUSY_TIME_S = 30.0
 """For so long the last status of a runner counts that lives but is too busy to answer."""
 
@@ -47,15 +50,20 @@ class RunnerClient:
         self._status_until_s = 0.0
         self._busy_until_s = 0.0
         self._status_call: asyncio.Task[None] | None = None
+        self._keys: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def may_hold(self, key: str) -> bool:
+        """Whether the runner has lately segmented the image with this key for this client."""
+        return (self._liveness.find() or "", key) in self._keys
 
     async def segment(
         self,
-        image: SquareImage,
+        image: DecodedImage,
         prompts: list[str],
         deadline_s: float,
         *,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[PredictResult], float]:
+    ) -> tuple[list[UnionResult], float]:
         """One result a prompt, and the time in ms of the model's pass that they shared.
 
         The call is sent once: an image that kills the runner must not kill its successor. The trace and
@@ -67,12 +75,13 @@ class RunnerClient:
                 there is no runner.
             RunnerStopped: the runner died while it had the request, or is about to, since its device failed.
             DeadlineExceeded: `deadline_s` (of `time.monotonic`) passed before the work began.
+            FeaturesNotHeld: the image has a key, but no pixels, and they are needed.
         """
         identity = self._liveness.find()
         if identity is None:
             raise ModelNotLoaded(self._liveness.reason_absent)
         request = SegmentRequest(
-            image=image,
+            image=image.sendable(),
             prompts=prompts,
             deadline_s=deadline_s,
             log_ids=log_ids or {},
@@ -84,10 +93,19 @@ class RunnerClient:
             self._liveness.mark_dying(identity)
         if isinstance(outcome.error, ModelNotLoaded):
             self._status_until_s = 0.0  # the last status is out of date
+        if image.key is not None:
+            self._remember((identity, image.key), held=outcome.error is None)
         if outcome.error is not None:
             raise outcome.error
         assert outcome.results is not None
         return outcome.results, outcome.inference_ms
+
+    def _remember(self, key: tuple[str, str], *, held: bool) -> None:
+        self._keys.pop(key, None)
+        if held:
+            self._keys[key] = None
+        if len(self._keys) > REMEMBERED_KEYS:
+            self._keys.popitem(last=False)
 
     async def status(self) -> EngineStatus:
         """The runner's state, at most a second old; `loading` while its process restarts.

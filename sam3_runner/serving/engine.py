@@ -41,9 +41,9 @@ from sam3_runner.weights.checkpoint import find_checkpoint, is_missing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sam3_runner.images.square import SquareImage
+    from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.inference.precision import DTypeSetting, Precision
-    from sam3_runner.instances import PredictResult
+    from sam3_runner.instances import UnionResult
     from sam3_runner.predictor import SAM3Predictor
     from sam3_runner.weights.checkpoint import HubSource
 
@@ -70,6 +70,7 @@ class EngineConfig:
         dtype: as for `SAM3Predictor`.
         hub: source of the weights if nothing exists at their path; None: that is an error.
         kernel_cache: folder of the compiled kernels; None: Triton's default.
+        max_feature_bytes: as for `SAM3Predictor`; None: `MAX_FEATURE_BYTES` of the device.
     """
 
     weights_path: str
@@ -79,6 +80,7 @@ class EngineConfig:
     dtype: DTypeSetting | Precision = "auto"
     hub: HubSource | None = None
     kernel_cache: Path | None = None
+    max_feature_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class SegmentRequest:
         trace_parent: context of its trace; empty where there is no trace.
     """
 
-    image: SquareImage
+    image: DecodedImage
     prompts: list[str]
     deadline_s: float
     sent_s: float = field(default_factory=time.monotonic)
@@ -111,7 +113,7 @@ class SegmentOutcome:
         inference_ms: time of the pass that this request shared.
     """
 
-    results: list[PredictResult] | None = None
+    results: list[UnionResult] | None = None
     error: SAM3Error | None = None
     inference_ms: float = 0.0
 
@@ -122,6 +124,7 @@ class EngineStatus:
 
     Attributes:
         detail: a sentence unless the state is ok: the current step, or the error.
+        max_stored_px: images of so many px are resized by the model's process; 0: none.
     """
 
     state: Literal["loading", "ok", "error"]
@@ -138,6 +141,7 @@ class EngineStatus:
     gpu_name: str | None = None
     vram_used_bytes: int | None = None
     vram_total_bytes: int | None = None
+    max_stored_px: int = 0
 
 
 class Engine:
@@ -321,6 +325,7 @@ class Engine:
             self._config.device,
             dtype=self._config.dtype,
             max_images=self._config.max_batch,
+            max_feature_bytes=self._config.max_feature_bytes,
         )
         # The checksum of 3.4 GB takes seconds, so it is computed while the model loads.
         with ThreadPoolExecutor(max_workers=1) as executor:
@@ -334,6 +339,7 @@ class Engine:
                 "weights_bytes": checkpoint.weights_file.stat().st_size,
                 "input_side_px": checkpoint.input_side_px,
                 "device": str(predictor.device),
+                "max_stored_px": predictor.max_stored_px,
             }
             self._report("the model is warming up")
             self._warm_up(predictor)
@@ -388,7 +394,7 @@ def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[
 
     started_s = time.monotonic()
     clock = PassClock(predictor.device)
-    results = predictor.segment(
+    results = predictor.segment_united(
         [(request.image, request.prompts) for request in requests],
         clock,
         log_ids=[request.log_ids for request in requests],

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.images.decoded import LocalImage
+from sam3_runner.images.square import to_square
 from sam3_runner.masks import nvrtc
 from sam3_runner.network import operations
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
@@ -81,10 +82,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield made
 
 
-def squares() -> list[SquareImage]:
+def squares() -> list[LocalImage]:
     """Squares of the demo's side: the sample, and noise with no instance."""
     noise = np.random.default_rng(0).integers(0, 256, (SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
-    return [to_square(Image.open(SAMPLE), SIDE_PX), SquareImage(noise, width=1920, height=1080)]
+    return [to_square(Image.open(SAMPLE), SIDE_PX), LocalImage(noise, width=1920, height=1080)]
 
 
 def test_nothing_is_made_while_serving(engine: Engine, made: Counter[str]) -> None:

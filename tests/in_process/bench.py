@@ -24,8 +24,8 @@ from contract import BatchRequest, Failure, PredictRequest
 from pipeline import Pipeline
 from recovery import Recovery
 from results import Claim, Outbox, SqliteResults, StoredResult, Task, open_outbox
-from sam3_runner import Instance, MaskCrop, PredictResult
-from sam3_runner.images.square import SquareImage
+from sam3_runner.images.decoded import DecodedImage, LocalImage
+from sam3_runner.instances import FoundInstance, UnionResult
 from sam3_runner.serving.engine import EngineStatus
 from settings import Settings
 from storage import LocalFolder
@@ -189,15 +189,16 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class StagedMask(MaskCrop):
-    """A mask whose reading is the stage `encode`."""
+class StagedMask:
+    """Bits of a mask whose reading is the stage `encode`."""
 
+    bits: PackedMask
     stages: Stages
     loop: asyncio.AbstractEventLoop
 
-    def packed(self) -> PackedMask:
+    def __array__(self, *_: object, **__: object) -> PackedMask:
         asyncio.run_coroutine_threadsafe(self._enter(), self.loop).result()
-        return super().packed()
+        return self.bits
 
     async def _enter(self) -> None:
         async with self.stages.call("encode"):
@@ -213,24 +214,30 @@ class Model:
     detail: str | None = None
     box: tuple[float, float, float, float] = (0.0, 0.0, 8.0, 8.0)
 
+    def may_hold(self, _key: str) -> bool:
+        return False
+
     async def status(self) -> EngineStatus:
         async with self.stages.call("check"):
             return EngineStatus(state=self.state, detail=self.detail)  # type: ignore[arg-type]
 
     async def segment(
         self,
-        image: SquareImage,
+        image: DecodedImage,
         prompts: list[str],
         deadline_s: float,
         *,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[PredictResult], float]:
+    ) -> tuple[list[UnionResult], float]:
         assert deadline_s > time.monotonic()
         assert (log_ids or {}).keys() == {"request_id", "task_id"}
         async with self.stages.call("segment"):
-            mask = StagedMask(0, 0, 8, 8, b"\xff" * 8, self.stages, asyncio.get_running_loop())
-            found = Instance(0.9, self.box, 64, mask, 0)
-            return [PredictResult(prompt, 0.9, image.width, image.height, [found]) for prompt in prompts], 1.0
+            found = FoundInstance(0.9, self.box, 64, 0)
+            bits = np.zeros((image.height, -(-image.width // 8)), dtype=np.uint8)
+            bits[:8, :1] = 255
+            mask: Any = StagedMask(bits, self.stages, asyncio.get_running_loop())
+            size = image.width, image.height
+            return [UnionResult(prompt, 0.9, *size, [found], mask) for prompt in prompts], 1.0
 
 
 @dataclass
@@ -243,10 +250,11 @@ class Squares:
     async def start(self) -> None:
         self.is_open = True
 
-    async def decode(self, file: ImageFile) -> SquareImage:
+    async def decode(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
         async with self.stages.call("decode"):
             assert file.data
-            return SquareImage(np.zeros((2, 2, 3), dtype=np.uint8), width=16, height=12)
+            assert max_stored_px >= 0
+            return LocalImage(np.zeros((2, 2, 3), dtype=np.uint8), width=16, height=12)
 
     async def close(self) -> None:
         self.is_open = False

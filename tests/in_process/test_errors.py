@@ -54,6 +54,7 @@ NOT_ANSWERED: dict[str, str] = {
     "results.errors.ResultsMisconfigured": "stops the start",
     "results.supabase_rest.ColumnMissing": "caught in results.supabase",
     "results.supabase_rest.InvalidUuid": "caught in results.supabase",
+    "sam3_runner.errors.FeaturesNotHeld": "caught in pipeline",
     "sam3_runner.masks.nvrtc.KernelsUnavailable": "caught in sam3_runner.masks.draw",
     "storage.nofollow.SymlinkFound": "caught in storage.local",
     "storage.r2_retries.R2Error": "caught in storage.r2",

@@ -22,7 +22,7 @@ from sam3_runner import (
     RunnerStopped,
     SAM3Error,
 )
-from sam3_runner.images.square import SquareImage
+from sam3_runner.images.decoded import LocalImage
 from sam3_runner.serving import client
 from sam3_runner.serving.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-IMAGE = SquareImage(np.zeros((2, 2, 3), dtype=np.uint8), width=2, height=2)
+IMAGE = LocalImage(np.zeros((2, 2, 3), dtype=np.uint8), width=2, height=2)
 OK = EngineStatus(state="ok")
 LOADING = EngineStatus(state="loading")
 BROKEN = EngineStatus(state="error", detail="torn")
@@ -168,7 +168,7 @@ async def test_request_and_results_are_complete(proxy: Proxy, runner: RunnerClie
     [request] = proxy.requests
     assert (request.prompts, request.deadline_s, request.log_ids) == (["circle", "star"], 12.5, ids)
     assert (request.image.width, request.image.height) == (2, 2)
-    assert np.array_equal(request.image.pixels, IMAGE.pixels)
+    assert np.array_equal(request.image.array(), IMAGE.array())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import time
 from shutil import copy
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client import REGISTRY
@@ -14,6 +15,7 @@ from prometheus_client import REGISTRY
 from sam3_runner import InferenceFailed, SAM3Predictor
 from sam3_runner.images.square import to_square
 from sam3_runner.inference.precision import Precision, precision_of
+from sam3_runner.instances import packed_union
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.edge import wait_for
@@ -26,10 +28,12 @@ from tests.overflowing import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from sam3_runner import PredictResult
     from sam3_runner.inference.precision import DTypeSetting
+    from sam3_runner.instances import UnionResult
 
 GPU_AUTO = precision_of("auto", "cuda")
 SIDE_PX = 336
@@ -48,12 +52,12 @@ def fallbacks() -> float:
     return REGISTRY.get_sample_value("sam3_precision_fallbacks_total") or 0.0
 
 
-def check_close(found: list[PredictResult], expected: list[PredictResult]) -> None:
+def check_close(found: Sequence[PredictResult | UnionResult], expected: list[PredictResult]) -> None:
     """The same instances, but for the rounding of bfloat16."""
     for one, other in zip(found, expected, strict=True):
         assert len(one.instances) == len(other.instances) > 0
         assert one.confidence == pytest.approx(other.confidence, abs=0.05)
-        mask, expected_mask = one.mask_array(), other.mask_array()
+        mask, expected_mask = (np.unpackbits(packed_union([each])) for each in (one, other))
         assert (mask & expected_mask).sum() / (mask | expected_mask).sum() > 0.97
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 
-from sam3_runner import InferenceFailed, ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
+from sam3_runner import ModelNotLoaded, PromptTooLong, SAM3Predictor, WeightsError
+from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.square import to_square
 from sam3_runner.inference.pass_clock import PassClock
 from sam3_runner.inference.passes import Decoded, Passes
@@ -343,10 +344,14 @@ def test_missing_weights(tmp_path: Path) -> None:
     check_refused(tmp_path / "sam3.pt", "HF_TOKEN", "SAM3_WEIGHTS_PATH=demo")
 
 
-def test_square_of_another_size(predictor: SAM3Predictor) -> None:
-    """A square of another size is refused: the model would accept it and give wrong results."""
-    with pytest.raises(InferenceFailed, match="takes 112 px"):
-        predictor.segment([(to_square(picture(0, 50, 50), 126), ["cat"])])
+def test_stored_pixels(predictor: SAM3Predictor) -> None:
+    """Pixels as stored, of any size, give what the square of the same picture gives."""
+    image = picture(0, 150, 90)
+    stored = LocalImage(np.asarray(image), *image.size)
+    [[expected]] = predictor.segment([(to_square(image, 112), ["cat"])])
+    [[found]] = predictor.segment([(stored, ["cat"])])
+    assert found.confidence == pytest.approx(expected.confidence, abs=0.01)
+    assert (found.image_width, found.image_height) == (150, 90)
 
 
 def check_refused(folder: Path, *parts: str) -> None:

@@ -30,7 +30,7 @@ from tests.server_processes import is_decoder
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from sam3_runner.images.square import SquareImage
+    from sam3_runner.images.decoded import DecodedImage
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +55,8 @@ def with_decoders(work: Callable[[ImageDecoders], Awaitable[Any]], *, count: int
         return runner.run(run())
 
 
-def decoded(file: ImageFile) -> SquareImage:
-    square: SquareImage = with_decoders(lambda decoders: decoders.decode(file))
+def decoded(file: ImageFile) -> DecodedImage:
+    square: DecodedImage = with_decoders(lambda decoders: decoders.decode(file, 0))
     return square
 
 
@@ -91,7 +91,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 def test_result_equals_decoding_in_this_process(kind: str) -> None:
     """A file decoded in another process gives the same square and size as in this one."""
     expected, square = decode_square(file_of(kind), SIDE_PX), decoded(file_of(kind))
-    assert np.array_equal(expected.pixels, square.pixels)
+    assert np.array_equal(expected.pixels, square.array())
     assert (square.width, square.height) == (200, 150)
 
 
@@ -104,8 +104,8 @@ def test_damaged_file() -> None:
         await decoders.start()
         before = processes()
         with pytest.raises(UnsupportedImage, match="damaged: its pixels cannot be decoded"):
-            await decoders.decode(broken)
-        assert (await decoders.decode(whole)).width == whole.width
+            await decoders.decode(broken, 0)
+        assert (await decoders.decode(whole, 0)).width == whole.width
         assert processes() == before
 
     with_decoders(work)
@@ -131,7 +131,7 @@ def test_limits_and_environment() -> None:
     """A decoder has a memory limit, and none of the server's secrets in its environment."""
 
     async def work(decoders: ImageDecoders) -> None:
-        await decoders.decode(file_of("PNG"))
+        await decoders.decode(file_of("PNG"), 0)
         [process] = processes()
         assert process.rlimit(psutil.RLIMIT_DATA) == (MAX_DATA_BYTES, MAX_DATA_BYTES)
         assert set(process.environ()) <= {
@@ -152,12 +152,12 @@ def test_killed_decoder() -> None:
         await decoders.start()
         [idle] = processes()
         idle.kill()
-        assert (await decoders.decode(file_of("PNG"))).width == 200
+        assert (await decoders.decode(file_of("PNG"), 0)).width == 200
         [idle] = processes()
         idle.kill()
         await asyncio.to_thread(wait_for, lambda: not processes())
-        assert (await decoders.decode(file_of("PNG"))).width == 200
-        decoding = asyncio.create_task(decoders.decode(slow(60)))
+        assert (await decoders.decode(file_of("PNG"), 0)).width == 200
+        decoding = asyncio.create_task(decoders.decode(slow(60), 0))
         [busy] = await asyncio.to_thread(
             wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
         )
@@ -192,14 +192,14 @@ def test_cancelled_decoding_ends() -> None:
     """Cancelling a request ends its decoder process."""
 
     async def work(decoders: ImageDecoders) -> None:
-        decoding = asyncio.create_task(decoders.decode(slow(5000)))
+        decoding = asyncio.create_task(decoders.decode(slow(5000), 0))
         [process] = await asyncio.to_thread(
             wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
         )
         decoding.cancel()
         await asyncio.wait({decoding})
         assert not process.is_running()
-        assert (await decoders.decode(file_of("PNG"))).width == 200
+        assert (await decoders.decode(file_of("PNG"), 0)).width == 200
 
     with_decoders(work)
 

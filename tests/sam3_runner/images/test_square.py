@@ -6,6 +6,7 @@ import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +20,18 @@ from PIL import Image, ImageCms, ImageOps
 from sam3_runner import UnsupportedImage
 from sam3_runner.images.decode import decode_square
 from sam3_runner.images.read import read_image_file
-from sam3_runner.images.square import SquareImage, to_square
+from sam3_runner.images.square import to_square
 from tests.image_files import FORMATS, encoded, exif_of, noise, png_chunk, png_of, primaries_of, with_chunks
+
+if TYPE_CHECKING:
+    from sam3_runner.images.decoded import LocalImage
 
 SIDE_PX = 48
 MAX_PIXELS = 1_000_000
 Levels = npt.NDArray[np.uint8]
 
 
-def square_of(data: bytes, side_px: int = SIDE_PX, max_pixels: int = MAX_PIXELS) -> SquareImage:
+def square_of(data: bytes, side_px: int = SIDE_PX, max_pixels: int = MAX_PIXELS) -> LocalImage:
     return decode_square(read_image_file(data, max_pixels=max_pixels), side_px)
 
 

@@ -14,21 +14,53 @@ from hypothesis import strategies as st
 
 from sam3_runner import Instance, MaskCrop, PredictResult
 from sam3_runner.instances import packed_union
-from sam3_runner.masks.draw import KeptMasks, to_instances
+from sam3_runner.masks.draw import Found, KeptMasks, find_instances
+from sam3_runner.masks.windows import Size
 
 EMPTY = MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
 
 
-def found(logits: torch.Tensor, pairs: list[KeptMasks]) -> list[list[Instance]]:
+def find(
+    logits: torch.Tensor,
+    pairs: list[tuple[int, int, int]],
+    scores: np.ndarray | None = None,
+    boxes: np.ndarray | None = None,
+) -> list[Found]:
+    """The answers for pairs of so many masks on a picture of so many px; the scores fall if none are given.
+
+    Checks that the masks, united by pair, are the same.
+    """
+    kept = KeptMasks(
+        range(len(logits)),
+        np.linspace(0.9, 0.6, len(logits), dtype=np.float32) if scores is None else scores,
+        np.zeros((len(logits), 4), dtype=np.float32) if boxes is None else boxes,
+        logits,
+        [masks for masks, _, _ in pairs],
+        [Size(width, height) for _, width, height in pairs],
+    )
+    found, united = find_instances(kept, unite=False), find_instances(kept, unite=True)
+    for each, union, (_, width, height) in zip(found, united, pairs, strict=True):
+        instances = [instance for instance in each.instances if isinstance(instance, Instance)]
+        assert union.union is not None
+        assert np.array_equal(union.union, packed_union([PredictResult("", 1.0, width, height, instances)]))
+        assert [(instance.query, instance.area_px) for instance in union.instances] == [
+            (instance.query, instance.area_px) for instance in instances
+        ]
+        assert union.is_finite == each.is_finite
+    return found
+
+
+def found(logits: torch.Tensor, pairs: list[tuple[int, int, int]]) -> list[list[Instance]]:
     """The instances of `logits`, whose scores fall, so that they keep their order."""
-    scores = np.linspace(0.9, 0.6, len(logits), dtype=np.float32)
-    boxes = np.zeros((len(logits), 4), dtype=np.float32)
-    return [pair.instances for pair in to_instances(range(len(logits)), scores, boxes, logits, pairs)]
+    return [
+        [instance for instance in pair.instances if isinstance(instance, Instance)]
+        for pair in find(logits, pairs)
+    ]
 
 
 def one_pair(logits: torch.Tensor, width: int, height: int) -> list[Instance]:
     """The instances of one picture."""
-    [instances] = found(logits, [KeptMasks(len(logits), width, height)])
+    [instances] = found(logits, [(len(logits), width, height)])
     return instances
 
 
@@ -156,7 +188,7 @@ def test_several_pairs() -> None:
     """Each pair has its own instances, at the size of its picture, also if it has none."""
     logits = smooth_noise(7, 48)
     sizes = [(3, 640, 480), (0, 30, 30), (1, 33, 501), (3, 100, 100)]
-    by_pair = found(logits, [KeptMasks(*size) for size in sizes])
+    by_pair = found(logits, sizes)
     assert [len(instances) for instances in by_pair] == [3, 0, 1, 3]
     assert [instance.query for instances in by_pair for instance in instances] == list(range(7))
     for instances, (masks, width, height), first in zip(by_pair, sizes, (0, 3, 3, 4), strict=True):
@@ -170,10 +202,10 @@ def test_best_score_is_first() -> None:
     logits[0, :2] = 1.0
     boxes = np.array([[0.0, 0.0, 1.0, 0.5], [0.1, 0.2, 0.3, 0.4], [-0.1, 0.5, 1.2, 1.1]], dtype=np.float32)
     scores = np.array([0.6, 0.8, 0.6], dtype=np.float32)
-    [(instances, _)] = to_instances([3, 7, 9], scores, boxes, logits, [KeptMasks(3, width=100, height=40)])
-    first, second, third = instances
-    assert [instance.query for instance in instances] == [7, 3, 9]
-    assert [instance.score for instance in instances] == pytest.approx([0.8, 0.6, 0.6])
+    [answer] = find(logits, [(3, 100, 40)], scores, boxes)
+    first, second, third = (each for each in answer.instances if isinstance(each, Instance))
+    assert [instance.query for instance in answer.instances] == [1, 0, 2]
+    assert [instance.score for instance in answer.instances] == pytest.approx([0.8, 0.6, 0.6])
     assert first.box == pytest.approx((10, 8, 30, 16))
     assert third.box == pytest.approx((0, 20, 100, 40), abs=0.0)
     assert (first.area_px, first.mask) == (0, EMPTY)
@@ -204,11 +236,8 @@ def test_overflow_is_reported(fault: float) -> None:
     """A pair is not finite if any of its logits is not; other pairs are."""
     logits = smooth_noise(5, 24)
     logits[2, 3, 4] = fault
-    pairs = [KeptMasks(masks, 60, 50) for masks in (2, 2, 0, 1)]
-    scores, boxes = np.ones(5, dtype=np.float32), np.zeros((5, 4), dtype=np.float32)
-    assert [pair.is_finite for pair in to_instances(range(5), scores, boxes, logits, pairs)] == [
-        *(True, False, True, True)
-    ]
+    pairs = [(masks, 60, 50) for masks in (2, 2, 0, 1)]
+    assert [pair.is_finite for pair in find(logits, pairs)] == [True, False, True, True]
 
 
 def resident_mib(key: str) -> float:

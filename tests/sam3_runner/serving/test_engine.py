@@ -23,7 +23,7 @@ from sam3_runner import (
     RunnerStopped,
     SAM3Predictor,
 )
-from sam3_runner.images.square import SquareImage
+from sam3_runner.images.decoded import DecodedImage, LocalImage
 from sam3_runner.serving.engine import (
     DEVICE_LOST,
     Engine,
@@ -62,10 +62,16 @@ def engine(tiny_checkpoint: Checkpoint) -> Engine:
     return loaded(tiny_checkpoint.weights_file.parent)
 
 
-def request(*prompts: str, level: int = 0, side_px: int = SIDE_PX, seconds: float = 60.0) -> SegmentRequest:
-    pixels = np.full((side_px, side_px, 3), level, dtype=np.uint8)
-    image = SquareImage(pixels, width=30, height=20)
+def request(*prompts: str, level: int = 0, seconds: float = 60.0) -> SegmentRequest:
+    pixels = np.full((SIDE_PX, SIDE_PX, 3), level, dtype=np.uint8)
+    image = LocalImage(pixels, width=30, height=20)
     return SegmentRequest(image, list(prompts), deadline_s=time.monotonic() + seconds)
+
+
+def faulty() -> SegmentRequest:
+    """A request without pixels, for features that are not held."""
+    image = DecodedImage(None, width=30, height=20, key="unknown")
+    return SegmentRequest(image, ["cat"], deadline_s=time.monotonic() + 60)
 
 
 def passes() -> float:
@@ -93,10 +99,10 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
 
 
 def test_only_the_faulty_request_fails(engine: Engine) -> None:
-    """An image of a wrong size gives InferenceFailed; the other requests succeed; the fallback is counted."""
+    """An image that is not there gives FeaturesNotHeld; the other requests succeed; the fallback is counted."""
     before = fallbacks()
-    good, bad, other = engine.segment([request("cat"), request("cat", side_px=70), request("dog")])
-    assert isinstance(bad.error, InferenceFailed)
+    good, bad, other = engine.segment([request("cat"), faulty(), request("dog")])
+    assert isinstance(bad.error, FeaturesNotHeld)
     assert bad.results is None
     for outcome in (good, other):
         assert outcome.error is None
@@ -113,8 +119,8 @@ def test_prompt_too_long_is_reported(engine: Engine) -> None:
 
 def test_all_requests_faulty(engine: Engine) -> None:
     """A batch of faulty requests gives an error for each, and the engine still works."""
-    outcomes = engine.segment([request("cat", side_px=50), request("cat", side_px=60)])
-    assert [type(outcome.error) for outcome in outcomes] == [InferenceFailed] * 2
+    outcomes = engine.segment([faulty(), faulty()])
+    assert [type(outcome.error) for outcome in outcomes] == [FeaturesNotHeld] * 2
     assert engine.segment([request("cat")])[0].results
 
 

@@ -1,0 +1,79 @@
+"""A decoded image on its way to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sam3_runner.images.pixel_file import HeldPixels, PixelFile
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+MAX_STORED_PX = 2**23
+"""Images of at most so many px are resized on a GPU; larger ones, over 25 MB, where they are decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """The pixels of an image, and the size of the masks in the result.
+
+    Attributes:
+        pixels: (rows, columns, 1 or 3) uint8 sRGB, in this process, or where another process holds them.
+            Either the model's square (side, side, 3), or the image as stored, which is resized to the square
+            on the model's device. None: only `key` is known, for a runner that may still hold the features.
+        width, height: px of the image as a viewer shows it (EXIF orientation applied).
+        orientation: EXIF's, 1 to 8, of `pixels`.
+        key: equal keys mean equal files; None where that is not known.
+    """
+
+    pixels: npt.NDArray[np.uint8] | HeldPixels | PixelFile | None
+    width: int
+    height: int
+    orientation: int = 1
+    key: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, columns, channels) of `pixels`."""
+        match self.pixels:
+            case HeldPixels():
+                return self.pixels.file.shape
+            case None:
+                raise ValueError("the image has no pixels")
+            case _:
+                rows, columns, channels = self.pixels.shape
+                return rows, columns, channels
+
+    def read_into(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Copy the pixels to `pixels`, of the same shape. Raises OSError: their process is gone."""
+        if isinstance(self.pixels, HeldPixels):
+            self.pixels.file.read_into(pixels)
+        elif isinstance(self.pixels, PixelFile):
+            self.pixels.read_into(pixels)
+        elif self.pixels is not None:
+            pixels[...] = self.pixels
+
+    def array(self) -> npt.NDArray[np.uint8]:
+        """A copy of the pixels. Raises OSError: their process is gone."""
+        pixels = np.empty(self.shape, np.uint8)
+        self.read_into(pixels)
+        return pixels
+
+    def sendable(self) -> DecodedImage:
+        """The same image for another process: with the place of its pixels, where these are shared."""
+        return replace(self, pixels=self.pixels.file) if isinstance(self.pixels, HeldPixels) else self
+
+    def close(self) -> None:
+        """Let go of pixels that this process shares."""
+        if isinstance(self.pixels, HeldPixels):
+            self.pixels.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalImage(DecodedImage):
+    """A decoded image whose pixels are in this process."""
+
+    pixels: npt.NDArray[np.uint8]
