@@ -143,7 +143,8 @@ async def _measure(
     folder: Path, database: databases.Database, bucket: objects.S3Service, scenes: list[Scene], tasks: int
 ) -> dict[str, tuple[Tier, float]]:
     tiers = [_embedded(folder), _real(folder, database, bucket)]
-    pngs = [encode_png(next(iter(scene.masks.values()))) for scene in scenes]
+    masks = [next(iter(scene.masks.values())) for scene in scenes]
+    pngs = [encode_png(np.packbits(mask, axis=1), mask.shape[1]) for mask in masks]
     try:
         for number in tqdm(range(-10, tasks), desc="tasks", disable=None):
             scene, png = scenes[number % len(scenes)], pngs[number % len(scenes)]
