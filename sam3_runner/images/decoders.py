@@ -160,10 +160,8 @@ async def _exchange(
     process: Process, file: ImageFile, max_stored_px: int
 ) -> tuple[dict[str, Any], HeldPixels | npt.NDArray[np.uint8] | None]:
     """The process' answer for a file, and the pixels unless it refuses the file."""
-    assert process.stdin is not None
     packed = pickle.dumps((file, max_stored_px))
-    process.stdin.writelines([LENGTH.pack(len(packed)), packed])
-    await process.stdin.drain()
+    await _send(process, LENGTH.pack(len(packed)), packed)
     head: dict[str, Any] = json.loads(await _receive(process))
     if "refusal" in head:
         return head, None
@@ -175,8 +173,17 @@ async def _exchange(
         raise DecoderFailed("the pixels of a decoder process cannot be read by way of /proc") from error
     except OSError as error:  # the process has just died
         raise ConnectionResetError from error
-    process.stdin.write(TAKEN)
+    await _send(process, TAKEN)
     return head, held
+
+
+async def _send(process: Process, *parts: bytes) -> None:
+    assert process.stdin is not None
+    # Writing to a process that has died would raise uvloop's RuntimeError.
+    if process.stdin.is_closing():
+        raise ConnectionResetError
+    process.stdin.writelines(parts)
+    await process.stdin.drain()
 
 
 async def _receive(process: Process) -> bytes:

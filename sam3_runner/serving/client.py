@@ -29,7 +29,7 @@ STATUS_AGE_S = 1.0
 STATUS_TIMEOUT_S = 0.7
 """Keeps the answer of a probe under a second, whatever the runner does."""
 REMEMBERED_KEYS = 32
-"""Images of which a client assumes that the runner holds their features; a wrong guess costs one short call."""
+"""Images whose features the runner is assumed to hold; a wrong guess costs one short call."""
 BUSY_TIME_S = 30.0
 """For so long the last status of a runner counts that lives but is too busy to answer."""
 

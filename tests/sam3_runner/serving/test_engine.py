@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 
 from sam3_runner import (
     DeadlineExceeded,
+    FeaturesNotHeld,
     InferenceFailed,
     ModelNotLoaded,
     PromptTooLong,
@@ -99,7 +100,7 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
 
 
 def test_only_the_faulty_request_fails(engine: Engine) -> None:
-    """An image that is not there gives FeaturesNotHeld; the other requests succeed; the fallback is counted."""
+    """An image that is not there gives FeaturesNotHeld; the others succeed; the fallback is counted."""
     before = fallbacks()
     good, bad, other = engine.segment([request("cat"), faulty(), request("dog")])
     assert isinstance(bad.error, FeaturesNotHeld)
