@@ -55,7 +55,11 @@ check: $(VENV)/dev ## Check lint, format and types
 	$(BIN)/mypy $(SOURCES)
 
 .PHONY: bench
-bench: $(VENV)/dev ## Measure the server on this machine
+bench: $(VENV)/dev ## Measure lone requests to the server on this machine
+	$(BIN)/python -m benchmarks.latency
+
+.PHONY: bench-load
+bench-load: $(VENV)/dev ## Measure the server under load on this machine (three minutes)
 	$(BIN)/python -m benchmarks.serve
 
 .PHONY: official

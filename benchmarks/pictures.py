@@ -19,14 +19,23 @@ EVERY_PROMPT = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 class Scene:
-    """One drawn image: `jpeg`, and for each prompt the union of its objects' masks, (H, W) bool."""
+    """One drawn image.
 
-    def __init__(self, seed: int) -> None:
-        scenes, pictures = draw_scenes(1, seed, width=WIDTH_PX, height=HEIGHT_PX)
-        buffer = io.BytesIO()
+    Args:
+        seed: of the drawing.
+        width_px, height_px: of the image.
+
+    Attributes:
+        image: the drawing.
+        jpeg: the drawing as a file, quality 90.
+        masks: for each prompt the union of its objects' masks, (H, W) bool.
+    """
+
+    def __init__(self, seed: int, width_px: int = WIDTH_PX, height_px: int = HEIGHT_PX) -> None:
+        scenes, pictures = draw_scenes(1, seed, width=width_px, height=height_px)
         pixels = pictures.pixels[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
-        self.jpeg = buffer.getvalue()
+        self.image = Image.fromarray(pixels)
+        self.jpeg = encode_jpeg(self.image, 90)
         self.masks: dict[str, npt.NDArray[np.bool_]] = {}
         owner = pictures.owner[0].numpy()
         for index in pictures.counted[0].nonzero().flatten().tolist():
@@ -41,3 +50,10 @@ class Scene:
         """Ten prompts: the scene's objects first, then absent ones."""
         absent = [prompt for prompt in EVERY_PROMPT if prompt not in self.masks]
         return [*self.masks, *absent][:10]
+
+
+def encode_jpeg(image: Image.Image, quality: int, comment: bytes = b"") -> bytes:
+    """The file of `image`, with a comment segment unless `comment` is empty."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality, **({"comment": comment} if comment else {}))
+    return buffer.getvalue()

@@ -1,139 +1,552 @@
-"""Measure the latency of the server on this machine, with the demo checkpoint.
+r"""Measure the server under load: whole requests over HTTP to the real server's processes.
 
-Starts the real server (two API workers, one runner) and sends whole requests over HTTP, one at a time. Each
-round sends one prompt and then ten prompts for the same 1280 x 720 JPEG, so that their ratio comes from one
-run. Reports medians over all rounds of all runs, the time to ready, the resident memory of all processes
-after the requests, and the IoU of the masks with the drawn objects.
+    python -m benchmarks.serve                                          # demo checkpoint, every scenario
+    python -m benchmarks.serve --weights random --record                # full size; needs a GPU
+    python -m benchmarks.serve --scenarios closed --clients 1 8 --against ../other-checkout
 
-    python -m benchmarks.serve            # table, and one line of JSON last
-    python -m benchmarks.serve --record   # also appends to benchmarks/results.csv
+Every request is about another 1920 x 1080 JPEG of about 370 KB: the drawings repeat, but a comment in the
+file differs each time, so nothing that is kept by content helps. Texts repeat, and are cached by the server.
+The stores are the embedded ones, on this machine. The client runs in a process of its own (load_client.py).
+
+Scenarios:
+    closed        --clients callers, each with one request at a time, one prompt
+    same-picture  one caller, one picture, another prompt each time
+    ten-prompts   one caller, ten prompts on one picture
+    open          random arrivals at --shares of the throughput of the closed loops, then the highest rate
+                  with p99 <= 500 ms, by bisection; latencies count from the scheduled arrival
+    mixed         16 callers: 80 % one prompt, 20 % ten prompts
+    overload      random arrivals at ten times that throughput: accepted and refused requests, and /health
+    crowded       one caller, about 100 kept masks a request (24 with the demo), by a threshold that the
+                  server has no setting for (crowded_service.py)
+    client        the same client against a server that answers at once: what the client alone reaches
+
+With --against, a server of another checkout runs beside ours, and both are measured in turn in each scenario
+(A B A B), so that the ratio comes from one run on one machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+import os
 import platform
-import statistics
+import shutil
+import subprocess
 import sys
 import tempfile
-import time
-import uuid
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
+from typing import TYPE_CHECKING
 
 import httpx
-import numpy as np
-import psutil
-from PIL import Image
-from tqdm import tqdm
 
-from benchmarks.pictures import FIRST_SEED, Scene
+from benchmarks.load_client import COMMENT_BYTES, USER_ID, Kind, Measurement, Outcome, Plan, run_plan
+from benchmarks.load_figures import ServerMetrics, figures, latencies, read_metrics, resident_mb, timeline
+from benchmarks.pictures import FIRST_SEED, Scene, encode_jpeg
 from benchmarks.table import machine_name, record
-from commands.local_server import LocalServer, local_server
+from commands.local_server import ROOT, SERVICE, local_server, reserved_ports, stop
 from storage import LocalFolder
+from version import VERSION
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from collections.abc import Iterator, Mapping
 
-USER_ID = "bench"
-RESULTS = Path(__file__).parent / "results.csv"
+RESULTS = Path(__file__).parent / "serve.csv"
+WIDTH_PX, HEIGHT_PX = 1920, 1080
+FILE_BYTES = 370_000
+DRAWINGS = 8
+FILES = 256
+"""A file is used again after so many requests, when the one before has ended."""
 
+CLIENTS = (1, 4, 8, 16, 48)
+RATE_SHARES = (0.5, 0.7, 0.9)
+P99_LIMIT_MS = 500.0
+BISECTIONS = 3
+MIXED_CLIENTS, OVERLOAD = 16, 10.0
+KEPT_MASKS = 100
+PROMPT = "red circle"
+RAMP_SHARE = 0.2
+"""Of the measured time, in front of it."""
 
-def main() -> int:
-    """Measure, print, and append to the CSV file if --record is given."""
-    arguments = _parse()
-    scenes = [scene for seed in range(FIRST_SEED, FIRST_SEED + 24) if (scene := Scene(seed)).masks]
-    runs = [_run(scenes, arguments.rounds) for _ in range(arguments.runs)]
-    one_ms = [ms for run in runs for ms in run["one_ms"]]
-    ten_ms = [ms for run in runs for ms in run["ten_ms"]]
-    report: dict[str, object] = {
-        "measured": datetime.now(UTC).date().isoformat(),
-        "machine": machine_name(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "runs": arguments.runs,
-        "requests": len(one_ms),
-        "one_prompt_p50_ms": round(statistics.median(one_ms), 1),
-        "one_prompt_p95_ms": round(float(np.percentile(one_ms, 95)), 1),
-        "ten_prompts_p50_ms": round(statistics.median(ten_ms), 1),
-        "ten_to_one": round(statistics.median(ten_ms) / statistics.median(one_ms), 2),
-        "ready_s": round(statistics.median(run["ready_s"] for run in runs), 1),
-        "resident_mb": round(max(run["resident_mb"] for run in runs)),
-        "mask_iou": round(statistics.mean(iou for run in runs for iou in run["ious"]), 4),
-    }
-    for name, value in report.items():
-        sys.stdout.write(f"{name:20} {value}\n")
-    if arguments.record:
-        record(RESULTS, [report])
-    sys.stdout.write(json.dumps(report) + "\n")
-    return 0
+SCENARIOS = ("closed", "same-picture", "ten-prompts", "open", "mixed", "overload", "crowded", "client")
+COLUMNS = (
+    *("version", "scenario", "kind", "clients", "rate_per_s", "n", "p50_ms", "p95_ms", "p99_ms", "max_ms"),
+    *("throughput_per_s", "inference_p50_ms", "rest_p50_ms", "masks_mean", "batch_mean", "device_share"),
+    *("pss_mb", "client_cpu_share", "errors"),
+)
+"""Those that are printed."""
 
 
-def _run(scenes: list[Scene], rounds: int) -> dict[str, Any]:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        local_server(Path(folder)) as server,
-        httpx.Client(base_url=server.url, headers=server.headers, timeout=60) as client,
-    ):
-        keys = [_upload(server, scene.jpeg) for scene in scenes]
-        one_ms, ten_ms, ious = [], [], []
-        for number in tqdm(range(-5, rounds), desc="rounds", disable=None):
-            scene, key = scenes[number % len(scenes)], keys[number % len(scenes)]
-            prompt = next(iter(scene.masks))
-            one, answer = _request(client, "/api/v1/predict", key, text_prompt=prompt)
-            ten, _ = _request(client, "/api/v1/predict/batch", key, prompts=scene.ten_prompts)
-            if number >= 0:  # negative rounds are the warm-up
-                one_ms.append(one)
-                ten_ms.append(ten)
-                ious.append(_iou(answer["mask_url"], scene.masks[prompt]))
-        return {
-            "one_ms": one_ms,
-            "ten_ms": ten_ms,
-            "ious": ious,
-            "ready_s": server.ready_s,
-            "resident_mb": _resident_mb(server.pid),
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A running server.
+
+    Attributes:
+        version: shown in the table.
+        pid: of the process whose descendants are the server.
+        files: of the pictures, and `keys` in the server's storage.
+        has_metrics: it has our /metrics.
+    """
+
+    version: str
+    url: str
+    headers: dict[str, str]
+    pid: int
+    files: list[str]
+    keys: list[str]
+    has_metrics: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The drawings: the file of each, the prompts of its objects, and ten prompts."""
+
+    jpegs: list[bytes]
+    objects: list[list[str]]
+    ten_prompts: list[list[str]]
+
+    @classmethod
+    def draw(cls) -> Pictures:
+        """Draw them; takes a second each."""
+        pictures = cls([], [], [])
+        seeds = itertools.count(FIRST_SEED)
+        while len(pictures.jpegs) < DRAWINGS:
+            scene = Scene(next(seeds), WIDTH_PX, HEIGHT_PX)
+            jpeg = _file_of(scene)
+            if scene.masks and len(jpeg) > 0.9 * FILE_BYTES:
+                pictures.jpegs.append(jpeg)
+                pictures.objects.append(list(scene.masks))
+                pictures.ten_prompts.append(scene.ten_prompts)
+        return pictures
+
+    def write(self, storage: LocalFolder, folder: Path) -> tuple[list[str], list[str]]:
+        """Store FILES uploads; returns their paths below `folder`, and their keys."""
+        keys = [f"uploads/{USER_ID}/{number:04}" for number in range(FILES)]
+        for number, key in enumerate(keys):
+            storage.put_upload(key, self.jpegs[number % len(self.jpegs)])
+        return [str(folder / key) for key in keys], keys
+
+    @property
+    def one(self) -> Kind:
+        """One prompt, of which the picture has an object."""
+        return Kind("one prompt", [[prompts[:1]] for prompts in self.objects])
+
+    @property
+    def ten(self) -> Kind:
+        """Ten prompts."""
+        return Kind("ten prompts", [[prompts] for prompts in self.ten_prompts])
+
+
+def _file_of(scene: Scene) -> bytes:
+    """The drawing at the highest quality that gives a file of at most FILE_BYTES."""
+    comment = b"0" * COMMENT_BYTES
+    files = (encode_jpeg(scene.image, quality, comment) for quality in range(94, 20, -2))
+    return next(file for file in files if len(file) <= FILE_BYTES)
+
+
+@dataclass
+class Bench:
+    """Runs scenarios on servers, in turn, and collects rows.
+
+    Attributes:
+        options: of the command line.
+        pictures: what requests are about.
+        common: columns that all rows share.
+        rows: of the table.
+        capacity: for each server, the highest throughput of the closed loops.
+    """
+
+    options: argparse.Namespace
+    pictures: Pictures
+    common: dict[str, object]
+    rows: list[dict[str, object]] = field(default_factory=list)
+    capacity: dict[str, float] = field(default_factory=dict)
+
+    def closed(self, targets: list[Target]) -> None:
+        """Closed loops of one prompt."""
+        for clients in self.options.clients:
+            self.closed_loop(targets, "closed", clients, self.pictures.one)
+
+    def same_picture(self, targets: list[Target]) -> None:
+        """One picture again and again, with other prompts."""
+        prompts = [[prompt] for prompt in self.pictures.objects[0]]
+        kind = Kind("one prompt", [prompts], same_picture=True)
+        self.closed_loop(targets, "same-picture", 1, kind)
+
+    def ten_prompts(self, targets: list[Target]) -> None:
+        """Ten prompts on one picture."""
+        self.closed_loop(targets, "ten-prompts", 1, self.pictures.ten)
+
+    def mixed(self, targets: list[Target]) -> None:
+        """One prompt beside ten prompts."""
+        one, ten = self.pictures.one, self.pictures.ten
+        kinds = [Kind(one.name, one.prompts, share=0.8), Kind(ten.name, ten.prompts, share=0.2)]
+        self.closed_loop(targets, "mixed", MIXED_CLIENTS, *kinds)
+
+    def crowded(self, targets: list[Target]) -> None:
+        """Many kept masks, of one prompt."""
+        self.closed_loop(targets, "crowded", 1, Kind("one prompt", [[[PROMPT]]]))
+
+    def closed_loop(self, targets: list[Target], scenario: str, clients: int, *kinds: Kind) -> None:
+        """One closed loop on each server; the servers take turns."""
+        runs: dict[str, list[Run]] = {target.version: [] for target in targets}
+        for _ in range(self.options.rounds):
+            for target in targets:
+                runs[target.version].append(self._run(target, list(kinds), clients=clients))
+        for target in targets:
+            for kind in kinds:
+                row = self._add(target, runs[target.version], scenario, kind.name)
+                if scenario == "closed":
+                    rate = float(str(row["throughput_per_s"]))
+                    self.capacity[target.version] = max(rate, self.capacity.get(target.version, 0.0))
+            if clients == 1:
+                self._print_timeline(runs[target.version])
+
+    def open(self, targets: list[Target]) -> None:
+        """Open loops at shares of the throughput, then the highest rate whose p99 is within the limit."""
+        self._measure_capacity(targets)
+        for target in targets:
+            capacity = self.capacity[target.version]
+            rates = [capacity * share for share in self.options.shares]
+            measured = [(rate, self._open_loop(target, rate)) for rate in rates]
+            for _ in range(BISECTIONS):
+                fast = max((rate for rate, row in measured if _is_fast(row)), default=0.0)
+                slow = min((rate for rate, row in measured if not _is_fast(row)), default=1.1 * capacity)
+                rate = (fast + slow) / 2
+                measured.append((rate, self._open_loop(target, rate)))
+            fast_rows = [(rate, row) for rate, row in measured if _is_fast(row)]
+            if fast_rows:
+                _, fastest = max(fast_rows, key=lambda pair: pair[0])
+                self._append(fastest | {"scenario": f"p99 <= {P99_LIMIT_MS:.0f} ms"})
+            else:
+                self._print(f"{target.version}: p99 > {P99_LIMIT_MS:.0f} ms at every rate")
+
+    def overload(self, targets: list[Target]) -> None:
+        """Ten times as many requests as the server can answer."""
+        self._measure_capacity(targets)
+        for target in targets:
+            rate = self.capacity[target.version] * OVERLOAD
+            run = self._run(target, [self.pictures.one], rate=rate, probe="/health")
+            self._add(target, [run], "overload", self.pictures.one.name)
+            refused = [each for each in run.outcomes(self.pictures.one.name) if not each.is_ok]
+            times_ms = [each.latency_ms for each in refused if 0 <= each.due_s < run.plan.seconds]
+            row = figures([[]], run.plan.seconds) | {"n": len(times_ms)} | latencies(times_ms)
+            self._add_row(target, [run], row, "overload", "refused or failed")
+            self._add(target, [run], "overload", "probe")
+
+    def client(self, _: list[Target]) -> None:
+        """The client alone."""
+        with trivial_server(self.pictures) as target:
+            self.closed_loop([target], "client", max(CLIENTS), self.pictures.one)
+
+    def warm_up(self, target: Target) -> None:
+        """Requests of both kinds that are not measured, so that every process and cache has started.
+
+        Lone requests come last: after a burst BentoML's batching delays them for a while.
+        """
+        for clients in (8, 1):
+            self._run(target, [self.pictures.one, self.pictures.ten], clients=clients, seconds=2.0)
+
+    def _measure_capacity(self, targets: list[Target]) -> None:
+        missing = [target for target in targets if target.version not in self.capacity]
+        if missing:
+            self.closed_loop(missing, "closed", MIXED_CLIENTS, self.pictures.one)
+
+    def _open_loop(self, target: Target, rate: float) -> dict[str, object]:
+        run = self._run(target, [self.pictures.one], rate=rate)
+        return self._add(target, [run], "open", self.pictures.one.name)
+
+    def _run(
+        self,
+        target: Target,
+        kinds: list[Kind],
+        *,
+        clients: int = 0,
+        rate: float = 0.0,
+        probe: str = "",
+        seconds: float | None = None,
+    ) -> Run:
+        seconds = seconds or self.options.seconds
+        plan = Plan(
+            url=target.url,
+            headers=target.headers,
+            pictures=target.files,
+            keys=target.keys,
+            kinds=kinds,
+            seconds=seconds,
+            ramp_s=seconds * RAMP_SHARE,
+            clients=clients,
+            rate_per_s=rate,
+            probe=probe,
+            seed=len(self.rows),
+        )
+        pss_mb = resident_mb(target.pid)
+        before = read_metrics(target.url, target.headers) if target.has_metrics else None
+        measured = run_plan(plan)
+        elapsed_s = plan.ramp_s + max((each.ended_s for each in measured.outcomes), default=seconds)
+        if before is None:
+            return Run(plan, measured, elapsed_s, pss_mb, ServerMetrics(), ServerMetrics())
+        after = read_metrics(target.url, target.headers)
+        return Run(plan, measured, elapsed_s, pss_mb, before, after)
+
+    def _add(self, target: Target, runs: list[Run], scenario: str, kind: str) -> dict[str, object]:
+        """A row of one kind's requests in several runs."""
+        outcomes = [run.outcomes(kind) for run in runs]
+        return self._add_row(target, runs, figures(outcomes, runs[0].plan.seconds), scenario, kind)
+
+    def _add_row(
+        self, target: Target, runs: list[Run], measured: dict[str, object], *names: str
+    ) -> dict[str, object]:
+        """A row of figures; `names` are its scenario and kind."""
+        server = server_figures(runs)
+        means_ms: dict[str, float] = server.pop("stage_means_ms")  # type: ignore[assignment]
+        plan = runs[0].plan
+        row: dict[str, object] = {
+            **self.common,
+            "version": target.version,
+            **dict(zip(("scenario", "kind"), names, strict=True)),
+            "clients": plan.clients or "",
+            "rate_per_s": round(plan.rate_per_s, 2) or "",
+            "seconds": plan.seconds * len(runs),
+            **measured,
+            **server,
+            "stage_means_ms": " ".join(f"{stage}={ms:.2f}" for stage, ms in sorted(means_ms.items())),
+            "pss_before_mb": runs[0].pss_mb,
+            "pss_mb": resident_mb(target.pid),
+            "client_cpu_share": max(run.measured.cpu_share for run in runs),
+            "usd_per_1000": self._usd_per_1000(measured),
         }
+        self._append(row)
+        return row
+
+    def _append(self, row: dict[str, object]) -> None:
+        if not self.rows:
+            self._print("  ".join(_cell(name, name) for name in COLUMNS))
+        self._print("  ".join(_cell(name, row[name]) for name in COLUMNS))
+        self.rows.append(row)
+        if self.options.record:
+            record(self.options.record, [row])
+
+    def _usd_per_1000(self, measured: Mapping[str, object]) -> object:
+        rate = float(str(measured["throughput_per_s"]))
+        if not self.options.usd_per_hour or not rate:
+            return ""
+        return round(self.options.usd_per_hour / 3600 / rate * 1000, 4)
+
+    def _print_timeline(self, runs: list[Run]) -> None:
+        outcomes = [each for run in runs for each in run.measured.outcomes if each.is_ok]
+        means_ms: dict[str, float] = server_figures(runs)["stage_means_ms"]  # type: ignore[assignment]
+        if outcomes and means_ms:
+            mean_ms = sum(each.latency_ms for each in outcomes) / len(outcomes)
+            self._print("\n".join(timeline(means_ms, mean_ms)))
+
+    @staticmethod
+    def _print(text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
-def _upload(server: LocalServer, jpeg: bytes) -> str:
-    key = f"uploads/{USER_ID}/{uuid.uuid4()}"
-    LocalFolder(server.data_dir / "storage").put_upload(key, jpeg)
-    return key
+def _is_fast(row: dict[str, object]) -> bool:
+    return row["p99_ms"] != "" and float(str(row["p99_ms"])) <= P99_LIMIT_MS and not row["errors"]
 
 
-def _request(client: httpx.Client, path: str, key: str, **prompts: object) -> tuple[float, dict[str, Any]]:
-    body = {"image_url": key, "user_id": USER_ID, "task_id": str(uuid.uuid4()), **prompts}
-    started_s = time.perf_counter()
-    response = client.post(path, json=body)
-    elapsed_ms = (time.perf_counter() - started_s) * 1000
-    return elapsed_ms, response.raise_for_status().json()
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One measured load on one server.
+
+    Attributes:
+        elapsed_s: with the ramp, until the last answer.
+        pss_mb: memory of the server before it.
+        before, after: metrics of the server; empty where it has none.
+    """
+
+    plan: Plan
+    measured: Measurement
+    elapsed_s: float
+    pss_mb: float
+    before: ServerMetrics
+    after: ServerMetrics
+
+    def outcomes(self, kind: str) -> list[Outcome]:
+        """The requests of one kind."""
+        return [each for each in self.measured.outcomes if each.kind == kind]
 
 
-def _iou(mask_url: str, truth: npt.NDArray[np.bool_]) -> float:
-    mask = np.asarray(Image.open(url2pathname(urlparse(mask_url).path))) > 0
-    return float((mask & truth).sum() / (mask | truth).sum())
+def server_figures(runs: list[Run]) -> dict[str, object]:
+    """What the server's own metrics say of several runs."""
+    before, after = ServerMetrics(), ServerMetrics()
+    for run in runs:
+        before, after = before + run.before, after + run.after
+    return after.since(before, sum(run.elapsed_s for run in runs))
 
 
-def _resident_mb(pid: int) -> float:
-    """Sum of the resident memory of the server's processes; shared pages count once for each process."""
-    parent = psutil.Process(pid)
-    return sum(float(each.memory_info().rss) for each in (parent, *parent.children(recursive=True))) / 1e6
+def _cell(name: str, value: object) -> str:
+    width = {"version": -14, "scenario": -13, "kind": -17, "errors": -20}.get(name, len(name))
+    return f"{value!s:<{-width}}" if width < 0 else f"{value!s:>{width}}"
+
+
+@contextmanager
+def backend(
+    root: Path, version: str, pictures: Pictures, options: argparse.Namespace, weights: str, *, crowded: bool
+) -> Iterator[Target]:
+    """The server of the checkout at `root`, with its uploads."""
+    with tempfile.TemporaryDirectory(prefix="serve-") as name:
+        folder = Path(name)
+        environment = {"SAM3_WEIGHTS_PATH": weights}
+        service = SERVICE
+        if crowded:
+            picture = folder / "picture.jpg"
+            picture.write_bytes(pictures.jpegs[0])
+            # Copied, so that a checkout without the file can be measured too.
+            shutil.copy(Path(__file__).with_name("crowded_service.py"), folder)
+            service = "crowded_service:SegmentationService"
+            environment |= {
+                "PYTHONPATH": os.pathsep.join([name, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+                "BENCHMARK_PICTURE": str(picture),
+                "BENCHMARK_PROMPT": PROMPT,
+                "BENCHMARK_KEPT_MASKS": str(KEPT_MASKS),
+            }
+        with local_server(
+            folder / "data",
+            environment,
+            service=service,
+            root=root,
+            ready_timeout_s=options.ready_timeout_s,
+        ) as server:
+            storage = server.data_dir / "storage"
+            files, keys = pictures.write(LocalFolder(storage), storage)
+            sys.stdout.write(f"{version}: ready after {server.ready_s:.1f} s\n")
+            yield Target(version, server.url, server.headers, server.pid, files, keys)
+
+
+@contextmanager
+def trivial_server(pictures: Pictures) -> Iterator[Target]:
+    """The server that answers at once."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
+        [port] = stack.enter_context(reserved_ports(1))
+        files, keys = pictures.write(LocalFolder(folder), folder)
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            [sys.executable, "-m", "benchmarks.trivial_server", str(port)], cwd=ROOT
+        )
+        stack.callback(stop, process)
+        url = f"http://127.0.0.1:{port}"
+        httpx.Client(transport=httpx.HTTPTransport(retries=10)).get(url).raise_for_status()
+        yield Target("answers at once", url, {}, process.pid, files, keys, has_metrics=False)
+
+
+def version_of(root: Path) -> str:
+    """The commit of a checkout, marked if it has changes; outside git the version of this one."""
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    ended = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    return ended.stdout.strip() if ended.returncode == 0 else VERSION
+
+
+def main() -> None:
+    """Measure, print, and append to the CSV file if --record is given."""
+    options = _parse()
+    checkouts = {options.label or version_of(ROOT): ROOT}
+    if options.against:
+        checkouts[options.against_label or version_of(options.against)] = options.against.resolve()
+        if len(checkouts) == 1:
+            sys.exit("both checkouts have the same version: name them with --label and --against-label")
+    options.rounds = options.rounds or len(checkouts)
+    pictures = Pictures.draw()
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        weights = options.weights
+        if weights == "random":
+            from benchmarks.parity import random_transformers_folder  # noqa: PLC0415 - imports transformers
+
+            weights = str(random_transformers_folder(Path(folder)))
+        bench = Bench(options, pictures, _common(options, pictures))
+        for crowded in (False, True):
+            chosen = [name for name in options.scenarios if (name == "crowded") == crowded]
+            if chosen:
+                _measure(bench, chosen, checkouts, weights, crowded=crowded)
+    _print_ratios(bench, list(checkouts))
+
+
+def _measure(
+    bench: Bench, scenarios: list[str], checkouts: dict[str, Path], weights: str, *, crowded: bool
+) -> None:
+    """Start the servers, and run scenarios on them."""
+    with ExitStack() as servers:
+        targets = [
+            servers.enter_context(
+                backend(root, version, bench.pictures, bench.options, weights, crowded=crowded)
+            )
+            for version, root in (checkouts.items() if scenarios != ["client"] else ())
+        ]
+        for target in targets:
+            health = httpx.get(f"{target.url}/health", timeout=60).json()
+            bench.common["hardware"] = " + ".join(filter(None, [machine_name(), health.get("gpu_name")]))
+            bench.warm_up(target)
+        for scenario in scenarios:
+            getattr(bench, scenario.replace("-", "_"))(targets)
+
+
+def _common(options: argparse.Namespace, pictures: Pictures) -> dict[str, object]:
+    mean_kb = sum(map(len, pictures.jpegs)) / len(pictures.jpegs) / 1000
+    return {
+        "measured": datetime.now(UTC).date().isoformat(),
+        "hardware": machine_name(),
+        "python": platform.python_version(),
+        "torch": installed_version("torch"),
+        "weights": options.weights if options.weights in {"demo", "random"} else Path(options.weights).name,
+        "picture": f"{WIDTH_PX}x{HEIGHT_PX}, {mean_kb:.0f} KB",
+    }
+
+
+def _print_ratios(bench: Bench, versions: list[str]) -> None:
+    """Of two versions: throughput and latencies of the first by those of the second, in the closed loops."""
+    if len(versions) < 2:
+        return
+    loops = [
+        {_loop(row): row for row in bench.rows if row["version"] == version and row["clients"]}
+        for version in versions
+    ]
+    sys.stdout.write(f"{versions[0]} / {versions[1]}\n")
+    for loop in (each for each in loops[0] if each in loops[1]):
+        texts = [f"{part!s:<16}" for part in loop]
+        for name in ("throughput_per_s", "p50_ms", "p99_ms"):
+            ours, theirs = (rows[loop][name] for rows in loops)
+            texts.append(f"{name} {float(str(ours)) / float(str(theirs)):.2f}" if ours and theirs else "")
+        sys.stdout.write("  ".join(texts) + "\n")
+
+
+def _loop(row: dict[str, object]) -> tuple[object, ...]:
+    return row["scenario"], row["kind"], row["clients"]
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=3, help="server starts")
-    parser.add_argument("--rounds", type=int, default=40, help="per run")
-    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--seconds", type=float, default=4.0, help="measured time of each load")
+    parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="of the closed loops")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=list(RATE_SHARES), help="of the open loops"
+    )
+    parser.add_argument("--rounds", type=int, help="runs of each closed loop; default 1, with --against 2")
+    parser.add_argument("--against", type=Path, help="folder of another checkout, measured in turn with this")
+    parser.add_argument("--label", help="name of this version in the table; default: its commit")
+    parser.add_argument("--against-label", help="name of the other version")
+    parser.add_argument("--usd-per-hour", type=float, help="price of this machine, for the cost of 1,000")
+    parser.add_argument("--ready-timeout-s", type=float, default=300.0, help="longest start of a server")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        help=f"append each row to a CSV file, by default {RESULTS.name}",
+    )
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -69,6 +69,8 @@ def local_server(
     *,
     port: int | None = None,
     service: str = SERVICE,
+    root: Path = ROOT,
+    ready_timeout_s: float = READY_TIMEOUT_S,
 ) -> Iterator[LocalServer]:
     """Run the server until the end of the block: the demo checkpoint and embedded stores in `data_dir`.
 
@@ -77,9 +79,12 @@ def local_server(
         environment: additional settings; the caller's own settings and `.env` are ignored.
         port: of 127.0.0.1; None reserves one.
         service: module and name of the Bento's service.
+        root: folder of the checkout whose server runs.
+        ready_timeout_s: a first start on a GPU compiles kernels, which takes longer than the default allows
+            on a slow host.
 
     Raises:
-        ServerFailedError: the server did not become ready.
+        ServerFailedError: the server did not become ready in time.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     api_key = (environment or {}).get("API_SECRET_KEY", secrets.token_hex(16))
@@ -91,14 +96,14 @@ def local_server(
         started_s = time.monotonic()
         process = subprocess.Popen(  # noqa: S603 - our own command
             server_command(port, service),
-            cwd=ROOT,
+            cwd=root,
             env=clean_environment(data_dir, api_key) | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
         stack.callback(stop, process)
-        wait_until_ready(process, url, log_path)
+        wait_until_ready(process, url, log_path, ready_timeout_s)
         ready_s = time.monotonic() - started_s
         yield LocalServer(url, api_key, data_dir, log_path, process.pid, ready_s)
 
@@ -141,13 +146,15 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+def wait_until_ready(
+    process: subprocess.Popen[bytes], url: str, log_path: Path, timeout_s: float = READY_TIMEOUT_S
+) -> None:
     """Wait until GET {url}/readyz answers 200.
 
     Raises:
-        ServerFailedError: the process ended, or READY_TIMEOUT_S passed.
+        ServerFailedError: the process ended, or `timeout_s` passed.
     """
-    until_s = time.monotonic() + READY_TIMEOUT_S
+    until_s = time.monotonic() + timeout_s
     with httpx.Client(timeout=2.0) as client:
         while time.monotonic() < until_s:
             if process.poll() is not None:
@@ -158,7 +165,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path)
             except httpx.TransportError:
                 pass  # not listening yet
             time.sleep(POLL_S)
-    raise ServerFailedError(f"not ready after {READY_TIMEOUT_S:.0f} s:\n{_tail(log_path)}")
+    raise ServerFailedError(f"not ready after {timeout_s:.0f} s:\n{_tail(log_path)}")
 
 
 def _tail(path: Path) -> str:
