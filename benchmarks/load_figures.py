@@ -80,6 +80,28 @@ class ServerMetrics:
     batches: float = 0.0
     caches: Counter[tuple[str, str]] = field(default_factory=Counter)
 
+    @classmethod
+    def of(cls, text: str) -> ServerMetrics:
+        """Read them from the text of /metrics."""
+        stage_s, stage_count, batch = Counter[str](), Counter[str](), Counter[str]()
+        caches = Counter[tuple[str, str]]()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                match sample.name:
+                    case "sam3_stage_seconds_sum":
+                        stage_s[sample.labels["stage"]] += sample.value  # type: ignore[assignment]
+                    case "sam3_stage_seconds_count":
+                        stage_count[sample.labels["stage"]] += int(sample.value)
+                    case "sam3_batch_requests_sum" | "sam3_batch_requests_count":
+                        batch[sample.name] += int(sample.value)
+                    case name if name.startswith("sam3_") and name.endswith("_total"):
+                        if "cache" in sample.labels:
+                            caches[name.removesuffix("_total"), sample.labels["cache"]] += int(sample.value)
+                    case _:
+                        pass
+        requests, passes = batch["sam3_batch_requests_sum"], batch["sam3_batch_requests_count"]
+        return cls(stage_s, stage_count, requests, passes, caches)
+
     def __add__(self, other: ServerMetrics) -> ServerMetrics:
         return ServerMetrics(
             self.stage_s + other.stage_s,
@@ -114,26 +136,7 @@ class ServerMetrics:
 def read_metrics(url: str, headers: dict[str, str]) -> ServerMetrics:
     """Read the metrics of a server."""
     response = httpx.get(f"{url}/metrics", headers=headers, timeout=60).raise_for_status()
-    stage_s: Counter[str] = Counter()
-    stage_count: Counter[str] = Counter()
-    caches: Counter[tuple[str, str]] = Counter()
-    batch = Counter[str]()
-    for family in text_string_to_metric_families(response.text):
-        for sample in family.samples:
-            match sample.name:
-                case "sam3_stage_seconds_sum":
-                    stage_s[sample.labels["stage"]] += sample.value  # type: ignore[assignment]
-                case "sam3_stage_seconds_count":
-                    stage_count[sample.labels["stage"]] += int(sample.value)
-                case "sam3_batch_requests_sum" | "sam3_batch_requests_count":
-                    batch[sample.name] += int(sample.value)
-                case name if name.startswith("sam3_") and "cache" in sample.labels:
-                    caches[name.removesuffix("_total"), sample.labels["cache"]] += int(sample.value)
-                case _:
-                    pass
-    return ServerMetrics(
-        stage_s, stage_count, batch["sam3_batch_requests_sum"], batch["sam3_batch_requests_count"], caches
-    )
+    return ServerMetrics.of(response.text)
 
 
 def resident_mb(pid: int) -> float:
