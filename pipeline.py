@@ -331,16 +331,20 @@ class Pipeline:
     async def _segment(
         self, attempt: Attempt, image: DecodedImage, deadline_s: float
     ) -> tuple[list[UnionResult], float]:
+        is_read = False
         try:
             with stage("segment"):
-                return await self._runner.segment(
+                answer = await self._runner.segment(
                     image,
                     list(attempt.task.prompts),
                     deadline_s,
                     log_ids={"request_id": attempt.request_id, "task_id": attempt.task.task_id},
                 )
+            is_read = True
+            return answer
         finally:
-            image.close()
+            # After an error the runner may still read them.
+            image.close(is_read=is_read)
 
     async def _png(self, results: list[UnionResult]) -> bytes:
         """The PNG of the union of all instances of `results`."""

@@ -1,4 +1,7 @@
-"""BentoML's batch dispatcher: bound how long it waits for more requests, and measure by a monotonic clock."""
+"""BentoML's batch dispatcher: no waiting for more requests, several batches at once, a monotonic clock.
+
+The runner's own scheduler (sam3_runner/serving/scheduler.py) forms the batches that the model runs.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,41 @@ from types import SimpleNamespace
 from bentoml._internal.marshal import dispatcher
 from bentoml._internal.utils import alg
 
-MAX_BATCH_WAIT_S = 0.005
-"""Longest time that an idle runner waits for more requests: batches form while it is busy."""
 
-
-class BoundedOptimizer(dispatcher.Optimizer):
-    """BentoML's estimate of how long to wait for more requests, with an upper bound.
-
-    Without the bound, lone requests wait over a second for minutes after 64 clients called at once.
-    """
+class NoWait(dispatcher.Optimizer):
+    """BentoML's estimate of how long to wait for more requests: not at all."""
 
     wait: float  # type: ignore[assignment]
 
     def trigger_refresh(self) -> None:
-        """Learn from the last batches, then bound the result."""
+        """Learn from the last batches, and wait for nothing all the same."""
         super().trigger_refresh()  # type: ignore[no-untyped-call]
-        self.wait = min(self.wait, MAX_BATCH_WAIT_S)
+        self.wait = 0.0
+
+
+class NoLimit(dispatcher.NonBlockSema):
+    """BentoML's limit of the batches that are in progress at once: none."""
+
+    def acquire(self) -> bool:
+        """Begin a batch."""
+        return True
+
+    def is_locked(self) -> bool:
+        """Never."""
+        return False
+
+
+async def _skip_training(*_: object) -> None:
+    """In BentoML's training the first dozen of requests wait for others."""
 
 
 def patch() -> None:
-    """Make BentoML's dispatchers use `BoundedOptimizer` and a monotonic clock.
+    """Make BentoML's dispatchers hand on requests at once, and measure by a monotonic clock.
 
     By the wall clock, requests that wait in the queue count as late, and fail, when it is set forward.
     """
-    dispatcher.Optimizer = BoundedOptimizer  # type: ignore[misc]
+    dispatcher.Optimizer = NoWait  # type: ignore[misc]
+    dispatcher.NonBlockSema = NoLimit  # type: ignore[misc]
+    dispatcher.CorkDispatcher.train_optimizer = _skip_training  # type: ignore[method-assign, assignment]
     clock = SimpleNamespace(time=time.monotonic)
     dispatcher.time = alg.time = clock  # type: ignore[attr-defined, assignment]

@@ -17,11 +17,19 @@ MAX_STORED_PX = 2**23
 
 
 @dataclass(frozen=True, slots=True)
+class SentPixels:
+    """Where another process finds pixels, and their (rows, columns, channels)."""
+
+    file: PixelFile
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class DecodedImage:
     """The pixels of an image, and the size of the masks in the result.
 
     Attributes:
-        pixels: (rows, columns, 1 or 3) uint8 sRGB, in this process, or where another process holds them.
+        pixels: (rows, columns, 1 or 3) uint8 sRGB, in this process, or in a file that processes share.
             Either the model's square (side, side, 3), or the image as stored, which is resized to the square
             on the model's device. None: only `key` is known, for a runner that may still hold the features.
         width, height: px of the image as a viewer shows it (EXIF orientation applied).
@@ -29,7 +37,7 @@ class DecodedImage:
         key: equal keys mean equal files; None where that is not known.
     """
 
-    pixels: npt.NDArray[np.uint8] | HeldPixels | PixelFile | None
+    pixels: npt.NDArray[np.uint8] | HeldPixels | SentPixels | None
     width: int
     height: int
     orientation: int = 1
@@ -38,21 +46,15 @@ class DecodedImage:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(rows, columns, channels) of `pixels`."""
-        match self.pixels:
-            case HeldPixels():
-                return self.pixels.file.shape
-            case None:
-                raise ValueError("the image has no pixels")
-            case _:
-                rows, columns, channels = self.pixels.shape
-                return rows, columns, channels
+        if self.pixels is None:
+            raise ValueError("the image has no pixels")
+        rows, columns, channels = self.pixels.shape
+        return rows, columns, channels
 
     def read_into(self, pixels: npt.NDArray[np.uint8]) -> None:
         """Copy the pixels to `pixels`, of the same shape. Raises OSError: their process is gone."""
-        if isinstance(self.pixels, HeldPixels):
+        if isinstance(self.pixels, HeldPixels | SentPixels):
             self.pixels.file.read_into(pixels)
-        elif isinstance(self.pixels, PixelFile):
-            self.pixels.read_into(pixels)
         elif self.pixels is not None:
             pixels[...] = self.pixels
 
@@ -64,12 +66,14 @@ class DecodedImage:
 
     def sendable(self) -> DecodedImage:
         """The same image for another process: with the place of its pixels, where these are shared."""
-        return replace(self, pixels=self.pixels.file) if isinstance(self.pixels, HeldPixels) else self
+        if not isinstance(self.pixels, HeldPixels):
+            return self
+        return replace(self, pixels=SentPixels(self.pixels.file, self.pixels.shape))
 
-    def close(self) -> None:
-        """Let go of pixels that this process shares."""
+    def close(self, *, is_read: bool) -> None:
+        """Let go of pixels that this process shares; see `HeldPixels.close`."""
         if isinstance(self.pixels, HeldPixels):
-            self.pixels.close()
+            self.pixels.close(is_read=is_read)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A decoder process: `python -m sam3_runner.images.decoder SIDE_PX`, started by decoders.py.
 
-It reads image files from standard input and answers on standard output, until the input ends. The pixels lie
-in shared memory until the API worker holds them too. It has no secret and no connection. The kernel ends it
+It reads image files from standard input and answers on standard output, until the input ends. It writes the
+pixels to memory that it shares with the API worker. It has no secret and no connection. The kernel ends it
 when an image takes more time or memory than any valid one.
 """
 
@@ -18,14 +18,13 @@ from PIL import Image
 
 from sam3_runner.errors import UnsupportedImage
 from sam3_runner.images.decode import decode_image
-from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES, TAKEN
-from sam3_runner.images.pixel_file import SHARES_MEMORY, hold_pixels
+from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sam3_runner.images.decoded import LocalImage
     from sam3_runner.images.image_file import ImageFile
+    from sam3_runner.images.pixel_file import PixelFile
 
 PIPE_BYTES = 2**20
 """The largest pipe that Linux grants to an unprivileged process."""
@@ -52,7 +51,7 @@ def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool
     message = _receive(input_stream)
     if message is None:
         return False
-    file, max_stored_px = message
+    file, max_stored_px, shared = message
     try:
         with _limited_time():
             image = decode_image(file, side_px, max_stored_px)
@@ -61,30 +60,28 @@ def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool
     except MemoryError:
         _send_head(output, refusal="the image takes too much memory to decode")
     else:
-        return _hand_over(image, input_stream, output)
+        if shared is not None:
+            shared.write(image.pixels)
+        _send_head(
+            output,
+            width=image.width,
+            height=image.height,
+            orientation=image.orientation,
+            shape=image.shape,
+        )
+        if shared is None:
+            _send(output, image.pixels.data)
     return True
 
 
-def _hand_over(image: LocalImage, input_stream: BinaryIO, output: BinaryIO) -> bool:
-    """Send the image; False if the API worker ends before it holds the pixels."""
-    facts = {"width": image.width, "height": image.height, "orientation": image.orientation}
-    if not SHARES_MEMORY:
-        _send_head(output, **facts, shape=image.shape)
-        _send(output, image.pixels.data)
-        return True
-    held = hold_pixels(image.pixels)
-    _send_head(output, **facts, shape=image.shape, descriptor=held.file.descriptor, name=held.file.name)
-    taken = input_stream.read(len(TAKEN)) == TAKEN
-    held.close()
-    return taken
-
-
-def _receive(stream: BinaryIO) -> tuple[ImageFile, int] | None:
-    """The next file, and the most px of an image that stays as stored; None at the end of the input."""
+def _receive(stream: BinaryIO) -> tuple[ImageFile, int, PixelFile | None] | None:
+    """The next file, and what to do with it; None at the end of the input."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
-    message: tuple[ImageFile, int] = pickle.loads(stream.read(*LENGTH.unpack(head)))  # noqa: S301 - from our own API worker
+    message: tuple[ImageFile, int, PixelFile | None] = pickle.loads(  # noqa: S301 - from our own API worker
+        stream.read(*LENGTH.unpack(head))
+    )
     return message
 
 

@@ -22,18 +22,16 @@ import numpy as np
 
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
 from sam3_runner.images.decoded import DecodedImage
-from sam3_runner.images.image_file import LENGTH, TAKEN
-from sam3_runner.images.pixel_file import PixelFile
+from sam3_runner.images.image_file import LENGTH
+from sam3_runner.images.pixel_file import SHARES_MEMORY, HeldPixels, PixelFiles
 from sam3_runner.metrics import DECODER_KILLS
 from sam3_runner.serving.cpu_share import cpu_share
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
 
-    import numpy.typing as npt
-
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.images.pixel_file import HeldPixels
+    from sam3_runner.images.pixel_file import PixelFile
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +64,7 @@ class ImageDecoders:
         self._side_px = side_px
         self._slots = asyncio.Semaphore(count)
         self._idle: list[Process] = []
+        self._files = PixelFiles()
 
     async def start(self) -> None:
         """Start the first process, so that no image waits for it; the others start on demand."""
@@ -108,8 +107,9 @@ class ImageDecoders:
         # A heavy image has its own process: memory of earlier images does not add to its own, and all of it
         # is returned to the host.
         process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
+        held = self._files.take() if SHARES_MEMORY else None
         try:
-            head, pixels = await _exchange(process, file, max_stored_px)
+            head, pixels = await _exchange(process, file, max_stored_px, held.file if held else None)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             code = await process.wait()
             if code < 0:
@@ -122,9 +122,20 @@ class ImageDecoders:
             await _end(process)
         else:
             self._idle.append(process)
-        if pixels is None:
+        if "refusal" in head:
+            if held is not None:
+                self._files.give_back(held)
             raise UnsupportedImage(head["refusal"])
-        return DecodedImage(pixels, head["width"], head["height"], head["orientation"])
+        rows, columns, channels = head["shape"]
+        shape = rows, columns, channels
+        return DecodedImage(
+            np.frombuffer(pixels, np.uint8).reshape(shape)
+            if held is None
+            else HeldPixels(held, self._files, shape),
+            head["width"],
+            head["height"],
+            head["orientation"],
+        )
 
     def _idle_process(self) -> Process | None:
         """An idle process that is still alive."""
@@ -157,24 +168,13 @@ class _DecoderKilled(Exception):
 
 
 async def _exchange(
-    process: Process, file: ImageFile, max_stored_px: int
-) -> tuple[dict[str, Any], HeldPixels | npt.NDArray[np.uint8] | None]:
-    """The process' answer for a file, and the pixels unless it refuses the file."""
-    packed = pickle.dumps((file, max_stored_px))
+    process: Process, file: ImageFile, max_stored_px: int, shared: PixelFile | None
+) -> tuple[dict[str, Any], bytes]:
+    """The process' answer for a file, and the pixels unless it refuses the file or they are shared."""
+    packed = pickle.dumps((file, max_stored_px, shared))
     await _send(process, LENGTH.pack(len(packed)), packed)
     head: dict[str, Any] = json.loads(await _receive(process))
-    if "refusal" in head:
-        return head, None
-    if "descriptor" not in head:
-        return head, np.frombuffer(await _receive(process), np.uint8).reshape(head["shape"])
-    try:
-        held = PixelFile(process.pid, head["descriptor"], head["name"], tuple(head["shape"])).hold()
-    except PermissionError as error:
-        raise DecoderFailed("the pixels of a decoder process cannot be read by way of /proc") from error
-    except OSError as error:  # the process has just died
-        raise ConnectionResetError from error
-    await _send(process, TAKEN)
-    return head, held
+    return head, b"" if shared is not None or "refusal" in head else await _receive(process)
 
 
 async def _send(process: Process, *parts: bytes) -> None:

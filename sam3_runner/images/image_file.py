@@ -24,9 +24,6 @@ MAX_DECODE_BYTES = 405_000_000
 LENGTH = struct.Struct(">Q")
 """Prefix of each message between an API worker and a decoder: how many bytes follow."""
 
-TAKEN = b"\1"
-"""What an API worker answers once it holds the pixels: the decoder then lets go of them."""
-
 HEAVY_PX = 24_000_000
 """Limit of `is_heavy`: a photo of 20 megapixels, a progressive one of 8. Half a second of one core."""
 

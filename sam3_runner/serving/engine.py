@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ from sam3_runner.errors import (
     RunnerStopped,
     SAM3Error,
 )
+from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.inference.device_errors import is_out_of_memory, out_of_memory_as, release_memory
 from sam3_runner.inference.fitting_size import REDUCED_TIME_S, FittingSize
 from sam3_runner.metrics import (
@@ -41,8 +42,8 @@ from sam3_runner.weights.checkpoint import find_checkpoint, is_missing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.inference.precision import DTypeSetting, Precision
+    from sam3_runner.inference.staging import StagedImage
     from sam3_runner.instances import UnionResult
     from sam3_runner.predictor import SAM3Predictor
     from sam3_runner.weights.checkpoint import HubSource
@@ -95,7 +96,7 @@ class SegmentRequest:
         trace_parent: context of its trace; empty where there is no trace.
     """
 
-    image: DecodedImage
+    image: DecodedImage | StagedImage
     prompts: list[str]
     deadline_s: float
     sent_s: float = field(default_factory=time.monotonic)
@@ -201,6 +202,24 @@ class Engine:
                 raise
             return EngineStatus(state="error", detail=self._error)
         return EngineStatus(state="ok", **self._model_facts, **vram)
+
+    def stage(self, request: SegmentRequest) -> SegmentRequest | SegmentOutcome:
+        """Bring a request's image to the device. Runs in any thread, beside a batch. Never raises.
+
+        Returns the request for `segment`, or its outcome if it cannot be run.
+        """
+        predictor = self._predictor
+        if predictor is None or self._error is not None or not isinstance(request.image, DecodedImage):
+            return request  # `segment` answers it
+        try:
+            return replace(request, image=predictor.stage(request.image))
+        except OSError as error:
+            logger.warning("the pixels of a request cannot be read: %s", error, extra=request.log_ids)
+            return SegmentOutcome(error=InferenceFailed("the pixels of the image cannot be read"))
+        except Exception as error:  # noqa: BLE001 - as in a pass: it is logged, or is the outcome
+            if self._is_device_lost(predictor, error):
+                return SegmentOutcome(error=RunnerStopped(DEVICE_LOST))
+            return _failed(request, error, predictor)
 
     def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
         """One outcome per request, in their order. Never raises."""

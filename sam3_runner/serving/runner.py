@@ -1,13 +1,15 @@
-"""Sam3Runner: the engine as a BentoML service, which gathers the requests of all API workers into batches."""
+"""Sam3Runner: the engine as a BentoML service, which runs the requests of all API workers in batches."""
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from typing import TYPE_CHECKING, Any
 
 import bentoml
 
 from sam3_runner.serving.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
+from sam3_runner.serving.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +54,7 @@ def runner_service(
         def __init__(self) -> None:
             on_start()
             self._engine = Engine(config)
+            self._scheduler = Scheduler(self._engine, config.max_batch)
             self._engine.start(on_failure, on_device_lost)
 
         def __is_ready__(self) -> bool:
@@ -61,9 +64,10 @@ def runner_service(
         # max_latency_ms: ten times the timeout, so that BentoML never drops a request that waits. Our own
         # deadlines do, with an outcome; BentoML's way would be an exception.
         @bentoml.api(batchable=True, max_batch_size=config.max_batch, max_latency_ms=int(timeout_s * 10_000))
-        def segment(self, packed: list[bytes]) -> list[bytes]:
+        async def segment(self, packed: list[bytes]) -> list[bytes]:
             requests: list[SegmentRequest] = [pickle.loads(each) for each in packed]  # noqa: S301 - our own
-            return [pickle.dumps(outcome) for outcome in self._engine.segment(requests)]
+            outcomes = [asyncio.wrap_future(self._scheduler.submit(request)) for request in requests]
+            return [pickle.dumps(outcome) for outcome in await asyncio.gather(*outcomes)]
 
         # async: answers from the event loop while a batch holds the worker thread.
         @bentoml.api
