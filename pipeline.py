@@ -311,7 +311,7 @@ class Pipeline:
         if len(found) > 1:
             masks[UNION] = found
         with stage("encode_masks"):
-            pngs = await asyncio.gather(*map(self._png, masks.values()))
+            pngs = await self._pngs(list(masks.values()))
         keys = [
             mask_key(task.user_id, task.task_id, name, png, attempt_id=attempt.attempt_id)
             for name, png in zip(masks, pngs, strict=True)
@@ -345,6 +345,13 @@ class Pipeline:
         finally:
             # After an error the runner may still read them.
             image.close(is_read=is_read)
+
+    async def _pngs(self, masks: list[list[UnionResult]]) -> list[bytes]:
+        """The PNG of each mask; equal ones are encoded once: empty ones, and the union of a single one."""
+        parts = [tuple(id(result) for result in mask if result.instances) for mask in masks]
+        different = dict(zip(parts, masks, strict=True))
+        pngs = dict(zip(different, await asyncio.gather(*map(self._png, different.values())), strict=True))
+        return [pngs[part] for part in parts]
 
     async def _png(self, results: list[UnionResult]) -> bytes:
         """The PNG of the union of all instances of `results`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -177,11 +178,13 @@ class LoadedModel:
             if held[image.key] is None:
                 misses.setdefault(image.key or id(image), image)
         encoded: dict[object, ImageRow] = {}
-        if misses:
-            batch = self._passes.encode_images(torch.stack([_square(image) for image in misses.values()]))
-            encoded = {
+        remaining = iter(misses.items())
+        for part in self._passes.image_parts(len(misses)) if misses else ():
+            new = list(itertools.islice(remaining, part))
+            batch = self._passes.encode_images(torch.stack([_square(image) for _, image in new]))
+            encoded |= {
                 key: self.features.keep(image.key, ImageRow(batch, row))
-                for row, (key, image) in enumerate(misses.items())
+                for row, (key, image) in enumerate(new)
             }
         count_features(hits=len(images) - len(misses), misses=len(misses))
         return [held[image.key] or encoded[image.key or id(image)] for image in images]
@@ -199,7 +202,8 @@ class LoadedModel:
         results: list[PairResult] = []
         most = limit = self._pairs_at_once.current
         while len(results) < len(pairs):
-            chunk = pairs[len(results) : len(results) + most]
+            size = self._passes.pairs_at_once(min(most, len(pairs) - len(results)))
+            chunk = pairs[len(results) : len(results) + size]
             try:
                 with clock.stage("decode_prompts"):
                     decoded = self._decode(texts, chunk)

@@ -103,6 +103,16 @@ class Passes:
         self.max_images, self.max_texts = self._encode_images.max_rows, self._encode_texts.max_rows
         self.max_pairs, self.max_mask_pairs = self._decode.max_rows, self._pixel_features.max_rows
 
+    def image_parts(self, images: int) -> list[int]:
+        """Numbers of images to encode at once, for so many in all; see `GraphedFunction.parts`."""
+        parts: list[int] = self._encode_images.parts(images)
+        return parts
+
+    def pairs_at_once(self, pairs: int) -> int:
+        """How many of so many pairs to decode next."""
+        parts: list[int] = self._decode.parts(pairs)
+        return parts[0]
+
     def run_all(self) -> None:
         """Run each step for a black picture, with one pair and with as many as need other kernels."""
         self.pixel_features(*self._example_mask_input())
@@ -152,6 +162,10 @@ class EagerFunction:
     ) -> None:
         self._function, self._device = function, device
         self.max_rows = max(sizes)
+
+    def parts(self, rows: int) -> list[int]:
+        """As `GraphedFunction.parts`: all at once."""
+        return [min(rows, self.max_rows)]
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The function of inputs of any number of rows, which may be on the host."""

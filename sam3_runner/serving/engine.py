@@ -5,6 +5,7 @@ Does not import BentoML. Only the loading thread imports torch.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import threading
@@ -364,6 +365,9 @@ class Engine:
             self._warm_up(predictor)
             self._model_facts["dtype"] = predictor.dtype
             self._model_facts["weights_sha256"] = digest.result()
+        # What lives as long as the process is left out of later collections, which would stop a pass.
+        gc.collect()
+        gc.freeze()
         logger.info(
             "checkpoint %s (%s layout, sha256 %s) is ready on %s in %s after %.1f s%s",
             checkpoint.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import sys
 from typing import TYPE_CHECKING, Any
 
 import bentoml
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 NEVER = 1_000_000_000
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the others from running Python. By default it is 5 ms: so long the model's thread
+would wait, again and again, for the one that receives requests."""
 
 
 def runner_service(
@@ -53,6 +57,7 @@ def runner_service(
     class Sam3Runner:
         def __init__(self) -> None:
             on_start()
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             self._engine = Engine(config)
             self._scheduler = Scheduler(self._engine, config.max_batch)
             self._engine.start(on_failure, on_device_lost)
