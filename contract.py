@@ -7,7 +7,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 import results
 import sam3_runner
@@ -20,14 +21,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 RETRY_AFTER_S = 2
-"""For callers of a full or loading server."""
+"""For callers of a server that is loading, or whose connections are all in use."""
 INTERNAL_MESSAGE = "something went wrong on our side"
 MAX_SHOWN_NAME = 60
 """Characters of an unknown field's name that the error message repeats."""
 
 
 class OverloadedError(Exception):
-    """More requests are in flight than this worker takes."""
+    """This worker has too much to do for one more request; nothing was changed.
+
+    Args:
+        message: for the caller.
+        retry_after_s: when it may be sent again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = RETRY_AFTER_S) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class TaskMismatchError(Exception):
@@ -124,6 +134,31 @@ class _Request(BaseModel):
     def texts(self) -> list[str]:
         """The prompts."""
         return list(self.texts_by_field.values())
+
+
+MAX_DEADLINE_MS = 600_000
+"""Of the longest REQUEST_TIMEOUT_S."""
+
+
+def _digits(value: object) -> object:
+    """Python's int() would read "+5", "5_000" and " 5" too."""
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise ValueError(f"must be a whole number from 1 to {MAX_DEADLINE_MS}")
+    return value
+
+
+DeadlineMs = Annotated[
+    int | SkipJsonSchema[None],
+    BeforeValidator(_digits),
+    Field(
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="how long the caller waits, in ms. A request that cannot be done in this time is refused "
+        "with 429 before it begins; one whose turn does not come in this time ends. Default: "
+        "DEFAULT_DEADLINE_S (25 s). More than REQUEST_TIMEOUT_S (60 s) counts as that",
+        examples=[20_000],
+    ),
+]
 
 
 class PredictRequest(_Request):
@@ -381,7 +416,7 @@ def framework_failure(status: int, allow: str | None) -> Failure:
 
 
 def _retry_after_s(error: Exception, code: str) -> float | None:
-    if isinstance(error, results.TaskInProgress):
+    if isinstance(error, results.TaskInProgress | OverloadedError):
         return error.retry_after_s
     return RETRY_AFTER_S if code in RETRIED_CODES else None
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from admission import Admission, FairGate, Place, cost_of, slots_per_worker
 from contract import (
     BatchResponse,
     Failure,
@@ -27,9 +28,9 @@ from contract import (
     TaskMismatchError,
 )
 from observability.log_lines import log_ids
-from observability.metrics import TASKS, TASKS_IN_FLIGHT
+from observability.metrics import OVERLOAD_REFUSALS, TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
-from sam3_runner import FeaturesNotHeld, ModelNotLoaded, RunnerStopped
+from sam3_runner import DeadlineExceeded, FeaturesNotHeld, ModelNotLoaded, RunnerStopped
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.mask_png import encode_png
@@ -54,9 +55,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S = 8.0
 """At a stop, the time to settle rows that are not settled yet: most hosts kill after ten seconds."""
-
-IMAGE_SLOTS = 8
-"""Files of images that a worker holds at once, `MAX_IMAGE_BYTES` each."""
 
 LARGE_MASK_PX = 2**24
 """Larger masks are encoded one at a time in a worker: each needs two bytes a pixel."""
@@ -95,6 +93,7 @@ class Pipeline:
         runner: the model.
         decoders: decode the images; the pipeline starts and closes them.
         model_version: written to the row.
+        runners: processes of the model, which all API workers share.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class Pipeline:
         runner: Runner,
         decoders: Decoders,
         model_version: str,
+        runners: int = 1,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
@@ -115,8 +115,10 @@ class Pipeline:
         self._runner = runner
         self._decoders = decoders
         self._model_version = model_version
-        self._image_slots = asyncio.Semaphore(IMAGE_SLOTS)
-        self._heavy_turn = asyncio.Lock()
+        slots = slots_per_worker(settings.sam3_max_batch, settings.api_workers, runners)
+        # A slot bounds the files that this worker holds too, `MAX_IMAGE_BYTES` each.
+        self._admission = Admission(slots, settings.max_in_flight)
+        self._heavy_turn = FairGate(1)
         self._large_mask = asyncio.Lock()
         self._running: set[asyncio.Task[BatchResponse]] = set()
 
@@ -124,11 +126,20 @@ class Pipeline:
         """Start the decoders, which the first task would wait for."""
         await self._decoders.start()
 
-    async def run(self, request: PredictRequest | BatchRequest, request_id: str) -> BatchResponse:
+    async def run(
+        self, request: PredictRequest | BatchRequest, request_id: str, deadline_ms: int | None = None
+    ) -> BatchResponse:
         """Do the task, or return its stored result when it is done already.
 
-        Raises `Failure`, and nothing else.
+        Args:
+            request: is valid by itself.
+            request_id: for the log.
+            deadline_ms: how long the caller waits; None: `default_deadline_s`.
+
+        Raises:
+            Failure: and nothing else.
         """
+        deadline_s = time.monotonic() + self._longest_wait_s(deadline_ms)
         task = Task(
             task_id=str(request.task_id),
             user_id=request.user_id,
@@ -137,18 +148,23 @@ class Pipeline:
         )
         try:
             self._check_tokens(request)
-            await self._check_capacity()
+            place = Place(task.user_id, deadline_s, cost=cost_of(len(task.prompts)))
+            await self._check_capacity(place)
         except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
         # Shielded: a caller that hangs up ends its request, not the task.
         with log_ids(request_id=request_id, task_id=task.task_id):
-            work = self._start(self._begin(task, request_id))
+            work = self._start(self._begin(task, request_id, place), place)
         return await asyncio.shield(work)
 
     async def run_again(self, attempt: Attempt) -> BatchResponse:
         """Begin an attempt again that was kept. Raises `Failure`, and nothing else."""
         with log_ids(request_id=attempt.request_id, task_id=attempt.task.task_id):
-            work = self._start(self._attempt(attempt))
+            # It has waited: before the new ones of its user, and without their deadline.
+            deadline_s = time.monotonic() + self._settings.request_timeout_s
+            cost = cost_of(len(attempt.task.prompts))
+            place = Place(attempt.task.user_id, deadline_s, cost=cost, order_s=0.0)
+            work = self._start(self._attempt(attempt, place), place)
         return await asyncio.shield(work)
 
     async def close(self) -> None:
@@ -165,17 +181,26 @@ class Pipeline:
         for name, text in request.texts_by_field.items():
             self._tokenizer.check_length(text, name=f"{name}:")
 
-    async def _check_capacity(self) -> None:
+    def _longest_wait_s(self, deadline_ms: int | None) -> float:
+        wait_s = self._settings.default_deadline_s if deadline_ms is None else deadline_ms / 1000
+        return min(wait_s, self._settings.request_timeout_s)
+
+    async def _check_capacity(self, place: Place) -> None:
         """Refuse before anything is claimed, so that the row stays as it is for the next attempt."""
         status = await self._runner.status()
         if status.state != "ok":
             raise ModelNotLoaded(status.detail or "the model is loading")
         # Last: with an await between this check and the start of the work, a burst would pass the check.
-        if len(self._running) >= self._settings.max_in_flight:
-            raise OverloadedError(f"{len(self._running)} requests are in flight; try again later")
+        refusal = self._admission.check(place)
+        if refusal is not None:
+            OVERLOAD_REFUSALS.labels(refusal.reason).inc()
+            raise OverloadedError(refusal.message, refusal.retry_after_s)
 
-    def _start(self, work: Coroutine[None, None, BatchResponse]) -> asyncio.Task[BatchResponse]:
+    def _start(self, work: Coroutine[None, None, BatchResponse], place: Place) -> asyncio.Task[BatchResponse]:
+        self._admission.begin(place)
         running = asyncio.create_task(work)
+        # However it ends, also before its first step.
+        running.add_done_callback(lambda _: self._admission.end(place))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         TASKS_IN_FLIGHT.inc()
@@ -183,33 +208,33 @@ class Pipeline:
         running.add_done_callback(_consume_exception)
         return running
 
-    async def _begin(self, task: Task, request_id: str) -> BatchResponse:
+    async def _begin(self, task: Task, request_id: str, place: Place) -> BatchResponse:
         """Do the task of a request. Raises `Failure`."""
         try:
-            await self._refuse_given_up(task)
+            await self._refuse_given_up(task, place)
             attempt = await self._outbox.record(task, request_id)
         except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
-        return await self._attempt(attempt)
+        return await self._attempt(attempt, place)
 
-    async def _refuse_given_up(self, task: Task) -> None:
+    async def _refuse_given_up(self, task: Task, place: Place) -> None:
         """Raise TaskGivenUpError for a task that was given up and whose image is unchanged."""
         known = await self._outbox.find_given_up(task)
         if known is None:
             return
-        async with self._image_slots:
-            image = await self._download(task)
+        await self._wait(place)
+        image = await self._download(task)
         if known.image_sha256 in {None, _sha256(image)}:
             await self._outbox.refuse(task, known.error_message)
             raise TaskGivenUpError(known.error_message)
         await self._outbox.remove_given_up(task.task_id)
 
-    async def _attempt(self, attempt: Attempt) -> BatchResponse:
+    async def _attempt(self, attempt: Attempt, place: Place) -> BatchResponse:
         """One attempt at a task that is in the file of attempts. Raises `Failure`."""
         claimed, begun = asyncio.Event(), asyncio.Event()
         # At the same time: the claim and the image are round trips to different hosts.
         claiming = asyncio.create_task(self._claim(attempt, begun))
-        reading = asyncio.create_task(self._read_image(attempt, claimed, begun))
+        reading = asyncio.create_task(self._read_image(attempt, place, claimed, begun))
         for each in (claiming, reading):
             each.add_done_callback(_consume_exception)
         try:
@@ -219,7 +244,7 @@ class Pipeline:
                 TASKS.labels("replayed", "").inc()
                 return response
             claimed.set()
-            return await self._settle(attempt, reading, begun)
+            return await self._settle(attempt, place, reading, begun)
         except Exception as error:  # _failure turns every error into a Failure
             raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
@@ -237,12 +262,12 @@ class Pipeline:
             raise await self._end_without_result(attempt, error, begun) from error
 
     async def _settle(
-        self, attempt: Attempt, reading: asyncio.Task[_ReadImage], begun: asyncio.Event
+        self, attempt: Attempt, place: Place, reading: asyncio.Task[_ReadImage], begun: asyncio.Event
     ) -> BatchResponse:
         """Do the work and end the claimed row; the only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                result = await self._work(attempt, reading)
+                result = await self._work(attempt, place, reading)
             with stage("settle"):
                 await self._outbox.update_result(
                     attempt,
@@ -297,16 +322,17 @@ class Pipeline:
                 return None
         return back if kept else None
 
-    async def _work(self, attempt: Attempt, reading: asyncio.Task[_ReadImage]) -> _Result:
+    async def _work(self, attempt: Attempt, place: Place, reading: asyncio.Task[_ReadImage]) -> _Result:
         task = attempt.task
         deadline_s = time.monotonic() + self._settings.request_timeout_s
-        read = await reading
         try:
-            found, inference_ms = await self._segment(attempt, read.image, deadline_s)
-        except FeaturesNotHeld:
-            assert read.file is not None
-            image = await self._pixels(read.file, read.image.key)
-            found, inference_ms = await self._segment(attempt, image, deadline_s)
+            read = await reading
+            found, inference_ms = await self._find(attempt, read, min(deadline_s, place.deadline_s))
+        except DeadlineExceeded:
+            place.leave(worked=False)
+            raise
+        finally:
+            place.leave()
         masks = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
             masks[UNION] = found
@@ -327,6 +353,15 @@ class Pipeline:
         response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
         # The last mask is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
+
+    async def _find(
+        self, attempt: Attempt, read: _ReadImage, deadline_s: float
+    ) -> tuple[list[UnionResult], float]:
+        try:
+            return await self._segment(attempt, read.image, deadline_s)
+        except FeaturesNotHeld:
+            assert read.file is not None
+            return await self._segment(attempt, await self._pixels(read.file, read.image.key), deadline_s)
 
     async def _segment(
         self, attempt: Attempt, image: DecodedImage, deadline_s: float
@@ -359,20 +394,30 @@ class Pipeline:
         async with self._large_mask if is_large else contextlib.nullcontext():
             return await asyncio.to_thread(lambda: encode_png(packed_union(results), results[0].image_width))
 
-    async def _read_image(self, attempt: Attempt, claimed: asyncio.Event, begun: asyncio.Event) -> _ReadImage:
-        async with self._image_slots:
+    async def _read_image(
+        self, attempt: Attempt, place: Place, claimed: asyncio.Event, begun: asyncio.Event
+    ) -> _ReadImage:
+        # What has begun its work never waits for a slot: a suspect waits for it, and others, which hold
+        # slots, for the suspect.
+        await self._wait(place)
+        with place.paused():
             file, sha256 = await self._fetch(attempt.task)
             # After the claim: a repeat of a task that is done or running decodes nothing, and a death while
             # the database does not answer is not counted against a suspect.
             await claimed.wait()
-            if not file.is_heavy:
-                return await self._decode(attempt, file, sha256, begun)
-            if not self._heavy_turn.locked():
-                async with self._heavy_turn:
-                    return await self._decode(attempt, file, sha256, begun)
-        # Heavy images wait without a slot, so that others can use it, and are fetched again.
-        async with self._heavy_turn:
-            return await self._decode(attempt, *await self._fetch(attempt.task), begun)
+        if file.is_heavy:
+            place.join(self._heavy_turn)
+            if not place.has_slot:
+                # Heavy images wait without a slot, so that others can use it, and are fetched again.
+                del file
+                await self._wait(place)
+                with place.paused():
+                    file, sha256 = await self._fetch(attempt.task)
+        return await self._decode(attempt, place, file, sha256, begun)
+
+    async def _wait(self, place: Place) -> None:
+        with stage("wait"):
+            await place.wait()
 
     async def _fetch(self, task: Task) -> tuple[ImageFile, str]:
         """The image's file, its header parsed, and its checksum."""
@@ -381,11 +426,13 @@ class Pipeline:
         return await asyncio.to_thread(lambda: (read_image_file(data, max_pixels=max_pixels), _sha256(data)))
 
     async def _decode(
-        self, attempt: Attempt, file: ImageFile, sha256: str, begun: asyncio.Event
+        self, attempt: Attempt, place: Place, file: ImageFile, sha256: str, begun: asyncio.Event
     ) -> _ReadImage:
         # From here to the masks, an image may kill a process.
         noted_sha256 = sha256 if attempt.suspect else None
-        if not await self._outbox.begin_work(attempt, noted_sha256, is_long=file.is_heavy):
+        async with asyncio.timeout(place.deadline_s - time.monotonic()):
+            may_begin = await self._outbox.begin_work(attempt, noted_sha256, is_long=file.is_heavy)
+        if not may_begin:
             raise ModelNotLoaded("the server is being stopped")
         begun.set()
         if self._runner.may_hold(sha256):

@@ -179,12 +179,18 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
     )
     api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
     max_in_flight: int = Field(
-        256, ge=1, description="requests that an API worker works on at once; others get 429"
+        768, ge=1, description="requests that an API worker holds at once; others get 429"
     )
     max_connections: int = Field(
         1024, ge=16, description="an API worker holds at once; more close those that wait longest"
     )
     request_timeout_s: float = Field(60.0, gt=0, le=600, description="from claim to answer")
+    default_deadline_s: float = Field(
+        25.0,
+        gt=0,
+        le=600,
+        description="of requests without X-Deadline-Ms; more than REQUEST_TIMEOUT_S counts as that",
+    )
     outage_limit_s: float = Field(
         900.0,
         ge=0,

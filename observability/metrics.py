@@ -14,6 +14,19 @@ TASKS = Counter(
     ["outcome", "code"],
 )
 TASKS_IN_FLIGHT = Gauge("sam3_tasks_in_flight", "Tasks in progress", multiprocess_mode="livesum")
+TASKS_QUEUED = Gauge("sam3_tasks_queued", "Tasks that wait for a slot", multiprocess_mode="livesum")
+QUEUE_SECONDS = Gauge(
+    "sam3_queue_seconds",
+    "Expected time until the tasks that wait or are in progress have the model's answer, of the slowest API "
+    "worker; 0 until a rate is measured",
+    multiprocess_mode="livemax",
+)
+OVERLOAD_REFUSALS = Counter(
+    "sam3_overload_refusals",
+    "Requests refused with 429 before they began: their deadline cannot be met, MAX_IN_FLIGHT is reached, or "
+    "one user holds most of it",
+    ["reason"],
+)
 PROCESS_STARTS = Counter("sam3_process_starts", "Starts of the server's processes", ["process"])
 
 # Series that alerts read begin at 0, so that the first event counts.
@@ -25,3 +38,5 @@ for _code in (
 ):
     TASKS.labels("error", _code)
 TASKS.labels("refused", "OVERLOADED")
+for _reason in ("deadline", "in_flight", "user_share"):
+    OVERLOAD_REFUSALS.labels(_reason)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 STAGES: Final = (
-    *("claim", "fetch", "decode", "segment", "encode_masks", "store", "settle"),  # in an API worker
+    *("claim", "wait", "fetch", "decode", "segment", "encode_masks", "store", "settle"),  # in an API worker
     *("queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"),  # in the runner
 )
 """`segment` is the call of the runner: it includes the runner's five stages."""

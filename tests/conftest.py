@@ -71,6 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
         "API_WORKERS": "2",
         # On a slow machine many concurrent requests may take longer than the default.
         "REQUEST_TIMEOUT_S": str(SERVER_TIMEOUT_S),
+        "DEFAULT_DEADLINE_S": str(SERVER_TIMEOUT_S),
         # On shared cores two threads spin while they wait for each other, which takes a third more CPU time.
         "SAM3_CPU_THREADS": "1",
     }

@@ -34,11 +34,12 @@ ALLOWED = {
     "processes": {"processes", "settings"},
     "observability": {"sam3_runner"},
     "bentoml_patches": {"bentoml_patches", "processes"},
+    "admission": {"observability"},
     "contract": set(PACKAGES),
     "gate": {"contract", "observability"},
     "connections": {"contract", "gate"},
     "stores": {"processes", "results", "settings", "storage", "version"},
-    "pipeline": {"contract", "observability", "settings", *PACKAGES},
+    "pipeline": {"admission", "contract", "observability", "settings", *PACKAGES},
     "recovery": {"contract", "observability", "pipeline", *PACKAGES},
     "startup": {"bentoml_patches", "observability", "processes", "settings", "stores", "version", *PACKAGES},
     "service": {

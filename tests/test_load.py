@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -17,8 +18,10 @@ from tests.drawn import scene
 from tests.edge import PREDICT, SERVER_TIMEOUT_S, Edge, error_of, png_bytes, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from results import Row
 
 pytestmark = pytest.mark.server
 
@@ -29,14 +32,21 @@ BATCH_BUCKET = re.compile(r'^sam3_batch_requests_bucket\{.*?le="([^"]+)".*?\} (\
 
 
 def send_together(
-    server: LocalServer, bodies: Sequence[dict[str, Any]], *, connections: int = CALLERS
+    server: LocalServer,
+    bodies: Sequence[dict[str, Any]],
+    *,
+    connections: int = CALLERS,
+    headers: Mapping[str, str] | None = None,
 ) -> list[httpx.Response]:
     """Send all requests concurrently, each on a new connection."""
 
     async def run() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
         async with httpx.AsyncClient(
-            base_url=server.url, headers=server.headers, timeout=2 * SERVER_TIMEOUT_S, limits=limits
+            base_url=server.url,
+            headers=server.headers | dict(headers or {}),
+            timeout=2 * SERVER_TIMEOUT_S,
+            limits=limits,
         ) as client:
             return await asyncio.gather(*(client.post(PREDICT, json=body) for body in bodies))
 
@@ -162,6 +172,60 @@ def test_requests_beyond_max_in_flight_get_429(tmp_path: Path) -> None:
         refused = bodies[statuses.index(429)]
         assert edge.send(refused).status_code == httpx.codes.OK
         assert edge.settled_row(refused["task_id"]).status == "done"
+
+
+def test_requests_that_cannot_be_in_time_get_429(tmp_path: Path) -> None:
+    """Of a burst, requests that would miss their deadline get 429, and their rows stay pending."""
+    with local_server(tmp_path, {"API_WORKERS": "1", "SAM3_MAX_BATCH": "2"}) as server, Edge(server) as edge:
+        drawn = scene(203)
+        key = edge.upload(png_bytes(drawn.image))
+        # Measures the rate.
+        measured = send_together(server, [edge.body(key, drawn.names[0]) for _ in range(40)])
+        assert {response.status_code for response in measured} == {200}
+        bodies = [edge.body(key, drawn.names[0]) for _ in range(100)]
+        for body in bodies:
+            edge.insert_row(body)
+        responses = send_together(server, bodies, headers={"X-Deadline-Ms": "1000"})
+        refused = [
+            body
+            for body, response in zip(bodies, responses, strict=True)
+            if response.status_code == httpx.codes.TOO_MANY_REQUESTS
+        ]
+        assert 0 < len(refused) < len(bodies)
+        for response in responses:
+            if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+                assert "deadline" in error_of(response)[2]
+                assert int(response.headers["Retry-After"]) >= 1
+        for body in refused:
+            row = edge.row(body["task_id"])
+            assert row is not None
+            assert row.status == "pending"
+        assert edge.send(refused[0]).status_code == httpx.codes.OK
+
+
+def test_many_requests_of_one_user_do_not_delay_another(tmp_path: Path) -> None:
+    """A user's request is answered while another user's earlier requests still wait."""
+    with (
+        local_server(tmp_path, {"API_WORKERS": "1", "SAM3_MAX_BATCH": "2"}) as server,
+        Edge(server) as edge,
+        Edge(server, "user-2") as other,
+    ):
+        drawn = scene(203)
+        image = png_bytes(drawn.image)
+        bodies = [edge.body(edge.upload(image), drawn.names[0]) for _ in range(60)]
+        for body in bodies:
+            edge.insert_row(body)
+        with ThreadPoolExecutor(1) as caller:
+            burst = caller.submit(send_together, server, bodies)
+            wait_for(lambda: [edge.row(each["task_id"]) for each in bodies], claimed_all)
+            assert other.ask(image, drawn.names[0]).status_code == httpx.codes.OK
+            statuses = [row.status for each in bodies if (row := edge.row(each["task_id"]))]
+            assert statuses.count("processing") > len(bodies) / 3
+            assert {response.status_code for response in burst.result()} == {200}
+
+
+def claimed_all(rows: Sequence[Row | None]) -> bool:
+    return all(row is not None and row.status != "pending" for row in rows)
 
 
 def test_task_beyond_the_request_timeout_gets_504(tmp_path: Path) -> None:

@@ -206,7 +206,11 @@ def system(folder: Path) -> Iterator[System]:
         }
         servers = {}
         for name, timeout_s in REQUEST_TIMEOUTS_S.items():
-            own = {"API_SECRET_KEY": API_KEY, "REQUEST_TIMEOUT_S": str(timeout_s)}
+            own = {
+                "API_SECRET_KEY": API_KEY,
+                "REQUEST_TIMEOUT_S": str(timeout_s),
+                "DEFAULT_DEADLINE_S": str(timeout_s),
+            }
             [port] = running.enter_context(reserved_ports(1))
             server = servers[name] = Server(name, folder, port, settings | own, fault_log)
             running.callback(server.release_disk)

@@ -213,6 +213,9 @@ class Model:
     state: str = "ok"
     detail: str | None = None
     box: tuple[float, float, float, float] = (0.0, 0.0, 8.0, 8.0)
+    tasks: list[str] = field(default_factory=list)
+    """Ids of the tasks that it got, in their order."""
+    deadlines_s: list[float] = field(default_factory=list)
 
     def may_hold(self, _key: str) -> bool:
         return False
@@ -230,7 +233,10 @@ class Model:
         log_ids: dict[str, str] | None = None,
     ) -> tuple[list[UnionResult], float]:
         assert deadline_s > time.monotonic()
-        assert (log_ids or {}).keys() == {"request_id", "task_id"}
+        assert log_ids is not None
+        assert log_ids.keys() == {"request_id", "task_id"}
+        self.tasks.append(log_ids["task_id"])
+        self.deadlines_s.append(deadline_s)
         async with self.stages.call("segment"):
             found = FoundInstance(0.9, self.box, 64, 0)
             bits = np.zeros((image.height, -(-image.width // 8)), dtype=np.uint8)
@@ -328,11 +334,13 @@ class Bench:
         self.objects.put_upload(key, data)
         return key
 
-    def call(self, request: PredictRequest | BatchRequest | None = None) -> asyncio.Task[BatchResponse]:
+    def call(
+        self, request: PredictRequest | BatchRequest | None = None, *, deadline_ms: int | None = None
+    ) -> asyncio.Task[BatchResponse]:
         """Start a call for a new task, or for `request`."""
         request = request or self.request()
         self.sent.append(request)
-        return asyncio.create_task(self.pipeline.run(request, REQUEST_ID))
+        return asyncio.create_task(self.pipeline.run(request, REQUEST_ID, deadline_ms))
 
     async def send(self, request: PredictRequest | BatchRequest | None = None) -> BatchResponse:
         """The answer to a new task, or to `request`."""

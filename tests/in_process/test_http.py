@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -114,6 +115,28 @@ async def test_request_id_reaches_the_task(bench: Bench, http: httpx.AsyncClient
     response = await http.post(PREDICT, json=body_of(bench), headers={"X-Request-ID": given})
     assert error_of(response) == (500, "INTERNAL_ERROR", "something went wrong on our side")
     assert response.headers["X-Request-ID"] == given
+
+
+@pytest.mark.parametrize("path", [PREDICT, BATCH])
+async def test_deadline_reaches_the_task(bench: Bench, http: httpx.AsyncClient, path: str) -> None:
+    """X-Deadline-Ms is the time until which the model may begin."""
+    before_s = time.monotonic()
+    response = await http.post(path, json=body_of(bench, path), headers={"X-Deadline-Ms": "7000"})
+    assert response.status_code == httpx.codes.OK
+    [deadline_s] = bench.model.deadlines_s
+    assert before_s + 7 <= deadline_s < before_s + 12
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "5.0", "+5", "1_000", "soon", "", "600001", "²", "9" * 5000])
+async def test_invalid_deadline(bench: Bench, http: httpx.AsyncClient, value: str) -> None:
+    """A deadline that is no whole number from 1 to 600,000 gives 400, names the header, not its value."""
+    headers = {b"X-Deadline-Ms": value.encode()}
+    response = await http.post(PREDICT, json=body_of(bench), headers=headers)
+    status, code, message = error_of(response)
+    assert (status, code) == (400, "INVALID_REQUEST")
+    assert message.startswith("X-Deadline-Ms: ")
+    assert not value or value not in message.removeprefix("X-Deadline-Ms: ").replace("1 or more", "")
+    assert not bench.stages.entered["claim"]
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from math import inf, nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
 
+from admission import slots_per_worker
 from contract import BatchRequest, Failure
-from pipeline import IMAGE_SLOTS
 from results import Claim, Task
 from sam3_runner import DeadlineExceeded, InferenceFailed, UnsupportedImage
 from tests.in_process.bench import (
@@ -19,6 +20,7 @@ from tests.in_process.bench import (
     LEASE_S,
     PROMPT,
     REQUEST_ID,
+    SMALL_IMAGE,
     STAGES,
     USER,
     failure_of,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+SLOTS = slots_per_worker(max_batch=8, api_workers=2)
+"""Of a worker with the default settings."""
 BUG = "this message is for the log"
 WENT_WRONG = "something went wrong on our side"
 IN_TIME = tuple(stage for stage in STAGES if stage not in {"claim", "settle"})
@@ -545,7 +549,7 @@ async def test_heavy_images_do_not_delay_others(bench: Bench) -> None:
     ordinary = bench.image
     bench.stages.hold("decode")
     bench.image = bench.upload(HEAVY_IMAGE, "heavy")
-    heavy = [bench.call() for _ in range(2 * IMAGE_SLOTS)]
+    heavy = [bench.call() for _ in range(2 * SLOTS)]
     await bench.stages.entry_of("fetch", calls=len(heavy))
     await bench.stages.entry_of("decode")
     bench.image = ordinary
@@ -561,10 +565,174 @@ async def test_heavy_images_do_not_delay_others(bench: Bench) -> None:
 
 
 async def test_files_in_memory_are_bounded(bench: Bench) -> None:
-    """A worker holds at most IMAGE_SLOTS files at once."""
+    """A worker holds at most as many files as it has slots."""
     bench.stages.hold("decode")
-    callers = [bench.call() for _ in range(3 * IMAGE_SLOTS)]
-    await bench.stages.entry_of("decode", calls=IMAGE_SLOTS)
-    assert await bench.stages.stays_at("fetch", IMAGE_SLOTS)
+    callers = [bench.call() for _ in range(3 * SLOTS)]
+    await bench.stages.entry_of("decode", calls=SLOTS)
+    assert await bench.stages.stays_at("fetch", SLOTS)
     bench.stages.release("decode")
     await in_time(asyncio.gather(*callers))
+
+
+# Overload.
+
+TWO_SLOTS: dict[str, Any] = {"sam3_max_batch": 2, "api_workers": 4}
+OTHER = "user-2"
+
+
+def of_other(bench: Bench) -> PredictRequest:
+    """A request of another user."""
+    key = f"uploads/{OTHER}/image"
+    bench.objects.put_upload(key, SMALL_IMAGE)
+    return bench.request(user_id=OTHER, image_url=key)
+
+
+async def test_slot_spans_the_model(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """No image is fetched while as many requests as there are slots wait for the model."""
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        bench.stages.hold("segment")
+        callers = [bench.call() for _ in range(4)]
+        await bench.stages.entry_of("segment", calls=2)
+        assert await bench.stages.stays_at("fetch", 2)
+        bench.stages.hold("upload")
+        bench.stages.release("segment")
+        # The next ones do not wait for masks to be stored.
+        await bench.stages.entry_of("segment", calls=4)
+        bench.stages.release("upload")
+        await in_time(asyncio.gather(*callers))
+
+
+async def test_users_take_turns(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """A user's first request does not wait for another user's queue."""
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        bench.stages.hold("segment")
+        callers = [bench.call() for _ in range(20)]
+        await bench.stages.entry_of("segment", calls=2)
+        other = of_other(bench)
+        callers.append(bench.call(other))
+        await bench.stages.end_of("claim", calls=21)
+        bench.stages.release("segment")
+        await in_time(asyncio.gather(*callers))
+        # Two held the slots, two got those, and at most one more came before.
+        assert bench.model.tasks.index(str(other.task_id)) <= 4
+
+
+async def test_earlier_deadline_comes_first(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """Of one user's requests the one with the earliest deadline gets the next slot."""
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        bench.stages.hold("segment")
+        callers = [bench.call() for _ in range(20)]
+        await bench.stages.entry_of("segment", calls=2)
+        urgent = bench.request()
+        callers.append(bench.call(urgent, deadline_ms=20_000))
+        await bench.stages.end_of("claim", calls=21)
+        bench.stages.release("segment")
+        await in_time(asyncio.gather(*callers))
+        assert bench.model.tasks.index(str(urgent.task_id)) <= 3
+
+
+@pytest.mark.parametrize(("deadline_ms", "wait_s"), [(None, 25.0), (5_000, 5.0)])
+async def test_deadline_passes_while_a_task_waits(
+    tmp_path: Path, tokenizer: PromptTokenizer, deadline_ms: int | None, wait_s: float
+) -> None:
+    """A task whose turn does not come in time ends; it fetches nothing, and takes no slot from others."""
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        bench.stages.hold("segment")
+        callers = [bench.call() for _ in range(2)]
+        await bench.stages.entry_of("segment", calls=2)
+        late = bench.request()
+        caller = bench.call(late, deadline_ms=deadline_ms)
+        await bench.stages.end_of("claim", calls=3)
+        await bench.clock.advance(wait_s - 1)
+        assert not caller.done()
+        await bench.clock.advance(1)
+        failure = await failure_of(caller)
+        assert (failure.code, failure.status) == ("DEADLINE_EXCEEDED", 504)
+        row = await bench.row(late)
+        assert (row.status, row.metadata) == ("error", {"error_message": failure.message})
+        assert "waited for its turn" in failure.message
+        assert bench.stages.entered["fetch"] == 2
+        bench.stages.release("segment")
+        await in_time(asyncio.gather(*callers))
+        assert (await bench.send(late)).results[0].labels == [PROMPT]
+
+
+async def test_model_gets_the_deadline(bench: Bench) -> None:
+    """The model does not begin a request after its deadline, nor after REQUEST_TIMEOUT_S."""
+    before_s = time.monotonic()
+    for deadline_ms in (7_000, 600_000):
+        await in_time(bench.call(deadline_ms=deadline_ms))
+    for deadline_s, longest_s in zip(bench.model.deadlines_s, (7, 60), strict=True):
+        assert before_s + longest_s <= deadline_s < before_s + longest_s + 5
+
+
+async def test_slow_claim_is_not_counted(bench: Bench) -> None:
+    """The time of a slow database is added to the deadline."""
+    bench.stages.hold("claim")
+    before_s = time.monotonic()
+    caller = bench.call(deadline_ms=7_000)
+    await bench.stages.end_of("fetch")
+    fetched_s = time.monotonic()
+    assert await bench.stages.stays_at("decode", 0)
+    slow_s = time.monotonic() - fetched_s
+    bench.stages.release("claim")
+    await in_time(caller)
+    [deadline_s] = bench.model.deadlines_s
+    assert deadline_s >= before_s + 7 + slow_s
+
+
+async def test_request_that_cannot_be_in_time(
+    tmp_path: Path, tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose deadline the queue makes impossible gets 429 before the claim; others are accepted."""
+    monkeypatch.setattr("admission.MIN_MEASURED_S", 0.0)
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        await in_time(asyncio.gather(*(bench.call() for _ in range(6))))
+        bench.stages.hold("segment")
+        bench.stages.entered.clear()
+        callers = [bench.call() for _ in range(6)]
+        await bench.stages.entry_of("segment", calls=2)
+        await bench.stages.end_of("claim", calls=12)
+        hurried = bench.request()
+        failure = await failure_of(bench.call(hurried, deadline_ms=1))
+        assert (failure.code, failure.status) == ("OVERLOADED", 429)
+        assert "too long for this request's deadline" in failure.message
+        assert int(failure.headers["Retry-After"]) >= 1
+        assert await bench.find_row(hurried) is None
+        assert bench.stages.entered["claim"] == 6
+        callers.append(bench.call(hurried, deadline_ms=60_000))
+        bench.stages.release("segment")
+        await in_time(asyncio.gather(*callers))
+
+
+async def test_thousand_requests_for_one_task(bench: Bench) -> None:
+    """A thousand requests for one task cost one claim, one fetch and one decoding."""
+    bench.stages.hold("segment")
+    request = bench.request()
+    callers = [bench.call(request) for _ in range(1000)]
+    await bench.stages.entry_of("segment")
+    await wait_until(lambda: sum(caller.done() for caller in callers) == 999)
+    bench.stages.release("segment")
+    answers = await in_time(asyncio.gather(*callers, return_exceptions=True))
+    codes = {each.code for each in answers if isinstance(each, Failure)}
+    assert "TASK_IN_PROGRESS" in codes
+    assert codes <= {"TASK_IN_PROGRESS", "OVERLOADED"}
+    assert sum(not isinstance(each, BaseException) for each in answers) == 1
+    for stage in ("claim", "fetch", "decode", "segment"):
+        assert bench.stages.entered[stage] == 1
+
+
+async def test_heavy_image_takes_no_slot(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """A heavy image that the model works on, and those that wait for it, hold none of the slots."""
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        bench.stages.hold("segment")
+        ordinary, bench.image = bench.image, bench.upload(HEAVY_IMAGE, "heavy")
+        callers = [bench.call() for _ in range(5)]
+        await bench.stages.entry_of("segment")
+        bench.image = ordinary
+        callers += [bench.call() for _ in range(3)]
+        await bench.stages.entry_of("segment", calls=3)
+        assert await bench.stages.stays_at("decode", 3)
+        bench.stages.release("segment")
+        await in_time(asyncio.gather(*callers))
+        assert bench.stages.at_once["segment"] == 3

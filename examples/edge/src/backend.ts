@@ -30,6 +30,7 @@ export async function callBackend(env: Env, task: Task, timeoutMs: number): Prom
         "Content-Type": "application/json",
         "X-API-Key": env.BACKEND_API_KEY,
         "X-Request-ID": task_id, // identifies the task in the backend's log
+        "X-Deadline-Ms": String(timeoutMs), // a busy backend answers 429 at once if it cannot be done in this time
       },
       body: JSON.stringify({ image_url: image_key, user_id, task_id, ...promptFields }),
       signal: AbortSignal.timeout(timeoutMs),
