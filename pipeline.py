@@ -57,7 +57,7 @@ DRAIN_S = 8.0
 """At a stop, the time to settle rows that are not settled yet: most hosts kill after ten seconds."""
 
 LARGE_MASK_PX = 2**24
-"""Larger masks are encoded one at a time in a worker: each needs two bytes a pixel."""
+"""Larger masks are encoded one at a time in a worker: each needs 1.3 bytes a pixel and the file."""
 
 UNION = "union"
 # More digits would be noise of float32.
