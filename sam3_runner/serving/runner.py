@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 NEVER = 1_000_000_000
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread may keep the others from running Python. By default it is 5 ms: so long the model's thread
-would wait, again and again, for the one that receives requests."""
+"""How long a thread may keep the others from running Python. By default it is 5 ms: so long the thread of the
+model would wait, again and again, for the one that receives requests."""
 
 
 def runner_service(
