@@ -217,8 +217,18 @@ class BatchResponse(BaseModel):
     total_inference_time_ms: float
 
 
+class RunnerState(BaseModel):
+    """The state of one of the model's processes and of its GPU."""
+
+    state: Literal["ok", "loading", "error"]
+    detail: str | None = Field(None, description="what is going on, or wrong, unless the state is ok")
+    gpu_name: str | None = None
+    vram_used_mb: int | None = None
+    vram_total_mb: int | None = None
+
+
 class Health(BaseModel):
-    """The state of the model and of its GPU."""
+    """The state of the model and of its GPUs; without `runners`, of the first process that is ready."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -229,6 +239,7 @@ class Health(BaseModel):
     gpu_name: str | None = None
     vram_used_mb: int | None = None
     vram_total_mb: int | None = None
+    runners: list[RunnerState] = Field(description="one for each process of the model, on a GPU of its own")
 
 
 class Limits(BaseModel):
@@ -262,6 +273,7 @@ class ModelInfo(BaseModel):
     input_size: int = Field(description="side of the square that the model sees, px")
     score_threshold: float
     limits: Limits
+    runners: list[RunnerState] = Field(description="one for each process of the model, on a GPU of its own")
 
 
 class ErrorDetail(BaseModel):

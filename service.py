@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from contract import (
     ModelInfo,
     PredictRequest,
     PredictResponse,
+    RunnerState,
     error_responses,
     framework_failure,
     invalid_request,
@@ -50,17 +52,25 @@ from sam3_runner.instances import SCORE_THRESHOLD
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.serving.client import RunnerClient
 from sam3_runner.serving.cpu_share import cpu_share
-from sam3_runner.serving.engine import EngineConfig
-from sam3_runner.serving.liveness import RunnerLiveness, write_identity
+from sam3_runner.serving.engine import EngineConfig, EngineStatus
+from sam3_runner.serving.liveness import RunnerLiveness, pids_in, write_identity
+from sam3_runner.serving.pool import RunnerPool, overall_status
 from sam3_runner.serving.runner import runner_service
-from startup import begin_process, expected_checkpoint, hub_source, prepare_deployment, settings_or_defaults
+from startup import (
+    begin_on_gpu,
+    begin_process,
+    count_runners,
+    expected_checkpoint,
+    hub_source,
+    prepare_deployment,
+    settings_or_defaults,
+    threads_of_runner,
+)
 from stores import open_results, open_storage, open_tasks
 from version import VERSION
 
 STOP_MARGIN_S = 15.0
 """BentoML's own timeout is so much longer than ours, which settles the row and says what happened."""
-RUNNER_IDENTITY_FILE = "runner.pid"
-"""In DATA_DIR: which process has the model."""
 
 LOGGING_PARTS = (
     *(
@@ -116,28 +126,37 @@ DeadlineHeader = Annotated[DeadlineMs, Header(alias="X-Deadline-Ms")]
 INFO_ERRORS = error_responses("AUTH_REQUIRED", "AUTH_INVALID", "MODEL_NOT_LOADED")
 
 
-def _begin_runner() -> None:
+runner_count = count_runners(settings)
+# In DATA_DIR: which processes have the model.
+runner_files = [settings.data_dir / f"runner_{index}.pid" for index in range(runner_count)]
+
+
+def _begin_runner(index: int) -> None:
     begin_process("runner", settings, refusal, stop_first=False)
-    write_identity(settings.data_dir / RUNNER_IDENTITY_FILE, identity.current())
-    outlive_siblings(runner_timeout_s)
+    begin_on_gpu(settings, index)
+    write_identity(runner_files[index], identity.current())
+    outlive_siblings(runner_timeout_s, except_for=lambda: pids_in(runner_files))
 
 
-Sam3Runner = runner_service(
-    EngineConfig(
-        weights_path=settings.sam3_weights_path,
-        device=settings.sam3_device,
-        cpu_threads=settings.sam3_cpu_threads,
-        max_batch=settings.sam3_max_batch,
-        dtype=settings.sam3_dtype,
-        hub=hub_source(settings),
-        kernel_cache=settings.kernel_cache,
-    ),
-    timeout_s=runner_timeout_s,
-    gpu=settings.wants_gpu,
-    on_start=_begin_runner,
-    on_failure=end_server,
-    on_device_lost=end_process_soon,
-)
+runner_services = [
+    runner_service(
+        EngineConfig(
+            weights_path=settings.sam3_weights_path,
+            device=settings.sam3_device,
+            cpu_threads=threads_of_runner(settings, runner_count),
+            max_batch=settings.sam3_max_batch,
+            dtype=settings.sam3_dtype,
+            hub=hub_source(settings),
+            kernel_cache=settings.kernel_cache,
+        ),
+        name=f"sam3_runner_{index}",
+        timeout_s=runner_timeout_s,
+        on_start=partial(_begin_runner, index),
+        on_failure=end_server,
+        on_device_lost=end_process_soon,
+    )
+    for index in range(runner_count)
+]
 
 
 @bentoml.service(
@@ -152,15 +171,13 @@ Sam3Runner = runner_service(
 class SegmentationService:
     """Text-prompted segmentation over HTTP."""
 
-    runner = bentoml.depends(Sam3Runner)
+    # BentoML finds what a service depends on by its attributes: runner_0, runner_1, ...
+    locals().update({f"runner_{index}": bentoml.depends(each) for index, each in enumerate(runner_services)})
 
     def __init__(self) -> None:
         begin_process("api_worker", settings, refusal, stop_first=True)
         connections.apply()
-        runner_connections.patch(self.runner)
-        self._runner = RunnerClient(
-            self.runner, RunnerLiveness(settings.data_dir / RUNNER_IDENTITY_FILE, identity.is_alive)
-        )
+        self._runner = RunnerPool([self._client_of(index) for index in range(runner_count)])
         objects = open_storage(settings)
         self._outbox = outbox = open_tasks(settings, open_results(settings))
         checkpoint = expected_checkpoint(settings)
@@ -175,11 +192,16 @@ class SegmentationService:
         )
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 
+    def _client_of(self, index: int) -> RunnerClient:
+        proxy = getattr(self, f"runner_{index}")
+        runner_connections.patch(proxy)
+        return RunnerClient(proxy, RunnerLiveness(runner_files[index], identity.is_alive), str(index))
+
     @bentoml.on_deployment
     @staticmethod
     def prepare() -> None:
         """Before any process starts."""
-        prepare_deployment()
+        prepare_deployment(runner_count)
 
     async def __is_ready__(self) -> bool:
         return (await self._runner.status()).state == "ok"
@@ -211,8 +233,9 @@ class SegmentationService:
 
     @app.get("/health", tags=["state"], response_model_exclude_none=True)
     async def health(self) -> Health:
-        """Is the model loaded, and how full is its GPU. Needs no key; always 200."""
-        status = await self._runner.status()
+        """Is the model loaded, and how full are its GPUs. Needs no key; always 200."""
+        statuses = await self._runner.statuses()
+        status = overall_status(statuses)
         return Health(
             status=status.state,
             model_loaded=status.state == "ok",
@@ -221,6 +244,7 @@ class SegmentationService:
             gpu_name=status.gpu_name,
             vram_used_mb=_mb(status.vram_used_bytes),
             vram_total_mb=_mb(status.vram_total_bytes),
+            runners=_runner_states(statuses),
         )
 
     @app.post("/api/v1/predict", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS)
@@ -239,10 +263,17 @@ class SegmentationService:
         """Find several concepts in one image, which is fetched and encoded once; settle the task's row."""
         return await self._pipeline.run(body, request.state.request_id, deadline_ms)
 
-    @app.get("/api/v1/model/info", tags=["state"], dependencies=NEEDS_KEY, responses=INFO_ERRORS)
+    @app.get(
+        "/api/v1/model/info",
+        tags=["state"],
+        dependencies=NEEDS_KEY,
+        responses=INFO_ERRORS,
+        response_model_exclude_none=True,
+    )
     async def model_info(self) -> ModelInfo:
         """What is loaded, and what requests may hold."""
-        status = await self._runner.status()
+        statuses = await self._runner.statuses()
+        status = overall_status(statuses)
         if status.state != "ok":
             raise Failure.of(ModelNotLoaded(status.detail or "the model is loading"))
         return ModelInfo(
@@ -257,6 +288,7 @@ class SegmentationService:
             dtype=status.dtype,
             input_size=status.input_side_px,
             score_threshold=SCORE_THRESHOLD,
+            runners=_runner_states(statuses),
             limits=Limits(
                 max_image_bytes=settings.max_image_bytes, max_image_pixels=settings.max_image_pixels
             ),
@@ -320,6 +352,19 @@ def _openapi() -> dict[str, Any]:
 
 
 app.openapi = _openapi  # type: ignore[method-assign]
+
+
+def _runner_states(statuses: list[EngineStatus]) -> list[RunnerState]:
+    return [
+        RunnerState(
+            state=status.state,
+            detail=status.detail,
+            gpu_name=status.gpu_name,
+            vram_used_mb=_mb(status.vram_used_bytes),
+            vram_total_mb=_mb(status.vram_total_bytes),
+        )
+        for status in statuses
+    ]
 
 
 def _mb(size_bytes: int | None) -> int | None:

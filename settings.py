@@ -39,6 +39,9 @@ SAM3_COMMIT = "3c879f39826c281e95690f02c7821c4de09afae7"
 """Of facebook/sam3 on the hub: its sam3.pt has 3,450,062,241 bytes and the sha256 9999e234...c3cf8c9e."""
 
 
+MAX_GPUS = 64
+"""Eight GPUs of which each is divided into seven (MIG) are 56."""
+
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
 """A variable with such a prefix that is no setting is taken for a misspelt one, and refused."""
 
@@ -134,6 +137,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
     )
 
     sam3_device: Literal["cuda", "cpu"] | None = Field(None, description="default: cuda if there is one")
+    gpus: Literal["auto"] | int = Field(
+        "auto",
+        description="runners, each on a GPU of its own; auto: one for each GPU that the server may use, and "
+        "one on a CPU",
+    )
     sam3_cpu_threads: int | None = Field(
         None,
         ge=1,
@@ -213,6 +221,16 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         None,
         description="of a collector that takes traces by OTLP over HTTP, as http://HOST:4318; default: none",
     )
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _is_auto_or_count(cls, value: object) -> object:
+        text = str(value)
+        if text == "auto":
+            return text
+        if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_GPUS):
+            raise ValueError(f"must be auto or a whole number from 1 to {MAX_GPUS}{shown(text)}")
+        return int(text)
 
     @field_validator("sam3_kernel_cache")
     @classmethod
@@ -303,11 +321,6 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         return self.request_timeout_s + 60
 
     @property
-    def wants_gpu(self) -> bool:
-        """Whether to ask BentoML for a GPU: the host has one, and the CPU is not asked for."""
-        return self.sam3_device != "cpu" and Path("/dev/nvidiactl").exists()
-
-    @property
     def is_demo(self) -> bool:
         """Everything is embedded: the demo checkpoint, a folder, SQLite, on a developer's machine."""
         embedded = not self.uses_r2 and not self.uses_supabase
@@ -329,15 +342,22 @@ def load_settings() -> Settings:
     return _load(Settings)
 
 
-def freeze_settings() -> Settings:
+def freeze_settings(runners: int) -> Settings:
     """Read as `load_settings` does, and put what was read into the environment of child processes.
 
     After that no process reads the file: one that is restarted has the settings that were checked, whatever
     the file holds then. Paths become absolute: the processes of a built Bento run in another folder than the
-    one in which it was started. Raises `SettingsError`.
+    one in which it was started.
+
+    Args:
+        runners: what `GPUS` stands for: the processes must agree on it, also after a GPU was lost.
+
+    Raises:
+        SettingsError: a setting is wrong.
     """
     values = _read()
     checked = _checked(Settings, values)
+    values["GPUS"] = str(runners)
     values["DATA_DIR"] = str(checked.data_dir.absolute())
     if checked.sam3_kernel_cache is not None:
         values["SAM3_KERNEL_CACHE"] = str(checked.sam3_kernel_cache.absolute())
@@ -355,6 +375,12 @@ def limit_threads(threads: int) -> None:
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
+
+
+def named_gpus() -> list[str] | None:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` names, by index or UUID; None where it is not set: all GPUs."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if value is None else [name.strip() for name in value.split(",")]
 
 
 def load_weights_settings() -> WeightsSettings:

@@ -20,7 +20,7 @@ from sam3_runner import WeightsError
 from sam3_runner.errors import DeviceUnavailable
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.serving.cpu_share import cpu_share
-from sam3_runner.serving.gpu import check_gpu
+from sam3_runner.serving.gpu import count_gpus, take_gpu
 from sam3_runner.weights.checkpoint import Checkpoint, HubSource, find_checkpoint, is_missing
 from sam3_runner.weights.header import check_header
 from settings import (
@@ -31,6 +31,7 @@ from settings import (
     load_log_settings,
     load_settings,
     make_demo_key,
+    named_gpus,
     overlooked_variables,
 )
 from storage import StorageError
@@ -56,6 +57,23 @@ def settings_or_defaults() -> tuple[Settings, SettingsError | None]:
         return Settings.model_construct(), error
 
 
+def count_runners(settings: Settings) -> int:
+    """How many runners the server has: `GPUS`, which `freeze_settings` makes a number for later processes."""
+    if settings.gpus != "auto":
+        return settings.gpus
+    if settings.sam3_device == "cpu":
+        return 1
+    try:
+        return count_gpus(named_gpus())
+    except DeviceUnavailable:
+        return 1
+
+
+def threads_of_runner(settings: Settings, runners: int) -> int:
+    """Threads of the model in each runner: the cores are divided among them."""
+    return settings.sam3_cpu_threads or max(1, cpu_share().threads // runners)
+
+
 def begin_process(name: str, settings: Settings, refusal: SettingsError | None, *, stop_first: bool) -> None:
     """Set up log, metrics and traces of a process that serves, and end it with its supervisor.
 
@@ -77,15 +95,24 @@ def begin_process(name: str, settings: Settings, refusal: SettingsError | None, 
         end_with_supervisor(lambda: identity.is_parent(holder), stop_first=stop_first)
 
 
-def prepare_deployment() -> None:
+def begin_on_gpu(settings: Settings, index: int) -> None:
+    """Give a runner's process its GPU, before it imports torch. Nothing changes where it has none."""
+    if settings.sam3_device != "cpu":
+        take_gpu(index, named_gpus())
+
+
+def prepare_deployment(runners: int) -> None:
     """Check settings, device, weights and stores once, before the first process starts; log what is used.
 
     It also holds the lock of DATA_DIR for the life of this process, takes over the attempts that an earlier
     server left, and patches the supervisor. What is wrong ends the process with a sentence.
+
+    Args:
+        runners: of `count_runners`.
     """
     _set_up_log()
     try:
-        settings = freeze_settings()
+        settings = freeze_settings(runners)
         _check_device(settings)
         data_lock.hold(settings.data_dir)
         checkpoint = _check_weights(settings)
@@ -97,7 +124,7 @@ def prepare_deployment() -> None:
     for warning in overlooked_variables():
         logger.warning("%s", warning)
     supervisor.patch()
-    _limit_model_threads(settings)
+    _limit_model_threads(settings, runners)
     _log_weights(settings, checkpoint)
     if not settings.api_keys:
         # On stderr and not in the log: logs are shipped to other hosts, and this is a secret.
@@ -123,15 +150,21 @@ def _set_up_log() -> None:
 
 
 def _check_device(settings: Settings) -> None:
-    """Raise `SettingsError` for a GPU that is asked for and cannot be used; log why none will be used."""
+    """Raise `SettingsError` for GPUs that are asked for and cannot be used; log why none will be used."""
     if settings.sam3_device == "cpu":
         return
     try:
-        check_gpu()
+        gpus = count_gpus(named_gpus())
     except DeviceUnavailable as error:
         if settings.sam3_device == "cuda":
             raise SettingsError(f"SAM3_DEVICE=cuda: {error}, or set SAM3_DEVICE=cpu") from None
         logger.info("the model runs on the CPU: %s", error)
+        return
+    if settings.gpus != "auto" and settings.gpus > gpus:
+        raise SettingsError(
+            f"GPUS={settings.gpus}, but the number of GPUs that this server may use is {gpus}: set "
+            "GPUS=auto, or give it more (--gpus all, CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def _check_weights(settings: Settings) -> Checkpoint:
@@ -172,11 +205,10 @@ async def _check_access(objects: ObjectStore, rows: ResultStore) -> None:
         logger.warning("%s", warning)
 
 
-def _limit_model_threads(settings: Settings) -> None:
-    share = cpu_share()
-    threads = settings.sam3_cpu_threads or share.threads
+def _limit_model_threads(settings: Settings, runners: int) -> None:
+    threads = threads_of_runner(settings, runners)
     limit_threads(threads)
-    logger.info("CPU: %s, threads of the model: %d", share, threads)
+    logger.info("CPU: %s, threads of the model: %d, runners: %d", cpu_share(), threads, runners)
 
 
 def _log_weights(settings: Settings, checkpoint: Checkpoint) -> None:

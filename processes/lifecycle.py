@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Collection, Coroutine
     from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -49,18 +49,20 @@ def end_process_soon() -> None:
     ending.start()
 
 
-def outlive_siblings(timeout_s: float) -> None:
+def outlive_siblings(timeout_s: float, except_for: Callable[[], Collection[int]] = frozenset) -> None:
     """From now on a stop signal takes effect when the other processes of the same parent have ended.
 
-    BentoML's supervisor signals the API workers and the runner together. The workers finish their
-    requests first, and those need the runner. Call it from the main thread, after the server has set
+    BentoML's supervisor signals the API workers and the runners together. The workers finish their
+    requests first, and those need the runners. Call it from the main thread, after the server has set
     its own handlers.
 
     Args:
         timeout_s: the longest wait.
+        except_for: the pids of processes that are not waited for, at the signal: the other runners, which
+            wait as this one does.
     """
     for stop_signal in STOP_SIGNALS:
-        _defer(stop_signal, os.getppid(), timeout_s)
+        _defer(stop_signal, os.getppid(), timeout_s, except_for)
 
 
 def on_stop_signal(begin_stop: Callable[[], Coroutine[None, None, None]]) -> None:
@@ -89,7 +91,9 @@ def on_stop_signal(begin_stop: Callable[[], Coroutine[None, None, None]]) -> Non
         chain(stop_signal)
 
 
-def _defer(stop_signal: signal.Signals, parent_pid: int, timeout_s: float) -> None:
+def _defer(
+    stop_signal: signal.Signals, parent_pid: int, timeout_s: float, except_for: Callable[[], Collection[int]]
+) -> None:
     stop_now: Any = signal.getsignal(stop_signal)
     siblings_ended = threading.Event()
 
@@ -100,7 +104,9 @@ def _defer(stop_signal: signal.Signals, parent_pid: int, timeout_s: float) -> No
             threading.Thread(target=wait_for_siblings, name="wait-for-siblings", daemon=True).start()
 
     def wait_for_siblings() -> None:
-        psutil.wait_procs(_siblings(parent_pid), timeout=timeout_s)
+        spared = except_for()
+        awaited = [sibling for sibling in _siblings(parent_pid) if sibling.pid not in spared]
+        psutil.wait_procs(awaited, timeout=timeout_s)
         siblings_ended.set()
         os.kill(os.getpid(), stop_signal)
 

@@ -46,12 +46,14 @@ FEATURE_BYTES = Gauge(
 )
 DECODER_KILLS = Counter("sam3_decoder_kills", "Image decoders that were killed, by a limit or by a crash")
 
-# "mostrecent": there is one runner, and every API worker reports the same of the model.
-MODEL_READY = Gauge("sam3_model_ready", "1 while the model answers, else 0", multiprocess_mode="mostrecent")
+# "mostrecent": every API worker reports the same of a runner. Runners are counted from 0.
+MODEL_READY = Gauge(
+    "sam3_model_ready", "1 while the model answers, else 0", ["runner"], multiprocess_mode="mostrecent"
+)
 GPU_MEMORY_BYTES = Gauge(
     "sam3_gpu_memory_bytes",
-    "Memory of the model's GPU: used by all processes, and in total; 0 on a CPU",
-    ["kind"],
+    "Memory of a runner's GPU: used by all processes, and in total; 0 on a CPU, and without a model",
+    ["runner", "kind"],
     multiprocess_mode="mostrecent",
 )
 

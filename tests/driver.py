@@ -21,6 +21,7 @@ _DRIVER = """
 #include <stddef.h>
 int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
 int cuInit(unsigned flags) { return STATUS; }
+int cuDeviceGetCount(int *count) { *count = GPUS; return 0; }
 int cuGetErrorName(int error, const char **name) {
     *name = error == 100 ? "CUDA_ERROR_NO_DEVICE" : NULL;
     return *name ? 0 : 1;
@@ -34,15 +35,17 @@ int nvmlShutdown(void) { return 0; }
 """
 
 
-def fake_driver(folder: Path, version: int, status: int = 0) -> dict[str, str]:
+def fake_driver(folder: Path, version: int, status: int = 0, gpus: int = 1) -> dict[str, str]:
     """The environment of a process that finds this driver.
 
     Args:
         folder: for the library.
         version: the result of cuDriverGetVersion: 12040 for CUDA 12.4.
         status: the return value of cuInit.
+        gpus: the result of cuDeviceGetCount.
     """
-    return _library(folder / "libcuda.so.1", _DRIVER, f"-DVERSION={version}", f"-DSTATUS={status}")
+    values = (f"-DVERSION={version}", f"-DSTATUS={status}", f"-DGPUS={gpus}")
+    return _library(folder / "libcuda.so.1", _DRIVER, *values)
 
 
 def fake_nvml(folder: Path, status: int) -> dict[str, str]:

@@ -34,7 +34,7 @@ API_KEY = "0123456789abcdef0123456789abcdef"
 REFUSAL_TIMEOUT_S = 60.0
 
 API_WORKER = "sam3"
-RUNNER = "sam3_runner"
+RUNNER = "sam3_runner_0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def started_server(
 
 
 def children_of(server: LocalServer, service: str) -> list[psutil.Process]:
-    """The running processes of one of the two services, `API_WORKER` or `RUNNER`."""
+    """The running processes of a service, such as `API_WORKER` or `RUNNER`."""
     return [child for child in psutil.Process(server.pid).children() if service_of(child) == service]
 
 
@@ -167,7 +167,7 @@ def run_alone(service: str, environment: Mapping[str, str]) -> Refusal:
                 *(sys.executable, "-m", "_bentoml_impl.worker.service", "service:SegmentationService"),
                 *("--service-name", service, "--fd", str(fd), "--worker-id", "1"),
                 # An API worker needs the address of the runner.
-                *("--runner-map", '{"sam3_runner": "tcp://127.0.0.1:9"}'),
+                *("--runner-map", '{"sam3_runner_0": "tcp://127.0.0.1:9"}'),
             ],
             cwd=ROOT,
             env=dict(environment),

@@ -40,5 +40,5 @@ def test_task_is_done_after_the_restart(tmp_path: Path) -> None:
         assert edge.answer(png_bytes(scene(600).image), scene(600).names[0])["instances"]
         log = server.log_path.read_text()
     assert "cpu has failed in this process: CUDA error: an illegal memory access was encountered" in log
-    assert f"process {first} (service_sam3_runner) ended with status 1: it is restarted" in log
+    assert f"process {first} (service_sam3_runner_0) ended with status 1: it is restarted" in log
     assert log.count("it is restarted") == 1

@@ -123,7 +123,7 @@ def test_frozen_settings_do_not_depend_on_their_file(
     monkeypatch.setenv("ENV_FILE", str(file))
     monkeypatch.setenv("Sam3_Max_Batch", "5")
     monkeypatch.setenv("API_WORKERS", "")
-    frozen = freeze_settings()
+    frozen = freeze_settings(1)
     assert (frozen.api_workers, frozen.max_in_flight, frozen.sam3_max_batch) == (7, 10, 5)
     if after is None:
         file.unlink()
@@ -131,7 +131,7 @@ def test_frozen_settings_do_not_depend_on_their_file(
         file.write_text(after)
     read = load_settings()
     assert read.model_dump(exclude={"env_file"}) == frozen.model_dump(exclude={"env_file"})
-    assert freeze_settings() == read
+    assert freeze_settings(1) == read
 
 
 @pytest.mark.usefixtures("_environment_is_restored")
@@ -147,7 +147,7 @@ def test_frozen_paths_are_absolute(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    frozen = freeze_settings()
+    frozen = freeze_settings(1)
     monkeypatch.chdir("/")
     read = load_settings()
     assert read.data_dir == frozen.data_dir == tmp_path / given.get("DATA_DIR", "data")
@@ -161,7 +161,7 @@ def test_frozen_paths_are_absolute(
 def test_demo_is_not_made_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of the embedded checkpoint does not become an absolute path."""
     monkeypatch.setenv("SAM3_WEIGHTS_PATH", "demo")
-    assert freeze_settings().is_demo
+    assert freeze_settings(1).is_demo
 
 
 @pytest.mark.usefixtures("_environment_is_restored")
@@ -170,7 +170,7 @@ def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"API_SECRET_KEY={KEY}\nAPI_WORKERS=two\n")
     before = dict(os.environ)
     with pytest.raises(SettingsError, match="API_WORKERS"):
-        freeze_settings()
+        freeze_settings(1)
     assert dict(os.environ) == before
 
 

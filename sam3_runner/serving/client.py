@@ -12,7 +12,7 @@ import aiohttp
 from bentoml.exceptions import BentoMLException
 
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Error
-from sam3_runner.metrics import MODEL_READY, trace_parent
+from sam3_runner.metrics import GPU_MEMORY_BYTES, MODEL_READY, trace_parent
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
 
 if TYPE_CHECKING:
@@ -35,14 +35,16 @@ BUSY_TIME_S = 30.0
 
 
 class RunnerClient:
-    """Calls `Sam3Runner` from an API worker.
+    """Calls one `Sam3Runner` from an API worker.
 
     Args:
         proxy: what `bentoml.depends` gives.
         liveness: of the runner's process.
+        label: of the runner in metrics.
     """
 
-    def __init__(self, proxy: Any, liveness: RunnerLiveness) -> None:
+    def __init__(self, proxy: Any, liveness: RunnerLiveness, label: str = "0") -> None:
+        self._label = label
         self._proxy = proxy
         self._liveness = liveness
         self._status = EngineStatus(state="loading")
@@ -112,21 +114,28 @@ class RunnerClient:
 
         `error` when it lives but does not answer.
         """
-        status = await self._latest_status()
-        MODEL_READY.set(status.state == "ok")
+        await self._refresh_status()
+        status = self.known_status
+        MODEL_READY.labels(self._label).set(status.state == "ok")
+        GPU_MEMORY_BYTES.labels(self._label, "used").set(status.vram_used_bytes or 0)
+        GPU_MEMORY_BYTES.labels(self._label, "total").set(status.vram_total_bytes or 0)
         return status
 
-    async def _latest_status(self) -> EngineStatus:
+    @property
+    def known_status(self) -> EngineStatus:
+        """The last status of the process that lives now; `loading` where there is none. Asks nobody."""
+        identity = self._liveness.find()
+        if identity is None or identity != self._status_of:
+            return EngineStatus(state="loading", detail=self._liveness.reason_absent)
+        return self._status
+
+    async def _refresh_status(self) -> None:
         identity = self._liveness.find()
         if identity is not None and (identity != self._status_of or time.monotonic() >= self._status_until_s):
             # One call for all callers: in a burst, one each would keep the runner from its work.
             if self._status_call is None:
                 self._status_call = asyncio.create_task(self._update_status(identity))
             await asyncio.shield(self._status_call)
-            identity = self._liveness.find()
-        if identity is None or identity != self._status_of:
-            return EngineStatus(state="loading", detail=self._liveness.reason_absent)
-        return self._status
 
     async def _update_status(self, identity: str) -> None:
         if identity != self._status_of:

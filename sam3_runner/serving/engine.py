@@ -31,7 +31,6 @@ from sam3_runner.metrics import (
     BATCH_FALLBACKS,
     BATCH_REQUESTS,
     BATCH_SECONDS,
-    GPU_MEMORY_BYTES,
     StageTime,
     add_spans,
     observe,
@@ -462,19 +461,12 @@ def _sha256(path: Path) -> str:
 
 def _vram(predictor: SAM3Predictor) -> dict[str, Any]:
     if predictor.device.type != "cuda":
-        _set_memory_metrics(0, 0)
         return {}
     import torch  # noqa: PLC0415 - loaded already
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(predictor.device)
-    _set_memory_metrics(total_bytes - free_bytes, total_bytes)
     return {
         "gpu_name": torch.cuda.get_device_name(predictor.device),
         "vram_used_bytes": total_bytes - free_bytes,
         "vram_total_bytes": total_bytes,
     }
-
-
-def _set_memory_metrics(used_bytes: int, total_bytes: int) -> None:
-    GPU_MEMORY_BYTES.labels("used").set(used_bytes)
-    GPU_MEMORY_BYTES.labels("total").set(total_bytes)

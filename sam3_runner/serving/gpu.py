@@ -1,16 +1,22 @@
-"""Checks whether the installed PyTorch can use a GPU of this host. Asks NVIDIA's driver, without torch.
+"""Counts the GPUs of this host that the installed PyTorch can use, and gives a process one of them.
 
-So the server refuses to start within a second, before any process loads torch.
+It asks NVIDIA's driver, without torch: the server refuses to start within a second, before any process loads
+torch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sam3_runner.errors import DeviceUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """Oldest branch of NVIDIA's driver for each major version of CUDA, whatever its minor version."""
@@ -19,8 +25,19 @@ NO_DEVICE = 100
 """CUDA_ERROR_NO_DEVICE."""
 
 
-def check_gpu() -> None:
-    """Raise `DeviceUnavailable`, with the remedy, unless torch can use a GPU of this host."""
+MIG_PREFIX = "MIG-"
+"""Begins the UUID of a part of a GPU (multi-instance GPU)."""
+
+
+def count_gpus(named: Sequence[str] | None) -> int:
+    """How many GPUs processes of this server can use, one each; at least 1.
+
+    Args:
+        named: the items of `CUDA_VISIBLE_DEVICES`, which the driver obeys too; None where it is not set.
+
+    Raises:
+        DeviceUnavailable: there is none that torch can use; the message has the remedy.
+    """
     built_for = _torch_cuda_version()
     if built_for is None:
         raise DeviceUnavailable("PyTorch here is built without CUDA: install its CUDA build")
@@ -32,6 +49,27 @@ def check_gpu() -> None:
         ) from None
     _check_driver_version(driver, built_for)
     _call(driver, "cuInit", 0)
+    # The driver shows a process one MIG device, however many are named. Each process here needs one only.
+    if named is not None and all(name.startswith(MIG_PREFIX) for name in named):
+        return len(named)
+    count = ctypes.c_int()
+    _call(driver, "cuDeviceGetCount", ctypes.byref(count))
+    return count.value
+
+
+def take_gpu(index: int, named: Sequence[str] | None) -> None:
+    """Let CUDA show this process one GPU alone. To be called before torch is imported.
+
+    Where fewer are named, the model runs on the CPU, and nothing changes.
+
+    Args:
+        index: among the GPUs that `count_gpus` counts.
+        named: as for `count_gpus`.
+    """
+    if named is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+    elif index < len(named):
+        os.environ["CUDA_VISIBLE_DEVICES"] = named[index]
 
 
 def _torch_cuda_version() -> str | None:

@@ -1,17 +1,18 @@
-"""Whether the runner's process lives: the runner writes its identity to a file, and the API workers read it.
+"""Whether a runner's process lives: each runner writes its identity to a file, and the API workers read it.
 
 The socket cannot show it: the supervisor holds it open, so calls to a dead runner connect and wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,15 @@ def write_identity(path: Path, identity: str) -> None:
         # On a full disk a text of the old one's size can still be written in its place.
         with path.open("r+") as file:
             file.write(identity.ljust(len(path.read_text())))
+
+
+def pids_in(paths: Iterable[Path]) -> set[int]:
+    """The pids in files of `write_identity`; a file that is missing or unreadable has none."""
+    pids = set()
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            pids.add(int(path.read_text().partition(":")[0]))
+    return pids
 
 
 class RunnerLiveness:

@@ -24,27 +24,29 @@ model would wait, again and again, for the one that receives requests."""
 def runner_service(
     config: EngineConfig,
     *,
+    name: str,
     timeout_s: float,
-    gpu: bool,
     on_start: Callable[[], None],
     on_failure: Callable[[], None],
     on_device_lost: Callable[[], None],
 ) -> Any:
-    """The service class `Sam3Runner`; one process, since one GPU holds one copy of the weights.
+    """A service class `Sam3Runner`, one for each GPU; one process, since a GPU holds one copy of the weights.
+
+    It asks BentoML for no GPU: BentoML would give none of those that `CUDA_VISIBLE_DEVICES` names.
 
     Args:
         config: of the engine.
+        name: of the service. Services of one name, and processes of one service, share a socket, so that
+            the caller could not choose between them.
         timeout_s: longest time that a request may wait and run; the requests' own deadlines are shorter.
-        gpu: asks BentoML for a GPU of the host.
-        on_start: is called first in the runner's process, and may end it.
+        on_start: is called first in the runner's process, takes its GPU, and may end it.
         on_failure: is called when the model cannot be loaded.
         on_device_lost: is called when the device no longer works in the runner's process, and ends it.
     """
 
     @bentoml.service(
-        name="sam3_runner",
+        name=name,
         workers=1,
-        resources={"gpu": 1} if gpu else {},
         traffic={"timeout": timeout_s},
         # The model's CPU threads spin for microseconds only before they sleep. By default they spin on,
         # and where other processes want the same cores a pass takes ten times as long.

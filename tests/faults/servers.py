@@ -135,9 +135,9 @@ class Server:
         return []
 
     def runner(self) -> psutil.Process | None:
-        """The runner, found by its note runner.pid in DATA_DIR; None if there is none."""
+        """The runner, found by its note runner_0.pid in DATA_DIR; None if there is none."""
         with contextlib.suppress(OSError):
-            pid = (self.data_dir / "runner.pid").read_text().partition(":")[0]
+            pid = (self.data_dir / "runner_0.pid").read_text().partition(":")[0]
             return next((each for each in self.processes()[1:] if str(each.pid) == pid), None)
         return None
 

@@ -224,6 +224,9 @@ class Model:
         async with self.stages.call("check"):
             return EngineStatus(state=self.state, detail=self.detail)  # type: ignore[arg-type]
 
+    async def statuses(self) -> list[EngineStatus]:
+        return [await self.status()]
+
     async def segment(
         self,
         image: DecodedImage,

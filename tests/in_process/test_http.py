@@ -158,7 +158,12 @@ async def test_health(bench: Bench, http: httpx.AsyncClient, state: str) -> None
     bench.model.state = state
     health = await http.get("/health")
     assert health.status_code == httpx.codes.OK
-    assert health.json() == {"status": state, "model_loaded": state == "ok", "gpu_available": False}
+    assert health.json() == {
+        "status": state,
+        "model_loaded": state == "ok",
+        "gpu_available": False,
+        "runners": [{"state": state}],
+    }
     if state != "ok":
         for response in (await http.get("/api/v1/model/info"), await http.post(PREDICT, json=body_of(bench))):
             assert error_of(response)[:2] == (503, "MODEL_NOT_LOADED")

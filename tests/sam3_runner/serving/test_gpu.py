@@ -14,16 +14,16 @@ from tests.driver import NO_DEVICE, fake_driver, torch_built_for
 ROOT = Path(__file__).parents[3]
 CODE = """
 from sam3_runner.errors import DeviceUnavailable
-from sam3_runner.serving.gpu import check_gpu
+from sam3_runner.serving.gpu import count_gpus
 try:
-    check_gpu()
+    count_gpus(None)
 except DeviceUnavailable as error:
     print(error)
 """
 
 
 def gpu_error(environment: dict[str, str]) -> str:
-    """The error of `check_gpu` in a process with `environment`; empty without one."""
+    """The error of `count_gpus` in a process with `environment`; empty without one."""
     ended = subprocess.run(
         [sys.executable, "-c", CODE],
         cwd=ROOT,
