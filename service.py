@@ -22,7 +22,15 @@ from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException
 
 import bentoml_patches
-from bentoml_patches import dispatcher, gpu_count, protocols, route_metrics, runner_connections, swagger
+from bentoml_patches import (
+    bento_services,
+    dispatcher,
+    gpu_count,
+    protocols,
+    route_metrics,
+    runner_connections,
+    swagger,
+)
 from connections import Connections
 from contract import (
     BatchRequest,
@@ -97,6 +105,7 @@ settings, refusal = settings_or_defaults()
 runner_timeout_s = settings.request_timeout_s + STOP_MARGIN_S
 connections = Connections(settings.max_connections, settings.max_in_flight)
 
+bento_services.patch()
 dispatcher.patch()
 gpu_count.patch()
 protocols.patch(connections.protocol)

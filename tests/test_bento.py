@@ -116,6 +116,7 @@ def test_relative_paths_are_below_the_working_directory(bento: Path, tmp_path: P
         "APP_ENV": "production",
         "EMBEDDED_PARTS": "storage,results",
         "DATA_DIR": "data",
+        "GPUS": "2",  # more runners than bento.yaml lists, as on a host with more GPUs than the builder has
     }
     (tmp_path / "data").mkdir()
     log_path = tmp_path / "server.log"
@@ -140,6 +141,7 @@ def test_relative_paths_are_below_the_working_directory(bento: Path, tmp_path: P
             server = LocalServer(url, api_key, tmp_path / "data", log_path, process.pid, ready_s=0.0)
             with Edge(server) as edge:
                 assert edge.ask(png_bytes(scene(100).image), "circle").status_code == httpx.codes.OK
+                assert len(edge.http.get("/health").json()["runners"]) == 2
         finally:
             stop(process)
     assert {"outbox.sqlite", "results.sqlite", "storage"} <= {

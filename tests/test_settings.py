@@ -165,6 +165,14 @@ def test_demo_is_not_made_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_environment_is_restored")
+@pytest.mark.parametrize("given", ["auto", "2"])
+def test_frozen_runners_are_a_number(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Every process has as many runners as the first one counted, also after a GPU was lost."""
+    assert load(monkeypatch, GPUS=given).gpus in {"auto", 2}
+    assert freeze_settings(2).gpus == load_settings().gpus == 2
+
+
+@pytest.mark.usefixtures("_environment_is_restored")
 def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
     """A refused file does not change the environment."""
     (tmp_path / ".env").write_text(f"API_SECRET_KEY={KEY}\nAPI_WORKERS=two\n")
@@ -187,6 +195,11 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("API_WORKERS", "0", "must be a whole number from 1 to 64, not '0'"),
         ("API_WORKERS", "2.5", "must be a whole number from 1 to 64, not '2.5'"),
         ("API_WORKERS", SECRET, "must be a whole number from 1 to 64"),
+        ("GPUS", "0", "must be auto or a whole number from 1 to 64, not '0'"),
+        ("GPUS", "-1", "must be auto or a whole number from 1 to 64, not '-1'"),
+        ("GPUS", "all", "must be auto or a whole number from 1 to 64, not 'all'"),
+        ("GPUS", "1.5", "must be auto or a whole number from 1 to 64, not '1.5'"),
+        ("GPUS", "65", "must be auto or a whole number from 1 to 64, not '65'"),
         ("SAM3_MAX_BATCH", "1", "must be a whole number from 2 to 64, not '1'"),
         ("SAM3_CPU_THREADS", "-1", "must be a whole number from 1 to 256, not '-1'"),
         ("MAX_IN_FLIGHT", "-1", "must be a whole number, 1 or more, not '-1'"),

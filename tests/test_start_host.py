@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -206,6 +207,37 @@ def test_fallback_to_the_cpu_is_logged(tmp_path: Path) -> None:
     """Without SAM3_DEVICE an unusable GPU is not an error; the log has the reason."""
     log = log_of_a_start(tmp_path, fake_driver(tmp_path, 12040) | torch_built_for(tmp_path, "13.0"))
     assert "the model runs on the CPU: PyTorch here is built for CUDA 13.0, which needs" in log
+
+
+@pytest.mark.parametrize(("device", "gpus"), [({"SAM3_DEVICE": "cuda"}, 2), ({}, 2), ({}, 1)])
+def test_more_runners_than_gpus_are_refused(tmp_path: Path, device: dict[str, str], gpus: int) -> None:
+    """Each runner needs a GPU of its own; the error has the number of GPUs, whatever the host has."""
+    driver = fake_driver(tmp_path, 13000, gpus=gpus) | torch_built_for(tmp_path, "13.0")
+    refusal = refused_start(tmp_path, driver | device | {"GPUS": "3"})
+    assert sentence_of(refusal, "cannot start: ") == (
+        f"GPUS=3, but the number of GPUs that this server may use is {gpus}: set GPUS=auto, or give it more "
+        "(--gpus all, CUDA_VISIBLE_DEVICES)"
+    )
+    assert "initialized" not in refusal.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "runners"),
+    [({}, 2), ({"GPUS": "1"}, 1), ({"SAM3_DEVICE": "cpu"}, 1), ({"SAM3_DEVICE": "cpu", "GPUS": "3"}, 3)],
+)
+def test_there_is_a_runner_for_each_gpu(tmp_path: Path, settings: dict[str, str], runners: int) -> None:
+    """By default one for each GPU, and one on the CPU; on the CPU any number may be asked for."""
+    driver = fake_driver(tmp_path, 13000, gpus=2) | torch_built_for(tmp_path, "13.0")
+    log = log_of_a_start(tmp_path, driver | settings)
+    assert f", runners: {runners}\n" in log
+
+
+def test_runners_share_the_cpu(tmp_path: Path) -> None:
+    """The cores are divided among the runners, each of which has a thread at least."""
+    with cpu_quota(4.0) if (os.cpu_count() or 1) >= 4 else contextlib.nullcontext():
+        cores = min(4, os.cpu_count() or 1)
+        log = log_of_a_start(tmp_path, {"GPUS": "2"})
+    assert f"threads of the model: {max(1, cores // 2)}, runners: 2" in log
 
 
 def test_share_of_the_cpu_is_logged(tmp_path: Path) -> None:

@@ -193,6 +193,18 @@ def test_runner_stops_after_the_workers(
     assert server.stops == [number]
 
 
+def test_runner_does_not_wait_for_other_runners(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal takes effect when the workers have ended, while other runners wait as well."""
+    worker, other_runner = Sibling(1), Sibling(2)
+    family_of(monkeypatch, worker, other_runner)
+    outlive_siblings(WAIT_S, except_for=lambda: {other_runner.pid})
+    with threads_ended():
+        signal.raise_signal(signal.SIGTERM)
+        assert not server.stopped.wait(MOMENT_S)
+        worker.ended.set()
+        assert server.stops_in_time()
+
+
 def test_runner_without_siblings_stops_immediately(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without siblings the signal takes effect immediately."""
     family_of(monkeypatch)

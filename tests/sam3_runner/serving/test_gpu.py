@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sam3_runner.serving.gpu import take_gpu
 from tests.driver import NO_DEVICE, fake_driver, torch_built_for
 
 ROOT = Path(__file__).parents[3]
@@ -24,8 +25,13 @@ except DeviceUnavailable as error:
 
 def gpu_error(environment: dict[str, str]) -> str:
     """The error of `count_gpus` in a process with `environment`; empty without one."""
+    return output_of(CODE, environment)
+
+
+def output_of(code: str, environment: dict[str, str], *arguments: str) -> str:
+    """What a process with `environment` prints."""
     ended = subprocess.run(
-        [sys.executable, "-c", CODE],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -76,3 +82,52 @@ def test_torch_without_cuda(tmp_path: Path) -> None:
     """A CPU build of torch uses no GPU, whatever the driver."""
     message = gpu_error(fake_driver(tmp_path, 13000) | torch_built_for(tmp_path, None))
     assert message == "PyTorch here is built without CUDA: install its CUDA build"
+
+
+COUNT = """
+import sys
+from sam3_runner.serving.gpu import count_gpus
+print(count_gpus(sys.argv[1].split(",") if len(sys.argv) > 1 else None))
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "count"),
+    [
+        ([], 2),
+        # The driver counts what CUDA_VISIBLE_DEVICES names, but of MIG devices one a process.
+        (["GPU-8932f937,GPU-c5b7a1f3,GPU-00000000"], 2),
+        (["MIG-GPU-b1028956/1/0,MIG-GPU-b1028956/2/0,MIG-4f1b"], 3),
+        (["MIG-4f1b"], 1),
+    ],
+)
+def test_gpus_are_counted(tmp_path: Path, named: list[str], count: int) -> None:
+    """The count is the driver's, but for parts of GPUs."""
+    environment = fake_driver(tmp_path, 13000, gpus=2) | torch_built_for(tmp_path, "13.0")
+    assert output_of(COUNT, environment, *named) == str(count)
+
+
+@pytest.mark.parametrize(
+    ("index", "named", "taken"),
+    [
+        (0, None, "0"),
+        (1, None, "1"),
+        (1, ["3", "5"], "5"),
+        (0, ["GPU-8932f937", "GPU-c5b7a1f3"], "GPU-8932f937"),
+        (1, ["MIG-4f1b", "MIG-77aa"], "MIG-77aa"),
+    ],
+)
+def test_each_process_takes_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, index: int, named: list[str] | None, taken: str
+) -> None:
+    """A process sees one GPU: of those that are named, or of the whole host."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "before")
+    take_gpu(index, named)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == taken
+
+
+def test_no_gpu_is_taken_where_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners on the CPU leave the variable that hides the GPUs as it is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    take_gpu(1, [""])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sam3_runner.serving import liveness
-from sam3_runner.serving.liveness import RunnerLiveness, write_identity
+from sam3_runner.serving.liveness import RunnerLiveness, pids_in, write_identity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +31,14 @@ def runner(identity_file: Path, living: set[str], monkeypatch: pytest.MonkeyPatc
     """The liveness, without its cache."""
     monkeypatch.setattr(liveness, "CACHE_TIME_S", 0.0)
     return RunnerLiveness(identity_file, living.__contains__)
+
+
+def test_pids_of_several_runners(tmp_path: Path) -> None:
+    """The pids of all runners that have written their files; one that has not, or a torn text, has none."""
+    texts = {"runner_0.pid": "71:boot-1.00", "runner_1.pid": "72:boot-2.00", "torn.pid": "", "odd.pid": "x:1"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert pids_in(tmp_path / name for name in [*texts, "missing.pid"]) == {71, 72}
 
 
 def test_start(runner: RunnerLiveness, identity_file: Path, living: set[str]) -> None:

@@ -1,0 +1,149 @@
+"""A server with two runners: both work, one dies and comes back, and a stop waits for both."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+
+from commands.local_server import READY_TIMEOUT_S, LocalServer, local_server
+from tests.drawn import scene
+from tests.edge import Edge, error_of, png_bytes, wait_for
+from tests.server_processes import RUNNER, children_of, kill, left_after, runner_of, started_server
+from tests.test_metrics import total
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.server
+
+RUNNERS = (RUNNER, "sam3_runner_1")
+CALLERS = 4
+STOP_LIMIT_S = 30.0
+"""Much less than a runner waits for processes that do not end."""
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """A caller of a server with two runners on the CPU, and two API workers."""
+    with local_server(tmp_path_factory.mktemp("runners"), {"GPUS": "2"}) as server, Edge(server) as caller:
+        wait_for(lambda: states(server), lambda found: found == ["ok", "ok"], READY_TIMEOUT_S)
+        yield caller
+
+
+def states(server: LocalServer) -> list[str]:
+    """The runners' states, as /health has them."""
+    return [runner["state"] for runner in httpx.get(f"{server.url}/health").json()["runners"]]
+
+
+def calls_of(server: LocalServer, runner: str) -> float:
+    """How many requests a runner has answered."""
+    return total(server, "bentoml_service_request_total", runner_name=runner, endpoint="/segment")
+
+
+def test_both_runners_work(edge: Edge) -> None:
+    """Concurrent requests go to both runners, and all are answered."""
+    key = edge.upload(png_bytes(scene(300).image))
+    before = [calls_of(edge.server, runner) for runner in RUNNERS]
+    with ThreadPoolExecutor(CALLERS) as callers:
+        answers = list(callers.map(lambda _: edge.ask(key, "circle").status_code, range(4 * CALLERS)))
+    assert set(answers) == {httpx.codes.OK}
+    after = [calls_of(edge.server, runner) for runner in RUNNERS]
+    assert sum(after) - sum(before) == len(answers)
+    assert min(now - then for now, then in zip(after, before, strict=True)) >= CALLERS
+    assert total(edge.server, "sam3_model_ready") == len(RUNNERS)
+
+
+def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
+    """The requests of a runner that dies are kept and done; the other one answers meanwhile; it returns."""
+    server, (first, second) = edge.server, RUNNERS
+    key = edge.upload(png_bytes(scene(300).image))
+    [dying] = children_of(server, second)
+    living = runner_of(server)
+    dying.suspend()  # so that it holds what it gets
+    bodies = [edge.body(key, "circle") for _ in range(2 * CALLERS)]
+    decoded = total(server, "sam3_stage_seconds_count", stage="decode")
+    with ThreadPoolExecutor(len(bodies)) as callers:
+        for body in bodies:
+            edge.insert_row(body)
+        calls = [callers.submit(edge.send, body) for body in bodies]
+        wait_for(
+            lambda: total(server, "sam3_stage_seconds_count", stage="decode"),
+            lambda count: count == decoded + len(bodies),
+        )
+        wait_for(lambda: at_work(server, first), lambda count: not count)
+        held = [body for body, call in zip(bodies, calls, strict=True) if not call.done()]
+        assert held
+        assert edge.ask(key, "circle").status_code == httpx.codes.OK
+        attempts = {body["task_id"]: attempt_of(edge, body) for body in held}
+        kill(dying)
+        answers = {body["task_id"]: call.result() for body, call in zip(bodies, calls, strict=True)}
+    for task_id, answer in answers.items():
+        if task_id in attempts:
+            status, code, message = error_of(answer)
+            assert (status, code) == (503, "MODEL_NOT_LOADED")
+            assert "the model's process stopped while it worked; the task is kept" in message
+        else:
+            assert answer.status_code == httpx.codes.OK
+    # The other one answers while this one starts.
+    wait_for(lambda: states(server), lambda found: found == ["ok", "loading"])
+    assert httpx.get(f"{server.url}/readyz").status_code == httpx.codes.OK
+    assert edge.ask(key, "circle").status_code == httpx.codes.OK
+    for task_id, attempt_id in attempts.items():
+        row = edge.settled_row(task_id)
+        assert (row.status, row.attempt_id) == ("done", attempt_id)
+    wait_for(lambda: states(server), lambda found: found == ["ok", "ok"], READY_TIMEOUT_S)
+    assert [runner.pid for runner in children_of(server, second)] != [dying.pid]
+    assert runner_of(server).pid == living.pid
+    test_both_runners_work(edge)
+
+
+def at_work(server: LocalServer, runner: str) -> float:
+    """How many requests a runner works on."""
+    return total(server, "bentoml_service_request_in_progress", runner_name=runner, endpoint="/segment")
+
+
+def attempt_of(edge: Edge, body: dict[str, Any]) -> str | None:
+    row = edge.row(body["task_id"])
+    assert row is not None
+    assert row.status == "processing"
+    return row.attempt_id
+
+
+def test_stop_lets_requests_of_both_runners_end(tmp_path: Path) -> None:
+    """At a stop the runners outlive the API workers, and do not wait for each other."""
+    settings = {"GPUS": "2", "API_WORKERS": "1"}
+    with started_server(tmp_path / "data", settings) as (server, process), Edge(server) as edge:
+
+        def are_ready() -> bool:
+            try:
+                return states(server) == ["ok", "ok"]
+            except httpx.TransportError:
+                return False
+
+        wait_for(are_ready, bool, READY_TIMEOUT_S)
+        key = edge.upload(png_bytes(scene(300).image))
+        runners = [child for name in RUNNERS for child in children_of(server, name)]
+        children = psutil.Process(server.pid).children(recursive=True)
+        bodies = [edge.body(key, "circle") for _ in range(CALLERS)]
+        for runner in runners:
+            runner.suspend()  # so that the requests are in progress at the stop
+        with ThreadPoolExecutor(CALLERS) as callers:
+            for body in bodies:
+                edge.insert_row(body)
+            calls = [callers.submit(edge.send, body) for body in bodies]
+            wait_for(
+                lambda: total(server, "sam3_stage_seconds_count", stage="decode"),
+                lambda count: count == len(bodies),
+            )
+            process.send_signal(signal.SIGTERM)
+            for runner in runners:
+                runner.resume()
+            assert {call.result().status_code for call in calls} == {httpx.codes.OK}
+        assert process.wait(STOP_LIMIT_S) == 0
+        assert left_after(children, STOP_LIMIT_S) == []
