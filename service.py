@@ -61,7 +61,7 @@ from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.serving.client import RunnerClient
 from sam3_runner.serving.cpu_share import cpu_share
 from sam3_runner.serving.engine import EngineConfig, EngineStatus
-from sam3_runner.serving.liveness import RunnerLiveness, pids_in, write_identity
+from sam3_runner.serving.liveness import FAILED, RunnerLiveness, pids_in, write_identity
 from sam3_runner.serving.pool import RunnerPool, overall_status
 from sam3_runner.serving.runner import runner_service
 from startup import (
@@ -79,6 +79,8 @@ from version import VERSION
 
 STOP_MARGIN_S = 15.0
 """BentoML's own timeout is so much longer than ours, which settles the row and says what happened."""
+RUNNER_SERVICE = "sam3_runner_"
+"""Begins the names of the runners' services, which end with their numbers."""
 
 LOGGING_PARTS = (
     *(
@@ -147,6 +149,14 @@ def _begin_runner(index: int) -> None:
     outlive_siblings(runner_timeout_s, except_for=lambda: pids_in(runner_files))
 
 
+def _give_up_runner(index: int) -> None:
+    """End a runner whose model cannot be loaded: without another one the server ends too."""
+    try:
+        write_identity(runner_files[index], FAILED)
+    finally:
+        end_server()
+
+
 runner_services = [
     runner_service(
         EngineConfig(
@@ -158,10 +168,10 @@ runner_services = [
             hub=hub_source(settings),
             kernel_cache=settings.kernel_cache,
         ),
-        name=f"sam3_runner_{index}",
+        name=f"{RUNNER_SERVICE}{index}",
         timeout_s=runner_timeout_s,
         on_start=partial(_begin_runner, index),
-        on_failure=end_server,
+        on_failure=partial(_give_up_runner, index),
         on_device_lost=end_process_soon,
     )
     for index in range(runner_count)
@@ -210,7 +220,9 @@ class SegmentationService:
     @staticmethod
     def prepare() -> None:
         """Before any process starts."""
-        prepare_deployment(runner_count)
+        prepare_deployment(runner_count, RUNNER_SERVICE)
+        for file in runner_files:  # of an earlier server
+            file.unlink(missing_ok=True)
 
     async def __is_ready__(self) -> bool:
         return (await self._runner.status()).state == "ok"

@@ -368,6 +368,11 @@ def freeze_settings(runners: int) -> Settings:
     return _checked(Settings, values)
 
 
+def freeze_device(device: Literal["cuda", "cpu"]) -> None:
+    """Let child processes use this device, also one that is restarted and does not find it any more."""
+    os.environ["SAM3_DEVICE"] = device
+
+
 def limit_threads(threads: int) -> None:
     """Set the threads of OpenMP and numpy's BLAS in each child process, unless the operator has set them.
 

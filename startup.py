@@ -26,6 +26,7 @@ from sam3_runner.weights.header import check_header
 from settings import (
     Settings,
     SettingsError,
+    freeze_device,
     freeze_settings,
     limit_threads,
     load_log_settings,
@@ -101,7 +102,7 @@ def begin_on_gpu(settings: Settings, index: int) -> None:
         take_gpu(index, named_gpus())
 
 
-def prepare_deployment(runners: int) -> None:
+def prepare_deployment(runners: int, runner_service: str) -> None:
     """Check settings, device, weights and stores once, before the first process starts; log what is used.
 
     It also holds the lock of DATA_DIR for the life of this process, takes over the attempts that an earlier
@@ -109,6 +110,7 @@ def prepare_deployment(runners: int) -> None:
 
     Args:
         runners: of `count_runners`.
+        runner_service: begins the names of their services.
     """
     _set_up_log()
     try:
@@ -123,7 +125,7 @@ def prepare_deployment(runners: int) -> None:
         sys.exit(f"cannot start: {error}")
     for warning in overlooked_variables():
         logger.warning("%s", warning)
-    supervisor.patch()
+    supervisor.patch(interchangeable=runner_service)
     _limit_model_threads(settings, runners)
     _log_weights(settings, checkpoint)
     if not settings.api_keys:
@@ -165,6 +167,7 @@ def _check_device(settings: Settings) -> None:
             f"GPUS={settings.gpus}, but the number of GPUs that this server may use is {gpus}: set "
             "GPUS=auto, or give it more (--gpus all, CUDA_VISIBLE_DEVICES)"
         )
+    freeze_device("cuda")
 
 
 def _check_weights(settings: Settings) -> Checkpoint:

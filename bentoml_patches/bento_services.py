@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from _bentoml_sdk.service.factory import Service
+import bentoml
 
 if TYPE_CHECKING:
     from bentoml import Bento
@@ -18,8 +18,8 @@ def patch() -> None:
     in BentoML's store, of which our services have none.
     """
 
-    def on_load_bento(service: Service[Any], bento: Bento) -> None:
+    def on_load_bento(service: bentoml.Service[Any], bento: Bento) -> None:
         for each in service.all_services().values():
             each.bento = bento
 
-    Service.on_load_bento = on_load_bento  # type: ignore[method-assign, assignment]
+    bentoml.Service.on_load_bento = on_load_bento  # type: ignore[method-assign]

@@ -41,10 +41,14 @@ ADDRESS_ERRORS = {
 """How to mend an address that the server cannot listen on."""
 
 
-def patch() -> None:
+def patch(interchangeable: str) -> None:
     """Patch the supervisor of this process. Call it before it starts the other processes.
 
     A port that cannot be used, and a process that ends by `end_server`, end the supervisor with a sentence.
+
+    Args:
+        interchangeable: begins the names of services that do the same: of these the last one alone that ends
+            by `end_server` ends the supervisor.
     """
     start = bentoml_circus.Arbiter.start
     Process.status = property(_status)
@@ -57,7 +61,7 @@ def patch() -> None:
         unrecoverable: list[str] = []
         for watcher in arbiter.watchers:
             watcher.respawn = True
-            watcher.hooks["after_reap"] = partial(_handle_death, unrecoverable)
+            watcher.hooks["after_reap"] = partial(_handle_death, unrecoverable, f"service_{interchangeable}")
         try:
             start(arbiter, cb)
         except RuntimeError:  # "No active process found": the last process of its kind has ended for good
@@ -142,6 +146,7 @@ def _stop(arbiter: bentoml_circus.Arbiter) -> object:
 
 def _handle_death(
     unrecoverable: list[str],
+    interchangeable: str,
     *,
     watcher: Watcher,
     arbiter: bentoml_circus.Arbiter,
@@ -157,8 +162,13 @@ def _handle_death(
         return
     process = f"process {process_pid} ({watcher.name})"
     if exit_code == EXIT_UNRECOVERABLE:
-        unrecoverable.append(process)
         watcher.respawn = False
+        alike = [each for each in arbiter.watchers if each.name.startswith(interchangeable)]
+        if watcher in alike and len(alike) > 1:
+            logger.error("%s has ended for good; the others like it serve on", process)
+            arbiter.watchers.remove(watcher)
+            return
+        unrecoverable.append(process)
         if watcher.processes:  # without one the supervisor stops by itself
             arbiter.loop.add_callback(_stop, arbiter)
     else:

@@ -36,6 +36,9 @@ REFUSAL_TIMEOUT_S = 60.0
 API_WORKER = "sam3"
 RUNNER = "sam3_runner_0"
 
+LOST_GPUS_FILE = "TEST_LOST_GPUS_FILE"
+"""Environment variable of tests/failing_service.py: a file, which may be missing, of the lost GPUs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

@@ -10,10 +10,18 @@ import httpx
 import psutil
 import pytest
 
-from commands.local_server import READY_TIMEOUT_S, LocalServer, local_server
+from commands.local_server import READY_TIMEOUT_S, LocalServer, ServerFailedError, local_server
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
-from tests.server_processes import RUNNER, children_of, kill, left_after, runner_of, started_server
+from tests.server_processes import (
+    LOST_GPUS_FILE,
+    RUNNER,
+    children_of,
+    kill,
+    left_after,
+    runner_of,
+    started_server,
+)
 from tests.test_metrics import total
 
 if TYPE_CHECKING:
@@ -147,3 +155,46 @@ def test_stop_lets_requests_of_both_runners_end(tmp_path: Path) -> None:
             assert {call.result().status_code for call in calls} == {httpx.codes.OK}
         assert process.wait(STOP_LIMIT_S) == 0
         assert left_after(children, STOP_LIMIT_S) == []
+
+
+FAILING = "tests.failing_service:SegmentationService"
+
+
+def test_runner_that_cannot_come_back_does_not_end_the_server(tmp_path: Path) -> None:
+    """A runner whose GPU is lost stays away and is reported; the other one serves, and is still restarted."""
+    lost = tmp_path / "lost"
+    settings = {"GPUS": "2", "API_WORKERS": "1", LOST_GPUS_FILE: str(lost)}
+    with local_server(tmp_path / "data", settings, service=FAILING) as server, Edge(server) as edge:
+        wait_for(lambda: states(server), lambda found: found == ["ok", "ok"], READY_TIMEOUT_S)
+        lost.write_text("1")
+        [second] = children_of(server, RUNNERS[1])
+        kill(second)
+        wait_for(lambda: states(server), lambda found: found == ["ok", "error"], READY_TIMEOUT_S)
+        health = httpx.get(f"{server.url}/health").json()
+        assert health["status"] == "ok"
+        assert health["runners"][1]["detail"].startswith("the model's process has ended for good")
+        key = edge.upload(png_bytes(scene(300).image))
+        assert edge.ask(key, "circle").status_code == httpx.codes.OK
+        first = runner_of(server)
+        kill(first)
+        wait_for(lambda: states(server), lambda found: found == ["loading", "error"])
+        wait_for(lambda: states(server), lambda found: found == ["ok", "error"], READY_TIMEOUT_S)
+        assert edge.ask(key, "circle").status_code == httpx.codes.OK
+        log = server.log_path.read_text()
+        assert children_of(server, RUNNERS[1]) == []
+    assert "the model cannot be loaded: the GPU is lost" in log
+    assert "(service_sam3_runner_1) has ended for good; the others like it serve on" in log
+
+
+def test_server_ends_without_any_model(tmp_path: Path) -> None:
+    """Where no runner can load the model, the server ends with a sentence, as it does with one runner."""
+    lost = tmp_path / "lost"
+    lost.write_text("0 1")
+    settings = {"GPUS": "2", "API_WORKERS": "1", LOST_GPUS_FILE: str(lost)}
+    with (
+        pytest.raises(
+            ServerFailedError, match=r"cannot serve: process \d+ \(service_sam3_runner_\d\) has ended"
+        ),
+        local_server(tmp_path / "data", settings, service=FAILING),
+    ):
+        pass

@@ -6,7 +6,7 @@ import asyncio
 import pickle
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 from bentoml.exceptions import BentoMLException
@@ -123,10 +123,14 @@ class RunnerClient:
 
     @property
     def known_status(self) -> EngineStatus:
-        """The last status of the process that lives now; `loading` where there is none. Asks nobody."""
+        """The last status of the process that lives now, without asking it.
+
+        `loading` where there is none, and `error` where there will be none.
+        """
         identity = self._liveness.find()
         if identity is None or identity != self._status_of:
-            return EngineStatus(state="loading", detail=self._liveness.reason_absent)
+            state: Literal["loading", "error"] = "error" if self._liveness.has_failed else "loading"
+            return EngineStatus(state=state, detail=self._liveness.reason_absent)
         return self._status
 
     async def _refresh_status(self) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FAILED = "failed"
+"""In place of an identity: the process has ended, and is not started again."""
 CACHE_TIME_S = 0.1
 """A process that was seen alive counts as alive for so long."""
 DYING_TIME_S = 3.0
@@ -59,6 +61,7 @@ class RunnerLiveness:
         self._identity: str | None = None
         self._cached_until_s = 0.0
         self._has_died = False
+        self._has_failed = False
         self._dying: str | None = None
         self._dying_until_s = 0.0
 
@@ -80,8 +83,15 @@ class RunnerLiveness:
             self._record_death()
 
     @property
+    def has_failed(self) -> bool:
+        """There is no process, and there will be none."""
+        return self._has_failed
+
+    @property
     def reason_absent(self) -> str:
         """The sentence that says why there is no process."""
+        if self._has_failed:
+            return "the model's process has ended for good; the server's log says why"
         if self._has_died:
             return "the model's process has stopped and is being restarted"
         return "the model's process is starting"
@@ -91,6 +101,7 @@ class RunnerLiveness:
             identity = self._path.read_text().strip()
         except (OSError, UnicodeDecodeError):
             return None
+        self._has_failed = identity == FAILED
         dying = identity == self._dying and time.monotonic() < self._dying_until_s
         return identity if not dying and self._is_alive(identity) else None
 

@@ -50,7 +50,7 @@ def test_signal_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         return "stopping"
 
     monkeypatch.setattr(Arbiter, "stop", stop)
-    supervisor.patch()
+    supervisor.patch("runner_")
     arbiter: Any = SimpleNamespace(
         exit_stack=contextlib.ExitStack(),
         loop=SimpleNamespace(call_later=lambda _delay_s, call, *arguments: later.append((call, *arguments))),
@@ -64,7 +64,7 @@ async def test_looks_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor looks for dead processes for ever: not while it is busy, and after an error again."""
     looks, later = [], []
     monkeypatch.setattr(bentoml_circus.Arbiter, "start", lambda *_arguments: None)
-    supervisor.patch()
+    supervisor.patch("runner_")
 
     async def manage_watchers() -> None:
         looks.append("look")
@@ -115,7 +115,7 @@ def started(_):
     print("started", flush=True)
     arbiter.stop()
 
-supervisor.patch()
+supervisor.patch("runner_")
 sleep = ["-c", "import time; time.sleep(600)"]
 child = Watcher("child", sys.executable, args=sleep, hooks={"after_spawn": (set_back, False)})
 arbiter = create_standalone_arbiter([child])
@@ -151,7 +151,7 @@ def count(**_):
         arbiter.loop.add_callback(arbiter.stop)
     return True
 
-supervisor.patch()
+supervisor.patch("runner_")
 if patched == "no":
     Process.status = status
 environment = {"PROMETHEUS_MULTIPROC_DIR": "/nowhere"}

@@ -47,6 +47,7 @@ class Liveness:
 
     identity: str | None = "first"
     reason_absent: str = RESTARTED
+    has_failed: bool = False
     dying: list[str] = field(default_factory=list)
 
     def find(self) -> str | None:

@@ -65,7 +65,7 @@ def _demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def refusal() -> str:
     """The message of a refused start."""
     with pytest.raises(SystemExit) as ended:
-        startup.prepare_deployment(1)
+        startup.prepare_deployment(1, "sam3_runner_")
     sentence = str(ended.value.code)
     assert sentence.startswith("cannot start: ")
     assert "\n" not in sentence
