@@ -22,4 +22,4 @@ def patch() -> None:
         for each in service.all_services().values():
             each.bento = bento
 
-    bentoml.Service.on_load_bento = on_load_bento  # type: ignore[method-assign]
+    bentoml.Service.on_load_bento = on_load_bento

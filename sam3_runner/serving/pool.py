@@ -55,7 +55,7 @@ class _Queue:
 class RunnerPool:
     """The runners of a server, seen from one API worker; a `sam3_runner.base.Runner`.
 
-    A worker counts its own requests alone. The others' spread evenly by the same rule.
+    A worker counts its own requests alone: those of the other workers spread over the runners by the same rule.
 
     Args:
         clients: one for each runner, in the order of their numbers.
