@@ -1,4 +1,4 @@
-"""The API worker's runners, one a GPU: each request goes to the one with the least outstanding work."""
+"""The API worker's runners, one a GPU: each request goes to the one with the least work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from sam3_runner.errors import ModelNotLoaded
+from sam3_runner.errors import FeaturesNotHeld, ModelNotLoaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from sam3_runner.images.square import SquareImage
-    from sam3_runner.instances import PredictResult
+    from sam3_runner.images.decoded import DecodedImage
+    from sam3_runner.instances import UnionResult
     from sam3_runner.serving.client import RunnerClient
     from sam3_runner.serving.engine import EngineStatus
 
@@ -41,6 +41,13 @@ class _Queue:
     def is_ready(self) -> bool:
         return self.client.known_status.state == "ok"
 
+    def work_of(self, image: DecodedImage, prompts: Sequence[str]) -> int:
+        """Work of a request here, in prompts: none for an image whose features are held."""
+        return len(prompts) + (0 if self.may_hold(image) else IMAGE_WORK)
+
+    def may_hold(self, image: DecodedImage) -> bool:
+        return image.key is not None and self.client.may_hold(image.key)
+
     @contextmanager
     def holding(self, work: int, turn: int) -> Iterator[None]:
         """Count `work` as outstanding until the end of the block."""
@@ -55,7 +62,7 @@ class _Queue:
 class RunnerPool:
     """The runners of a server, seen from one API worker; a `sam3_runner.base.Runner`.
 
-    A worker counts its own requests alone: those of the other workers spread over the runners by the same rule.
+    A worker counts its own requests alone. Those of other workers spread over the runners by the same rule.
 
     Args:
         clients: one for each runner, in the order of their numbers.
@@ -67,12 +74,12 @@ class RunnerPool:
 
     async def segment(
         self,
-        image: SquareImage,
+        image: DecodedImage,
         prompts: list[str],
         deadline_s: float,
         *,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[PredictResult], float]:
+    ) -> tuple[list[UnionResult], float]:
         """As `RunnerClient.segment`, by one of the runners.
 
         A request is sent to another runner only where the first one has certainly not begun it. A runner
@@ -80,14 +87,20 @@ class RunnerPool:
         """
         untried = list(self._queues)
         while True:
-            queue = _shortest(untried)
+            queue = _next_queue(untried, image, prompts)
             untried.remove(queue)
+            if image.pixels is None and not queue.may_hold(image):
+                raise FeaturesNotHeld("the runner with the features of this image is busy or gone")
             try:
-                with queue.holding(IMAGE_WORK + len(prompts), next(self._turns)):
+                with queue.holding(queue.work_of(image, prompts), next(self._turns)):
                     return await queue.client.segment(image, prompts, deadline_s, log_ids=log_ids)
             except ModelNotLoaded:
                 if not any(each.is_ready for each in untried):
                     raise
+
+    def may_hold(self, key: str) -> bool:
+        """Whether a runner that is ready has lately segmented the image with this key for this worker."""
+        return any(queue.client.may_hold(key) for queue in self._queues if queue.is_ready)
 
     async def status(self) -> EngineStatus:
         """The state of the model: ready where at least one runner is."""
@@ -110,7 +123,13 @@ def overall_status(statuses: Sequence[EngineStatus]) -> EngineStatus:
     return min(statuses, key=lambda status: ("ok", "loading", "error").index(status.state))
 
 
-def _shortest(queues: Sequence[_Queue]) -> _Queue:
-    """Where the next request goes: the ready runner with the least work; of equals, that of longest ago."""
+def _next_queue(queues: Sequence[_Queue], image: DecodedImage, prompts: Sequence[str]) -> _Queue:
+    """Where the next request goes: the ready runner that would have the least work with it.
+
+    So an image goes to the runner that holds its features, unless that one is busier by more than an
+    encoding. Of equal ones that of longest ago is next.
+    """
     ready = [queue for queue in queues if queue.is_ready]
-    return min(ready or queues, key=lambda queue: (queue.work, queue.last_turn))
+    return min(
+        ready or queues, key=lambda queue: (queue.work + queue.work_of(image, prompts), queue.last_turn)
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 import pytest
 
-from sam3_runner import ModelNotLoaded, RunnerStopped
+from sam3_runner import FeaturesNotHeld, ModelNotLoaded, RunnerStopped
+from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.serving.client import RunnerClient
 from sam3_runner.serving.engine import EngineStatus
 from sam3_runner.serving.pool import IMAGE_WORK, RunnerPool, overall_status
@@ -60,10 +61,10 @@ class Host:
     runners: list[Runner]
     pool: RunnerPool
 
-    async def send(self, prompts: int = 1) -> asyncio.Task[Any]:
+    async def send(self, prompts: int = 1, image: DecodedImage = IMAGE) -> asyncio.Task[Any]:
         """Send a request; returns once a runner has it."""
         before = sum(self.counts)
-        call = asyncio.create_task(self.pool.segment(IMAGE, ["circle"] * prompts, time.monotonic() + 60))
+        call = asyncio.create_task(self.pool.segment(image, ["circle"] * prompts, time.monotonic() + 60))
         await wait_until(lambda: sum(self.counts) > before or call.done())
         return call
 
@@ -71,6 +72,10 @@ class Host:
     def counts(self) -> list[int]:
         """How many requests each runner has got."""
         return [runner.requests for runner in self.runners]
+
+    async def answered(self, image: DecodedImage) -> None:
+        """Send a request, and let it be answered."""
+        await self.finish(await self.send(1, image))
 
     async def finish(self, *calls: asyncio.Task[Any]) -> None:
         """Let all runners answer."""
@@ -164,6 +169,46 @@ async def test_no_runner(host: Host) -> None:
     with pytest.raises(ModelNotLoaded, match=RESTARTED):
         await host.pool.segment(IMAGE, ["circle"], time.monotonic() + 60)
     assert host.counts == [0, 0, 0]
+
+
+# Images whose features a runner holds.
+
+KNOWN = replace(IMAGE, key="known")
+WITHOUT_PIXELS = DecodedImage(None, IMAGE.width, IMAGE.height, key="known")
+
+
+async def test_image_goes_where_its_features_are(host: Host) -> None:
+    """Requests with the same image go to the runner that has had it, also without pixels; others spread."""
+    assert not host.pool.may_hold("known")
+    await host.answered(KNOWN)
+    assert host.pool.may_hold("known")
+    await host.answered(KNOWN)
+    await host.answered(WITHOUT_PIXELS)
+    assert host.counts == [3, 0, 0]
+    await host.answered(replace(IMAGE, key="other"))
+    assert host.counts == [3, 1, 0]
+
+
+async def test_busy_holder_is_left_for_an_idle_runner(host: Host) -> None:
+    """Where the holder is busier by more than an encoding, another one gets the image, which needs pixels."""
+    await host.answered(KNOWN)
+    host.runners[0].may_answer.clear()
+    calls = [await host.send(IMAGE_WORK + 1, KNOWN)]
+    with pytest.raises(FeaturesNotHeld):
+        await host.pool.segment(WITHOUT_PIXELS, ["circle"], time.monotonic() + 60)
+    assert host.counts == [2, 0, 0]
+    calls.append(await host.send(1, KNOWN))
+    assert host.counts == [2, 1, 0]
+    await host.finish(*calls)
+
+
+async def test_features_of_a_dead_runner_are_gone(host: Host) -> None:
+    """After the death of the runner with the features, the image needs its pixels, for any runner."""
+    await host.answered(KNOWN)
+    host.runners[0].liveness.identity = "second"
+    assert not host.pool.may_hold("known")
+    with pytest.raises(FeaturesNotHeld):
+        await host.pool.segment(WITHOUT_PIXELS, ["circle"], time.monotonic() + 60)
 
 
 # What a death means.
