@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.server
 
 RUNNERS = (RUNNER, "sam3_runner_1")
 CALLERS = 4
+SEEDS = itertools.count(300)
 STOP_LIMIT_S = 30.0
 """Much less than a runner waits for processes that do not end."""
 
@@ -42,6 +44,11 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     with local_server(tmp_path_factory.mktemp("runners"), {"GPUS": "2"}) as server, Edge(server) as caller:
         wait_for(lambda: states(server), lambda found: found == ["ok", "ok"], READY_TIMEOUT_S)
         yield caller
+
+
+def new_image(edge: Edge) -> str:
+    """The key of an image that no runner has had, so that any may get it."""
+    return edge.upload(png_bytes(scene(next(SEEDS)).image))
 
 
 def states(server: LocalServer) -> list[str]:
@@ -56,10 +63,10 @@ def calls_of(server: LocalServer, runner: str) -> float:
 
 def test_both_runners_work(edge: Edge) -> None:
     """Concurrent requests go to both runners, and all are answered."""
-    key = edge.upload(png_bytes(scene(300).image))
+    keys = [new_image(edge) for _ in range(4 * CALLERS)]
     before = [calls_of(edge.server, runner) for runner in RUNNERS]
     with ThreadPoolExecutor(CALLERS) as callers:
-        answers = list(callers.map(lambda _: edge.ask(key, "circle").status_code, range(4 * CALLERS)))
+        answers = list(callers.map(lambda key: edge.ask(key, "circle").status_code, keys))
     assert set(answers) == {httpx.codes.OK}
     after = [calls_of(edge.server, runner) for runner in RUNNERS]
     assert sum(after) - sum(before) == len(answers)
@@ -70,11 +77,10 @@ def test_both_runners_work(edge: Edge) -> None:
 def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
     """The requests of a runner that dies are kept and done; the other one answers meanwhile; it returns."""
     server, (first, second) = edge.server, RUNNERS
-    key = edge.upload(png_bytes(scene(300).image))
     [dying] = children_of(server, second)
     living = runner_of(server)
     dying.suspend()  # so that it holds what it gets
-    bodies = [edge.body(key, "circle") for _ in range(2 * CALLERS)]
+    bodies = [edge.body(new_image(edge), "circle") for _ in range(2 * CALLERS)]
     decoded = total(server, "sam3_stage_seconds_count", stage="decode")
     with ThreadPoolExecutor(len(bodies)) as callers:
         for body in bodies:
@@ -87,7 +93,7 @@ def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
         wait_for(lambda: at_work(server, first), lambda count: not count)
         held = [body for body, call in zip(bodies, calls, strict=True) if not call.done()]
         assert held
-        assert edge.ask(key, "circle").status_code == httpx.codes.OK
+        assert edge.ask(new_image(edge), "circle").status_code == httpx.codes.OK
         attempts = {body["task_id"]: attempt_of(edge, body) for body in held}
         kill(dying)
         answers = {body["task_id"]: call.result() for body, call in zip(bodies, calls, strict=True)}
@@ -101,7 +107,7 @@ def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
     # The other one answers while this one starts.
     wait_for(lambda: states(server), lambda found: found == ["ok", "loading"])
     assert httpx.get(f"{server.url}/readyz").status_code == httpx.codes.OK
-    assert edge.ask(key, "circle").status_code == httpx.codes.OK
+    assert edge.ask(new_image(edge), "circle").status_code == httpx.codes.OK
     for task_id, attempt_id in attempts.items():
         row = edge.settled_row(task_id)
         assert (row.status, row.attempt_id) == ("done", attempt_id)
