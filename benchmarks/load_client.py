@@ -65,8 +65,8 @@ class Plan:
         url: base URL of the server.
         headers: of every request.
         pictures: files of the pictures, which the process rewrites; distinct requests use them in turn.
-        keys: for each picture, its key in the server's storage; empty: the file itself is sent as a form, to
-            a peer without storage.
+        keys: for each picture, its key in the server's storage; empty: the file and its prompts are sent as a
+            form, to a peer without storage.
         kinds: what is sent, drawn at random by their shares.
         seconds: measured time.
         ramp_s: time before it, in which requests are sent too.
@@ -164,7 +164,8 @@ class _Client:
             os.pwrite(
                 self._files[picture], uuid.uuid4().hex[:COMMENT_BYTES].encode(), self._comments[picture]
             )
-        path = "/api/v1/predict" if len(prompts) == 1 else "/api/v1/predict/batch"
+        is_batch = len(prompts) > 1 and self._plan.keys
+        path = "/api/v1/predict/batch" if is_batch else "/api/v1/predict"
         sent_s = self.now_s()
         status, masks, inference_ms = await self._exchange(path, self._content(picture, prompts))
         self.outcomes.append(

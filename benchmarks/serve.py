@@ -20,8 +20,9 @@ Scenarios:
                   server has no setting for (crowded_service.py)
     client        the same client against a server that answers at once: what the client alone reaches
 
-With --against, a server of another checkout runs beside ours, and both are measured in turn in each scenario
-(A B A B), so that the ratio comes from one run on one machine.
+With --against, a server of another checkout runs beside ours, and both are measured in turn in each closed
+loop (A B A B), so that the ratio comes from one run on one machine. --peer-python adds the same model under
+LitServe in the same way (peers/litserve_server.py says what it does not do).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from benchmarks.load_client import COMMENT_BYTES, USER_ID, Kind, Measurement, Ou
 from benchmarks.load_figures import ServerMetrics, figures, latencies, read_metrics, resident_mb, timeline
 from benchmarks.pictures import FIRST_SEED, Scene, encode_jpeg
 from benchmarks.table import machine_name, record
-from commands.local_server import ROOT, SERVICE, local_server, reserved_ports, stop
+from commands.local_server import ROOT, SERVICE, local_server, reserved_ports, stop, wait_until_ready
 from storage import LocalFolder
 from version import VERSION
 
@@ -425,17 +426,42 @@ def backend(
 @contextmanager
 def trivial_server(pictures: Pictures) -> Iterator[Target]:
     """The server that answers at once."""
+    command = [sys.executable, "-m", "benchmarks.trivial_server"]
+    with peer("answers at once", command, pictures, with_keys=True, ready_timeout_s=60) as target:
+        yield target
+
+
+@contextmanager
+def litserve_server(
+    python: Path, pictures: Pictures, weights: str, ready_timeout_s: float
+) -> Iterator[Target]:
+    """The same model under LitServe."""
+    command = [str(python), "-m", "benchmarks.peers.litserve_server", "--weights", weights, "--port"]
+    with peer("LitServe", command, pictures, with_keys=False, ready_timeout_s=ready_timeout_s) as target:
+        yield target
+
+
+@contextmanager
+def peer(
+    version: str, command: list[str], pictures: Pictures, *, with_keys: bool, ready_timeout_s: float
+) -> Iterator[Target]:
+    """Another server, whose command takes a port as its last argument.
+
+    Without keys, its requests carry the file.
+    """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-")))
         [port] = stack.enter_context(reserved_ports(1))
         files, keys = pictures.write(LocalFolder(folder), folder)
-        process = subprocess.Popen(  # noqa: S603 - our own command
-            [sys.executable, "-m", "benchmarks.trivial_server", str(port)], cwd=ROOT
-        )
+        log_path = folder / "server.log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [*command, str(port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
         stack.callback(stop, process)
         url = f"http://127.0.0.1:{port}"
-        httpx.Client(transport=httpx.HTTPTransport(retries=10)).get(url).raise_for_status()
-        yield Target("answers at once", url, {}, process.pid, files, keys, has_metrics=False)
+        wait_until_ready(process, url, log_path, ready_timeout_s, path="/health")
+        yield Target(version, url, {}, process.pid, files, keys if with_keys else [], has_metrics=False)
 
 
 def version_of(root: Path) -> str:
@@ -453,7 +479,7 @@ def main() -> None:
         checkouts[options.against_label or version_of(options.against)] = options.against.resolve()
         if len(checkouts) == 1:
             sys.exit("both checkouts have the same version: name them with --label and --against-label")
-    options.rounds = options.rounds or len(checkouts)
+    options.rounds = options.rounds or (2 if len(checkouts) == 2 or options.peer_python else 1)
     pictures = Pictures.draw()
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         weights = options.weights
@@ -466,7 +492,7 @@ def main() -> None:
             chosen = [name for name in options.scenarios if (name == "crowded") == crowded]
             if chosen:
                 _measure(bench, chosen, checkouts, weights, crowded=crowded)
-    _print_ratios(bench, list(checkouts))
+    _print_ratios(bench)
 
 
 def _measure(
@@ -480,10 +506,15 @@ def _measure(
             )
             for version, root in (checkouts.items() if scenarios != ["client"] else ())
         ]
+        python = bench.options.peer_python
+        if python and targets and not crowded:
+            timeout_s = bench.options.ready_timeout_s
+            targets.append(servers.enter_context(litserve_server(python, bench.pictures, weights, timeout_s)))
         for target in targets:
-            health = httpx.get(f"{target.url}/health", timeout=60).json()
-            bench.common["hardware"] = " + ".join(filter(None, [machine_name(), health.get("gpu_name")]))
             bench.warm_up(target)
+        if targets:
+            health = httpx.get(f"{targets[0].url}/health", timeout=60).json()
+            bench.common["hardware"] = " + ".join(filter(None, [machine_name(), health.get("gpu_name")]))
         for scenario in scenarios:
             getattr(bench, scenario.replace("-", "_"))(targets)
 
@@ -500,21 +531,21 @@ def _common(options: argparse.Namespace, pictures: Pictures) -> dict[str, object
     }
 
 
-def _print_ratios(bench: Bench, versions: list[str]) -> None:
-    """Of two versions: throughput and latencies of the first by those of the second, in the closed loops."""
-    if len(versions) < 2:
-        return
-    loops = [
-        {_loop(row): row for row in bench.rows if row["version"] == version and row["clients"]}
-        for version in versions
-    ]
-    sys.stdout.write(f"{versions[0]} / {versions[1]}\n")
-    for loop in (each for each in loops[0] if each in loops[1]):
-        texts = [f"{part!s:<16}" for part in loop]
-        for name in ("throughput_per_s", "p50_ms", "p99_ms"):
-            ours, theirs = (rows[loop][name] for rows in loops)
-            texts.append(f"{name} {float(str(ours)) / float(str(theirs)):.2f}" if ours and theirs else "")
-        sys.stdout.write("  ".join(texts) + "\n")
+def _print_ratios(bench: Bench) -> None:
+    """Throughput and latencies of the first version by those of each other, in the closed loops."""
+    loops: dict[str, dict[tuple[object, ...], dict[str, object]]] = {}
+    for row in bench.rows:
+        if row["clients"] and row["scenario"] != "client":
+            loops.setdefault(str(row["version"]), {})[_loop(row)] = row
+    for other in list(loops.items())[1:]:
+        first = next(iter(loops.items()))
+        sys.stdout.write(f"{first[0]} / {other[0]}\n")
+        for loop in (each for each in first[1] if each in other[1]):
+            texts = [f"{part!s:<16}" for part in loop]
+            for name in ("throughput_per_s", "p50_ms", "p99_ms"):
+                one, two = first[1][loop][name], other[1][loop][name]
+                texts.append(f"{name} {float(str(one)) / float(str(two)):.2f}" if one and two else "")
+            sys.stdout.write("  ".join(texts) + "\n")
 
 
 def _loop(row: dict[str, object]) -> tuple[object, ...]:
@@ -536,6 +567,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--against", type=Path, help="folder of another checkout, measured in turn with this")
     parser.add_argument("--label", help="name of this version in the table; default: its commit")
     parser.add_argument("--against-label", help="name of the other version")
+    parser.add_argument("--peer-python", type=Path, help="interpreter that has LitServe: measures it too")
     parser.add_argument("--usd-per-hour", type=float, help="price of this machine, for the cost of 1,000")
     parser.add_argument("--ready-timeout-s", type=float, default=300.0, help="longest start of a server")
     parser.add_argument(

@@ -147,9 +147,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_ready(
-    process: subprocess.Popen[bytes], url: str, log_path: Path, timeout_s: float = READY_TIMEOUT_S
+    process: subprocess.Popen[bytes],
+    url: str,
+    log_path: Path,
+    timeout_s: float = READY_TIMEOUT_S,
+    *,
+    path: str = "/readyz",
 ) -> None:
-    """Wait until GET {url}/readyz answers 200.
+    """Wait until GET {url}{path} answers 200.
 
     Raises:
         ServerFailedError: the process ended, or `timeout_s` passed.
@@ -160,7 +165,7 @@ def wait_until_ready(
             if process.poll() is not None:
                 raise ServerFailedError(f"the server ended with {process.returncode}:\n{_tail(log_path)}")
             try:
-                if client.get(f"{url}/readyz").status_code == httpx.codes.OK:
+                if client.get(f"{url}{path}").status_code == httpx.codes.OK:
                     return
             except httpx.TransportError:
                 pass  # not listening yet
