@@ -35,7 +35,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
 
 from benchmarks.load_client import COMMENT_BYTES, USER_ID, Kind, Measurement, Outcome, Plan, run_plan
 from benchmarks.load_figures import ServerMetrics, figures, latencies, read_metrics, resident_mb, timeline
@@ -458,10 +459,22 @@ def peer(
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [*command, str(port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
             )
-        stack.callback(stop, process)
+        stack.callback(_stop_all, process)
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(process, url, log_path, ready_timeout_s, path="/health")
         yield Target(version, url, {}, process.pid, files, keys if with_keys else [], has_metrics=False)
+
+
+def _stop_all(process: subprocess.Popen[bytes]) -> None:
+    """Stop a server and its descendants: LitServe's do not end with it."""
+    try:
+        descendants = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        descendants = []
+    stop(process)
+    for each in descendants:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def version_of(root: Path) -> str:

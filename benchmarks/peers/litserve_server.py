@@ -11,27 +11,23 @@ It does less than our server: nothing is claimed, fetched, stored or settled, no
 files are decoded in the process that holds the model.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import litserve
+from fastapi import Request
 
 from sam3_runner import SAM3Predictor
 from sam3_runner.images.decode import decode_image
+from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from sam3_runner.images.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
-from sam3_runner.instances import packed_union
+from sam3_runner.instances import UnionResult, packed_union
 from sam3_runner.serving.cpu_share import cpu_share
-
-if TYPE_CHECKING:
-    from sam3_runner.images.decoded import LocalImage
-    from sam3_runner.instances import UnionResult
 
 MAX_BATCH = 8
 BATCH_WAIT_S = 0.005
@@ -55,9 +51,11 @@ class SegmentAPI(litserve.LitAPI):  # type: ignore[misc] # LitServe is not insta
         for images in (1, MAX_BATCH):
             self._predictor.warm_up(images)
 
-    def decode_request(self, request: Any) -> tuple[bytes, list[str]]:
+    # LitServe reads the annotation, and passes the form.
+    def decode_request(self, request: Request) -> tuple[bytes, list[str]]:
         """The file and the prompts; the files of a batch are decoded together, in `predict`."""
-        return request["image"].file.read(), request.getlist("prompt")
+        form: Any = request
+        return form["image"].file.read(), form.getlist("prompt")
 
     def predict(self, batch: list[tuple[bytes, list[str]]]) -> list[dict[str, Any]]:
         """One answer per request."""
