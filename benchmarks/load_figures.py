@@ -126,7 +126,7 @@ class ServerMetrics:
         return {
             "stage_means_ms": {stage: seconds[stage] / counts[stage] * 1000 for stage in counts},
             "batch_mean": round(batch_requests / batches, 2) if batches else "",
-            "device_share": round(on_device_s / elapsed_s, 3),
+            "device_share": round(on_device_s / elapsed_s, 3) if batches else "",
             "caches": " ".join(
                 f"{name}_{kind}={count:.0f}" for (name, kind), count in sorted(caches.items())
             ),

@@ -59,12 +59,12 @@ class SegmentAPI(litserve.LitAPI):  # type: ignore[misc] # LitServe is not insta
 
     def predict(self, batch: list[tuple[bytes, list[str]]]) -> list[dict[str, Any]]:
         """One answer per request."""
-        begin_s = time.perf_counter()
         images = list(self._threads.map(self._decode, (data for data, _ in batch)))
         prompts = [texts for _, texts in batch]
+        begin_s = time.perf_counter()
         found = self._predictor.segment_united(list(zip(images, prompts, strict=True)))
-        pngs = self._threads.map(_png, found)
         elapsed_ms = (time.perf_counter() - begin_s) * 1000
+        pngs = self._threads.map(_png, found)
         return [_answer(*each, elapsed_ms) for each in zip(found, pngs, strict=True)]
 
     def _decode(self, data: bytes) -> LocalImage:
