@@ -3,8 +3,9 @@
 `run_plan` starts the process, which reads a `Plan` as JSON from stdin and writes a `Measurement` to stdout.
 
 - Closed loop: each of `clients` sends its next request when the answer to the one before has arrived.
-- Open loop: requests are sent at random times (a Poisson process of `rate_per_s`), whatever the server does.
-  A latency counts from the scheduled time: a server that stalls delays every request that was due meanwhile.
+- Open loop: requests are sent at random times, whatever the server does: a Poisson process, given how many
+  requests it has, so that a short load has exactly `rate_per_s`. A latency counts from the scheduled time: a
+  server that stalls delays every request that was due meanwhile.
 
 Requests that are due before `ramp_s` has passed are sent, and not measured. After `seconds` nothing more is
 sent, and every answer is waited for. So no slow request is left out.
@@ -135,6 +136,16 @@ class Measurement:
     cpu_share: float
 
 
+def arrivals_s(plan: Plan) -> list[float]:
+    """The scheduled times of an open loop, from the begin of the measured time; negative in the ramp.
+
+    Given their number, the arrivals of a Poisson process are independent and uniform.
+    """
+    uniform = random.Random(plan.seed)  # noqa: S311 - not a secret
+    count = round(plan.rate_per_s * (plan.ramp_s + plan.seconds))
+    return sorted(uniform.uniform(-plan.ramp_s, plan.seconds) for _ in range(count))
+
+
 class _Client:
     """Sends the requests of one plan."""
 
@@ -206,10 +217,8 @@ class _Client:
         await asyncio.gather(*(one_client() for _ in range(self._plan.clients)))
 
     async def open_loop(self) -> None:
-        arrivals = random.Random(self._plan.seed + 1)  # noqa: S311 - not a secret
-        due_s = -self._plan.ramp_s
         async with asyncio.TaskGroup() as requests:
-            while (due_s := due_s + arrivals.expovariate(self._plan.rate_per_s)) < self._plan.seconds:
+            for due_s in arrivals_s(self._plan):
                 await asyncio.sleep(due_s - self.now_s())
                 requests.create_task(self.send(due_s))
 

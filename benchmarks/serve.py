@@ -283,7 +283,6 @@ class Bench:
             clients=clients,
             rate_per_s=rate,
             probe=probe,
-            seed=len(self.rows),
         )
         pss_mb = resident_mb(target.pid)
         before = read_metrics(target.url, target.headers) if target.has_metrics else None

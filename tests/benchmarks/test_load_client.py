@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
-from benchmarks.load_client import COMMENT_BYTES, Kind, Plan, run_plan
+from benchmarks.load_client import COMMENT_BYTES, Kind, Plan, arrivals_s, run_plan
 from benchmarks.load_figures import figures
 from benchmarks.pictures import Scene, encode_jpeg
 from commands.local_server import reserved_ports
@@ -153,20 +152,18 @@ def test_every_request_has_another_file_unless_asked_otherwise(tmp_path: Path, j
 
 def test_open_loop_counts_from_the_scheduled_arrival(tmp_path: Path, jpeg: bytes) -> None:
     """A server that stalls once delays every request that was due meanwhile, and none of them is left out."""
-    rate, seconds, seed = 100.0, 1.5, 3
     with running(Server(tmp_path, stall_at=20)) as server:
-        measured = run_plan(plan(server, jpeg, ONE, seconds=seconds, rate_per_s=rate, seed=seed))
-    arrivals, schedule_s = random.Random(seed + 1), [0.0]  # noqa: S311 - not a secret
-    while (due_s := schedule_s[-1] + arrivals.expovariate(rate)) < seconds:
-        schedule_s.append(due_s)
+        load = plan(server, jpeg, ONE, seconds=1.5, rate_per_s=100.0)
+        measured = run_plan(load)
     outcomes = sorted(measured.outcomes, key=lambda each: each.due_s)
-    assert [each.due_s for each in outcomes] == schedule_s[1:]
+    assert [each.due_s for each in outcomes] == arrivals_s(load)
+    assert len(outcomes) == 150
     longest = max(outcomes, key=lambda each: each.latency_ms)
     assert longest.latency_ms >= STALL_S * 1000
     later = [each for each in outcomes if longest.due_s < each.due_s < longest.due_s + STALL_S / 2]
     assert len(later) > 10
     assert all(each.latency_ms >= STALL_S / 2 * 1000 for each in later)
-    p99_ms = figures([outcomes], seconds)["p99_ms"]
+    p99_ms = figures([outcomes], load.seconds)["p99_ms"]
     assert isinstance(p99_ms, float)
     assert p99_ms >= STALL_S / 2 * 1000
 
