@@ -570,7 +570,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="measured time of each load")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measured time of each load")
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="of the closed loops")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=list(RATE_SHARES), help="of the open loops"
