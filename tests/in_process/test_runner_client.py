@@ -22,7 +22,7 @@ from sam3_runner import (
     RunnerStopped,
     SAM3Error,
 )
-from sam3_runner.images.decoded import LocalImage
+from sam3_runner.images.decoded import DecodedImage, LocalImage
 from sam3_runner.serving import client
 from sam3_runner.serving.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
@@ -169,6 +169,7 @@ async def test_request_and_results_are_complete(proxy: Proxy, runner: RunnerClie
     [request] = proxy.requests
     assert (request.prompts, request.deadline_s, request.log_ids) == (["circle", "star"], 12.5, ids)
     assert (request.image.width, request.image.height) == (2, 2)
+    assert isinstance(request.image, DecodedImage)
     assert np.array_equal(request.image.array(), IMAGE.array())
 
 
