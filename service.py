@@ -165,6 +165,7 @@ runner_services = [
             cpu_threads=threads_of_runner(settings, runner_count),
             max_batch=settings.sam3_max_batch,
             dtype=settings.sam3_dtype,
+            max_feature_bytes=settings.max_feature_bytes,
             hub=hub_source(settings),
             kernel_cache=settings.kernel_cache,
         ),

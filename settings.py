@@ -25,6 +25,7 @@ from pydantic import (
 
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from sam3_runner.inference.precision import DTypeSetting
+from sam3_runner.serving.cpu_share import cpu_share
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, HubSource
 from setting_text import TextRefused, checked_url, cleaned, hint, read_env_file, rule, shown, split_list
 
@@ -154,6 +155,12 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         "overflows, and float32 on a CPU",
     )
     sam3_max_batch: int = Field(8, ge=2, le=64, description="requests that share one pass of the model")
+    sam3_feature_cache_mb: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="memory for the features of images, on each GPU; default: 2048, on a CPU 256; 0: none",
+    )
     sam3_kernel_cache: Path | None = Field(
         None, description="folder of the kernels compiled for the GPU; default: kernels in DATA_DIR"
     )
@@ -185,7 +192,12 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
     embedded_parts: tuple[Literal["storage", "results"], ...] = Field(
         (), description="storage, results: embedded parts that production may use, comma-separated"
     )
-    api_workers: int = Field(2, ge=1, le=64, description="processes that speak HTTP")
+    api_workers: int = Field(
+        default_factory=lambda: max(2, min(4, cpu_share().threads // 4)),
+        ge=1,
+        le=64,
+        description="processes that speak HTTP; default: one for four cores, from 2 to 4",
+    )
     max_in_flight: int = Field(
         768, ge=1, description="requests that an API worker holds at once; others get 429"
     )
@@ -296,6 +308,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
                 "Only the embedded demo (SAM3_WEIGHTS_PATH=demo, no R2_*, no SUPABASE_*) starts without"
             )
         return self
+
+    @property
+    def max_feature_bytes(self) -> int | None:
+        """SAM3_FEATURE_CACHE_MB in bytes."""
+        return None if self.sam3_feature_cache_mb is None else self.sam3_feature_cache_mb * 2**20
 
     @property
     def kernel_cache(self) -> Path:

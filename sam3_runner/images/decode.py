@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import imagecodecs
 from PIL import Image
 
+from sam3_runner.images.colour import is_srgb
+from sam3_runner.images.decoded import LocalImage
+from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.image_file import damaged
 from sam3_runner.images.square import stored_or_square
 
 if TYPE_CHECKING:
-    from sam3_runner.images.decoded import LocalImage
     from sam3_runner.images.image_file import ImageFile
 
 
@@ -29,6 +31,10 @@ def decode_image(file: ImageFile, side_px: int, max_stored_px: int) -> LocalImag
     Raises:
         UnsupportedImage: its pixels are damaged.
     """
+    if file.kind == "JPEG" and not file.reduced and file.width * file.height <= max_stored_px:
+        stored = _decode_plain_jpeg(file)
+        if stored is not None:
+            return stored
     return stored_or_square(
         decode(file),
         side_px,
@@ -47,6 +53,25 @@ def decode(file: ImageFile) -> Image.Image:
         raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and others
         raise damaged("its pixels cannot be decoded") from error
+
+
+def _decode_plain_jpeg(file: ImageFile) -> LocalImage | None:
+    """The pixels of a JPEG of grey or RGB near sRGB, None for another.
+
+    By imagecodecs, with the library that Pillow uses too: to the same pixels in three quarters of the time,
+    without Pillow's copies.
+    """
+    try:
+        with Image.open(io.BytesIO(file.data), formats=["JPEG"]) as opened:
+            if opened.size != (file.width, file.height) or not is_srgb(opened, file.icc_profile):
+                return None
+        pixels = imagecodecs.jpeg8_decode(file.data)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `decode`
+        raise damaged("its pixels cannot be decoded") from error
+    size = viewed_size((file.width, file.height), file.orientation)
+    return LocalImage(pixels.reshape(file.height, file.width, -1), *size, file.orientation)
 
 
 def _decode_with_pillow(file: ImageFile) -> Image.Image:
