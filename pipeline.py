@@ -115,7 +115,7 @@ class Pipeline:
         self._runner = runner
         self._decoders = decoders
         self._model_version = model_version
-        slots = slots_per_worker(settings.sam3_max_batch, settings.api_workers, runners)
+        slots = slots_per_worker(settings.sam3_max_batch, settings.api_worker_count, runners)
         # A slot bounds the files that this worker holds too, `MAX_IMAGE_BYTES` each.
         self._admission = Admission(slots, settings.max_in_flight)
         self._heavy_turn = FairGate(1)

@@ -181,7 +181,7 @@ runner_services = [
 
 @bentoml.service(
     name="sam3",
-    workers=settings.api_workers,
+    workers=settings.api_worker_count,
     traffic={"timeout": runner_timeout_s},
     logging={"access": {"enabled": False}},
     # BentoML's probe calls the runner's socket, which does not answer for minutes when the runner is dead.
@@ -209,6 +209,7 @@ class SegmentationService:
             runner=self._runner,
             decoders=ImageDecoders(side_px=checkpoint.input_side_px),
             model_version=VERSION,
+            runners=runner_count,
         )
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 

@@ -192,8 +192,8 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
     embedded_parts: tuple[Literal["storage", "results"], ...] = Field(
         (), description="storage, results: embedded parts that production may use, comma-separated"
     )
-    api_workers: int = Field(
-        default_factory=lambda: max(2, min(4, cpu_share().threads // 4)),
+    api_workers: int | None = Field(
+        None,
         ge=1,
         le=64,
         description="processes that speak HTTP; default: one for four cores, from 2 to 4",
@@ -308,6 +308,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
                 "Only the embedded demo (SAM3_WEIGHTS_PATH=demo, no R2_*, no SUPABASE_*) starts without"
             )
         return self
+
+    @property
+    def api_worker_count(self) -> int:
+        """API_WORKERS, or what follows from the cores."""
+        return self.api_workers or max(2, min(4, cpu_share().threads // 4))
 
     @property
     def max_feature_bytes(self) -> int | None:

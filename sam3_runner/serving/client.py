@@ -96,7 +96,7 @@ class RunnerClient:
         if isinstance(outcome.error, ModelNotLoaded):
             self._status_until_s = 0.0  # the last status is out of date
         if image.key is not None:
-            self._remember((identity, image.key), held=outcome.error is None)
+            self._remember((identity, image.key), held=outcome.is_held)
         if outcome.error is not None:
             raise outcome.error
         assert outcome.results is not None

@@ -112,11 +112,13 @@ class SegmentOutcome:
         results: one per prompt, in their order.
         error: a `SAM3Error`.
         inference_ms: time of the pass that this request shared.
+        is_held: the features of the image are held: a further request needs no pixels of it.
     """
 
     results: list[UnionResult] | None = None
     error: SAM3Error | None = None
     inference_ms: float = 0.0
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,7 +427,12 @@ def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[
     BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
     _record_stages(requests, started_s, clock.times())
-    return [SegmentOutcome(results=result, inference_ms=elapsed_s * 1000) for result in results]
+    return [
+        SegmentOutcome(
+            results=result, inference_ms=elapsed_s * 1000, is_held=predictor.holds(request.image.key)
+        )
+        for request, result in zip(requests, results, strict=True)
+    ]
 
 
 def _failed(request: SegmentRequest, error: Exception, predictor: SAM3Predictor) -> SegmentOutcome:
