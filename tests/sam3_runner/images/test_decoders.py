@@ -19,13 +19,15 @@ from PIL import Image
 from prometheus_client import REGISTRY
 
 from sam3_runner import UnsupportedImage
-from sam3_runner.images.decode import decode_square
+from sam3_runner.images import decoders as decoders_module
+from sam3_runner.images.decode import decode_image, decode_square
 from sam3_runner.images.decoder import MAX_DATA_BYTES
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.image_file import ImageFile
 from sam3_runner.images.read import read_image_file
-from tests.image_files import FORMATS, encoded, noise, png_of, with_scans
+from tests.image_files import FORMATS, encoded, exif_of, noise, png_of, primaries_of, with_scans
 from tests.server_processes import is_decoder
+from tests.shared_pixels import all_pids, held_files
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 SIDE_PX = 56
+WIDTH, HEIGHT = 60, 40
 POLL_S = 0.02
 TIMEOUT_S = 60.0
 
@@ -93,6 +96,137 @@ def test_result_equals_decoding_in_this_process(kind: str) -> None:
     expected, square = decode_square(file_of(kind), SIDE_PX), decoded(file_of(kind))
     assert np.array_equal(expected.pixels, square.array())
     assert (square.width, square.height) == (200, 150)
+
+
+def oriented(kind: str, mode: str, orientation: int) -> ImageFile:
+    data = encoded(noise(WIDTH, HEIGHT).convert(mode), kind, exif=exif_of(orientation))
+    return read_image_file(data, max_pixels=10**6)
+
+
+@pytest.mark.parametrize("shares_memory", [True, False])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_pixels_as_stored(
+    monkeypatch: pytest.MonkeyPatch, kind: str, mode: str, channels: int, *, shares_memory: bool
+) -> None:
+    """For a model that resizes, pixels come as stored, with their orientation; also through a pipe."""
+    if shares_memory and not decoders_module.SHARES_MEMORY:
+        pytest.skip("this system has no memfd")
+    monkeypatch.setattr(decoders_module, "SHARES_MEMORY", shares_memory)
+
+    async def work(decoders: ImageDecoders) -> None:
+        for orientation in range(1, 9):
+            file = oriented(kind, mode, orientation)
+            image = await decoders.decode(file, WIDTH * HEIGHT)
+            assert image.shape == (HEIGHT, WIDTH, channels)
+            assert np.array_equal(image.array(), decode_image(file, SIDE_PX, WIDTH * HEIGHT).pixels)
+            if kind == "PNG":
+                stored = np.asarray(noise(WIDTH, HEIGHT).convert(mode)).reshape(image.shape)
+                assert np.array_equal(image.array(), stored)
+            assert image.orientation == orientation
+            viewed = (HEIGHT, WIDTH) if orientation >= 5 else (WIDTH, HEIGHT)
+            assert (image.width, image.height) == viewed
+            image.close(is_read=True)
+
+    with_decoders(work)
+
+
+def wide_png(**options: object) -> bytes:
+    return encoded(noise(WIDTH, HEIGHT), "PNG", exif=exif_of(6), **options)
+
+
+def sixteen_bits() -> bytes:
+    levels = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH)).astype(">u2")
+    return png_of(WIDTH, HEIGHT, b"".join(b"\0" + row.tobytes() for row in levels), depth=16, colour=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "max_stored_px"),
+    [
+        (encoded(noise(WIDTH, HEIGHT).convert("RGBA"), "PNG", exif=exif_of(6)), WIDTH * HEIGHT),
+        (encoded(noise(WIDTH, HEIGHT).convert("LA"), "PNG", exif=exif_of(6)), WIDTH * HEIGHT),
+        (wide_png(transparency=(0, 0, 0)), WIDTH * HEIGHT),
+        (encoded(noise(WIDTH, HEIGHT).convert("P"), "PNG", exif=exif_of(6)), WIDTH * HEIGHT),
+        (encoded(noise(WIDTH, HEIGHT).convert("CMYK"), "JPEG", exif=exif_of(6)), WIDTH * HEIGHT),
+        (wide_png(icc_profile=primaries_of("ProPhoto")), WIDTH * HEIGHT),
+        (sixteen_bits(), WIDTH * HEIGHT),
+        (encoded(noise(WIDTH, HEIGHT), "WEBP"), WIDTH * HEIGHT),
+        (wide_png(), WIDTH * HEIGHT - 1),
+    ],
+    ids=["alpha", "grey-alpha", "colour-key", "palette", "cmyk", "wide-gamut", "16-bit", "webp", "large"],
+)
+def test_square_where_the_model_cannot_resize(data: bytes, max_stored_px: int) -> None:
+    """Transparency, other colours and large images become the square in the decoder, as in this process."""
+    file = read_image_file(data, max_pixels=10**6)
+    image: DecodedImage = with_decoders(lambda decoders: decoders.decode(file, max_stored_px))
+    expected = decode_square(file, SIDE_PX)
+    assert image.shape == (SIDE_PX, SIDE_PX, 3)
+    assert np.array_equal(image.array(), expected.pixels)
+    assert (image.width, image.height, image.orientation) == (expected.width, expected.height, 1)
+
+
+def test_profile_near_srgb_is_stored() -> None:
+    """A profile that changes no colour leaves the pixels as stored."""
+    file = read_image_file(wide_png(icc_profile=primaries_of("sRGB")), max_pixels=10**6)
+    image: DecodedImage = with_decoders(lambda decoders: decoders.decode(file, WIDTH * HEIGHT))
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert np.array_equal(image.array(), np.asarray(noise(WIDTH, HEIGHT)))
+
+
+async def kill_the_decoder_of(decoding: asyncio.Task[Any]) -> None:
+    """Kill each process that decodes, until the decoding has ended."""
+    while not decoding.done():
+        for process in processes():
+            process.kill()
+        await asyncio.sleep(POLL_S)
+
+
+@pytest.mark.skipif(not decoders_module.SHARES_MEMORY, reason="this system has no memfd")
+def test_failures_leave_no_shared_memory() -> None:
+    """After refused, killed and cancelled decodings and a dropped image, only idle files are left."""
+    whole = file_of("WEBP")
+    broken = ImageFile("WEBP", whole.data[:-400], whole.width, whole.height, decode_bytes=0)
+    before = held_files()
+
+    async def work(decoders: ImageDecoders) -> None:
+        for _ in range(3):
+            with pytest.raises(UnsupportedImage, match="damaged"):
+                await decoders.decode(broken, 0)
+        assert len(held_files() - before) == 1, "a refused image's file is used again"
+        killed = asyncio.create_task(decoders.decode(slow(60), 0))
+        await kill_the_decoder_of(killed)
+        with pytest.raises(UnsupportedImage, match="ends the decoder"):
+            killed.result()
+        assert len(held_files() - before) <= 1
+        cancelled = asyncio.create_task(decoders.decode(slow(5000), 0))
+        [busy] = await asyncio.to_thread(
+            wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
+        )
+        cancelled.cancel()
+        await asyncio.wait({cancelled})
+        assert not busy.is_running()
+        assert len(held_files() - before) <= 1
+        image = await decoders.decode(whole, 0)
+        assert len(held_files() - before) == 1
+        image.close(is_read=False)
+        assert held_files() == before
+
+    with_decoders(work)
+
+
+@pytest.mark.skipif(not decoders_module.SHARES_MEMORY, reason="this system has no memfd")
+def test_decoder_keeps_no_shared_memory() -> None:
+    """A decoder lets go of a file once the image is written, so that its API worker alone frees it."""
+    before = held_files()
+
+    async def work(decoders: ImageDecoders) -> None:
+        image = await decoders.decode(file_of("PNG"), 0)
+        [name] = held_files() - before
+        assert not held_files(process.pid for process in processes()) & {name}
+        image.close(is_read=False)
+        assert not held_files(all_pids()) & {name}
+
+    with_decoders(work)
 
 
 def test_damaged_file() -> None:
