@@ -48,7 +48,7 @@ ImageSource = Image.Image | bytes | str | Path
 """An image as Python callers pass it."""
 
 MAX_FEATURE_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}
-"""By device: about 36 images of SAM 3, or 20 of the demo checkpoint."""
+"""By device: about 36 images of SAM 3, or 86 of the demo checkpoint."""
 
 _FileVersion = tuple[int, int, int]
 

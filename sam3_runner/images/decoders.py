@@ -110,14 +110,16 @@ class ImageDecoders:
         held = self._files.take() if SHARES_MEMORY else None
         try:
             head, pixels = await _exchange(process, file, max_stored_px, held.file if held else None)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except BaseException as error:  # cancellation above all: the decoding must not continue
+            if held is not None:
+                held.close()  # the error's traceback would keep it
+            if not isinstance(error, asyncio.IncompleteReadError | ConnectionError):
+                await _end(process)
+                raise
             code = await process.wait()
             if code < 0:
                 raise _DecoderKilled(-code) from error
             raise DecoderFailed(f"a decoder process ended with exit code {code}") from error
-        except BaseException:  # cancellation above all: the decoding must not continue
-            await _end(process)
-            raise
         if file.is_heavy:
             await _end(process)
         else:

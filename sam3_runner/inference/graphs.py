@@ -14,7 +14,7 @@ import torch
 from sam3_runner.inference.device_errors import is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -72,19 +72,24 @@ class GraphedFunction:
         A graph takes the time of all its rows, also if some are spare: 5 rows are 4 and 1. Few spare rows
         cost less than one more call. As long as the parts differ, a call leaves the results of those before.
         """
-        rows = min(rows, self.max_rows)
-        sizes = sorted(self._recordings)
-        larger = min(size for size in sizes if size >= rows)
-        if larger - rows <= larger * MAX_SPARE_ROWS:
-            return [rows]
-        smaller = max(size for size in sizes if size < rows)
-        return [smaller, *self.parts(rows - smaller)]
+        return split_rows(min(rows, self.max_rows), sorted(self._recordings))
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The function of at most `max_rows` rows; inputs may be in pinned memory of the host."""
         rows = len(inputs[0])
         size = min(size for size in self._recordings if size >= rows)
         return first_rows(self._recordings[size].replay(inputs, rows), rows)
+
+
+def split_rows(rows: int, sizes: Sequence[int]) -> list[int]:
+    """Parts of `rows`, at most the largest of the ascending `sizes`; each runs as a graph of its own size."""
+    larger = min(size for size in sizes if size >= rows)
+    if larger - rows <= larger * MAX_SPARE_ROWS:
+        return [rows]
+    smaller = max(size for size in sizes if size < rows)
+    rest = split_rows(rows - smaller, sizes)
+    # Where a size between is left out, the rest may need the same graph, which overwrites its results.
+    return [smaller, *rest] if min(size for size in sizes if size >= rest[0]) < smaller else [rows]
 
 
 class _Recording:

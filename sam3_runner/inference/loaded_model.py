@@ -175,8 +175,10 @@ class LoadedModel:
         held = {image.key: self.features.find(image.key) for image in images}
         misses: dict[object, StagedImage] = {}
         for image in images:
-            if held[image.key] is None:
-                misses.setdefault(image.key or id(image), image)
+            key = image.key or id(image)
+            # The pixels of one request serve the others with the same key, which may have none.
+            if held[image.key] is None and (key not in misses or misses[key].square is None):
+                misses[key] = image
         encoded: dict[object, ImageRow] = {}
         remaining = iter(misses.items())
         for part in self._passes.image_parts(len(misses)) if misses else ():
@@ -218,7 +220,8 @@ class LoadedModel:
                     raise
             # Outside of the handler, whose error holds the tensors of the failed pass.
             release_memory()
-            most = len(chunk) if had_features else len(chunk) // 2
+            if not had_features:
+                most = len(chunk) // 2
         if most < limit:
             logger.warning("%d pairs are decoded at once: more do not fit in the memory", most)
             self._pairs_at_once.reduce_to(most)
