@@ -15,7 +15,7 @@ def _engine(config: EngineConfig) -> Engine:
     return Engine(replace(config, max_feature_bytes=TWO_IMAGES_BYTES))
 
 
-runner.Engine = _engine  # type: ignore[attr-defined, assignment, misc]
+runner.Engine = _engine  # type: ignore[attr-defined, assignment]
 
 from service import SegmentationService  # noqa: E402 - it makes the runner's service from what is above
 

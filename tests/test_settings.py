@@ -185,7 +185,7 @@ def test_refused_settings_are_not_frozen(tmp_path: Path) -> None:
 def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """`R2_ENDPOINT=` is the same as no R2_ENDPOINT."""
     read = load(monkeypatch, R2_ENDPOINT="", SUPABASE_URL="", API_WORKERS="")
-    assert (read.uses_r2, read.uses_supabase, read.api_workers) == (False, False, 2)
+    assert (read.uses_r2, read.uses_supabase, read.api_workers) == (False, False, None)
 
 
 @pytest.mark.parametrize(

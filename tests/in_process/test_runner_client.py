@@ -127,7 +127,7 @@ def outcome(**fields: Any) -> Callable[[], Awaitable[Any]]:
     return answering([pickle.dumps(SegmentOutcome(**fields))])
 
 
-FOUND = outcome(results=[], inference_ms=5.0)
+FOUND = outcome(results=[], inference_ms=5.0, is_held=True)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from sam3_runner.images.decode import decode_image, decode_square
 from sam3_runner.images.decoder import MAX_DATA_BYTES
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.image_file import ImageFile
+from sam3_runner.images.pixel_file import SHARES_MEMORY
 from sam3_runner.images.read import read_image_file
 from tests.image_files import FORMATS, encoded, exif_of, noise, png_of, primaries_of, with_scans
 from tests.server_processes import is_decoder
@@ -110,7 +111,7 @@ def test_pixels_as_stored(
     monkeypatch: pytest.MonkeyPatch, kind: str, mode: str, channels: int, *, shares_memory: bool
 ) -> None:
     """For a model that resizes, pixels come as stored, with their orientation; also through a pipe."""
-    if shares_memory and not decoders_module.SHARES_MEMORY:
+    if shares_memory and not SHARES_MEMORY:
         pytest.skip("this system has no memfd")
     monkeypatch.setattr(decoders_module, "SHARES_MEMORY", shares_memory)
 
@@ -181,7 +182,7 @@ async def kill_the_decoder_of(decoding: asyncio.Task[Any]) -> None:
         await asyncio.sleep(POLL_S)
 
 
-@pytest.mark.skipif(not decoders_module.SHARES_MEMORY, reason="this system has no memfd")
+@pytest.mark.skipif(not SHARES_MEMORY, reason="this system has no memfd")
 def test_failures_leave_no_shared_memory() -> None:
     """After refused, killed and cancelled decodings and a dropped image, only idle files are left."""
     whole = file_of("WEBP")
@@ -214,7 +215,7 @@ def test_failures_leave_no_shared_memory() -> None:
     with_decoders(work)
 
 
-@pytest.mark.skipif(not decoders_module.SHARES_MEMORY, reason="this system has no memfd")
+@pytest.mark.skipif(not SHARES_MEMORY, reason="this system has no memfd")
 def test_decoder_keeps_no_shared_memory() -> None:
     """A decoder lets go of a file once the image is written, so that its API worker alone frees it."""
     before = held_files()
