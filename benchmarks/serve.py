@@ -396,7 +396,7 @@ def backend(
     """The server of the checkout at `root`, with its uploads."""
     with tempfile.TemporaryDirectory(prefix="serve-") as name:
         folder = Path(name)
-        environment = {"SAM3_WEIGHTS_PATH": weights}
+        environment = {"SAM3_WEIGHTS_PATH": weights, **dict(options.setting)}
         service = SERVICE
         if crowded:
             picture = folder / "picture.jpg"
@@ -577,6 +577,14 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="runs of each closed loop; default 1, with --against 2")
     parser.add_argument("--against", type=Path, help="folder of another checkout, measured in turn with this")
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        default=[],
+        type=lambda setting: tuple(setting.split("=", 1)),
+        metavar="NAME=VALUE",
+        help="settings of the servers, for example GPUS=2",
+    )
     parser.add_argument("--label", help="name of this version in the table; default: its commit")
     parser.add_argument("--against-label", help="name of the other version")
     parser.add_argument("--peer-python", type=Path, help="interpreter that has LitServe: measures it too")
