@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sam3_runner.metrics import STAGES
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
+from tests.image_files import with_new_bytes
 from tests.server_processes import API_WORKER, children_of, kill, started_server
 
 if TYPE_CHECKING:
@@ -91,17 +92,17 @@ def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edg
 
 
 def test_every_stage_of_a_task_is_measured(server: LocalServer, edge: Edge) -> None:
-    """A task adds one to each stage, including the runner's, and to the prompt cache's hits or misses."""
+    """A task on a new picture adds one to each stage, including the runner's, and to the caches' counts."""
 
     def counted() -> dict[str, float]:
         stages = {stage: total(server, "sam3_stage_seconds_count", stage=stage) for stage in STAGES}
         texts = {cache: total(server, "sam3_texts_total", cache=cache) for cache in ("hit", "miss")}
-        return stages | texts
+        return stages | texts | {"features": total(server, "sam3_features_total", cache="miss")}
 
     image = png_bytes(scene(100).image)
     edge.answer(image, "circle")
     before = counted()
-    edge.answer(image, ["circle", f"number {uuid4().int % 10**6}"])
+    edge.answer(with_new_bytes(image), ["circle", f"number {uuid4().int % 10**6}"])
     assert counted() == {name: count + 1 for name, count in before.items()}
 
 

@@ -13,6 +13,7 @@ import pytest
 from commands.local_server import LocalServer, local_server, reserved_ports
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
+from tests.image_files import with_new_bytes
 from tests.services.collector import Collector, Span, collector
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def traced(tmp_path_factory: pytest.TempPathFactory, collected: Collector) -> It
 
 
 def ask(server: LocalServer, trace_id: str, sampled: str = "01") -> httpx.Response:
-    """Send a valid request in the caller's trace, with a new prompt."""
+    """Send a valid request in the caller's trace, with a new picture and a new prompt."""
     with Edge(server, "user-of-the-trace") as edge:
         edge.http.headers["traceparent"] = f"00-{trace_id}-00f067aa0ba902b7-{sampled}"
         edge.http.headers["User-Agent"] = "private-agent"
-        image = edge.upload(png_bytes(scene(100).image), f"private-image-{uuid4()}")
+        image = edge.upload(with_new_bytes(png_bytes(scene(100).image)), f"private-image-{uuid4()}")
         return edge.ask(image, f"private prompt {uuid4().int % 10**6}")
 
 
