@@ -148,11 +148,9 @@ def _digits(value: object) -> object:
 
 
 DeadlineMs = Annotated[
-    int | SkipJsonSchema[None],
+    Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | SkipJsonSchema[None],
     BeforeValidator(_digits),
     Field(
-        ge=1,
-        le=MAX_DEADLINE_MS,
         description="how long the caller waits, in ms. A request that cannot be done in this time is refused "
         "with 429 before it begins; one whose turn does not come in this time ends. Default: "
         "DEFAULT_DEADLINE_S (25 s). More than REQUEST_TIMEOUT_S (60 s) counts as that",
