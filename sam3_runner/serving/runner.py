@@ -76,7 +76,7 @@ def runner_service(
             outcomes = [asyncio.wrap_future(self._scheduler.submit(request)) for request in requests]
             return [pickle.dumps(outcome) for outcome in await asyncio.gather(*outcomes)]
 
-        # async: answers from the event loop while a batch holds the worker thread.
+        # async: answers from the event loop, beside the threads that stage images and run the model.
         @bentoml.api
         async def status(self) -> EngineStatus:
             return self._engine.status()

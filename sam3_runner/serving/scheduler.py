@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from sam3_runner.errors import InferenceFailed
 from sam3_runner.serving.engine import SegmentOutcome
 
 if TYPE_CHECKING:
     from sam3_runner.serving.engine import Engine, SegmentRequest
+
+logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 16
 """Prompts of one pass, unless a single request has more: so many are decoded together, and a request that
@@ -55,6 +59,8 @@ class Scheduler:
     def submit(self, request: SegmentRequest) -> Future[SegmentOutcome]:
         """Queue a request. The future never raises."""
         waiting = _Waiting(request.deadline_s, next(self._numbers), request, Future())
+        # From now on it cannot be cancelled: to set its outcome would end the model's thread.
+        waiting.outcome.set_running_or_notify_cancel()
         self._stagers.submit(self._stage, waiting)
         return waiting.outcome
 
@@ -71,7 +77,11 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             batch = self._next_batch()
-            outcomes = self._engine.segment([waiting.request for waiting in batch])
+            try:
+                outcomes = self._engine.segment([waiting.request for waiting in batch])
+            except Exception:  # without this thread no later request would ever end
+                logger.exception("a batch of %d failed in the engine", len(batch))
+                outcomes = [SegmentOutcome(error=InferenceFailed("the model's process failed"))] * len(batch)
             for waiting, outcome in zip(batch, outcomes, strict=True):
                 waiting.outcome.set_result(outcome)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -265,3 +266,40 @@ def test_requests_are_staged_beside_a_pass(engine: HeldEngine) -> None:
     engine.is_free.set()
     assert first.result(WAIT_S).results
     assert later.result(WAIT_S).results
+
+
+def test_caller_that_no_longer_waits(engine: HeldEngine) -> None:
+    """A call that is cancelled leaves the model's thread alive: the next request is answered."""
+    scheduler = Scheduler(engine, MAX_BATCH)
+
+    async def cancel_one() -> None:
+        engine.is_free.clear()
+        waiting = asyncio.wrap_future(scheduler.submit(request("first")))
+        await asyncio.to_thread(wait_for, lambda: engine.batches, bool)
+        waiting.cancel()
+        engine.is_free.set()
+
+    asyncio.run(cancel_one())
+    assert scheduler.submit(request("cat")).result(WAIT_S).results
+
+
+class FaultyOnce(Engine):
+    """An engine with a bug: its first batch ends with an exception."""
+
+    is_faulty = True
+
+    def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
+        if self.is_faulty:
+            self.is_faulty = False
+            raise RuntimeError("a bug")
+        return super().segment(requests)
+
+
+def test_engine_with_a_bug(tiny_checkpoint: Checkpoint) -> None:
+    """A batch that raises fails alone: its request ends, and the next one is answered."""
+    engine = FaultyOnce(EngineConfig(str(tiny_checkpoint.weights_file.parent), "cpu", cpu_threads=1))
+    engine.start()
+    wait_for(engine.status, lambda status: status.state != "loading")
+    scheduler = Scheduler(engine, MAX_BATCH)
+    assert isinstance(scheduler.submit(request("cat")).result(WAIT_S).error, InferenceFailed)
+    assert scheduler.submit(request("cat")).result(WAIT_S).results
