@@ -44,6 +44,11 @@ class DecodedImage:
     key: str | None = None
 
     @property
+    def has_pixels(self) -> bool:
+        """The pixels are known, not the key alone."""
+        return self.pixels is not None
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(rows, columns, channels) of `pixels`."""
         if self.pixels is None:

@@ -183,7 +183,7 @@ class LoadedModel:
         remaining = iter(misses.items())
         for part in self._passes.image_parts(len(misses)) if misses else ():
             new = list(itertools.islice(remaining, part))
-            batch = self._passes.encode_images(torch.stack([_square(image) for _, image in new]))
+            batch = self._passes.encode_images(_squares([image for _, image in new]))
             encoded |= {
                 key: self.features.keep(image.key, ImageRow(batch, row))
                 for row, (key, image) in enumerate(new)
@@ -291,6 +291,15 @@ class LoadedModel:
                 mask_logits(decoded.mask_factors[row, index], decoded.mask_offsets[row, index], pixels)
             )
         return torch.cat(logits)
+
+
+def _squares(images: Sequence[StagedImage]) -> Tensor:
+    """The images' squares (B, S, S, 3) uint8, on the device or on the host."""
+    squares = [_square(image) for image in images]
+    if len({square.device for square in squares}) > 1:
+        # The device was full when some of them were staged.
+        squares = [square.cpu() for square in squares]
+    return torch.stack(squares)
 
 
 def _square(image: StagedImage) -> Tensor:

@@ -33,6 +33,11 @@ class StagedImage:
     height: int
     key: str | None = None
 
+    @property
+    def has_pixels(self) -> bool:
+        """The square is known, not the key alone."""
+        return self.square is not None
+
 
 class Stager:
     """Stages images, in any number of threads. On a GPU each has a stream and pinned memory of its own.
@@ -69,7 +74,8 @@ class Stager:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return to_square(pinned, self._side_px, image.orientation)
+            # A copy: of a square it would be the pinned memory itself, which the next image overwrites.
+            return to_square(pinned.clone(), self._side_px, image.orientation)
         self._stream().synchronize()
         return square
 
