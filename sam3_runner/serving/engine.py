@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sam3_runner.errors import (
     DeadlineExceeded,
     DeviceFull,
+    FeaturesNotHeld,
     HubUnavailable,
     InferenceFailed,
     ModelNotLoaded,
@@ -229,11 +230,10 @@ class Engine:
         if predictor is None:
             error = ModelNotLoaded(self._error or self._progress)
             return [SegmentOutcome(error=error) for _ in requests]
-        now_s = time.monotonic()
-        pending = [request for request in requests if request.deadline_s > now_s]
+        refusals = _refusals(requests, predictor)
+        pending = [request for request, refusal in zip(requests, refusals, strict=True) if refusal is None]
         outcomes = iter(self._run_batch(predictor, pending))
-        expired = SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
-        return [next(outcomes) if request.deadline_s > now_s else expired for request in requests]
+        return [refusal or next(outcomes) for refusal in refusals]
 
     def _run_batch(self, predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
         """Run a batch, in passes of a size that fits in the memory."""
@@ -410,6 +410,23 @@ class Engine:
                 "set SAM3_MAX_BATCH lower"
             ):
                 predictor.warm_up(images, self._report)
+
+
+def _refusals(requests: list[SegmentRequest], predictor: SAM3Predictor) -> list[SegmentOutcome | None]:
+    """The outcome of each request that cannot be run: one of them would fail the pass of all; else None."""
+    now_s = time.monotonic()
+    timely = [request for request in requests if request.deadline_s > now_s]
+    with_pixels = {request.image.key for request in timely if request.image.has_pixels}
+
+    def refusal(request: SegmentRequest) -> SegmentOutcome | None:
+        if request.deadline_s <= now_s:
+            return SegmentOutcome(error=DeadlineExceeded("the deadline passed while the request waited"))
+        image = request.image
+        if image.has_pixels or image.key in with_pixels or predictor.holds(image.key):
+            return None
+        return SegmentOutcome(error=FeaturesNotHeld("the features of this image are not held"))
+
+    return [refusal(request) for request in requests]
 
 
 def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[SegmentOutcome]:

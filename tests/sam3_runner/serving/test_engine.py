@@ -70,8 +70,12 @@ def request(*prompts: str, level: int = 0, seconds: float = 60.0) -> SegmentRequ
 
 
 def faulty() -> SegmentRequest:
-    """A request without pixels, for features that are not held."""
-    image = DecodedImage(None, width=30, height=20, key="unknown")
+    """A request that fails its pass: its prompt has too many tokens."""
+    return request("cat " * 40)
+
+
+def without_pixels(key: str) -> SegmentRequest:
+    image = DecodedImage(None, width=30, height=20, key=key)
     return SegmentRequest(image, ["cat"], deadline_s=time.monotonic() + 60)
 
 
@@ -100,10 +104,10 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
 
 
 def test_only_the_faulty_request_fails(engine: Engine) -> None:
-    """An image that is not there gives FeaturesNotHeld; the others succeed; the fallback is counted."""
+    """A prompt of too many tokens gives PromptTooLong; the others succeed; the fallback is counted."""
     before = fallbacks()
     good, bad, other = engine.segment([request("cat"), faulty(), request("dog")])
-    assert isinstance(bad.error, FeaturesNotHeld)
+    assert isinstance(bad.error, PromptTooLong)
     assert bad.results is None
     for outcome in (good, other):
         assert outcome.error is None
@@ -111,17 +115,20 @@ def test_only_the_faulty_request_fails(engine: Engine) -> None:
     assert fallbacks() == before + 1
 
 
-def test_prompt_too_long_is_reported(engine: Engine) -> None:
-    """A prompt of too many tokens gives PromptTooLong for its own request only."""
-    long, good = engine.segment([request("cat " * 40), request("cat")])
-    assert isinstance(long.error, PromptTooLong)
+def test_features_that_are_not_held_do_not_break_the_batch(engine: Engine) -> None:
+    """A request without pixels gets FeaturesNotHeld; the others still share one pass."""
+    before = fallbacks(), passes()
+    good, missing, other = engine.segment([request("cat"), without_pixels("unknown"), request("dog")])
+    assert isinstance(missing.error, FeaturesNotHeld)
     assert good.results
+    assert other.results
+    assert (fallbacks(), passes()) == (before[0], before[1] + 1)
 
 
 def test_all_requests_faulty(engine: Engine) -> None:
     """A batch of faulty requests gives an error for each, and the engine still works."""
     outcomes = engine.segment([faulty(), faulty()])
-    assert [type(outcome.error) for outcome in outcomes] == [FeaturesNotHeld] * 2
+    assert [type(outcome.error) for outcome in outcomes] == [PromptTooLong] * 2
     assert engine.segment([request("cat")])[0].results
 
 
