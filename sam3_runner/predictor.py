@@ -265,6 +265,8 @@ class SAM3Predictor:
         if overflowed and fallback:
             for row in overflowed:
                 PRECISION_FALLBACKS.inc()
+                # The second pass needs the pixels; so do later requests for this image.
+                self._model_in(dtype).features.remove(staged[row][0].key)
                 logger.warning(
                     "the model's output is not finite in %s: running the request again in %s",
                     *(dtype, fallback),

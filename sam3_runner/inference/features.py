@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sam3_runner.inference.device_errors import is_out_of_memory
 from sam3_runner.metrics import FEATURE_BYTES, FEATURE_EVICTIONS, FEATURES
 from sam3_runner.network.model import ImageFeatures
 
@@ -48,7 +49,7 @@ class FeatureCache:
         return self._rows[key]
 
     def keep(self, key: str | None, encoded: ImageRow) -> ImageRow:
-        """Keep an image that a pass has encoded; returns the one to use from now on."""
+        """Keep an image that a pass has encoded, if there is room; returns the one to use from now on."""
         kept_bytes = _bytes_of(encoded)
         if key is None or kept_bytes > self._max_bytes:
             return encoded
@@ -57,11 +58,22 @@ class FeatureCache:
             FEATURE_EVICTIONS.inc()
         # A view would hold the features of the whole batch in memory.
         if self._copies or len(encoded.batch.attended) > 1:
-            encoded = ImageRow(_map(encoded.batch, lambda each: _row(each, encoded.row).clone()), 0)
+            try:
+                encoded = ImageRow(_map(encoded.batch, lambda each: _row(each, encoded.row).clone()), 0)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                return encoded
         self._rows[key] = encoded
         self._bytes += kept_bytes
         FEATURE_BYTES.set(self._bytes)
         return encoded
+
+    def remove(self, key: str | None) -> None:
+        """Let go of the image with this key, if it is held."""
+        if key is not None and key in self._rows:
+            self._rows.move_to_end(key, last=False)
+            self._remove_oldest()
 
     def clear(self) -> bool:
         """Let go of all features. Returns whether there were any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from shutil import copy
 from typing import TYPE_CHECKING
 
@@ -122,6 +123,15 @@ def test_only_the_request_that_overflows_runs_again(tmp_path: Path, caplog: pyte
     assert not any(result.instances for result in (*first, *third))
     assert fallbacks() == before + 1
     assert [vars(record)["request_id"] for record in caplog.records] == ["1"]
+
+
+def test_features_that_overflow_are_not_kept(tmp_path: Path) -> None:
+    """A further prompt on a picture that overflows needs its pixels, for its second pass."""
+    folder = overflowing_folder(tmp_path / "weights", VISION_VALUES, 20)
+    predictor = SAM3Predictor(str(folder), "cpu", dtype=GPU_AUTO, max_feature_bytes=2**30)
+    predictor.load()
+    predictor.segment([(replace(SAMPLE, key="sample"), PROMPTS)])
+    assert not predictor.holds("sample")
 
 
 @pytest.mark.parametrize(("layer", "exponent"), [(VISION_VALUES, 20), (MASK_CONVOLUTION, 12)])

@@ -11,9 +11,10 @@ from prometheus_client import REGISTRY
 
 from sam3_runner import FeaturesNotHeld, SAM3Predictor
 from sam3_runner.images.decoded import DecodedImage, LocalImage
-from sam3_runner.inference.features import _bytes_of
+from sam3_runner.inference.features import FeatureCache, ImageRow, _bytes_of
 from sam3_runner.inference.passes import Decoded, Passes
 from sam3_runner.instances import packed_union
+from sam3_runner.network.model import ImageFeatures
 from tests.breaking import TOO_MANY_FLOATS
 
 if TYPE_CHECKING:
@@ -229,3 +230,12 @@ def test_full_memory_frees_the_features(tiny_checkpoint: Checkpoint, without: SA
     assert [predictor.holds(key) for key in "ab"] == [False, False]
     assert feature_bytes() == 0
     assert model._pairs_at_once.current == passes.max_pairs, "the size of a pass is not reduced"
+
+
+def test_features_that_do_not_fit_are_used() -> None:
+    """Where the memory has no room for a copy, the features of the pass are used, and not kept."""
+    huge = torch.zeros(1).expand(2, TOO_MANY_FLOATS)
+    encoded = ImageRow(ImageFeatures(finer=(huge,), attended=huge, geometry_token=huge), 1)
+    cache = FeatureCache(2**60, copies=True)
+    assert cache.keep("a", encoded) is encoded
+    assert "a" not in cache
