@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.json_schema import SkipJsonSchema
+from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 
 import results
 import sam3_runner
@@ -148,9 +148,13 @@ def _digits(value: object) -> object:
 
 
 DeadlineMs = Annotated[
-    Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | SkipJsonSchema[None],
+    int | SkipJsonSchema[None],
     BeforeValidator(_digits),
+    # Of a union, pydantic would describe the bounds by names that JSON Schema does not know.
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS}),
     Field(
+        ge=1,
+        le=MAX_DEADLINE_MS,
         description="how long the caller waits, in ms. A request that cannot be done in this time is refused "
         "with 429 before it begins; one whose turn does not come in this time ends. Default: "
         "DEFAULT_DEADLINE_S (25 s). More than REQUEST_TIMEOUT_S (60 s) counts as that",

@@ -442,8 +442,7 @@ class Pipeline:
 
     async def _pixels(self, file: ImageFile, sha256: str | None) -> DecodedImage:
         with stage("decode"):
-            max_stored_px = (await self._runner.status()).max_stored_px
-            return replace(await self._decoders.decode(file, max_stored_px), key=sha256)
+            return replace(await self._decoders.decode(file, self._runner.max_stored_px), key=sha256)
 
     async def _download(self, task: Task) -> bytes:
         with stage("fetch"):

@@ -1,6 +1,6 @@
 """Measure the latency of lone requests on this machine, with the demo checkpoint.
 
-Starts the real server (two API workers, one runner) and sends whole requests over HTTP, one at a time. Each
+Starts the real server and sends whole requests over HTTP, one at a time. Each
 round sends one prompt and then ten prompts for the same 1280 x 720 JPEG, so that their ratio comes from one
 run. Reports medians over all rounds of all runs, the time to ready, the resident memory of all processes
 after the requests, and the IoU of the masks with the drawn objects.

@@ -39,6 +39,11 @@ class Runner(Protocol):
         """
         ...
 
+    @property
+    def max_stored_px(self) -> int:
+        """Images of so many px are resized by the model's process, by its last status; 0: none."""
+        ...
+
     def may_hold(self, key: str) -> bool:
         """Whether it seems to hold the features of the image with this key, so that it needs no pixels."""
         ...

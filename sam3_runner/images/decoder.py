@@ -23,6 +23,7 @@ from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sam3_runner.images.decoded import LocalImage
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.pixel_file import PixelFile
 
@@ -60,17 +61,26 @@ def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool
     except MemoryError:
         _send_head(output, refusal="the image takes too much memory to decode")
     else:
-        if shared is not None:
-            shared.write(image.pixels)
+        is_shared = shared is not None and _write(shared, image)
         _send_head(
             output,
             width=image.width,
             height=image.height,
             orientation=image.orientation,
             shape=image.shape,
+            is_shared=is_shared,
         )
-        if shared is None:
+        if not is_shared:
             _send(output, image.pixels.data)
+    return True
+
+
+def _write(shared: PixelFile, image: LocalImage) -> bool:
+    """Write an image's pixels to the file; False where it cannot be opened, or the memory is full."""
+    try:
+        shared.write(image.pixels)
+    except OSError:
+        return False
     return True
 
 

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 DECODERS = max(2, min(4, cpu_share().threads))
 """Decoder processes of a worker: one may be busy with a heavy image for seconds."""
 STREAM_LIMIT_BYTES = 2**22
-"""More than a square of SAM 3: where memory is not shared, a decoder never waits for its reader."""
+"""More than a square of SAM 3, for where memory is not shared."""
 
 ENVIRONMENT = {
     # Everything that this process can import.
@@ -124,12 +124,16 @@ class ImageDecoders:
             await _end(process)
         else:
             self._idle.append(process)
+        if held is not None and not head.get("is_shared"):  # refused, or sent through the pipe
+            self._files.give_back(held)
+            held = None
         if "refusal" in head:
-            if held is not None:
-                self._files.give_back(held)
             raise UnsupportedImage(head["refusal"])
         rows, columns, channels = head["shape"]
         shape = rows, columns, channels
+        if held is not None and rows * columns * channels > held.size_bytes:
+            held.close()
+            raise DecoderFailed("a decoder process has written fewer pixels than it says")
         return DecodedImage(
             np.frombuffer(pixels, np.uint8).reshape(shape)
             if held is None
@@ -176,7 +180,7 @@ async def _exchange(
     packed = pickle.dumps((file, max_stored_px, shared))
     await _send(process, LENGTH.pack(len(packed)), packed)
     head: dict[str, Any] = json.loads(await _receive(process))
-    return head, b"" if shared is not None or "refusal" in head else await _receive(process)
+    return head, b"" if head.get("is_shared") or "refusal" in head else await _receive(process)
 
 
 async def _send(process: Process, *parts: bytes) -> None:

@@ -122,6 +122,11 @@ class RunnerClient:
         return status
 
     @property
+    def max_stored_px(self) -> int:
+        """As `EngineStatus.max_stored_px`, by the last status."""
+        return self.known_status.max_stored_px
+
+    @property
     def known_status(self) -> EngineStatus:
         """The last status of the process that lives now, without asking it.
 

@@ -98,6 +98,11 @@ class RunnerPool:
                 if not any(each.is_ready for each in untried):
                     raise
 
+    @property
+    def max_stored_px(self) -> int:
+        """As `EngineStatus.max_stored_px`, by the last status of each runner."""
+        return max(queue.client.max_stored_px for queue in self._queues)
+
     def may_hold(self, key: str) -> bool:
         """Whether a runner that is ready has lately segmented the image with this key for this worker."""
         return any(queue.client.may_hold(key) for queue in self._queues if queue.is_ready)

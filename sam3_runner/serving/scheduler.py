@@ -66,7 +66,11 @@ class Scheduler:
 
     def _stage(self, waiting: _Waiting) -> None:
         """Stage a request's image, and let the model's thread have it."""
-        staged = self._engine.stage(waiting.request)
+        try:
+            staged = self._engine.stage(waiting.request)
+        except Exception:  # the request would wait for ever
+            logger.exception("an image failed in the engine")
+            staged = SegmentOutcome(error=InferenceFailed("the model's process failed"))
         if isinstance(staged, SegmentOutcome):
             waiting.outcome.set_result(staged)
             return

@@ -217,6 +217,8 @@ class Model:
     """Ids of the tasks that it got, in their order."""
     deadlines_s: list[float] = field(default_factory=list)
 
+    max_stored_px: int = 0
+
     def may_hold(self, _key: str) -> bool:
         return False
 
