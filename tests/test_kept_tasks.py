@@ -20,6 +20,7 @@ import pytest
 from commands.local_server import ROOT, LocalServer, clean_environment, local_server
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
+from tests.image_files import with_new_bytes
 from tests.server_processes import API_KEY, runner_of, wait_until_all_workers_are_ready
 
 if TYPE_CHECKING:
@@ -130,8 +131,9 @@ class Killer:
 def test_only_the_task_that_kills_the_runner_is_given_up(edge: Edge) -> None:
     """A task that kills the runner ends as error after it killed it three times alone; others are done."""
     drawn = scene(601)
-    key = edge.upload(png_bytes(drawn.image))
-    bodies = poison, *others = [edge.body(key, drawn.names[0]) for _ in range(5)]
+    # An image each: for one whose features are held the runner is not busy for long enough.
+    keys = [edge.upload(with_new_bytes(png_bytes(drawn.image))) for _ in range(5)]
+    bodies = poison, *others = [edge.body(key, drawn.names[0]) for key in keys]
     runner = runner_of(edge.server)
     runner.suspend()  # so that all tasks are in progress before it dies
     with ThreadPoolExecutor(len(bodies)) as callers:

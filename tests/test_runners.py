@@ -35,14 +35,16 @@ pytestmark = pytest.mark.server
 RUNNERS = (RUNNER, "sam3_runner_1")
 CALLERS = 4
 SEEDS = itertools.count(300)
+SETTINGS = {"GPUS": "2", "API_WORKERS": "1"}
+"""One worker, which knows of all requests: with two, a request may be sent to the runner that hangs."""
 STOP_LIMIT_S = 30.0
 """Much less than a runner waits for processes that do not end."""
 
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    """A caller of a server with two runners on the CPU, and two API workers."""
-    with local_server(tmp_path_factory.mktemp("runners"), {"GPUS": "2"}) as server, Edge(server) as caller:
+    """A caller of a server with two runners on the CPU, and one API worker."""
+    with local_server(tmp_path_factory.mktemp("runners"), SETTINGS) as server, Edge(server) as caller:
         wait_for(lambda: states(server), lambda found: found == ["ok", "ok"], READY_TIMEOUT_S)
         yield caller
 

@@ -141,13 +141,21 @@ def downloading(target: Path, served: Hub) -> dict[str, str]:
     }
 
 
+READY = {
+    "status": "ok",
+    "model_loaded": True,
+    "gpu_available": False,
+    "runners": [{"state": "ok"}],
+}
+
+
 def test_missing_weights_are_downloaded_once(tmp_path: Path, served: Hub) -> None:
     """The first start downloads the weights and becomes ready; the second needs no hub."""
     target = tmp_path / "sam3"
     settings = downloading(target, served)
     with local_server(tmp_path / "first", settings) as server:
         assert (target / "model.safetensors").read_bytes() == WEIGHTS.read_bytes()
-        assert health(server) == {"status": "ok", "model_loaded": True, "gpu_available": False}
+        assert health(server) == READY
         assert TOKEN not in server.log_path.read_text()
     served.requests.clear()
     served.granted = False

@@ -25,15 +25,18 @@ logger = logging.getLogger(__name__)
 MAX_PAIRS = 16
 """Prompts of one pass, unless a single request has more: so many are decoded together, and a request that
 comes later waits for no more."""
+MAX_SLACK_S = 1.0
+"""Deadlines that are further off count as this. API workers send requests in the order of their users' turns,
+and a user's earlier requests must not pass, one after another, the only one of somebody else."""
 STAGING_THREADS = 4
 """Reading the pixels of a picture takes a millisecond, a fourteenth of its pass."""
 
 
 @dataclass(order=True, slots=True)
 class _Waiting:
-    """A request and its outcome to be; ordered by deadline, then by arrival."""
+    """A request and its outcome to be; that of the lowest `order_s` is next, of equal ones the first."""
 
-    deadline_s: float
+    order_s: float
     number: int
     request: SegmentRequest = field(compare=False)
     outcome: Future[SegmentOutcome] = field(compare=False)
@@ -45,11 +48,13 @@ class Scheduler:
     Args:
         engine: runs the batches.
         max_batch: most images of one batch.
+        max_slack_s: see `MAX_SLACK_S`.
     """
 
-    def __init__(self, engine: Engine, max_batch: int) -> None:
+    def __init__(self, engine: Engine, max_batch: int, max_slack_s: float = MAX_SLACK_S) -> None:
         self._engine = engine
         self._max_batch = max_batch
+        self._max_slack_s = max_slack_s
         self._numbers = itertools.count()
         self._staged: list[_Waiting] = []
         self._changed = threading.Condition()
@@ -58,7 +63,8 @@ class Scheduler:
 
     def submit(self, request: SegmentRequest) -> Future[SegmentOutcome]:
         """Queue a request. The future never raises."""
-        waiting = _Waiting(request.deadline_s, next(self._numbers), request, Future())
+        order_s = min(request.deadline_s, request.sent_s + self._max_slack_s)
+        waiting = _Waiting(order_s, next(self._numbers), request, Future())
         # From now on it cannot be cancelled: to set its outcome would end the model's thread.
         waiting.outcome.set_running_or_notify_cancel()
         self._stagers.submit(self._stage, waiting)

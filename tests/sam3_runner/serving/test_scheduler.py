@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import threading
@@ -106,11 +107,21 @@ def test_lone_request_runs_at_once(engine: HeldEngine) -> None:
 
 def test_earliest_deadline_first(engine: HeldEngine) -> None:
     """Of the requests that wait the one with the earliest deadline runs first; equal ones as they came."""
-    scheduler = Scheduler(engine, max_batch=1)
+    scheduler = Scheduler(engine, max_batch=1, max_slack_s=math.inf)
     waits_s = {"late": 400, "early": 100, "middle": 200}
     requests = [request(name, seconds=wait_s) for name, wait_s in waits_s.items()]
     submitted_together(scheduler, engine, requests)
     assert engine.batches == [[["first"]], [["early"]], [["middle"]], [["late"]]]
+
+
+def test_later_requests_of_an_earlier_deadline_do_not_pass(engine: HeldEngine) -> None:
+    """Deadlines that are far off do not count: what was sent first runs first."""
+    requests = [
+        request("waits", seconds=500),
+        *(request(f"later {number}", seconds=100) for number in range(3)),
+    ]
+    submitted_together(Scheduler(engine, max_batch=1), engine, requests)
+    assert engine.batches[1:3] == [[["waits"]], [["later 0"]]]
 
 
 def test_requests_share_a_pass(engine: HeldEngine) -> None:
@@ -163,7 +174,9 @@ def test_any_requests(shared_engine: HeldEngine, drawn: list[Asked], max_batch: 
         request(*(f"thing {number} {index}" for index in range(asked.prompts)), seconds=60 * asked.minutes)
         for number, asked in enumerate(drawn)
     ]
-    outcomes = submitted_together(Scheduler(shared_engine, max_batch), shared_engine, requests)
+    outcomes = submitted_together(
+        Scheduler(shared_engine, max_batch, max_slack_s=math.inf), shared_engine, requests
+    )
     for asked, outcome in zip(requests, outcomes, strict=True):
         assert [result.prompt for result in outcome.results or []] == asked.prompts
     ran = [prompts for batch in shared_engine.batches[1:] for prompts in batch]
