@@ -13,14 +13,10 @@ from bentoml._internal.utils import alg
 
 
 class NoWait(dispatcher.Optimizer):
-    """BentoML's estimate of how long to wait for more requests: not at all."""
+    """BentoML's estimate of how long to wait for more requests: it learns nothing, and so stays 0."""
 
-    wait: float  # type: ignore[assignment]
-
-    def trigger_refresh(self) -> None:
-        """Learn from the last batches, and wait for nothing all the same."""
-        super().trigger_refresh()  # type: ignore[no-untyped-call]
-        self.wait = 0.0
+    def log_outbound(self, n: int, wait: float, duration: float) -> None:
+        """Ignore the times of a batch."""
 
 
 class NoLimit(dispatcher.NonBlockSema):

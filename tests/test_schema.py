@@ -35,7 +35,7 @@ def test_server_conforms_to_its_description(edge: Edge, tmp_path: Path) -> None:
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{edge.server.url}/docs.json"),
             *("--header", f"X-API-Key: {edge.server.api_key}"),
             *("--max-examples", EXAMPLES_PER_ROUTE, "--seed", "1", "--generation-deterministic"),
-            # The one required header is the key, which all requests have here: see tests/test_gate.py.
+            # The one required header is the key, which all requests have here: see in_process/test_gate.py.
             *("--continue-on-failure", "--no-color", "--exclude-checks", "missing_required_header"),
             *("--request-timeout", "60", "--report", "json", "--report-json-path", str(report_path)),
         ],
