@@ -47,6 +47,11 @@ DEFAULT_RETRY_S = 2.0
 MAX_RETRY_S = 60
 """The longest of these waits: the rate of the last seconds says nothing of later."""
 
+Outcome = Literal["done", "late", "failed"]
+"""How the use of a slot ended, for the rate. done: the model has worked for it. late: the slot was in use, but
+its work was not done in time, so only its time counts. failed: it says nothing of the model's rate, as where
+the image is missing, the file is damaged or the task was done already: neither work nor time counts."""
+
 
 def cost_of(prompts: int) -> float:
     """The work of a request, in requests of one prompt."""
@@ -190,17 +195,17 @@ class Place:
         """For the gate: the place holds a slot from now on."""
         self._slot.set()
 
-    def leave(self, *, worked: bool = True) -> None:
+    def leave(self, outcome: Outcome = "failed") -> None:
         """Give the slot back, or stop waiting. Without effect where it does neither.
 
         Args:
-            worked: the slot's work was done, and counts for the rate.
+            outcome: of the slot's use.
         """
         gate, self._gate = self._gate, None
         if gate is not None:
             held = self.has_slot
             self._slot.clear()
-            gate.exit(self, held_slot=held, worked=worked)
+            gate.exit(self, held_slot=held, outcome=outcome)
 
 
 class FairGate:
@@ -214,17 +219,19 @@ class FairGate:
     def __init__(self, slots: int, *, now: Callable[[], float] = time.monotonic) -> None:
         self._slots = slots
         self._held_cost = 0.0
+        self._holders: dict[Place, _Mark] = {}
+        """The places that hold a slot, and when they got it."""
         self._users: dict[str, _Queue] = {}
         """The users who wait, in the order of their turns."""
         self._waiting, self._waiting_cost = 0, 0.0
         self._full_rate, self._rate = _Rate(), _Rate()
         """While somebody waits; while a slot is held."""
-        self._held, self._now = 0, now
+        self._now = now
 
     @property
     def has_free_slot(self) -> bool:
         """A slot is free, and so nobody waits."""
-        return self._held < self._slots
+        return len(self._holders) < self._slots
 
     @property
     def waiting(self) -> int:
@@ -238,7 +245,7 @@ class FairGate:
         one turn for each of these and one more. 0 where no slot is held: whatever was measured in an outage,
         a request is tried. None where nothing is measured.
         """
-        if not self._held:
+        if not self._holders:
             return 0.0
         own = self._users.get(place.user_id)
         turns, ahead = (own.rank(place.order_s), own.cost_before(place.order_s)) if own else (0, 0.0)
@@ -260,15 +267,18 @@ class FairGate:
             self._users.setdefault(place.user_id, _Queue()).add(place)
             self._waiting, self._waiting_cost = self._waiting + 1, self._waiting_cost + place.cost
 
-    def exit(self, place: Place, *, held_slot: bool, worked: bool) -> None:
+    def exit(self, place: Place, *, held_slot: bool, outcome: Outcome) -> None:
         """Take the slot of `place`, or its place in the queue. Called by `Place.leave`."""
         if not held_slot:
             self._remove(place)
             return
-        self._held, self._held_cost = self._held - 1, self._held_cost - place.cost
+        begun = self._holders.pop(place)
+        self._held_cost -= place.cost
         for rate in (self._rate, self._full_rate):
-            rate.count(place.cost if worked else 0.0, self._now())
-        if not self._held:
+            rate.count(place.cost if outcome == "done" else 0.0, self._now())
+        if outcome == "failed":
+            self._full_rate.forget_since(begun, share=1 / self._slots)
+        if not self._holders:
             self._held_cost = 0.0  # not what rounding has left
             self._rate.end(self._now())
         if not self._users:
@@ -281,8 +291,9 @@ class FairGate:
         self._give(following)
 
     def _give(self, place: Place) -> None:
-        self._held, self._held_cost = self._held + 1, self._held_cost + place.cost
         self._rate.begin(self._now())
+        self._holders[place] = self._full_rate.mark(self._now())
+        self._held_cost += place.cost
         place.take_slot()
 
     def _remove(self, place: Place) -> None:
@@ -331,10 +342,24 @@ class _Queue:
 
     def cost_before(self, order_s: float) -> float:
         """Cost of these places."""
-        return sum(place.cost for _, _, place in self._entries[: self.rank(order_s)])
+        after = self._entries[self.rank(order_s) :]  # few: most come in the order of their deadlines
+        return self.cost - sum(place.cost for _, _, place in after)
 
 
 _arrivals = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A moment of a measurement.
+
+    Attributes:
+        total_s: measured time until then.
+        decayed_s: the same with its decay.
+    """
+
+    total_s: float
+    decayed_s: float
 
 
 class _Rate:
@@ -344,6 +369,7 @@ class _Rate:
     """
 
     def __init__(self) -> None:
+        self._all = _Mark(0.0, 0.0)
         self._cost = 0.0
         self._measured_s = 0.0
         self._since_s: float | None = None
@@ -359,8 +385,20 @@ class _Rate:
             return
         passed_s, self._since_s = now_s - self._since_s, now_s
         kept = math.exp(-passed_s / RATE_WINDOW_S)
+        self._all = _Mark(self._all.total_s + passed_s, self._all.decayed_s * kept + passed_s)
         self._cost = self._cost * kept + cost
         self._measured_s = self._measured_s * kept + passed_s
+
+    def mark(self, now_s: float) -> _Mark:
+        """This moment, for `forget_since`."""
+        self.count(0.0, now_s)
+        return self._all
+
+    def forget_since(self, mark: _Mark, share: float) -> None:
+        """Take back a share of the time that was measured since `mark`, as much as has not decayed."""
+        kept = math.exp((mark.total_s - self._all.total_s) / RATE_WINDOW_S)
+        measured_s = self._all.decayed_s - mark.decayed_s * kept
+        self._measured_s = max(0.0, self._measured_s - share * measured_s)
 
     def end(self, now_s: float) -> None:
         """Measure no more until `begin`."""

@@ -30,7 +30,7 @@ from contract import (
 from observability.log_lines import log_ids
 from observability.metrics import OVERLOAD_REFUSALS, TASKS, TASKS_IN_FLIGHT
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
-from sam3_runner import DeadlineExceeded, FeaturesNotHeld, ModelNotLoaded, RunnerStopped
+from sam3_runner import FeaturesNotHeld, InferenceFailed, ModelNotLoaded, RunnerStopped
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.mask_png import encode_png
@@ -42,6 +42,7 @@ from storage import StorageUnavailable, mask_key
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from admission import Outcome
     from contract import BatchRequest, PredictRequest
     from results import Attempt, Outbox, StoredResult
     from sam3_runner.base import Decoders, Runner
@@ -325,14 +326,17 @@ class Pipeline:
     async def _work(self, attempt: Attempt, place: Place, reading: asyncio.Task[_ReadImage]) -> _Result:
         task = attempt.task
         deadline_s = time.monotonic() + self._settings.request_timeout_s
+        outcome: Outcome = "failed"
         try:
             read = await reading
+            outcome = "late"
             found, inference_ms = await self._find(attempt, read, min(deadline_s, place.deadline_s))
-        except DeadlineExceeded:
-            place.leave(worked=False)
+            outcome = "done"
+        except InferenceFailed:
+            outcome = "done"  # the model has worked for it
             raise
         finally:
-            place.leave()
+            place.leave(outcome)
         masks = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
             masks[UNION] = found

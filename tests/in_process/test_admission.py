@@ -27,6 +27,8 @@ from admission import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from admission import Outcome
+
 USERS = ("ann", "bob", "cy", "di")
 FAR_S = 1e9
 users = st.sampled_from(USERS)
@@ -209,7 +211,7 @@ def measured_gate(slots: int, clock: Clock, seconds_each: float) -> tuple[FairGa
         clock.now_s += seconds_each
         follower = Place("old", FAR_S)
         follower.join(gate)  # somebody waits all the time
-        held.pop(0).leave()
+        held.pop(0).leave("done")
         held.append(waits)
         waits = follower
     waits.leave()
@@ -242,7 +244,7 @@ def test_expected_time_is_what_the_fair_order_takes(
     done = 0
     running = list(held)
     while not mine.has_slot:
-        running.pop(0).leave()
+        running.pop(0).leave("done")
         done += 1
         running += [each for each in (*places, mine) if each.has_slot and each not in running]
         places = [each for each in places if not each.has_slot]
@@ -301,10 +303,10 @@ def test_nothing_is_measured_at_first() -> None:
         place.join(gate)
     assert gate.expected_s(Place("ann", FAR_S)) is None
     clock.now_s += MIN_MEASURED_S / 2
-    first.leave()
+    first.leave("done")
     assert gate.expected_s(Place("ann", FAR_S)) is None
     clock.now_s += MIN_MEASURED_S
-    second.leave()
+    second.leave("done")
     assert gate.expected_s(Place("ann", FAR_S)) is not None
 
 
@@ -381,15 +383,15 @@ async def test_rate_of_an_outage_is_corrected() -> None:
     admission = Admission(4, 1000)
     admission.gate, held = measured_gate(4, clock, 100.0)
     for place in held[1:]:
-        place.leave()
+        place.leave("done")
     assert admission.check(Place("ann", deadline(20))) is not None
-    held[0].leave()
+    held[0].leave("done")
     for _ in range(10):
         assert admission.check(Place("ann", deadline(20))) is None
         place = Place("ann", deadline(20))
         place.join(admission.gate)
         clock.now_s += 0.1
-        place.leave()
+        place.leave("done")
     both = [Place("ann", deadline(20)) for _ in range(2)]
     for place in both:
         assert admission.check(place) is None
@@ -401,18 +403,18 @@ def test_idle_server_knows_its_rate() -> None:
     clock = Clock()
     gate, held = measured_gate(4, clock, 0.1)
     for place in held:
-        place.leave()
+        place.leave("done")
     for _ in range(100):
         place = Place("ann", FAR_S)
         place.join(gate)
         clock.now_s += 1.0
-        place.leave()
+        place.leave("done")
     Place("ann", FAR_S).join(gate)
     assert gate.drain_s() == pytest.approx(0.1)
 
 
-def test_expired_work_is_not_counted() -> None:
-    """Slots that are given back without work do not raise the rate."""
+def test_late_work_is_not_counted() -> None:
+    """Slots whose work came too late do not raise the rate."""
     clock = Clock()
     gate, held = measured_gate(2, clock, 0.1)
     places = [Place("ann", FAR_S) for _ in range(50)]
@@ -421,6 +423,67 @@ def test_expired_work_is_not_counted() -> None:
     before_s = gate.expected_s(Place("ann", FAR_S))
     assert before_s is not None
     for place in (*held, *places[:20]):
-        place.leave(worked=False)
+        place.leave("late")
     after_s = gate.expected_s(Place("ann", FAR_S))
     assert after_s == pytest.approx(before_s * (50 - 22 + 2 + 1) / (50 + 2 + 1))
+
+
+
+def run_full(gate: FairGate, clock: Clock, requests: Sequence[tuple[Outcome, float]]) -> None:
+    """Run requests through the gate, all of which wait at once; each holds its slot for so many seconds."""
+    places = {Place("ann", FAR_S): request for request in requests}
+    for place in places:
+        place.join(gate)
+    ends_s: dict[Place, float] = {}
+    while places:
+        for place, (_, hold_s) in places.items():
+            if place.has_slot:
+                ends_s.setdefault(place, clock.now_s + hold_s)
+        first = min(ends_s, key=ends_s.__getitem__)
+        clock.now_s = ends_s.pop(first)
+        first.leave(places.pop(first)[0])
+
+
+def seconds_each(gate: FairGate) -> float | None:
+    """The time of one request, as the gate estimates it."""
+    place = Place("ann", FAR_S)
+    place.join(gate)
+    estimate_s = gate.drain_s()
+    place.leave()
+    return estimate_s
+
+
+@pytest.mark.parametrize("failed_s", [0.001, 0.4, 5.0])
+def test_failures_among_others_change_no_rate(failed_s: float) -> None:
+    """The rate is that of the requests that reach the model, however fast the others fail."""
+    clock = Clock()
+    gate = FairGate(4, now=clock)
+    run_full(gate, clock, [("done", 0.4), ("failed", failed_s)] * 100)
+    assert seconds_each(gate) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(("failed_s", "estimate_s"), [(0.001, pytest.approx(0.1, rel=0.1)), (5.0, None)])
+def test_failures_alone_change_no_rate(failed_s: float, estimate_s: float | None) -> None:
+    """A burst of failures leaves the rate as it was; after a minute of them it is unknown."""
+    clock = Clock()
+    gate = FairGate(4, now=clock)
+    run_full(gate, clock, [("done", 0.4)] * 100)
+    run_full(gate, clock, [("failed", failed_s)] * 60)
+    assert seconds_each(gate) == estimate_s
+
+
+def test_slots_that_fail_together() -> None:
+    """While all slots are stuck the rate sinks; when they fail it is as before."""
+    clock = Clock()
+    gate = FairGate(4, now=clock)
+    run_full(gate, clock, [("done", 0.4)] * 100)
+    stuck = [Place("ann", FAR_S) for _ in range(5)]
+    for place in stuck:
+        place.join(gate)
+    clock.now_s += 10.0
+    sunk_s = gate.drain_s()
+    assert sunk_s is not None
+    assert sunk_s > 5 * 0.1 * 1.5
+    for place in stuck:
+        place.leave("failed")
+    assert seconds_each(gate) == pytest.approx(0.1, rel=0.1)

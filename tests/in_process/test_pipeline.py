@@ -15,6 +15,7 @@ from admission import slots_per_worker
 from contract import BatchRequest, Failure
 from results import Claim, Task
 from sam3_runner import DeadlineExceeded, InferenceFailed, UnsupportedImage
+from storage import ObjectNotFound
 from tests.in_process.bench import (
     HEAVY_IMAGE,
     LEASE_S,
@@ -703,6 +704,58 @@ async def test_request_that_cannot_be_in_time(
         callers.append(bench.call(hurried, deadline_ms=60_000))
         bench.stages.release("segment")
         await in_time(asyncio.gather(*callers))
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "status"),
+    [
+        ("fetch", ObjectNotFound("nothing is stored there"), 504),
+        ("decode", UnsupportedImage("damaged"), 504),
+        ("segment", InferenceFailed("the model failed"), 429),
+    ],
+)
+async def test_failures_before_the_model_are_not_measured(
+    *,
+    tmp_path: Path,
+    tokenizer: PromptTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    error: Exception,
+    status: int,
+) -> None:
+    """Without a request that has reached the model nothing is known of its rate, and none is refused by it."""
+    monkeypatch.setattr("admission.MIN_MEASURED_S", 0.0)
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        bench.stages.fail(stage, error)
+        failed = await in_time(asyncio.gather(*(bench.call() for _ in range(6)), return_exceptions=True))
+        assert all(isinstance(each, Failure) for each in failed)
+        bench.stages.mend(stage)
+        assert await status_of_hurried_request(bench) == status
+
+
+async def test_replays_are_not_measured(
+    tmp_path: Path, tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for tasks that are done already say nothing of the model's rate."""
+    monkeypatch.setattr("admission.MIN_MEASURED_S", 0.0)
+    async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
+        requests = [bench.request() for _ in range(6)]
+        for request in requests:
+            await bench.send(request)
+        await in_time(asyncio.gather(*map(bench.call, requests)))
+        assert await status_of_hurried_request(bench) == 504
+
+
+async def status_of_hurried_request(bench: Bench) -> int:
+    """The status of a request with a deadline of 1 ms, while all slots are in use."""
+    bench.stages.hold("segment")
+    bench.stages.entered.clear()
+    callers = [bench.call() for _ in range(2)]
+    await bench.stages.entry_of("segment", calls=2)
+    failure = await failure_of(bench.call(deadline_ms=1))
+    bench.stages.release("segment")
+    await in_time(asyncio.gather(*callers))
+    return failure.status
 
 
 async def test_thousand_requests_for_one_task(bench: Bench) -> None:
