@@ -48,9 +48,13 @@ MAX_RETRY_S = 60
 """The longest of these waits: the rate of the last seconds says nothing of later."""
 
 Outcome = Literal["done", "late", "failed"]
-"""How the use of a slot ended, for the rate. done: the model has worked for it. late: the slot was in use, but
-its work was not done in time, so only its time counts. failed: it says nothing of the model's rate, as where
-the image is missing, the file is damaged or the task was done already: neither work nor time counts."""
+"""How the use of a slot ended, for the rate.
+
+- done: the model has worked for it.
+- late: the slot was in use, but the model did not answer. Only its time counts.
+- failed: it ended before the model, since the image is missing or damaged, the task was done already, or the
+  place moved to another gate. It says nothing of the model: neither work nor time counts.
+"""
 
 
 def cost_of(prompts: int) -> float:

@@ -428,7 +428,6 @@ def test_late_work_is_not_counted() -> None:
     assert after_s == pytest.approx(before_s * (50 - 22 + 2 + 1) / (50 + 2 + 1))
 
 
-
 def run_full(gate: FairGate, clock: Clock, requests: Sequence[tuple[Outcome, float]]) -> None:
     """Run requests through the gate, all of which wait at once; each holds its slot for so many seconds."""
     places = {Place("ann", FAR_S): request for request in requests}
