@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import logging
 import re
 import time
@@ -23,7 +22,7 @@ from observability.log_lines import log_ids
 from observability.tracing import root_span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -54,6 +53,8 @@ class Gate:
             this machine.
         max_body_bytes: longer bodies are refused before they are read whole.
         body_timeout_s: so are bodies that take longer.
+        find_refusal: by the path of a POST to `/api/`, its header X-Deadline-Ms and its body, why the server
+            is too busy for it; None: it is not.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class Gate:
         access: Literal["open", "key", "loopback"],
         max_body_bytes: int,
         body_timeout_s: float = BODY_TIMEOUT_S,
+        find_refusal: Callable[[str, str | None, bytes], Failure | None] = lambda *_: None,
     ) -> None:
         self._app = app
         self._access = access
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._find_refusal = find_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other scopes pass."""
@@ -93,7 +96,9 @@ class Gate:
         try:
             self._check_access(scope, headers)
             with _span(scope, headers, answer):
-                await self._app(_with_get_for_head(scope), await self._read_body(scope, receive), answer.send)
+                body = await self._read_body(scope, receive)
+                self._refuse_overload(scope, headers, body)
+                await self._app(_with_get_for_head(scope), _replay(body, receive), answer.send)
         except Failure as failure:
             await answer.fail(failure)
         except Exception as error:  # without this the caller would get no answer
@@ -124,24 +129,26 @@ class Gate:
         if not any(hmac.compare_digest(given, key) for key in self._api_keys):
             raise Failure("AUTH_INVALID", f"the key in {header} is not valid")
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
-        """The body, read up to the limits of size and time, as a new `receive`."""
+    def _refuse_overload(self, scope: Scope, headers: dict[bytes, bytes], body: bytes) -> None:
+        if scope["method"] == "POST" and scope["path"].startswith("/api/"):
+            deadline_ms = headers.get(b"x-deadline-ms")
+            text = None if deadline_ms is None else deadline_ms.decode("latin-1")
+            refusal = self._find_refusal(scope["path"], text, body)
+            if refusal is not None:
+                raise refusal
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """The body, read up to the limits of size and time."""
         _refuse_encodings(scope)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
         try:
             async with asyncio.timeout(self._body_timeout_s):
-                body = await self._collect(receive)
+                return await self._collect(receive)
         except TimeoutError as error:
             late = f"the body did not arrive within {self._body_timeout_s:g} s"
             raise Failure("INVALID_REQUEST", late) from error
-        whole = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def replay() -> Message:
-            return next(whole, None) or await receive()
-
-        return replay
 
     async def _collect(self, receive: Receive) -> bytes:
         body = bytearray()
@@ -194,7 +201,7 @@ class _Answer:
     async def fail(self, failure: Failure) -> None:
         if self.status:  # the answer has begun
             return
-        body = json.dumps(failure.body(self.request_id).model_dump()).encode()
+        body = failure.body(self.request_id).model_dump_json().encode()
         headers = [(name.lower().encode(), value.encode()) for name, value in failure.headers.items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._start(int(failure.status), headers)
@@ -216,6 +223,16 @@ class _Answer:
             # come while this one is in progress, which ends the connection.
             await self._send(self._head)
             await self._send({"type": "http.response.body", "body": b""})
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body is read."""
+    whole = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replay() -> Message:
+        return next(whole, None) or await receive()
+
+    return replay
 
 
 def _log_access(scope: Scope, answer: _Answer) -> None:

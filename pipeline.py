@@ -140,7 +140,6 @@ class Pipeline:
         Raises:
             Failure: and nothing else.
         """
-        deadline_s = time.monotonic() + self._longest_wait_s(deadline_ms)
         task = Task(
             task_id=str(request.task_id),
             user_id=request.user_id,
@@ -149,7 +148,7 @@ class Pipeline:
         )
         try:
             self._check_tokens(request)
-            place = Place(task.user_id, deadline_s, cost=cost_of(len(task.prompts)))
+            place = self._new_place(request, deadline_ms)
             await self._check_capacity(place)
         except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
@@ -157,6 +156,18 @@ class Pipeline:
         with log_ids(request_id=request_id, task_id=task.task_id):
             work = self._start(self._begin(task, request_id, place), place)
         return await asyncio.shield(work)
+
+    def find_refusal(
+        self, request: PredictRequest | BatchRequest, deadline_ms: int | None = None
+    ) -> Failure | None:
+        """What `run` would raise for this request since this worker has too much to do; None if it has not.
+
+        Without an await, for the server's own check before a request is read by its route.
+        """
+        if not self._runner.is_ready:
+            return None  # `run` says why
+        overloaded = self._find_overload(self._new_place(request, deadline_ms))
+        return None if overloaded is None else _refused(Failure.of(overloaded))
 
     async def run_again(self, attempt: Attempt) -> BatchResponse:
         """Begin an attempt again that was kept. Raises `Failure`, and nothing else."""
@@ -182,9 +193,10 @@ class Pipeline:
         for name, text in request.texts_by_field.items():
             self._tokenizer.check_length(text, name=f"{name}:")
 
-    def _longest_wait_s(self, deadline_ms: int | None) -> float:
+    def _new_place(self, request: PredictRequest | BatchRequest, deadline_ms: int | None) -> Place:
         wait_s = self._settings.default_deadline_s if deadline_ms is None else deadline_ms / 1000
-        return min(wait_s, self._settings.request_timeout_s)
+        deadline_s = time.monotonic() + min(wait_s, self._settings.request_timeout_s)
+        return Place(request.user_id, deadline_s, cost=cost_of(len(request.texts)))
 
     async def _check_capacity(self, place: Place) -> None:
         """Refuse before anything is claimed, so that the row stays as it is for the next attempt."""
@@ -192,10 +204,16 @@ class Pipeline:
         if status.state != "ok":
             raise ModelNotLoaded(status.detail or "the model is loading")
         # Last: with an await between this check and the start of the work, a burst would pass the check.
+        overloaded = self._find_overload(place)
+        if overloaded is not None:
+            raise overloaded
+
+    def _find_overload(self, place: Place) -> OverloadedError | None:
         refusal = self._admission.check(place)
-        if refusal is not None:
-            OVERLOAD_REFUSALS.labels(refusal.reason).inc()
-            raise OverloadedError(refusal.message, refusal.retry_after_s)
+        if refusal is None:
+            return None
+        OVERLOAD_REFUSALS.labels(refusal.reason).inc()
+        return OverloadedError(refusal.message, refusal.retry_after_s)
 
     def _start(self, work: Coroutine[None, None, BatchResponse], place: Place) -> asyncio.Task[BatchResponse]:
         self._admission.begin(place)

@@ -50,6 +50,7 @@ from contract import (
 )
 from gate import Gate
 from observability.log_lines import escape_log_lines, log_info_of
+from overload import OverloadCheck
 from pipeline import Pipeline
 from processes import identity
 from processes.lifecycle import end_process_soon, end_server, on_stop_signal, outlive_siblings
@@ -106,6 +107,7 @@ stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.PrometheusOn
 settings, refusal = settings_or_defaults()
 runner_timeout_s = settings.request_timeout_s + STOP_MARGIN_S
 connections = Connections(settings.max_connections, settings.max_in_flight)
+overload = OverloadCheck()
 
 bento_services.patch()
 dispatcher.patch()
@@ -184,6 +186,8 @@ runner_services = [
     workers=settings.api_worker_count,
     traffic={"timeout": runner_timeout_s},
     logging={"access": {"enabled": False}},
+    # observability/tracing.py has ours. BentoML's are never exported, and took a quarter of a refusal's time.
+    tracing={"excluded_urls": ".*"},
     # BentoML's probe calls the runner's socket, which does not answer for minutes when the runner is dead.
     runner_probe={"enabled": False},
 )
@@ -211,6 +215,7 @@ class SegmentationService:
             model_version=VERSION,
             runners=runner_count,
         )
+        overload.pipeline = self._pipeline
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 
     def _client_of(self, index: int) -> RunnerClient:
@@ -332,6 +337,7 @@ SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
     api_keys=settings.api_keys,
     access=settings.metrics_and_docs_access,
     max_body_bytes=settings.max_body_bytes,
+    find_refusal=overload.find_refusal,
 )
 
 

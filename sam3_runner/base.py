@@ -40,6 +40,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def is_ready(self) -> bool:
+        """Whether a model is loaded, by the last status and without asking for a new one."""
+        ...
+
+    @property
     def max_stored_px(self) -> int:
         """Images of so many px are resized by the model's process, by its last status; 0: none."""
         ...

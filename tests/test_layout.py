@@ -40,11 +40,12 @@ ALLOWED = {
     "connections": {"contract", "gate"},
     "stores": {"processes", "results", "settings", "storage", "version"},
     "pipeline": {"admission", "contract", "observability", "settings", *PACKAGES},
+    "overload": {"contract", "pipeline"},
     "recovery": {"contract", "observability", "pipeline", *PACKAGES},
     "startup": {"bentoml_patches", "observability", "processes", "settings", "stores", "version", *PACKAGES},
     "service": {
-        *("bentoml_patches", "connections", "contract", "gate", "observability", "pipeline", "processes"),
-        *("recovery", "sam3_runner", "startup", "stores", "version"),
+        *("bentoml_patches", "connections", "contract", "gate", "observability", "overload", "pipeline"),
+        *("processes", "recovery", "sam3_runner", "startup", "stores", "version"),
     },
     "commands": {"results", "sam3_runner", "settings"},
 }

@@ -99,6 +99,11 @@ class RunnerPool:
                     raise
 
     @property
+    def is_ready(self) -> bool:
+        """Whether one of the runners is ready, by their last status."""
+        return any(queue.is_ready for queue in self._queues)
+
+    @property
     def max_stored_px(self) -> int:
         """As `EngineStatus.max_stored_px`, by the last status of each runner."""
         return max(queue.client.max_stored_px for queue in self._queues)
@@ -116,7 +121,7 @@ class RunnerPool:
         calls = [asyncio.create_task(queue.client.status()) for queue in self._queues]
         answered, late = await asyncio.wait(calls, timeout=STATUS_PATIENCE_S)
         # One that does not answer must not delay what the others can do.
-        if late and not any(queue.is_ready for queue in self._queues):
+        if late and not self.is_ready:
             answered, _ = await asyncio.wait(calls)
         for call in answered:
             call.result()  # raises what it met

@@ -55,6 +55,8 @@ def runner_service(
         runner_connection={"max_requests": NEVER, "max_age": float(NEVER)},
         # Its own address is a private socket; the API worker logs every request once.
         logging={"access": {"enabled": False}},
+        # Never exported: the spans of a pass are ours.
+        tracing={"excluded_urls": ".*"},
     )
     class Sam3Runner:
         def __init__(self) -> None:

@@ -219,6 +219,10 @@ class Model:
 
     max_stored_px: int = 0
 
+    @property
+    def is_ready(self) -> bool:
+        return self.state == "ok"
+
     def may_hold(self, _key: str) -> bool:
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -16,13 +17,17 @@ from hypothesis import strategies as st
 
 import service
 from gate import Gate
+from observability.metrics import OVERLOAD_REFUSALS, TASKS
+from overload import OverloadCheck
 from results import Task
 from tests.edge import BATCH, PREDICT, error_of
-from tests.in_process.bench import PROMPT, USER
+from tests.in_process.bench import PROMPT, USER, in_time, opened_bench
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
+    from sam3_runner.prompts import PromptTokenizer
     from tests.in_process.bench import Bench
 
 pytestmark = pytest.mark.anyio
@@ -35,16 +40,31 @@ TOO_MANY_TOKENS = "zq " * 60
 MAX_BODY_BYTES = 65_536
 
 
-@pytest.fixture
-async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
+@asynccontextmanager
+async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the routes, which run on the bench's pipeline behind the gate."""
     set_current_service(SimpleNamespace(_pipeline=bench.pipeline, _runner=bench.model))
-    gate = Gate(service.app, api_keys=(KEY,), access="open", max_body_bytes=MAX_BODY_BYTES)
+    overload = OverloadCheck()
+    overload.pipeline = bench.pipeline
+    gate = Gate(
+        service.app,
+        api_keys=(KEY,),
+        access="open",
+        max_body_bytes=MAX_BODY_BYTES,
+        find_refusal=overload.find_refusal,
+    )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(gate), base_url="http://server", headers={"X-API-Key": KEY}
     ) as client:
         yield client
     set_current_service(None)
+
+
+@pytest.fixture
+async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the bench's routes."""
+    async with client_of(bench) as client:
+        yield client
 
 
 def body_of(bench: Bench, path: str = PREDICT, **changes: Any) -> dict[str, Any]:
@@ -434,6 +454,67 @@ async def test_image_url_stays_in_the_users_uploads(bench: Bench, http: httpx.As
     if row is not None:  # a body that is no request has none
         assert (row.status, row.metadata) == ("error", {"error_message": message})
     assert bench.masks() == []
+
+
+# Overload.
+
+
+@pytest.fixture
+async def full(tmp_path: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Bench]:
+    """A bench that has as many requests in progress as it may have: one, which waits for the model."""
+    async with opened_bench(tmp_path, tokenizer, max_in_flight=1) as bench:
+        bench.stages.hold("segment")
+        caller = bench.call()
+        await bench.stages.entry_of("segment")
+        bench.stages.entered.clear()
+        yield bench
+        bench.stages.release("segment")
+        await in_time(caller)
+
+
+def refusals(code: str = "OVERLOADED") -> tuple[float, float]:
+    """Requests that were refused so far, in each of the two metrics."""
+    return TASKS.labels("refused", code)._value.get(), OVERLOAD_REFUSALS.labels("in_flight")._value.get()
+
+
+@pytest.mark.parametrize("path", [PREDICT, BATCH])
+async def test_overload(full: Bench, path: str) -> None:
+    """A refusal has the body, the headers and the metrics that the route's own refusal has."""
+    failure = await full.failure()  # as the route would refuse it
+    before = refusals()
+    async with client_of(full) as http:
+        body = body_of(full, path)
+        response = await http.post(path, json=body, headers={"X-Request-ID": "mine"})
+        assert response.status_code == failure.status == 429
+        assert response.text == failure.body("mine").model_dump_json()
+        assert response.headers["Retry-After"] == failure.headers["Retry-After"]
+        assert (response.headers["Content-Type"], response.headers["X-Request-ID"]) == (
+            "application/json",
+            "mine",
+        )
+        assert refusals() == tuple(count + 1 for count in before)
+        assert await full.rows.get(body["task_id"]) is None
+        assert full.stages.entered["claim"] == 0
+        assert (await http.get("/health")).status_code == 200
+
+
+async def test_order_of_errors_under_overload(full: Bench) -> None:
+    """An overloaded server still names a wrong key, body and deadline, but counts no tokens."""
+    async with client_of(full) as http:
+
+        async def code_of(headers: dict[str, str] | None = None, **changes: Any) -> tuple[int, str]:
+            response = await http.post(PREDICT, json=body_of(full, **changes), headers=headers)
+            return error_of(response)[:2]
+
+        assert await code_of(text_prompt=TOO_MANY_TOKENS) == (429, "OVERLOADED")
+        assert await code_of({"X-Deadline-Ms": "60000"}) == (429, "OVERLOADED")
+        assert await code_of({"X-API-Key": "wrong"}) == (401, "AUTH_INVALID")
+        assert await code_of({"X-Deadline-Ms": "0"}) == (400, "INVALID_REQUEST")
+        assert await code_of(user_id="") == (400, "INVALID_REQUEST")
+        assert await code_of(more=1) == (400, "INVALID_REQUEST")
+        full.model.state = "error"
+        assert await code_of() == (503, "MODEL_NOT_LOADED")
+        full.model.state = "ok"
 
 
 # Random requests.

@@ -723,7 +723,7 @@ async def test_failures_before_the_model_are_not_measured(
     error: Exception,
     status: int,
 ) -> None:
-    """Without a request that has reached the model nothing is known of its rate, and none is refused by it."""
+    """Until a request has reached the model nothing is known of its rate, and none is refused by it."""
     monkeypatch.setattr("admission.MIN_MEASURED_S", 0.0)
     async with opened_bench(tmp_path, tokenizer, **TWO_SLOTS) as bench:
         bench.stages.fail(stage, error)
