@@ -22,7 +22,7 @@ import sys
 import time
 import uuid
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Plan:
         ramp_s: time before it, in which requests are sent too.
         clients: of a closed loop; 0: an open loop.
         rate_per_s: of an open loop.
-        probe: path that is read every PROBE_INTERVAL_S meanwhile, as kind "probe"; empty: none.
+        probes: paths that are read every PROBE_INTERVAL_S meanwhile; the path is their kind.
         seed: of the kinds and the arrivals.
     """
 
@@ -86,7 +86,7 @@ class Plan:
     ramp_s: float = 0.0
     clients: int = 0
     rate_per_s: float = 0.0
-    probe: str = ""
+    probes: list[str] = field(default_factory=list)
     seed: int = 0
 
 
@@ -222,17 +222,17 @@ class _Client:
                 await asyncio.sleep(due_s - self.now_s())
                 requests.create_task(self.send(due_s))
 
-    async def probe(self) -> None:
-        """Read the probe's path until cancelled."""
+    async def probe(self, path: str) -> None:
+        """Read `path` until cancelled."""
         while True:
             sent_s = self.now_s()
             try:
-                async with self._session.get(self._plan.url + self._plan.probe) as response:
+                async with self._session.get(self._plan.url + path) as response:
                     await response.read()
                 status = str(response.status)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 status = type(error).__name__
-            self.outcomes.append(Outcome("probe", sent_s, sent_s, self.now_s(), status))
+            self.outcomes.append(Outcome(path, sent_s, sent_s, self.now_s(), status))
             await asyncio.sleep(PROBE_INTERVAL_S)
 
 
@@ -249,12 +249,12 @@ async def send_load(plan: Plan) -> Measurement:
         ) as session:
             cpu_s, began_s = time.process_time(), time.perf_counter()
             client = _Client(plan, session, files)
-            probing = asyncio.create_task(client.probe()) if plan.probe else None
+            probing = [asyncio.create_task(client.probe(path)) for path in plan.probes]
             await (client.closed_loop() if plan.clients else client.open_loop())
-            if probing is not None:
-                probing.cancel()
+            for each in probing:
+                each.cancel()
                 with suppress(asyncio.CancelledError):
-                    await probing
+                    await each
             cpu_share = (time.process_time() - cpu_s) / (time.perf_counter() - began_s)
     return Measurement(client.outcomes, round(cpu_share, 3))
 

@@ -15,7 +15,9 @@ Scenarios:
     open          random arrivals at --shares of the throughput of the closed loops, then the highest rate
                   with p99 <= 500 ms, by bisection; latencies count from the scheduled arrival
     mixed         16 callers: 80 % one prompt, 20 % ten prompts
-    overload      random arrivals at ten times that throughput: accepted and refused requests, and /health
+    overload      random arrivals at ten times that throughput: accepted and refused requests, and probes of
+                  /health and /api/v1/model/info. Once with the server's own deadline, to which accepted
+                  requests wait by design, and once with one of twice the p99 of the fastest closed loop
     crowded       one caller, about 100 kept masks a request (24 with the demo), by a threshold that the
                   server has no setting for (crowded_service.py)
     client        the same client against a server that answers at once: what the client alone reaches
@@ -54,7 +56,7 @@ from storage import LocalFolder
 from version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 RESULTS = Path(__file__).parent / "serve.csv"
 WIDTH_PX, HEIGHT_PX = 1920, 1080
@@ -68,6 +70,7 @@ RATE_SHARES = (0.5, 0.7, 0.9)
 P99_LIMIT_MS = 500.0
 BISECTIONS = 3
 MIXED_CLIENTS, OVERLOAD = 16, 10.0
+TOO_MANY_REQUESTS = 429
 KEPT_MASKS = 100
 PROMPT = "red circle"
 RAMP_SHARE = 0.2
@@ -159,6 +162,7 @@ class Bench:
         common: columns that all rows share.
         rows: of the table.
         capacity: for each server, the highest throughput of the closed loops.
+        loaded_p99_ms: and the p99 of that loop.
     """
 
     options: argparse.Namespace
@@ -166,6 +170,7 @@ class Bench:
     common: dict[str, object]
     rows: list[dict[str, object]] = field(default_factory=list)
     capacity: dict[str, float] = field(default_factory=dict)
+    loaded_p99_ms: dict[str, float] = field(default_factory=dict)
 
     def closed(self, targets: list[Target]) -> None:
         """Closed loops of one prompt."""
@@ -203,7 +208,9 @@ class Bench:
                 row = self._add(target, runs[target.version], scenario, kind.name)
                 if scenario == "closed":
                     rate = float(str(row["throughput_per_s"]))
-                    self.capacity[target.version] = max(rate, self.capacity.get(target.version, 0.0))
+                    if rate > self.capacity.get(target.version, 0.0):
+                        self.capacity[target.version] = rate
+                        self.loaded_p99_ms[target.version] = float(str(row["p99_ms"]))
             if clients == 1:
                 self._print_timeline(runs[target.version])
 
@@ -230,14 +237,29 @@ class Bench:
         """Ten times as many requests as the server can answer."""
         self._measure_capacity(targets)
         for target in targets:
-            rate = self.capacity[target.version] * OVERLOAD
-            run = self._run(target, [self.pictures.one], rate=rate, probe="/health")
-            self._add(target, [run], "overload", self.pictures.one.name)
-            refused = [each for each in run.outcomes(self.pictures.one.name) if not each.is_ok]
-            times_ms = [each.latency_ms for each in refused if 0 <= each.due_s < run.plan.seconds]
+            self._overload(target, "overload", None)
+        for target in targets:
+            deadline_ms = self.options.deadline_ms or round(2 * self.loaded_p99_ms[target.version])
+            self._overload(target, f"overload {deadline_ms} ms", deadline_ms)
+
+    def _overload(self, target: Target, scenario: str, deadline_ms: int | None) -> None:
+        kind = self.pictures.one
+        rate = self.capacity[target.version] * OVERLOAD
+        probes = ["/health", "/api/v1/model/info"] if target.has_metrics else ["/health"]
+        run = self._run(target, [kind], rate=rate, probes=probes, deadline_ms=deadline_ms)
+        self._add(target, [run], scenario, kind.name)
+        for name, refused in (("refused", True), ("failed", False)):
+            times_ms = [
+                each.latency_ms
+                for each in run.outcomes(kind.name)
+                if 0 <= each.due_s < run.plan.seconds
+                and not each.is_ok
+                and (each.status == str(TOO_MANY_REQUESTS)) == refused
+            ]
             row = figures([[]], run.plan.seconds) | {"n": len(times_ms)} | latencies(times_ms)
-            self._add_row(target, [run], row, "overload", "refused or failed")
-            self._add(target, [run], "overload", "probe")
+            self._add_row(target, [run], row, scenario, name)
+        for probe in probes:
+            self._add(target, [run], scenario, probe)
 
     def client(self, _: list[Target]) -> None:
         """The client alone."""
@@ -268,13 +290,14 @@ class Bench:
         *,
         clients: int = 0,
         rate: float = 0.0,
-        probe: str = "",
+        probes: Sequence[str] = (),
+        deadline_ms: int | None = None,
         seconds: float | None = None,
     ) -> Run:
         seconds = seconds or self.options.seconds
         plan = Plan(
             url=target.url,
-            headers=target.headers,
+            headers=target.headers | ({"X-Deadline-Ms": str(deadline_ms)} if deadline_ms else {}),
             pictures=target.files,
             keys=target.keys,
             kinds=kinds,
@@ -282,7 +305,7 @@ class Bench:
             ramp_s=seconds * RAMP_SHARE,
             clients=clients,
             rate_per_s=rate,
-            probe=probe,
+            probes=list(probes),
         )
         pss_mb = resident_mb(target.pid)
         before = read_metrics(target.url, target.headers) if target.has_metrics else None
@@ -385,7 +408,7 @@ def server_figures(runs: list[Run]) -> dict[str, object]:
 
 
 def _cell(name: str, value: object) -> str:
-    width = {"version": -14, "scenario": -13, "kind": -17, "errors": -20}.get(name, len(name))
+    width = {"version": -14, "scenario": -16, "kind": -18, "errors": -20}.get(name, len(name))
     return f"{value!s:<{-width}}" if width < 0 else f"{value!s:>{width}}"
 
 
@@ -574,6 +597,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="of the closed loops")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=list(RATE_SHARES), help="of the open loops"
+    )
+    parser.add_argument(
+        "--deadline-ms", type=int, help="of the second overload; default: twice the p99 of a closed loop"
     )
     parser.add_argument("--rounds", type=int, help="runs of each closed loop; default 1, with --against 2")
     parser.add_argument("--against", type=Path, help="folder of another checkout, measured in turn with this")

@@ -185,11 +185,11 @@ def test_refusals_and_probes_are_reported(tmp_path: Path, jpeg: bytes) -> None:
     """A refusal has its status, and the probe's path is read meanwhile."""
     with running(Server(tmp_path, refused_from=10)) as server:
         load = plan(server, jpeg, ONE, seconds=0.5, rate_per_s=100.0)
-        measured = run_plan(replace(load, probe="/health"))
+        measured = run_plan(replace(load, probes=["/health"]))
     statuses = [each.status for each in measured.outcomes if each.kind == "one"]
     assert statuses.count("200") == 10
     assert statuses.count("429") == len(statuses) - 10 > 0
-    assert any(each.kind == "probe" for each in measured.outcomes)
+    assert any(each.kind == "/health" for each in measured.outcomes)
 
 
 def test_server_that_is_absent_is_an_error_not_an_exception(tmp_path: Path, jpeg: bytes) -> None:

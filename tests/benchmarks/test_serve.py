@@ -31,17 +31,20 @@ def run(path: Path, *options: str) -> tuple[list[dict[str, str]], str]:
 def test_scenarios_are_measured_on_the_real_server(tmp_path: Path) -> None:
     """Each scenario has its rows, with the server's own stages; files differ unless the picture repeats."""
     scenarios = ("closed", "same-picture", "overload", "crowded")
-    rows, printed = run(tmp_path / "serve.csv", "--scenarios", *scenarios, "--clients", "2", "--label", "new")
+    options = ("--scenarios", *scenarios, "--clients", "2", "--label", "new", "--deadline-ms", "900")
+    rows, printed = run(tmp_path / "serve.csv", *options)
     found = [(row["scenario"], row["kind"], row["clients"]) for row in rows]
     assert found == [
         ("closed", "one prompt", "2"),
         ("same-picture", "one prompt", "1"),
-        ("overload", "one prompt", ""),
-        ("overload", "refused or failed", ""),
-        ("overload", "probe", ""),
+        *(
+            (scenario, kind, "")
+            for scenario in ("overload", "overload 900 ms")
+            for kind in ("one prompt", "refused", "failed", "/health", "/api/v1/model/info")
+        ),
         ("crowded", "one prompt", "1"),
     ]
-    closed, same, overload, _, _, crowded = rows
+    closed, same, overload, *_, crowded = rows
     assert {row["version"] for row in rows} == {"new"}
     assert {row["weights"] for row in rows} == {"demo"}
     assert int(closed["n"]) > 0
@@ -54,6 +57,9 @@ def test_scenarios_are_measured_on_the_real_server(tmp_path: Path) -> None:
     assert "sam3_features_hit" not in closed["caches"]
     assert "sam3_features_hit" in same["caches"]
     assert float(overload["rate_per_s"]) > 9 * float(closed["throughput_per_s"])
+    health, info = rows[5:7]
+    assert int(health["n"]) > 0
+    assert health["errors"] == info["errors"] == ""
     assert float(crowded["masks_mean"]) == 24
 
 
