@@ -86,19 +86,24 @@ class Gate:
         answer = _Answer(send, request_id_of(headers), with_body=scope["method"] != "HEAD")
         scope.setdefault("state", {})["request_id"] = answer.request_id
         with log_ids(request_id=answer.request_id):
-            await self._serve(scope, receive, headers, answer)
-            if scope["path"] not in QUIET_PATHS or answer.status == HTTPStatus.UNAUTHORIZED:
+            try:
+                self._check_access(scope, headers)
+            except Failure as failure:
+                await answer.fail(failure)
                 _log_access(scope, answer)
+                return
+            with _span(scope, headers, answer):
+                await self._serve(scope, receive, headers, answer)
+                if scope["path"] not in QUIET_PATHS:
+                    _log_access(scope, answer)
 
     async def _serve(
         self, scope: Scope, receive: Receive, headers: dict[bytes, bytes], answer: _Answer
     ) -> None:
         try:
-            self._check_access(scope, headers)
-            with _span(scope, headers, answer):
-                body = await self._read_body(scope, receive)
-                self._refuse_overload(scope, headers, body)
-                await self._app(_with_get_for_head(scope), _replay(body, receive), answer.send)
+            body = await self._read_body(scope, receive)
+            self._refuse_overload(scope, headers, body)
+            await self._app(_with_get_for_head(scope), _replay(body, receive), answer.send)
         except Failure as failure:
             await answer.fail(failure)
         except Exception as error:  # without this the caller would get no answer
