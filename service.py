@@ -30,6 +30,7 @@ from bentoml_patches import (
     route_metrics,
     runner_connections,
     swagger,
+    timeouts,
 )
 from connections import Connections
 from contract import (
@@ -113,6 +114,7 @@ bento_services.patch()
 dispatcher.patch()
 gpu_count.patch()
 protocols.patch(connections.protocol)
+timeouts.patch()
 
 app = FastAPI(
     title="SAM3 inference backend",
