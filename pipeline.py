@@ -225,6 +225,7 @@ class Pipeline:
         TASKS_IN_FLIGHT.inc()
         running.add_done_callback(lambda _: TASKS_IN_FLIGHT.dec())
         running.add_done_callback(_consume_exception)
+        running.add_done_callback(_free_frames)
         return running
 
     async def _begin(self, task: Task, request_id: str, place: Place) -> BatchResponse:
@@ -538,6 +539,20 @@ def _consume_exception(ended: asyncio.Task[Any]) -> None:
     """Read the exception: asyncio logs one that nobody has read."""
     if not ended.cancelled():
         ended.exception()
+
+
+def _free_frames(ended: asyncio.Task[Any]) -> None:
+    """Free what a failed task's frames hold, among it the image's file.
+
+    The errors hold the frames, and these hold asyncio's tasks that hold the errors: they would stay in memory
+    until the collector runs. What is worth a traceback has been logged.
+    """
+    errors = [] if ended.cancelled() else [ended.exception()]
+    while errors:
+        error = errors.pop()
+        if error is not None and error.__traceback__ is not None:
+            error.__traceback__ = None
+            errors += [error.__cause__, error.__context__]
 
 
 def _sha256(data: bytes) -> str:

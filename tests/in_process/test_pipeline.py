@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass
 from math import inf, nan
@@ -15,6 +16,7 @@ from admission import slots_per_worker
 from contract import BatchRequest, Failure
 from results import Claim, Task
 from sam3_runner import DeadlineExceeded, InferenceFailed, UnsupportedImage
+from sam3_runner.images.image_file import ImageFile
 from storage import ObjectNotFound
 from tests.in_process.bench import (
     HEAVY_IMAGE,
@@ -169,6 +171,34 @@ async def test_deadline_ends_the_task(bench: Bench, stage: str) -> None:
     assert bench.count() == 0
     if stage != "encode":  # a thread cannot be cancelled
         assert bench.stages.cancelled[stage] == 1
+
+
+def image_files() -> int:
+    """Files of images in memory."""
+    # Not isinstance: some modules hold objects that warn when they are looked at.
+    return sum(type(each) is ImageFile for each in gc.get_objects())
+
+
+@pytest.mark.parametrize(("stage", "late"), [("decode", True), ("segment", True), ("decode", False)])
+async def test_failed_task_keeps_no_file(bench: Bench, stage: str, *, late: bool) -> None:
+    """The image's file, up to `MAX_IMAGE_BYTES`, is freed at once: the collector may run much later."""
+    gc.collect()
+    before = image_files()
+    gc.disable()
+    try:
+        if late:
+            bench.stages.hold(stage)
+            caller = bench.call()
+            await bench.stages.entry_of(stage)
+            await bench.clock.advance(bench.settings.request_timeout_s + 1)
+            failure = await failure_of(caller)
+        else:
+            bench.stages.fail(stage, InferenceFailed("the model failed on this image"))
+            failure = await bench.failure()
+        assert failure.code == ("DEADLINE_EXCEEDED" if late else "INFERENCE_FAILED")
+        assert image_files() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("stage", ["claim", "settle"])
