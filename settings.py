@@ -196,7 +196,7 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         None,
         ge=1,
         le=64,
-        description="processes that speak HTTP; default: one for four cores, from 2 to 4",
+        description="processes that speak HTTP; default: one for eight cores, from 2 to 4",
     )
     max_in_flight: int = Field(
         768, ge=1, description="requests that an API worker holds at once; others get 429"
@@ -312,7 +312,7 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
     @property
     def api_worker_count(self) -> int:
         """API_WORKERS, or what follows from the cores."""
-        return self.api_workers or max(2, min(4, cpu_share().threads // 4))
+        return self.api_workers or max(2, min(4, cpu_share().threads // 8))
 
     @property
     def max_feature_bytes(self) -> int | None:
@@ -395,13 +395,15 @@ def freeze_device(device: Literal["cuda", "cpu"]) -> None:
     os.environ["SAM3_DEVICE"] = device
 
 
-def limit_threads(threads: int) -> None:
-    """Set the threads of OpenMP and numpy's BLAS in each child process, unless the operator has set them.
+def limit_child_processes(threads: int) -> None:
+    """Limit threads and kept memory of each child process, unless the operator has set these variables.
 
-    By default they start one for each core of the host, however few a container may use.
+    OpenMP and numpy's BLAS start a thread for each core of the host, however few a container may use. glibc
+    keeps freed memory in up to eight arenas a core: two take half the memory (docs/benchmarks.md).
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
 
 def named_gpus() -> list[str] | None:

@@ -28,7 +28,7 @@ from settings import (
     SettingsError,
     freeze_device,
     freeze_settings,
-    limit_threads,
+    limit_child_processes,
     load_log_settings,
     load_settings,
     make_demo_key,
@@ -210,7 +210,7 @@ async def _check_access(objects: ObjectStore, rows: ResultStore) -> None:
 
 def _limit_model_threads(settings: Settings, runners: int) -> None:
     threads = threads_of_runner(settings, runners)
-    limit_threads(threads)
+    limit_child_processes(threads)
     logger.info("CPU: %s, threads of the model: %d, runners: %d", cpu_share(), threads, runners)
 
 

@@ -248,13 +248,13 @@ def test_share_of_the_cpu_is_logged(tmp_path: Path) -> None:
     assert f" of {cores} cores, threads of the model: 7" in log
 
 
-def test_thread_limits_are_set_in_every_process(server: LocalServer) -> None:
-    """Otherwise OpenMP and numpy's BLAS would start a thread per host core in every process."""
+def test_limits_of_threads_and_arenas_are_set_in_every_process(server: LocalServer) -> None:
+    """Else OpenMP and numpy's BLAS start a thread a core of the host, and glibc keeps freed memory."""
     children = psutil.Process(server.pid).children()
     assert len(children) >= 3
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        # The value of the shared server's SAM3_CPU_THREADS.
-        expected = os.environ.get(name, "1")
+    # One thread: the shared server's SAM3_CPU_THREADS.
+    for name, value in {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}.items():
+        expected = os.environ.get(name, value)
         assert {child.environ().get(name) for child in children} == {expected}
 
 
