@@ -33,7 +33,7 @@ from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import FeaturesNotHeld, InferenceFailed, ModelNotLoaded, RunnerStopped
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.images.exif import viewed_size
-from sam3_runner.images.mask_png import encode_png
+from outputs.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import packed_union
 from sam3_runner.metrics import stage

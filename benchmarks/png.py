@@ -32,7 +32,7 @@ import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
 from benchmarks.table import machine_name, record
-from sam3_runner.images.mask_png import encode_png
+from outputs.mask_png import encode_png
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -37,7 +37,7 @@ from benchmarks.table import machine_name, record
 from processes import identity
 from results import Outbox, SqliteResults, Task, open_outbox
 from results.supabase import SupabaseResults
-from sam3_runner.images.mask_png import encode_png
+from outputs.mask_png import encode_png
 from storage import LocalFolder, mask_key
 from storage.r2 import R2Bucket
 from tests.services import database as databases

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sam3_runner", "storage", "results")
 """What the server is made of; they know nothing of each other."""
-FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "observability", "processes")
+FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "observability", "outputs", "processes")
 TOP_MODULES = {path.stem for path in ROOT.glob("*.py")}
 OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests"}
 SERVED = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
@@ -31,6 +31,7 @@ ALLOWED = {
     "version": set(),
     "setting_text": set(),
     "settings": {"sam3_runner", "setting_text"},
+    "outputs": {"outputs", "sam3_runner"},
     "processes": {"processes", "settings"},
     "observability": {"sam3_runner"},
     "bentoml_patches": {"bentoml_patches", "processes"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "gate": {"contract", "observability"},
     "connections": {"contract", "gate"},
     "stores": {"processes", "results", "settings", "storage", "version"},
-    "pipeline": {"admission", "contract", "observability", "settings", *PACKAGES},
+    "pipeline": {"admission", "contract", "observability", "outputs", "settings", *PACKAGES},
     "overload": {"contract", "pipeline"},
     "recovery": {"contract", "observability", "pipeline", *PACKAGES},
     "startup": {"bentoml_patches", "observability", "processes", "settings", "stores", "version", *PACKAGES},
@@ -160,6 +161,13 @@ def test_import_directions(path: Path) -> None:
     assert imported & OURS <= ALLOWED[part]
     for vendor, parts in VENDORS.items():
         assert vendor not in imported or part in parts
+
+
+def test_outputs_know_only_the_values() -> None:
+    """The forms of an answer are functions of `sam3_runner.instances`, and of nothing else of sam3_runner."""
+    for path in (ROOT / "outputs").rglob("*.py"):
+        modules = {name for name in modules_imported_by(path) if name.startswith("sam3_runner")}
+        assert modules <= {"sam3_runner.instances"}, path
 
 
 @pytest.mark.parametrize("path", SERVED, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sam3_runner.images.mask_png import BAND_PX, encode_png
+from outputs.mask_png import encode_png
+from outputs.png import BAND_PX
 
 if TYPE_CHECKING:
     from sam3_runner.instances import Mask, PackedMask

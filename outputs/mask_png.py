@@ -1,31 +1,16 @@
-"""Encodes masks as PNG (W3C PNG, third edition)."""
+"""Encodes masks as PNG."""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
-from imagecodecs import zlibng_encode
 
-from sam3_runner.images.png import SIGNATURE
+from outputs.png import BAND_PX, UP, grey_png
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from outputs.png import Rows
     from sam3_runner.instances import PackedMask
-
-BIT_DEPTH = 8
-GREY = 0
-"""Colour type: one grey channel."""
-UP = 2
-"""Filter type: a row is stored as its difference from the row above. Type 0 stores its px."""
-
-LEVEL = 2
-"""Of zlib-ng: level 1 has fixed codes, with files ten times as long; higher levels take longer."""
-BAND_PX = 2**18
-"""Px that are expanded to bytes at once, so that they stay in the processor's cache."""
 
 
 def encode_png(mask: PackedMask, width: int) -> bytes:
@@ -37,13 +22,10 @@ def encode_png(mask: PackedMask, width: int) -> bytes:
         mask: (height, width / 8 rounded up) uint8; the bits right of the image are ignored.
         width: of the image, in px.
     """
-    header = struct.pack(">2I5B", width, len(mask), BIT_DEPTH, GREY, 0, 0, 0)
-    rows = _filtered_rows(mask, width)
-    pixels = zlibng_encode(rows, level=LEVEL)  # type: ignore[arg-type]  # the stub lacks arrays
-    return SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+    return grey_png(_filtered_rows(mask, width), width)
 
 
-def _filtered_rows(mask: PackedMask, width: int) -> npt.NDArray[np.uint8]:
+def _filtered_rows(mask: PackedMask, width: int) -> Rows:
     """The rows as PNG compresses them, (height, 1 + width) uint8: the filter's type, the filtered px."""
     # The row above the first one counts as 0.
     padded = np.pad(mask, ((1, 0), (0, 0)))
@@ -58,8 +40,3 @@ def _filtered_rows(mask: PackedMask, width: int) -> npt.NDArray[np.uint8]:
         # negated.
         np.subtract(bits[:-1], bits[1:], out=rows[top : top + band_rows, 1:])
     return rows
-
-
-def _chunk(kind: bytes, body: bytes | bytearray) -> bytes:
-    checksum = zlib.crc32(body, zlib.crc32(kind))
-    return b"".join([struct.pack(">I", len(body)), kind, body, struct.pack(">I", checksum)])
