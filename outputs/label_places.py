@@ -22,8 +22,8 @@ MAX_HIDDEN_SHARE = 1 / 3
 CELL_PX = 4
 """Px of objects are counted in one of so many rows and columns."""
 _ORDER = np.array([0, 4, 8, 6, 7, 1, 5, 9, 10, 11, 2, 12, 13, 14, 15, 3, 16, 17, 18, 19, 20, 21, 22, 23, 24])
-"""How late each candidate comes: rows above, below, inside at the top, inside at the bottom, in the middle; columns
-at the left end, in the middle, at the right end, beside on the left, beside on the right."""
+"""How late each candidate comes. Rows: above, below, inside at the top, inside at the bottom, in the middle.
+Columns: at the left end, in the middle, at the right end, beside on the left, beside on the right."""
 
 
 class LabelPlaces:
@@ -66,14 +66,15 @@ class LabelPlaces:
         tops = (y0 - height - GAP_PX, y1 + GAP_PX, *inside)
         corners = np.array([(left, top) for top in tops for left in lefts])
         corners = corners.clip(0, self._size - (width, height))
-        return np.hstack([corners, corners + (width, height)])
+        return np.hstack([corners, corners + np.array([width, height])])
 
     def _covered_share(self, labels: Rectangles) -> npt.NDArray[np.float64]:
         """The share of each label that lies on objects, by the cells whose px are counted."""
         x0, y0, x1, y1 = -(-labels // CELL_PX).T
         counts = self._counts
         covered = counts[y1, x1] - counts[y0, x1] - counts[y1, x0] + counts[y0, x0]
-        return covered / np.maximum(1, (x1 - x0) * (y1 - y0))
+        share: npt.NDArray[np.float64] = covered / np.maximum(1, (x1 - x0) * (y1 - y0))
+        return share
 
 
 def _areas(rectangles: Rectangles) -> Rectangles:
@@ -85,4 +86,5 @@ def _intersections(ones: Rectangles, others: Rectangles) -> Rectangles:
     start = np.maximum(ones[:, None, :2], others[None, :, :2])
     end = np.minimum(ones[:, None, 2:], others[None, :, 2:])
     sides = (end - start).clip(0)
-    return sides[..., 0] * sides[..., 1]
+    areas: Rectangles = sides[..., 0] * sides[..., 1]
+    return areas

@@ -31,7 +31,7 @@ TINT = 56
 SHADE = 96
 """Share of the picture in a px of a dark line, of 256."""
 QUALITY = 85
-LINE_SIDE_PX = 540
+LINE_SIDE_PX = 400
 """An outline has 1 px for so many px of the preview's shorter side, rounded, and at least 1."""
 FONT_SIDE_PX = 54
 """A label's font has 1 px for so many px of the shorter side."""
@@ -119,12 +119,12 @@ class _Canvas:
 def overlay_jpeg(image: Image.Image, results: Sequence[PredictResult]) -> bytes:
     """JPEG of a preview with every instance: an outline, a tint, its box, and a label.
 
-    - The outline runs outside the mask, so that it hides no px of the object, with a dark line beside it. Where a
-      mask reaches the edge of the picture it has no outline.
+    - The outline runs outside the mask, so that it hides no px of the object, with a dark line beside it.
+      Where a mask reaches the edge of the picture it has no outline.
     - A px is tinted once, in the colour of the instance that `label_map_png` has there.
-    - A label is "3 red circle 0.95": number, prompt, score. Labels do not hide each other, nor more than a third of
-      any box. The best scores are placed first. A label that does not fit beside or in its box is shortened to the
-      number; where that does not fit either, it is left out.
+    - A label is "3 red circle 0.95": number, prompt, score. Labels do not hide each other, nor more than a
+      third of any box. The best scores are placed first. A label that does not fit beside or in its box is
+      shortened to the number; where that does not fit either, it is left out.
     - Several prompts have one colour each; the instances of a single one have one each. Ten colours repeat.
     - The font has ASCII. Accents are left out, and a prompt with other characters is written as "prompt 2".
 
@@ -175,10 +175,8 @@ def _box_on(
     return starts[0], starts[1], ends[0], ends[1]
 
 
-def _sampled(
-    mask: MaskCrop, size: tuple[int, int], scale: tuple[float, float]
-) -> tuple[Mask, int, int]:
-    """The mask at the centres of the preview's px: the part with its bounding rectangle, its left, its top."""
+def _sampled(mask: MaskCrop, size: tuple[int, int], scale: tuple[float, float]) -> tuple[Mask, int, int]:
+    """The mask at the centres of the preview's px, within its bounding rectangle; its left and its top."""
     left, columns = _centres(mask.left, mask.width, size[0], scale[0])
     top, rows = _centres(mask.top, mask.height, size[1], scale[1])
     bits = np.unpackbits(mask.packed()[rows - mask.top], axis=1)
@@ -192,7 +190,7 @@ def _sampled(
 
 
 def _centres(start: int, length: int, side: int, scale: float) -> tuple[int, Positions]:
-    """Px of the preview, along one axis, whose centres lie in a part of the image: the first, and the centres there."""
+    """The px of the preview, along one axis, whose centres lie in a part of the image: the first, the centres."""
     first = max(0, int(start * scale) - 1)
     ends = min(side, int((start + length) * scale) + 2)
     centres = ((np.arange(first, ends) + 0.5) / scale).astype(np.int64)
@@ -204,8 +202,8 @@ def _frame(layer: npt.NDArray[np.generic], box: tuple[int, int, int, int], width
     """Set the px of a box's border."""
     x0, y0, x1, y1 = box
     part = layer[y0:y1, x0:x1]
-    part[:width_px] = part[-width_px:] = value  # type: ignore[call-overload]
-    part[:, :width_px] = part[:, -width_px:] = value  # type: ignore[call-overload]
+    part[:width_px] = part[-width_px:] = value
+    part[:, :width_px] = part[:, -width_px:] = value
 
 
 def _grown(mask: Mask, *, diagonally: bool) -> Mask:
@@ -226,7 +224,8 @@ def _draw_labels(picture: Image.Image, drawn: Sequence[_Drawn], objects: Mask) -
     places = LabelPlaces(picture.width, picture.height, [each.box for each in drawn], objects)
     pen = ImageDraw.Draw(picture)
     for each in drawn:
-        full = f"{each.number} {each.prompt} {each.instance.score:.2f}"
+        # Two spaces: one is too narrow between numbers.
+        full = f"{each.number}  {each.prompt}  {each.instance.score:.2f}"
         for text in (full, str(each.number)):
             width, height, padding = _label_size(text, font)
             corner = places.place(each.box, width, height)

@@ -35,8 +35,7 @@ def result_of(*masks: Mask, prompt: str = "cat", scores: list[float] | None = No
     """The masks of a prompt, which have the image's size; the scores are 0.9, 0.8 and so on."""
     scores = [0.9 - 0.1 * number for number in range(len(masks))] if scores is None else scores
     found = [
-        instance_of(mask, score, query)
-        for query, (mask, score) in enumerate(zip(masks, scores, strict=True))
+        instance_of(mask, score, query) for query, (mask, score) in enumerate(zip(masks, scores, strict=True))
     ]
     height, width = masks[0].shape
     return PredictResult(prompt, 0.9, width, height, found)

@@ -41,7 +41,7 @@ def test_numbers_go_through_all_results() -> None:
 
 
 def test_higher_score_is_on_top() -> None:
-    """Where instances overlap, the higher score wins, also across results; of equal scores the lower number."""
+    """Where instances overlap the higher score wins, also across results; if equal, the lower number."""
     low, high = result_of(mask_of("###."), scores=[0.6]), result_of(mask_of(".###"), scores=[0.7])
     assert read(label_map_png([low, high]))[1].tolist() == [[1, 2, 2, 2]]
     assert read(label_map_png([high, low]))[1].tolist() == [[2, 1, 1, 1]]
