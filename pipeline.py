@@ -29,11 +29,11 @@ from contract import (
 )
 from observability.log_lines import log_ids
 from observability.metrics import OVERLOAD_REFUSALS, TASKS, TASKS_IN_FLIGHT
+from outputs.mask_png import encode_png
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import FeaturesNotHeld, InferenceFailed, ModelNotLoaded, RunnerStopped
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.images.exif import viewed_size
-from outputs.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import packed_union
 from sam3_runner.metrics import stage

@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 from benchmarks.pictures import FIRST_SEED, Scene
 from benchmarks.table import machine_name, record
+from outputs.mask_png import encode_png
 from processes import identity
 from results import Outbox, SqliteResults, Task, open_outbox
 from results.supabase import SupabaseResults
-from outputs.mask_png import encode_png
 from storage import LocalFolder, mask_key
 from storage.r2 import R2Bucket
 from tests.services import database as databases

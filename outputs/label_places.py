@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     """(n, 4): x0, y0, x1, y1 in px; x1 and y1 are the first px outside."""
 
 GAP_PX = 2
-MAX_HIDDEN_SHARE = 1 / 3
-"""A label hides at most this share of any box."""
+HIDDEN_DIVISOR = 3
+"""A label hides at most one px in so many of any box."""
 CELL_PX = 4
 """Px of objects are counted in one of so many rows and columns."""
 _ORDER = np.array([0, 4, 8, 6, 7, 1, 5, 9, 10, 11, 2, 12, 13, 14, 15, 3, 16, 17, 18, 19, 20, 21, 22, 23, 24])
@@ -50,7 +50,7 @@ class LabelPlaces:
             return None
         labels = self._candidates(box, width, height)
         is_free = ~(_intersections(labels, self._taken) > 0).any(axis=1)
-        is_free &= (_intersections(labels, self._boxes) <= MAX_HIDDEN_SHARE * _areas(self._boxes)).all(axis=1)
+        is_free &= (HIDDEN_DIVISOR * _intersections(labels, self._boxes) <= _areas(self._boxes)).all(axis=1)
         if not is_free.any():
             return None
         cost = self._covered_share(labels) + _ORDER / len(_ORDER) / 2

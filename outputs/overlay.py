@@ -190,7 +190,7 @@ def _sampled(mask: MaskCrop, size: tuple[int, int], scale: tuple[float, float]) 
 
 
 def _centres(start: int, length: int, side: int, scale: float) -> tuple[int, Positions]:
-    """The px of the preview, along one axis, whose centres lie in a part of the image: the first, the centres."""
+    """Along one axis: the first px whose centre is in a part of the image; all these centres."""
     first = max(0, int(start * scale) - 1)
     ends = min(side, int((start + length) * scale) + 2)
     centres = ((np.arange(first, ends) + 0.5) / scale).astype(np.int64)

@@ -1,8 +1,8 @@
 """The colours of instances in pictures.
 
-Any two differ by at least 0.11 in OKLab (Ottosson, 2020; white and black differ by 1), in normal vision and in
-that of people without the red, green or blue cones (Machado et al., 2009). The seven colours of Okabe and Ito
-have 0.076. Found by a search over RGB. Black text has a contrast of 4.5 : 1 or more on each.
+Any two differ by at least 0.11 in OKLab (Ottosson, 2020; white and black differ by 1), in normal vision and
+in that of people without the red, green or blue cones (Machado et al., 2009). The seven colours of Okabe and
+Ito have 0.076. Found by a search over RGB. Black text has a contrast of 4.5 : 1 or more on each.
 """
 
 from __future__ import annotations

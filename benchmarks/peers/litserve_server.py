@@ -20,11 +20,11 @@ from typing import Any
 import litserve
 from fastapi import Request
 
+from outputs.mask_png import encode_png
 from sam3_runner import SAM3Predictor
 from sam3_runner.images.decode import decode_image
 from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
-from outputs.mask_png import encode_png
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import UnionResult, packed_union
 from sam3_runner.serving.cpu_share import cpu_share

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from outputs.label_places import MAX_HIDDEN_SHARE, LabelPlaces
+from outputs.label_places import HIDDEN_DIVISOR, LabelPlaces
 from outputs.overlay import MAX_PROMPT_CHARS, TINT, overlay_jpeg, written_prompt
 from outputs.palette import PALETTE
 from sam3_runner.instances import Instance, Mask, MaskCrop, PredictResult
@@ -210,7 +210,7 @@ def test_labels_hide_nothing(boxes: list[Box], width: int, height: int) -> None:
     assert not any(shared_px(*pair) for pair in combinations(taken, 2))
     for label in taken:
         for box in boxes:
-            assert shared_px(label, box) <= MAX_HIDDEN_SHARE * (box[2] - box[0]) * (box[3] - box[1])
+            assert HIDDEN_DIVISOR * shared_px(label, box) <= (box[2] - box[0]) * (box[3] - box[1])
 
 
 def shared_px(one: Box, other: Box) -> int:
