@@ -177,6 +177,8 @@ def _box_on(
 
 def _sampled(mask: MaskCrop, size: tuple[int, int], scale: tuple[float, float]) -> tuple[Mask, int, int]:
     """The mask at the centres of the preview's px, within its bounding rectangle; its left and its top."""
+    if scale[0] == 1 and scale[1] == 1:
+        return mask.array(), mask.left, mask.top
     left, columns = _centres(mask.left, mask.width, size[0], scale[0])
     top, rows = _centres(mask.top, mask.height, size[1], scale[1])
     bits = np.unpackbits(mask.packed()[rows - mask.top], axis=1)
