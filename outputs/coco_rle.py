@@ -1,0 +1,44 @@
+"""COCO's run lengths of a mask: column by column, px that are not set first, as compressed text.
+
+pycocotools' `mask.decode` and every tool that reads COCO's annotations take it. Run lengths by other rules are
+in `outputs.converters`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+if TYPE_CHECKING:
+    from sam3_runner.instances import MaskCrop
+
+
+class CocoRle(TypedDict):
+    """One mask.
+
+    Attributes:
+        size: height and width of the image in px.
+        counts: the run lengths as COCO's compressed ASCII text.
+    """
+
+    size: list[int]
+    counts: str
+
+
+def coco_rle(mask: MaskCrop, width: int, height: int) -> CocoRle:
+    """The mask in an image of `width` x `height` px; equal to pycocotools' `encode` of the whole image.
+
+    Time and memory follow the crop, not the image.
+    """
+    padded = np.pad(mask.array(), ((1, 1), (0, 0)))
+    rows, columns = np.nonzero(padded[1:] ^ padded[:-1])
+    changes, times = np.unique((mask.left + columns) * height + mask.top + rows, return_counts=True)
+    # A run that reaches the image's last row may go on in the next column: two changes that are none.
+    changes = changes[times == 1]
+    counts = np.diff(changes, prepend=0, append=width * height)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    compressed = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return CocoRle(size=[height, width], counts=compressed["counts"].decode("ascii"))
