@@ -32,9 +32,8 @@ def coco_document(results: Sequence[PredictResult], *, file_name: str) -> dict[s
     if not results:
         raise ValueError("results is empty; give those of at least one prompt")
     width, height = results[0].image_width, results[0].image_height
-    category_ids = {
-        prompt: number for number, prompt in enumerate(dict.fromkeys(r.prompt for r in results), 1)
-    }
+    prompts = dict.fromkeys(result.prompt for result in results)
+    category_ids = {prompt: number for number, prompt in enumerate(prompts, 1)}
     found = chain.from_iterable(
         ((category_ids[result.prompt], instance) for instance in result.instances) for result in results
     )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from sam3_runner.instances import PredictResult
 
+# pycocotools 2.0.11 converts its arrays in the way of numpy 1.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 RING = np.pad(mask_of("####. #..#. ####. ....."), ((2, 1), (3, 4)))
 DOTS = np.pad(mask_of("#.... ..... ..... ...##"), ((2, 1), (3, 4)))
 NOTHING = np.zeros_like(RING)
@@ -46,7 +49,7 @@ def test_document(results: list[PredictResult]) -> None:
 
 
 def test_pycocotools_loads_it(results: list[PredictResult], tmp_path: Path) -> None:
-    """pycocotools finds every mask, px by px."""
+    """It finds every mask, px by px."""
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(coco_document(results, file_name="photo.jpg")))
     coco = COCO(str(path))
@@ -57,7 +60,7 @@ def test_pycocotools_loads_it(results: list[PredictResult], tmp_path: Path) -> N
 
 
 def test_supervision_loads_it(results: list[PredictResult], tmp_path: Path) -> None:
-    """supervision finds every mask, px by px, with its class."""
+    """It finds every mask, px by px, with its class."""
     supervision = pytest.importorskip("supervision")
     path = tmp_path / "coco.json"
     path.write_text(json.dumps(coco_document(results[:2], file_name="photo.jpg")))

@@ -16,6 +16,9 @@ from tests.outputs.masks import crop_of, drawn_masks, mask_of
 if TYPE_CHECKING:
     from sam3_runner.instances import Mask
 
+# pycocotools 2.0.11 converts its arrays in the way of numpy 1.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def encode(mask: Mask) -> dict[str, object]:
     """The whole mask by pycocotools."""
