@@ -1,7 +1,7 @@
 """COCO's run lengths of a mask: column by column, px that are not set first, as compressed text.
 
-pycocotools' `mask.decode` takes it, and so does every tool that reads COCO's annotations. Run lengths by other
-rules are in `outputs.converters`.
+pycocotools' `mask.decode` takes it, and so does every tool that reads COCO's annotations. Run lengths by
+other rules are in `outputs.converters`.
 """
 
 from __future__ import annotations

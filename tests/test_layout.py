@@ -73,7 +73,10 @@ VENDORS = {
 COMES_WITH_TORCH = {"triton"}
 """With its builds for CUDA, in the version that they need. On a build for CPUs the code works without it."""
 
-TORCH_FREE = ("startup", "stores", "pipeline", "recovery", "sam3_runner", "storage", "results", "service")
+TORCH_FREE = (
+    *("startup", "stores", "pipeline", "recovery", "sam3_runner", "storage", "results", "service"),
+    *("outputs.coco", "outputs.polygons", "outputs.refinement"),
+)
 
 
 def part_of(path: Path) -> str:

@@ -127,7 +127,7 @@ def kept_by_definition(results: list[PredictResult], limit: float) -> set[tuple[
 @given(results=crowds(), limit=st.sampled_from([0.0, 0.2, 1 / 3, 0.5, 0.9, 1.0]))
 @settings(max_examples=400, deadline=None)
 def test_nms(results: list[PredictResult], limit: float) -> None:
-    """Of two masks with a higher IoU than the limit the better one stays, across prompts, the first of equals."""
+    """Of two masks with a higher IoU than the limit the better one stays, also across prompts."""
     after = refine(results, Refinement(nms_iou=limit))
     kept = {(result.prompt, each.query) for result in after for each in result.instances}
     assert kept == kept_by_definition(results, limit)

@@ -1,0 +1,1 @@
+"""Instances in the formats of annotation tools. COCO's own document is `outputs.coco`."""

@@ -1,0 +1,185 @@
+"""Conversions to the formats of annotation tools, read by the tools themselves where they are installed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from PIL import Image
+
+from outputs.converters.cvat import cvat_mask_points
+from outputs.converters.geojson import geojson
+from outputs.converters.label_studio import label_studio_brush_rle, label_studio_prediction
+from outputs.converters.yolo_seg import class_names, yolo_seg
+from tests.outputs.masks import crop_of, drawn_masks, mask_of, result_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from sam3_runner.instances import Mask
+
+RING = np.pad(mask_of("####. #..#. ####. ..... #...."), ((2, 1), (3, 4)))
+NOTHING = np.zeros_like(RING)
+
+
+def even_odd(points: Sequence[tuple[float, float]], shape: tuple[int, int]) -> Mask:
+    """The px of which a ray from the centre to the right crosses the closed path an odd number of times."""
+    y, x = np.indices(shape) + 0.5
+    inside = np.zeros(shape, np.bool_)
+    for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
+        if y0 != y1:
+            spans = (y0 > y) != (y1 > y)
+            inside ^= spans & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside
+
+
+def pairs(numbers: Sequence[float]) -> list[tuple[float, float]]:
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=200, deadline=None)
+def test_yolo_seg_keeps_every_px(mask: Mask) -> None:
+    """A line's path, filled, is the mask with its parts and holes; an empty mask has no line."""
+    height, width = mask.shape
+    lines = yolo_seg([result_of(mask)]).splitlines()
+    assert len(lines) == mask.any()
+    for line in lines:
+        number, *fractions = line.split(" ")
+        assert number == "0"
+        points = [(round(float(x) * width, 3), round(float(y) * height, 3)) for x, y in pairs(fractions)]
+        assert np.array_equal(even_odd(points, mask.shape), mask)
+
+
+def test_yolo_seg_classes() -> None:
+    """Classes are numbered by distinct prompts."""
+    results = [result_of(RING, prompt="cat"), result_of(RING, prompt="dog"), result_of(RING, prompt="cat")]
+    assert class_names(results) == ["cat", "dog"]
+    assert [line[0] for line in yolo_seg(results).splitlines()] == ["0", "1", "0"]
+
+
+def test_supervision_loads_yolo_seg(tmp_path: Path) -> None:
+    """It finds the objects, their classes, and the hole (its own fill adds the px on the outline)."""
+    supervision = pytest.importorskip("supervision")
+    y, x = np.ogrid[:200, :300]
+    ring = (np.hypot(x - 150, y - 100) < 80) & (np.hypot(x - 150, y - 100) > 40)
+    Image.new("RGB", (300, 200)).save(tmp_path / "photo.png")
+    (tmp_path / "photo.txt").write_text(
+        yolo_seg([result_of(~ring, prompt="cat"), result_of(ring, prompt="dog")])
+    )
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")
+    dataset = supervision.DetectionDataset.from_yolo(
+        str(tmp_path), str(tmp_path), str(tmp_path / "data.yaml"), force_masks=True
+    )
+    (detections,) = dataset.annotations.values()
+    assert detections.class_id.tolist() == [0, 1]
+    for found, mask in zip(detections.mask, [~ring, ring], strict=True):
+        assert (found & mask).sum() / (found | mask).sum() > 0.95
+    assert not detections.mask[1][100, 150]
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=200, deadline=None)
+def test_cvat_mask(mask: Mask) -> None:
+    """The runs, row by row in the rectangle, add up to the mask."""
+    *runs, left, top, right, bottom = cvat_mask_points(crop_of(mask))
+    decoded = np.zeros_like(mask)
+    values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    decoded[top : bottom + 1, left : right + 1] = values.reshape(bottom + 1 - top, right + 1 - left)
+    assert np.array_equal(decoded, mask)
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=200, deadline=None)
+def test_cvat_mask_equals_its_sdk(mask: Mask) -> None:
+    """cvat-sdk's encoder gives the same numbers and its decoder the mask."""
+    masks = pytest.importorskip("cvat_sdk.masks")
+    points = cvat_mask_points(crop_of(mask))
+    assert points == masks.encode_mask(mask)
+    height, width = mask.shape
+    assert np.array_equal(masks.decode_mask(points, image_width=width, image_height=height), mask)
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=100, deadline=None)
+def test_label_studio_polygons(mask: Mask) -> None:
+    """The filled polygons, in per cent of the image's size, are the mask."""
+    height, width = mask.shape
+    prediction = label_studio_prediction(
+        [result_of(mask)], "polygon", from_name="label", to_name="image", model_version="sam3"
+    )
+    filled = np.zeros_like(mask)
+    for region in prediction["result"]:
+        assert region["value"]["polygonlabels"] == ["cat"]
+        points = [
+            (round(x * width / 100, 6), round(y * height / 100, 6)) for x, y in region["value"]["points"]
+        ]
+        filled |= even_odd(points, mask.shape)
+    assert np.array_equal(filled, mask)
+
+
+def test_label_studio_brush_bytes() -> None:
+    """The bits of a mask of three px: header, 8 zeros by a length of 3 bits, 4 times 255."""
+    bits = "".join(f"{byte:08b}" for byte in label_studio_brush_rle(crop_of(mask_of("..#")), 3, 1))
+    header = f"{12:032b}" + "00111" + "0010" + "0011" + "0111" + "1111"
+    assert bits == (header + "1" + "00" + "111" + "00000000" + "1" + "00" + "011" + "11111111").ljust(88, "0")
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=50, deadline=None)
+def test_label_studio_decodes_brushes(mask: Mask) -> None:
+    """label_studio_sdk gets the mask in each of the four channels."""
+    brush = pytest.importorskip("label_studio_sdk.converter.brush")
+    height, width = mask.shape
+    decoded = brush.decode_rle(label_studio_brush_rle(crop_of(mask), width, height))
+    assert np.array_equal(decoded.reshape(height, width, 4), np.where(mask, 255, 0)[..., None].repeat(4, -1))
+
+
+def test_label_studio_accepts_a_prediction() -> None:
+    """Its SDK reads the regions of a brush prediction of a large mask, with runs over 2^16 values."""
+    brush = pytest.importorskip("label_studio_sdk.converter.brush")
+    mask = np.zeros((300, 400), np.bool_)
+    mask[100:280] = True
+    prediction = label_studio_prediction(
+        [result_of(mask, NOTHING)], "brush", from_name="label", to_name="image", model_version="sam3"
+    )
+    json.dumps(prediction)
+    (region,) = prediction["result"]
+    (layer,) = brush.decode_from_annotation(
+        "label",
+        [region["value"] | {key: region[key] for key in ("type", "original_width", "original_height")}],
+    ).values()
+    assert np.array_equal(layer > 0, mask)
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=100, deadline=None)
+def test_geojson(mask: Mask) -> None:
+    """Shapely reads valid polygons of exactly the mask; rings are closed and turn as the RFC asks."""
+    (feature,) = json.loads(json.dumps(geojson([result_of(mask)])))["features"]
+    if not mask.any():
+        assert feature["geometry"] is None
+        return
+    geometry = shapely.geometry.shape(feature["geometry"])
+    assert geometry.is_valid
+    y, x = np.indices(mask.shape)
+    assert np.array_equal(shapely.contains_xy(geometry, x + 0.5, y + 0.5), mask)
+    for part in feature["geometry"]["coordinates"]:
+        for index, ring in enumerate(part):
+            assert ring[0] == ring[-1]
+            assert shapely.is_ccw(shapely.LinearRing(ring)) == (index == 0)
+
+
+def test_geojson_is_accepted_by_its_library() -> None:
+    """The library geojson finds no fault; ids are the numbers of instances over all prompts."""
+    library = pytest.importorskip("geojson")
+    document = geojson([result_of(RING, RING), result_of(RING, prompt="dog")])
+    collection = library.loads(json.dumps(document))
+    assert collection.is_valid, collection.errors()
+    assert [feature["id"] for feature in collection["features"]] == [1, 2, 3]
+    assert [feature["properties"]["label"] for feature in collection["features"]] == ["cat", "cat", "dog"]
