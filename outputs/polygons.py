@@ -56,8 +56,8 @@ def _simplify(parts: list[Part], tolerance_px: float) -> list[Part]:
 
 
 def _corners(ring: shapely.LinearRing) -> Ring:
-    return shapely.get_coordinates(ring)[:-1].astype(np.int64)
+    return np.asarray(shapely.get_coordinates(ring)[:-1], dtype=np.int64)
 
 
 def _points(ring: Ring, mask: MaskCrop) -> PolygonRing:
-    return [(x + mask.left, y + mask.top) for x, y in ring.tolist()]
+    return list(zip((ring[:, 0] + mask.left).tolist(), (ring[:, 1] + mask.top).tolist(), strict=True))

@@ -124,7 +124,8 @@ def _join(corners: _Corners, is_crossed: Mask) -> _Cycles:
     tails = 2 * np.arange(len(corners.below_is_set)) + ~corners.below_is_set
     heads = tails ^ 1
     following = (across[heads] // 2).tolist()
-    rings, ring_of_edge = [], [-1] * len(following)
+    rings: list[Indices] = []
+    ring_of_edge = [-1] * len(following)
     for first in range(len(following)):
         if ring_of_edge[first] >= 0:
             continue

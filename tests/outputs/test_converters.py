@@ -52,7 +52,7 @@ def test_yolo_seg_keeps_every_px(mask: Mask) -> None:
     for line in lines:
         number, *fractions = line.split(" ")
         assert number == "0"
-        points = [(round(float(x) * width, 3), round(float(y) * height, 3)) for x, y in pairs(fractions)]
+        points = [(round(x * width, 3), round(y * height, 3)) for x, y in pairs([*map(float, fractions)])]
         assert np.array_equal(even_odd(points, mask.shape), mask)
 
 
