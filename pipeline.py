@@ -37,17 +37,18 @@ from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import packed_union
 from sam3_runner.metrics import stage
+from sam3_runner.prompts import ConceptPrompt
 from storage import StorageUnavailable, mask_key
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
 
     from admission import Outcome
     from contract import BatchRequest, PredictRequest
     from results import Attempt, Outbox, StoredResult
     from sam3_runner.base import Decoders, Runner
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.instances import UnionResult
+    from sam3_runner.instances import PredictResult, Results, UnionResult
     from sam3_runner.prompts import PromptTokenizer
     from settings import Settings
     from storage import ObjectStore
@@ -356,7 +357,7 @@ class Pipeline:
             raise
         finally:
             place.leave(outcome)
-        masks = {str(index): [result] for index, result in enumerate(found)}
+        masks: dict[str, Results] = {str(index): [result] for index, result in enumerate(found)}
         if len(found) > 1:
             masks[UNION] = found
         with stage("encode_masks"):
@@ -377,9 +378,7 @@ class Pipeline:
         # The last mask is the union of all, or the only one.
         return _Result(response, urls[-1], keys)
 
-    async def _find(
-        self, attempt: Attempt, read: _ReadImage, deadline_s: float
-    ) -> tuple[list[UnionResult], float]:
+    async def _find(self, attempt: Attempt, read: _ReadImage, deadline_s: float) -> tuple[Results, float]:
         try:
             return await self._segment(attempt, read.image, deadline_s)
         except FeaturesNotHeld:
@@ -388,13 +387,13 @@ class Pipeline:
 
     async def _segment(
         self, attempt: Attempt, image: DecodedImage, deadline_s: float
-    ) -> tuple[list[UnionResult], float]:
+    ) -> tuple[Results, float]:
         is_read = False
         try:
             with stage("segment"):
                 answer = await self._runner.segment(
                     image,
-                    list(attempt.task.prompts),
+                    [ConceptPrompt(prompt) for prompt in attempt.task.prompts],
                     deadline_s,
                     log_ids={"request_id": attempt.request_id, "task_id": attempt.task.task_id},
                 )
@@ -404,14 +403,14 @@ class Pipeline:
             # After an error the runner may still read them.
             image.close(is_read=is_read)
 
-    async def _pngs(self, masks: list[list[UnionResult]]) -> list[bytes]:
+    async def _pngs(self, masks: Sequence[Results]) -> list[bytes]:
         """The PNG of each mask; equal ones are encoded once: empty ones, and the union of a single one."""
         parts = [tuple(id(result) for result in mask if result.instances) for mask in masks]
         different = dict(zip(parts, masks, strict=True))
         pngs = dict(zip(different, await asyncio.gather(*map(self._png, different.values())), strict=True))
         return [pngs[part] for part in parts]
 
-    async def _png(self, results: list[UnionResult]) -> bytes:
+    async def _png(self, results: Results) -> bytes:
         """The PNG of the union of all instances of `results`."""
         is_large = results[0].image_width * results[0].image_height > LARGE_MASK_PX
         async with self._large_mask if is_large else contextlib.nullcontext():
@@ -559,7 +558,9 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _answer(task_id: str, mask_url: str, result: UnionResult, inference_ms: float) -> PredictResponse:
+def _answer(
+    task_id: str, mask_url: str, result: PredictResult | UnionResult, inference_ms: float
+) -> PredictResponse:
     instances = [
         InstanceModel(
             label=result.prompt,

@@ -90,12 +90,12 @@ def measure(kind: str, case: Case, device: torch.device) -> dict[str, object]:
     kept = KeptMasks(range(case.masks), scores, boxes, logits, [case.masks], [Size(case.width, case.height)])
     _reset_peaks(device)
     before_mib = _resident_mib("VmRSS")
-    find_instances(kept, unite=False)  # Not timed: the first call allocates memory.
+    find_instances(kept, [True])  # Not timed: the first call allocates memory.
     times_ms, bits = [], 0
     for _ in range(REPEATS[device.type]):
         _synchronize(device)
         start_s = time.perf_counter()
-        [found] = find_instances(kept, unite=False)
+        [found] = find_instances(kept, [True])
         times_ms.append((time.perf_counter() - start_s) * 1000)
         bits = sum(len(each.mask.bits) for each in found.instances if isinstance(each, Instance))
         del found

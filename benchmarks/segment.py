@@ -37,6 +37,7 @@ from benchmarks.references import Official, Transformers
 from benchmarks.table import record
 from sam3_runner import SAM3Predictor
 from sam3_runner.images.square import to_square
+from sam3_runner.prompts import ConceptPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,13 +89,17 @@ def measure_ours(folder: Path, picture: Image.Image, runs: int) -> list[dict[str
     assert predictor.checkpoint is not None
     square = to_square(picture, predictor.checkpoint.input_side_px)
     begin_s = time.perf_counter()
-    [[result]] = predictor.segment([(square, [PROMPT])])
+    [[result]] = predictor.segment([(square, [ConceptPrompt(PROMPT)])])
     first_ms = round((time.perf_counter() - begin_s) * 1000, 2)
     predictor.score_threshold = threshold_for([instance.score for instance in result.instances])
     calls: dict[str, Callable[[], Any]] = {
-        "segment, 1 image, 1 prompt": lambda: predictor.segment([(square, [PROMPT])]),
-        "segment, 1 image, the prompt 10 times": lambda: predictor.segment([(square, [PROMPT] * 10)]),
-        "segment, 8 images, 1 prompt each": lambda: predictor.segment([(square, [PROMPT])] * IMAGES),
+        "segment, 1 image, 1 prompt": lambda: predictor.segment([(square, [ConceptPrompt(PROMPT)])]),
+        "segment, 1 image, the prompt 10 times": lambda: predictor.segment(
+            [(square, [ConceptPrompt(PROMPT)] * 10)]
+        ),
+        "segment, 8 images, 1 prompt each": lambda: predictor.segment(
+            [(square, [ConceptPrompt(PROMPT)])] * IMAGES
+        ),
         "predict": lambda: predictor.predict(picture, PROMPT),
     }
     rows = [_row("ours", predictor.dtype, "first, all masks kept", first_ms)]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.instances import UnionResult
+    from sam3_runner.instances import Results
+    from sam3_runner.prompts import ConceptPrompt
     from sam3_runner.serving.engine import EngineStatus
 
 
@@ -17,24 +20,26 @@ class Runner(Protocol):
     async def segment(
         self,
         image: DecodedImage,
-        prompts: list[str],
+        prompts: Sequence[ConceptPrompt],
         deadline_s: float,
         *,
+        with_masks: bool = False,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[UnionResult], float]:
+    ) -> tuple[Results, float]:
         """One result a prompt, and the time in ms of the model's pass that they shared.
 
         Args:
             image: its pixels are read until this returns.
-            prompts: of at most 32 tokens each.
+            prompts: whose texts have at most 32 tokens each.
             deadline_s: on the clock of `time.monotonic`.
+            with_masks: the results hold each instance's mask, in place of their union.
             log_ids: fields of what the model's process logs of the request.
 
         Raises:
             ModelNotLoaded: there is no model now.
             RunnerStopped: its process died while it had the request.
             DeadlineExceeded: the deadline passed before the work began.
-            InferenceFailed, PromptTooLong: the model refused or failed on this request.
+            InferenceFailed, PromptTooLong, BoxOutsideImage: the model refused or failed on this request.
             FeaturesNotHeld: the image has no pixels, and its features are not held.
         """
         ...

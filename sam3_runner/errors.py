@@ -11,6 +11,7 @@ SAM3Error
     UnsupportedImage        not a PNG, JPEG or WEBP, damaged, or over a limit
     DecoderFailed           the decoder processes cannot work, whatever the image
     PromptTooLong           more tokens than the text encoder reads
+    BoxOutsideImage         an exemplar has no px of the image
     DeadlineExceeded        the caller's deadline passed before the work began
     InferenceFailed         the model failed on this image
 """
@@ -58,6 +59,10 @@ class DecoderFailed(SAM3Error):
 
 class PromptTooLong(SAM3Error):
     """The prompt has more tokens than the text encoder reads."""
+
+
+class BoxOutsideImage(SAM3Error):
+    """A box of the prompt has no px of the image."""
 
 
 class DeadlineExceeded(SAM3Error):

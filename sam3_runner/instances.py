@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Mask = npt.NDArray[np.bool_]
 
@@ -90,7 +87,7 @@ class PromptResult:
     """What was found for one prompt in one image.
 
     Attributes:
-        prompt: the text, unchanged.
+        prompt: the text, unchanged; "visual" for boxes alone.
         presence: probability that the concept is in the image at all.
         image_width, image_height: px.
         instances: best score first.
@@ -128,6 +125,10 @@ class UnionResult(PromptResult):
     """
 
     union: PackedMask | None
+
+
+Results = Sequence[PredictResult] | Sequence[UnionResult]
+"""One result a prompt, for a caller who wants each mask, or for one who wants their union."""
 
 
 def union_mask(results: Sequence[PredictResult]) -> Mask:

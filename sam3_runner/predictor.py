@@ -20,7 +20,7 @@ from sam3_runner.inference.device_errors import (
     out_of_memory_as,
     release_memory,
 )
-from sam3_runner.inference.loaded_model import Keeping, LoadedModel
+from sam3_runner.inference.loaded_model import Keeping, LoadedModel, ModelRequest
 from sam3_runner.inference.pass_clock import PassClock
 from sam3_runner.inference.passes import MAX_IMAGES
 from sam3_runner.inference.precision import DTypeSetting, Precision, not_finite_message, precision_of
@@ -29,17 +29,18 @@ from sam3_runner.inference.warm_up import WARM_UP_PROMPTS, warm_up_squares
 from sam3_runner.instances import SCORE_THRESHOLD, PredictResult, UnionResult
 from sam3_runner.metrics import PRECISION_FALLBACKS
 from sam3_runner.network.precision import set_precision
-from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.prompts import ConceptPrompt, PromptTokenizer
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
 from sam3_runner.weights.load import load_network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sam3_runner.inference.loaded_model import PairResult
     from sam3_runner.inference.precision import DType
-    from sam3_runner.instances import Instance
+    from sam3_runner.instances import Instance, Results
     from sam3_runner.network.model import SAM3Network
+    from sam3_runner.prompts import Box
     from sam3_runner.weights.layouts import Layout
 
 logger = logging.getLogger(__name__)
@@ -138,31 +139,52 @@ class SAM3Predictor:
         """The network of the next pass."""
         return self._model_in(self.dtype).network
 
-    def predict(self, image: ImageSource, text_prompt: str) -> PredictResult:
-        """Every instance of `text_prompt` in `image`, masks at the image's size.
+    def predict(
+        self,
+        image: ImageSource,
+        text_prompt: str | None = None,
+        *,
+        boxes: Sequence[Box] = (),
+        labels: Sequence[bool] = (),
+        score_threshold: float | None = None,
+    ) -> PredictResult:
+        """Every instance of a concept in `image`, masks at the image's size.
+
+        The concept is given by a text, by boxes, or by both.
 
         Args:
             image: path or bytes of a PNG, JPEG or WEBP, which is read as the server reads it; or a Pillow
                 image of any mode. An image that Pillow opened is processed as its file would be: EXIF
                 orientation applied, transparency composited on white, colour profile converted.
             text_prompt: a noun phrase.
+            boxes: exemplars, x0 y0 x1 y1 in px of the image as a viewer shows it; clipped to it.
+            labels: of each box, True for an object of the concept, False for one that is not to be found.
+                Empty: all are True.
+            score_threshold: 0..1; None: that of the predictor.
 
         Raises:
             ModelNotLoaded: `load` was not called.
             PromptTooLong: more than 32 tokens.
+            ValueError: neither text nor box, or a value out of its range.
+            BoxOutsideImage: a box has no px of the image.
             UnsupportedImage: a file that the server would refuse.
             OSError: the path cannot be read.
         """
-        return self.predict_batch(image, [text_prompt])[0]
+        labels = labels or [True] * len(boxes)
+        prompt = ConceptPrompt(text_prompt, tuple(boxes), tuple(labels), score_threshold)
+        return self.predict_batch(image, [prompt])[0]
 
-    def predict_batch(self, image: ImageSource, prompts: Sequence[str]) -> list[PredictResult]:
+    def predict_batch(
+        self, image: ImageSource, prompts: Sequence[str | ConceptPrompt]
+    ) -> list[PredictResult]:
         """One result per prompt, in their order; the image is encoded once. Raises as `predict`."""
         if self.checkpoint is None:
             raise ModelNotLoaded("call load() first")
         if not prompts:
             return []
         decoded = _decoded(image, self.checkpoint.input_side_px, self.max_stored_px)
-        return self.segment([(decoded, prompts)])[0]
+        concepts = [ConceptPrompt(each) if isinstance(each, str) else each for each in prompts]
+        return self.segment([(decoded, concepts)])[0]
 
     @property
     def max_stored_px(self) -> int:
@@ -186,7 +208,7 @@ class SAM3Predictor:
 
     def segment(
         self,
-        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]],
+        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[ConceptPrompt]]],
         clock: PassClock | None = None,
         *,
         log_ids: Sequence[Mapping[str, str]] = (),
@@ -204,76 +226,65 @@ class SAM3Predictor:
         Raises:
             ModelNotLoaded: `load` was not called.
             PromptTooLong: a prompt has more than 32 tokens.
+            BoxOutsideImage: a box has no px of its image.
             InferenceFailed: an output is not finite.
             FeaturesNotHeld: an image has a key, but no pixels, and its features are not held.
             torch.OutOfMemoryError, RuntimeError: one pair alone does not fit, or the device has failed.
         """
-        return [
-            [
-                PredictResult(
-                    prompt,
-                    pair.presence,
-                    staged.width,
-                    staged.height,
-                    cast("list[Instance]", pair.found.instances),
-                )
-                for prompt, pair in zip(prompts, pairs, strict=True)
-            ]
-            for staged, prompts, pairs in self._segment(requests, clock, log_ids, unite=False)
-        ]
+        return cast(
+            "list[list[PredictResult]]",
+            self.segment_mixed(requests, [True] * len(requests), clock, log_ids=log_ids),
+        )
 
     def segment_united(
         self,
-        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]],
+        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[ConceptPrompt]]],
         clock: PassClock | None = None,
         *,
         log_ids: Sequence[Mapping[str, str]] = (),
     ) -> list[list[UnionResult]]:
         """As `segment`, with the union of each prompt's masks in place of each mask: less to transfer."""
-        return [
-            [
-                UnionResult(
-                    prompt,
-                    pair.presence,
-                    staged.width,
-                    staged.height,
-                    pair.found.instances,
-                    pair.found.union,
-                )
-                for prompt, pair in zip(prompts, pairs, strict=True)
-            ]
-            for staged, prompts, pairs in self._segment(requests, clock, log_ids, unite=True)
+        return cast(
+            "list[list[UnionResult]]",
+            self.segment_mixed(requests, [False] * len(requests), clock, log_ids=log_ids),
+        )
+
+    def segment_mixed(
+        self,
+        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[ConceptPrompt]]],
+        with_masks: Sequence[bool],
+        clock: PassClock | None = None,
+        *,
+        log_ids: Sequence[Mapping[str, str]] = (),
+    ) -> list[Results]:
+        """As `segment` for the requests `with_masks`, and as `segment_united` for the others, in one pass."""
+        staged = [
+            ModelRequest(image if isinstance(image, StagedImage) else self.stage(image), prompts, masks)
+            for (image, prompts), masks in zip(requests, with_masks, strict=True)
         ]
+        found = self._segment(staged, clock or PassClock(self.device), log_ids)
+        return [_results(request, pairs) for request, pairs in zip(staged, found, strict=True)]
 
     def _segment(
-        self,
-        requests: Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]],
-        clock: PassClock | None,
-        log_ids: Sequence[Mapping[str, str]],
-        *,
-        unite: bool,
-    ) -> Iterator[tuple[StagedImage, Sequence[str], list[PairResult]]]:
-        """Each request, staged, with the result of each prompt."""
-        staged = [
-            (image if isinstance(image, StagedImage) else self.stage(image), prompts)
-            for image, prompts in requests
-        ]
-        clock, keeping = clock or PassClock(self.device), Keeping(self.score_threshold)
+        self, requests: list[ModelRequest], clock: PassClock, log_ids: Sequence[Mapping[str, str]]
+    ) -> list[list[PairResult]]:
+        """The results of each request; a second time in the fallback's precision where that is needed."""
+        keeping = Keeping(self.score_threshold)
         dtype, fallback = self._precision.dtype, self._precision.fallback
-        results = self._model_in(dtype).segment(staged, keeping, clock, unite=unite)
+        results = self._model_in(dtype).segment(requests, keeping, clock)
         overflowed = [row for row, result in enumerate(results) if result is None]
         if overflowed and fallback:
             for row in overflowed:
                 PRECISION_FALLBACKS.inc()
                 # The second pass needs the pixels; so do later requests for this image.
-                self._model_in(dtype).features.remove(staged[row][0].key)
+                self._model_in(dtype).features.remove(requests[row].image.key)
                 logger.warning(
                     "the model's output is not finite in %s: running the request again in %s",
                     *(dtype, fallback),
                     extra=log_ids[row] if log_ids else None,
                 )
-            repeated = [staged[row] for row in overflowed]
-            again = self._model_in(fallback).segment(repeated, keeping, clock, unite=unite)
+            repeated = [requests[row] for row in overflowed]
+            again = self._model_in(fallback).segment(repeated, keeping, clock)
             for row, result in zip(overflowed, again, strict=True):
                 results[row] = result
         finite = [result for result in results if result is not None]
@@ -281,7 +292,7 @@ class SAM3Predictor:
             raise InferenceFailed(
                 not_finite_message(fallback, after=dtype) if fallback else not_finite_message(dtype)
             )
-        return ((image, prompts, found) for (image, prompts), found in zip(staged, finite, strict=True))
+        return finite
 
     def warm_up(self, images: int, report: Callable[[str], None] = lambda _: None) -> None:
         """Run the pass of a batch of `images` once, every part of the model included.
@@ -297,9 +308,9 @@ class SAM3Predictor:
         """
         assert self.checkpoint is not None
         squares = warm_up_squares(images, self.checkpoint.input_side_px)
-        requests = [(self.stage(square), WARM_UP_PROMPTS) for square in squares]
+        requests = [ModelRequest(self.stage(square), WARM_UP_PROMPTS, with_masks=False) for square in squares]
         keeping, clock = Keeping(self.score_threshold, best=True), PassClock(self.device)
-        if None not in self._model_in(self.dtype).segment(requests, keeping, clock, unite=True):
+        if None not in self._model_in(self.dtype).segment(requests, keeping, clock):
             return
         if self._precision.fallback is None:
             raise InferenceFailed(not_finite_message(self.dtype))
@@ -357,6 +368,32 @@ class SAM3Predictor:
             recorded=recorded,
             report=report,
         )
+
+
+def _results(request: ModelRequest, pairs: list[PairResult]) -> Results:
+    image = request.image
+    if request.with_masks:
+        return [
+            PredictResult(
+                prompt.model_text,
+                pair.presence,
+                image.width,
+                image.height,
+                cast("list[Instance]", pair.found.instances),
+            )
+            for prompt, pair in zip(request.prompts, pairs, strict=True)
+        ]
+    return [
+        UnionResult(
+            prompt.model_text,
+            pair.presence,
+            image.width,
+            image.height,
+            pair.found.instances,
+            pair.found.union,
+        )
+        for prompt, pair in zip(request.prompts, pairs, strict=True)
+    ]
 
 
 def _version_of(path: Path) -> _FileVersion | None:

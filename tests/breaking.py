@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.inference.pass_clock import PassClock
     from sam3_runner.inference.staging import StagedImage
-    from sam3_runner.instances import UnionResult
+    from sam3_runner.instances import Results
+    from sam3_runner.prompts import ConceptPrompt
 
-    Requests = Sequence[tuple[DecodedImage | StagedImage, Sequence[str]]]
+    Requests = Sequence[tuple[DecodedImage | StagedImage, Sequence[ConceptPrompt]]]
 
 BREAKING_PROMPT = "break the device"
 TOO_LARGE_PROMPT = "too large"
@@ -42,22 +43,23 @@ class BreakingPredictor(SAM3Predictor):
     break_device: Callable[[], None] = staticmethod(fail_assert)
     is_broken = False
 
-    def segment_united(
+    def segment_mixed(
         self,
         requests: Requests,
+        with_masks: Sequence[bool],
         clock: PassClock | None = None,
         *,
         log_ids: Sequence[Mapping[str, str]] = (),
-    ) -> list[list[UnionResult]]:
-        if len(requests) > self.room or any(TOO_LARGE_PROMPT in prompts for _, prompts in requests):
+    ) -> list[Results]:
+        if len(requests) > self.room or _have(requests, TOO_LARGE_PROMPT):
             torch.empty(TOO_MANY_FLOATS, device=self.device)
-        if any(BREAKING_PROMPT in prompts for _, prompts in requests) and self._is_first():
+        if _have(requests, BREAKING_PROMPT) and self._is_first():
             self.is_broken = True
             if self.device.type == "cuda":
                 self.break_device()
             else:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for it")
-        return super().segment_united(requests, clock, log_ids=log_ids)
+        return super().segment_mixed(requests, with_masks, clock, log_ids=log_ids)
 
     def device_works(self) -> bool:
         return super().device_works() and (self.device.type == "cuda" or not self.is_broken)
@@ -70,3 +72,7 @@ class BreakingPredictor(SAM3Predictor):
         is_first = not Path(name).exists()
         Path(name).touch()
         return is_first
+
+
+def _have(requests: Requests, text: str) -> bool:
+    return any(prompt.text == text for _, prompts in requests for prompt in prompts)

@@ -34,6 +34,7 @@ from sam3_runner.images.square import to_square
 from sam3_runner.instances import packed_union
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
 from tests.breaking import BREAKING_PROMPT, TOO_LARGE_PROMPT, BreakingPredictor, fail_assert
+from tests.concepts import concepts
 from tests.overflowing import MASK_CONVOLUTION, VISION_VALUES, overflowing_folder
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load(weights: str, make_predictor: Callable[..., SAM3Predictor] = SAM3Predic
 def request(*prompts: str, side_px: int, seed: int = 0) -> SegmentRequest:
     """A request with a noisy picture."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
-    return SegmentRequest(LocalImage(pixels, 640, 480), [*prompts], time.monotonic() + 600)
+    return SegmentRequest(LocalImage(pixels, 640, 480), concepts(*prompts), time.monotonic() + 600)
 
 
 def batch_of(size: int, side_px: int) -> list[SegmentRequest]:
@@ -131,7 +132,7 @@ def check_precision(_weights: str) -> None:
     image = to_square(Image.open(SAMPLE), 336)
     exact = SAM3Predictor("demo", "cuda", dtype="float32")
     exact.load()
-    [[expected]] = exact.segment([(image, [SAMPLE_PROMPT])])
+    [[expected]] = exact.segment([(image, concepts(SAMPLE_PROMPT))])
     with tempfile.TemporaryDirectory() as folder:
         always, sometimes = Path(folder) / "always", Path(folder) / "sometimes"
         overflowing_folder(always, VISION_VALUES, 20)
@@ -143,7 +144,9 @@ def check_precision(_weights: str) -> None:
         ):
             engine = load(str(weights))
             before = count("sam3_precision_fallbacks_total")
-            [outcome] = engine.segment([SegmentRequest(image, [SAMPLE_PROMPT], time.monotonic() + 600)])
+            [outcome] = engine.segment(
+                [SegmentRequest(image, concepts(SAMPLE_PROMPT), time.monotonic() + 600)]
+            )
             [found] = outcome.results or []
             made = count("sam3_precision_fallbacks_total") - before
             mask = np.unpackbits(packed_union([found]), axis=1, count=found.image_width)

@@ -27,6 +27,7 @@ from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.image_file import DEFAULT_MAX_PIXELS
 from sam3_runner.images.read import read_image_file
 from sam3_runner.instances import UnionResult, packed_union
+from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.serving.cpu_share import cpu_share
 
 MAX_BATCH = 8
@@ -60,7 +61,7 @@ class SegmentAPI(litserve.LitAPI):  # type: ignore[misc] # LitServe is not insta
     def predict(self, batch: list[tuple[bytes, list[str]]]) -> list[dict[str, Any]]:
         """One answer per request."""
         images = list(self._threads.map(self._decode, (data for data, _ in batch)))
-        prompts = [texts for _, texts in batch]
+        prompts = [[ConceptPrompt(text) for text in texts] for _, texts in batch]
         begin_s = time.perf_counter()
         found = self._predictor.segment_united(list(zip(images, prompts, strict=True)))
         elapsed_ms = (time.perf_counter() - begin_s) * 1000

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sam3_runner.inference.passes import Decoded
     from sam3_runner.inference.staging import StagedImage
     from sam3_runner.network.model import SAM3Network, TextFeatures
-    from sam3_runner.prompts import PromptTokenizer
+    from sam3_runner.prompts import ConceptPrompt, PromptTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +42,29 @@ class Keeping:
     """Which queries are kept.
 
     Attributes:
-        score_threshold: those with a higher score.
+        score_threshold: those with a higher score, of pairs without a threshold of their own.
         best: the best query of each pair too, whatever its score: for the passes before the server is ready.
     """
 
     score_threshold: float
     best: bool = False
 
-    def of(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """(P, Q) bool of scores (P, Q). A score that is not finite is not kept."""
-        kept: npt.NDArray[np.bool_] = scores > self.score_threshold
+    def of(
+        self, scores: npt.NDArray[np.float32], thresholds: Sequence[float | None]
+    ) -> npt.NDArray[np.bool_]:
+        """(P, Q) bool of scores (P, Q) and P thresholds. A score that is not finite is not kept."""
+        limits = [self.score_threshold if each is None else each for each in thresholds]
+        kept: npt.NDArray[np.bool_] = scores > np.array(limits, dtype=np.float32)[:, None]
         return kept | (scores >= scores.max(axis=1, keepdims=True)) if self.best else kept
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """One image with its prompts; `with_masks`: the results hold each mask, in place of their union."""
+
+    image: StagedImage
+    prompts: Sequence[ConceptPrompt]
+    with_masks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,8 @@ class _Pair:
     staged: StagedImage
     features: ImageRow
     text: int
+    prompt: ConceptPrompt
+    with_masks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +142,9 @@ class LoadedModel:
     @torch.inference_mode()
     def segment(
         self,
-        requests: Sequence[tuple[StagedImage, Sequence[str]]],
+        requests: Sequence[ModelRequest],
         keeping: Keeping,
         clock: PassClock,
-        *,
-        unite: bool,
     ) -> list[list[PairResult] | None]:
         """The results of each request; None where the output of one of its pairs is not finite.
 
@@ -143,31 +155,31 @@ class LoadedModel:
         return [
             result
             for start in range(0, len(requests), most)
-            for result in self._segment(requests[start : start + most], keeping, clock, unite=unite)
+            for result in self._segment(requests[start : start + most], keeping, clock)
         ]
 
     def _segment(
         self,
-        requests: Sequence[tuple[StagedImage, Sequence[str]]],
+        requests: Sequence[ModelRequest],
         keeping: Keeping,
         clock: PassClock,
-        *,
-        unite: bool,
     ) -> list[list[PairResult] | None]:
         texts: dict[str, str] = {}
-        for _, prompts in requests:
-            texts |= {clean_prompt(prompt): prompt for prompt in prompts}
+        for request in requests:
+            texts |= {clean_prompt(prompt.model_text): prompt.model_text for prompt in request.prompts}
         text_rows = {cleaned: row for row, cleaned in enumerate(texts)}
         with clock.stage("encode_image"):
-            features = self._features([staged for staged, _ in requests])
+            features = self._features([request.image for request in requests])
         pairs = [
-            _Pair(staged, image, text_rows[clean_prompt(prompt)])
-            for image, (staged, prompts) in zip(features, requests, strict=True)
-            for prompt in prompts
+            _Pair(
+                request.image, image, text_rows[clean_prompt(prompt.model_text)], prompt, request.with_masks
+            )
+            for image, request in zip(features, requests, strict=True)
+            for prompt in request.prompts
         ]
         encoded_texts = self.texts.features(texts, clock)
-        results = iter(self._decode_all(encoded_texts, pairs, keeping, clock, unite=unite))
-        by_request = [[next(results) for _ in prompts] for _, prompts in requests]
+        results = iter(self._decode_all(encoded_texts, pairs, keeping, clock))
+        by_request = [[next(results) for _ in request.prompts] for request in requests]
         return [found if all(result.found.is_finite for result in found) else None for found in by_request]
 
     def _features(self, images: Sequence[StagedImage]) -> list[ImageRow]:
@@ -197,8 +209,6 @@ class LoadedModel:
         pairs: list[_Pair],
         keeping: Keeping,
         clock: PassClock,
-        *,
-        unite: bool,
     ) -> list[PairResult]:
         """Decode as many pairs at once as fit in the memory. Raises when one alone does not fit."""
         results: list[PairResult] = []
@@ -210,7 +220,7 @@ class LoadedModel:
                 with clock.stage("decode_prompts"):
                     decoded = self._decode(texts, chunk)
                 with clock.stage("draw_masks"):  # a label of the metrics
-                    results += self._results(decoded, chunk, keeping, unite=unite)
+                    results += self._results(decoded, chunk, keeping)
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -236,12 +246,10 @@ class LoadedModel:
             rows_of(texts.valid, text_rows),
         )
 
-    def _results(
-        self, decoded: Decoded, pairs: list[_Pair], keeping: Keeping, *, unite: bool
-    ) -> list[PairResult]:
+    def _results(self, decoded: Decoded, pairs: list[_Pair], keeping: Keeping) -> list[PairResult]:
         """The result of each pair; it is not finite where a score, a box or a mask is not."""
         summary = _on_host(decoded)
-        instances = self._instances(decoded, summary, pairs, keeping, unite=unite)
+        instances = self._instances(decoded, summary, pairs, keeping)
         results: list[PairResult] = []
         for row in range(len(pairs)):
             found = instances.get(row, NOTHING)
@@ -250,10 +258,10 @@ class LoadedModel:
         return results
 
     def _instances(
-        self, decoded: Decoded, summary: _Summary, pairs: list[_Pair], keeping: Keeping, *, unite: bool
+        self, decoded: Decoded, summary: _Summary, pairs: list[_Pair], keeping: Keeping
     ) -> dict[int, Found]:
         """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only."""
-        kept = keeping.of(summary.scores)
+        kept = keeping.of(summary.scores, [pair.prompt.score_threshold for pair in pairs])
         queries = {int(row): np.flatnonzero(kept[row]).tolist() for row in np.flatnonzero(kept.any(axis=1))}
         rows, most = list(queries), self._passes.max_mask_pairs
         instances: dict[int, Found] = {}
@@ -268,7 +276,7 @@ class LoadedModel:
                     counts=[len(queries[row]) for row in chunk],
                     sizes=[Size(pairs[row].staged.width, pairs[row].staged.height) for row in chunk],
                 ),
-                unite=unite,
+                [pairs[row].with_masks for row in chunk],
             )
             instances |= dict(zip(chunk, found, strict=True))
         return instances

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from sam3_runner.images.decoded import LocalImage
+from sam3_runner.prompts import ConceptPrompt
 
-WARM_UP_PROMPTS = ("warm up", "twice")
+WARM_UP_PROMPTS = (ConceptPrompt("warm up"), ConceptPrompt("twice"))
 
 
 def warm_up_squares(count: int, side_px: int) -> list[LocalImage]:

@@ -2,8 +2,8 @@
 
 All kept masks are processed together. Where their logits are positive goes to the host in one transfer, and
 bounds each mask's window: the part of the image that can be positive. The windows are upsampled, thresholded
-and packed to bits on the device, in chunks bounded in memory. Then either each mask goes to the host, or only
-the union of the masks of each image.
+and packed to bits on the device, in chunks bounded in memory. Then of each pair either each mask goes to the
+host, or only the union of its masks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sam3_runner.instances import PackedMask
-    from sam3_runner.masks.windows import Size
+    from sam3_runner.masks.windows import DrawnMask, Size
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,13 @@ class Found(NamedTuple):
     is_finite: bool
 
 
-def find_instances(kept: KeptMasks, *, unite: bool) -> list[Found]:
+def find_instances(kept: KeptMasks, with_masks: Sequence[bool]) -> list[Found]:
     """The instances of each pair.
 
     Args:
         kept: masks on the device.
-        unite: return the union of each pair's masks in place of the masks. On a GPU it is drawn there.
+        with_masks: of each pair, whether it gets each mask, in place of their union. On a GPU a union is
+            drawn there.
     """
     logits = kept.logits.float().contiguous()
     form = mask_kernels(logits.device) or torch_form
@@ -84,31 +85,36 @@ def find_instances(kept: KeptMasks, *, unite: bool) -> list[Found]:
     sizes = np.array([kept.sizes[pair] for pair in pair_of], dtype=np.int64).reshape(-1, 2)
     positive = windows(ranges, (logits.shape[1], logits.shape[2]), sizes)
     boxes = (np.clip(kept.boxes, 0.0, 1.0) * np.tile(sizes, 2).astype(np.float32)).tolist()
-    unions: list[PackedMask | None] = [None] * len(kept.counts)
-    instances: list[FoundInstance]
-    facts = zip(kept.scores.tolist(), map(tuple, boxes), kept.queries, strict=True)
-    if unite:
-        united = form.unite(logits, positive, pair_of, kept.sizes)
-        unions = list(united.masks)
-        instances = [
-            FoundInstance(score, box, united.areas_px.get(row, 0), query)
-            for row, (score, box, query) in enumerate(facts)
-        ]
-    else:
-        drawn = dict(form.draw(logits, positive))
-        masks = [drawn.get(row, EMPTY) for row in range(len(pair_of))]
-        instances = [
-            Instance(score, box, area_px, query, crop)
-            for (score, box, query), (area_px, crop) in zip(facts, masks, strict=True)
-        ]
+    drawn: dict[int, DrawnMask] = {}
+    areas_px: dict[int, int] = {}
+    unions: dict[int, PackedMask] = {}
+    if any(with_masks):
+        drawn = dict(form.draw(logits, [each for each in positive if with_masks[pair_of[each.mask]]]))
+    if not all(with_masks):
+        places = {pair: place for place, pair in enumerate(np.flatnonzero(~np.array(with_masks)).tolist())}
+        areas_px, masks = form.unite(
+            logits,
+            [each for each in positive if pair_of[each.mask] in places],
+            [places.get(pair, 0) for pair in pair_of],
+            [kept.sizes[pair] for pair in places],
+        )
+        unions = dict(zip(places, masks, strict=True))
+    instances = [
+        Instance(score, box, drawn.get(row, EMPTY).area_px, query, drawn.get(row, EMPTY).crop)
+        if with_masks[pair]
+        else FoundInstance(score, box, areas_px.get(row, 0), query)
+        for row, (pair, score, box, query) in enumerate(
+            zip(pair_of, kept.scores.tolist(), map(tuple, boxes), kept.queries, strict=True)
+        )
+    ]
     ends = accumulate(kept.counts, initial=0)
     return [
         Found(
             sorted(instances[start:end], key=lambda instance: -instance.score),
-            union,
+            unions.get(pair),
             bool(ranges.is_finite[start:end].all()),
         )
-        for (start, end), union in zip(pairwise(ends), unions, strict=True)
+        for pair, (start, end) in enumerate(pairwise(ends))
     ]
 
 

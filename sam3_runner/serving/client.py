@@ -16,8 +16,11 @@ from sam3_runner.metrics import GPU_MEMORY_BYTES, MODEL_READY, trace_parent
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sam3_runner.images.decoded import DecodedImage
-    from sam3_runner.instances import UnionResult
+    from sam3_runner.instances import Results
+    from sam3_runner.prompts import ConceptPrompt
     from sam3_runner.serving.liveness import RunnerLiveness
 
 STOPPED = "the model's process stopped while it worked"
@@ -61,11 +64,12 @@ class RunnerClient:
     async def segment(
         self,
         image: DecodedImage,
-        prompts: list[str],
+        prompts: Sequence[ConceptPrompt],
         deadline_s: float,
         *,
+        with_masks: bool = False,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[UnionResult], float]:
+    ) -> tuple[Results, float]:
         """One result a prompt, and the time in ms of the model's pass that they shared.
 
         The call is sent once: an image that kills the runner must not kill its successor. The trace and
@@ -73,8 +77,8 @@ class RunnerClient:
         would have one trace for a batch of many requests.
 
         Raises:
-            ModelNotLoaded, PromptTooLong, InferenceFailed: as the runner says; ModelNotLoaded also when
-                there is no runner.
+            ModelNotLoaded, PromptTooLong, BoxOutsideImage, InferenceFailed: as the runner says;
+                ModelNotLoaded also when there is no runner.
             RunnerStopped: the runner died while it had the request, or is about to, since its device failed.
             DeadlineExceeded: `deadline_s` (of `time.monotonic`) passed before the work began.
             FeaturesNotHeld: the image has a key, but no pixels, and they are needed.
@@ -84,8 +88,9 @@ class RunnerClient:
             raise ModelNotLoaded(self._liveness.reason_absent)
         request = SegmentRequest(
             image=image.sendable(),
-            prompts=prompts,
+            prompts=list(prompts),
             deadline_s=deadline_s,
+            with_masks=with_masks,
             log_ids=log_ids or {},
             trace_parent=trace_parent(),
         )

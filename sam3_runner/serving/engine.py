@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
     from sam3_runner.inference.precision import DTypeSetting, Precision
     from sam3_runner.inference.staging import StagedImage
-    from sam3_runner.instances import UnionResult
+    from sam3_runner.instances import Results
     from sam3_runner.predictor import SAM3Predictor
+    from sam3_runner.prompts import ConceptPrompt
     from sam3_runner.weights.checkpoint import HubSource
 
 logger = logging.getLogger(__name__)
@@ -90,16 +91,18 @@ class SegmentRequest:
     """One image and its prompts.
 
     Attributes:
-        prompts: texts of at most 32 tokens.
+        prompts: whose texts have at most 32 tokens.
         deadline_s: on the clock of `time.monotonic`, which all processes of a host share.
+        with_masks: the results are to hold each mask, in place of their union.
         sent_s: time of sending, on that clock.
         log_ids: fields for log lines about this request.
         trace_parent: context of its trace; empty where there is no trace.
     """
 
     image: DecodedImage | StagedImage
-    prompts: list[str]
+    prompts: list[ConceptPrompt]
     deadline_s: float
+    with_masks: bool = False
     sent_s: float = field(default_factory=time.monotonic)
     log_ids: dict[str, str] = field(default_factory=dict)
     trace_parent: dict[str, str] = field(default_factory=dict)
@@ -116,7 +119,7 @@ class SegmentOutcome:
         is_held: the features of the image are held: a further request needs no pixels of it.
     """
 
-    results: list[UnionResult] | None = None
+    results: Results | None = None
     error: SAM3Error | None = None
     inference_ms: float = 0.0
     is_held: bool = False
@@ -435,8 +438,9 @@ def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[
 
     started_s = time.monotonic()
     clock = PassClock(predictor.device)
-    results = predictor.segment_united(
+    results = predictor.segment_mixed(
         [(request.image, request.prompts) for request in requests],
+        [request.with_masks for request in requests],
         clock,
         log_ids=[request.log_ids for request in requests],
     )

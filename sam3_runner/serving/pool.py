@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sam3_runner.images.decoded import DecodedImage
-    from sam3_runner.instances import UnionResult
+    from sam3_runner.instances import Results
+    from sam3_runner.prompts import ConceptPrompt
     from sam3_runner.serving.client import RunnerClient
     from sam3_runner.serving.engine import EngineStatus
 
@@ -41,7 +42,7 @@ class _Queue:
     def is_ready(self) -> bool:
         return self.client.known_status.state == "ok"
 
-    def work_of(self, image: DecodedImage, prompts: Sequence[str]) -> int:
+    def work_of(self, image: DecodedImage, prompts: Sequence[ConceptPrompt]) -> int:
         """Work of a request here, in prompts: none for an image whose features are held."""
         return len(prompts) + (0 if self.may_hold(image) else IMAGE_WORK)
 
@@ -75,11 +76,12 @@ class RunnerPool:
     async def segment(
         self,
         image: DecodedImage,
-        prompts: list[str],
+        prompts: Sequence[ConceptPrompt],
         deadline_s: float,
         *,
+        with_masks: bool = False,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[UnionResult], float]:
+    ) -> tuple[Results, float]:
         """As `RunnerClient.segment`, by one of the runners.
 
         A request is sent to another runner only where the first one has certainly not begun it. A runner
@@ -93,7 +95,9 @@ class RunnerPool:
                 raise FeaturesNotHeld("the runner with the features of this image is busy or gone")
             try:
                 with queue.holding(queue.work_of(image, prompts), next(self._turns)):
-                    return await queue.client.segment(image, prompts, deadline_s, log_ids=log_ids)
+                    return await queue.client.segment(
+                        image, prompts, deadline_s, with_masks=with_masks, log_ids=log_ids
+                    )
             except ModelNotLoaded:
                 if not any(each.is_ready for each in untried):
                     raise
@@ -133,7 +137,7 @@ def overall_status(statuses: Sequence[EngineStatus]) -> EngineStatus:
     return min(statuses, key=lambda status: ("ok", "loading", "error").index(status.state))
 
 
-def _next_queue(queues: Sequence[_Queue], image: DecodedImage, prompts: Sequence[str]) -> _Queue:
+def _next_queue(queues: Sequence[_Queue], image: DecodedImage, prompts: Sequence[ConceptPrompt]) -> _Queue:
     """Where the next request goes: the ready runner that would have the least work with it.
 
     So an image goes to the runner that holds its features, unless that one is busier by more than an

@@ -25,6 +25,7 @@ from sam3_runner.images.square import to_square
 from sam3_runner.masks import nvrtc
 from sam3_runner.network import operations
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
+from tests.concepts import concepts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +98,7 @@ def test_nothing_is_made_while_serving(engine: Engine, made: Counter[str]) -> No
             for row in range(batch):
                 texts = [*KNOWN[: prompts // 2], *(next(new_texts) for _ in range(prompts - prompts // 2))]
                 picture = pictures[(row + prompts) % len(pictures)]
-                requests.append(SegmentRequest(picture, texts, time.monotonic() + LOAD_TIMEOUT_S))
+                requests.append(SegmentRequest(picture, concepts(*texts), time.monotonic() + LOAD_TIMEOUT_S))
             for outcome in engine.segment(requests):
                 assert outcome.results is not None, outcome.error
                 assert len(outcome.results) == prompts

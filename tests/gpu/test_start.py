@@ -29,6 +29,7 @@ from pathlib import Path
 from PIL import Image
 from sam3_runner.images.square import to_square
 from sam3_runner.network import operations
+from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s", stream=sys.stderr)
 engine = Engine(EngineConfig("demo", "cuda", kernel_cache=Path(sys.argv[1])))
@@ -36,7 +37,7 @@ engine.start()
 while engine.status().state == "loading":
     time.sleep(0.05)
 picture = to_square(Image.open("examples/sample.jpg"), 336)
-[outcome] = engine.segment([SegmentRequest(picture, ["purple circle"], time.monotonic() + 60)])
+[outcome] = engine.segment([SegmentRequest(picture, [ConceptPrompt("purple circle")], time.monotonic() + 60)])
 found = [instance.area_px for result in outcome.results or [] for instance in result.instances]
 print(json.dumps({"state": engine.status().state, "found": found, "plain": sorted(operations.plain_steps)}))
 """

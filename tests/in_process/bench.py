@@ -25,7 +25,7 @@ from pipeline import Pipeline
 from recovery import Recovery
 from results import Claim, Outbox, SqliteResults, StoredResult, Task, open_outbox
 from sam3_runner.images.decoded import DecodedImage, LocalImage
-from sam3_runner.instances import FoundInstance, UnionResult
+from sam3_runner.instances import FoundInstance, Instance, MaskCrop, PredictResult, UnionResult
 from sam3_runner.serving.engine import EngineStatus
 from settings import Settings
 from storage import LocalFolder
@@ -33,14 +33,14 @@ from tests.edge import png_bytes
 from tests.image_files import png_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from contract import BatchResponse
     from results import Row
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.instances import PackedMask
-    from sam3_runner.prompts import PromptTokenizer
+    from sam3_runner.instances import PackedMask, Results
+    from sam3_runner.prompts import ConceptPrompt, PromptTokenizer
 
 T = TypeVar("T")
 
@@ -236,23 +236,27 @@ class Model:
     async def segment(
         self,
         image: DecodedImage,
-        prompts: list[str],
+        prompts: Sequence[ConceptPrompt],
         deadline_s: float,
         *,
+        with_masks: bool = False,
         log_ids: dict[str, str] | None = None,
-    ) -> tuple[list[UnionResult], float]:
+    ) -> tuple[Results, float]:
         assert deadline_s > time.monotonic()
         assert log_ids is not None
         assert log_ids.keys() == {"request_id", "task_id"}
         self.tasks.append(log_ids["task_id"])
         self.deadlines_s.append(deadline_s)
         async with self.stages.call("segment"):
+            size = image.width, image.height
+            if with_masks:
+                square = Instance(0.9, self.box, 64, 0, MaskCrop(0, 0, 8, 8, b"\xff" * 8))
+                return [PredictResult(prompt.model_text, 0.9, *size, [square]) for prompt in prompts], 1.0
             found = FoundInstance(0.9, self.box, 64, 0)
             bits = np.zeros((image.height, -(-image.width // 8)), dtype=np.uint8)
             bits[:8, :1] = 255
             mask: Any = StagedMask(bits, self.stages, asyncio.get_running_loop())
-            size = image.width, image.height
-            return [UnionResult(prompt, 0.9, *size, [found], mask) for prompt in prompts], 1.0
+            return [UnionResult(prompt.model_text, 0.9, *size, [found], mask) for prompt in prompts], 1.0
 
 
 @dataclass

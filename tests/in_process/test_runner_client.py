@@ -26,6 +26,7 @@ from sam3_runner.images.decoded import DecodedImage, LocalImage
 from sam3_runner.serving import client
 from sam3_runner.serving.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
+from tests.concepts import concepts
 from tests.in_process.bench import Clock, in_time, wait_until
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 async def segment(runner: RunnerClient) -> float:
-    return (await runner.segment(IMAGE, ["circle"], time.monotonic() + 60))[1]
+    return (await runner.segment(IMAGE, concepts("circle"), time.monotonic() + 60))[1]
 
 
 # Calls.
@@ -165,9 +166,11 @@ async def test_request_and_results_are_complete(proxy: Proxy, runner: RunnerClie
     """The request has image, prompts, deadline and ids; the results and the time are returned."""
     proxy.segments = [FOUND]
     ids = {"request_id": "request-17", "task_id": "a-task"}
-    assert await runner.segment(IMAGE, ["circle", "star"], 12.5, log_ids=ids) == ([], 5.0)
+    prompts = concepts("circle", "star")
+    assert await runner.segment(IMAGE, prompts, 12.5, with_masks=True, log_ids=ids) == ([], 5.0)
     [request] = proxy.requests
-    assert (request.prompts, request.deadline_s, request.log_ids) == (["circle", "star"], 12.5, ids)
+    assert (request.prompts, request.with_masks) == (prompts, True)
+    assert (request.deadline_s, request.log_ids) == (12.5, ids)
     assert (request.image.width, request.image.height) == (2, 2)
     assert isinstance(request.image, DecodedImage)
     assert np.array_equal(request.image.array(), IMAGE.array())

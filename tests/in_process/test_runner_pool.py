@@ -15,6 +15,7 @@ from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.serving.client import RunnerClient
 from sam3_runner.serving.engine import EngineStatus
 from sam3_runner.serving.pool import IMAGE_WORK, RunnerPool, overall_status
+from tests.concepts import concepts
 from tests.in_process.bench import in_time, wait_until
 from tests.in_process.test_runner_client import (
     BROKEN,
@@ -64,7 +65,9 @@ class Host:
     async def send(self, prompts: int = 1, image: DecodedImage = IMAGE) -> asyncio.Task[Any]:
         """Send a request; returns once a runner has it."""
         before = sum(self.counts)
-        call = asyncio.create_task(self.pool.segment(image, ["circle"] * prompts, time.monotonic() + 60))
+        call = asyncio.create_task(
+            self.pool.segment(image, concepts("circle") * prompts, time.monotonic() + 60)
+        )
         await wait_until(lambda: sum(self.counts) > before or call.done())
         return call
 
@@ -127,7 +130,7 @@ async def test_failed_work_counts_no_more(host: Host) -> None:
         *host.runners[0].proxy.segments,
     ]
     with pytest.raises(RunnerStopped):
-        await host.pool.segment(IMAGE, ["circle"], time.monotonic() + 60)
+        await host.pool.segment(IMAGE, concepts("circle"), time.monotonic() + 60)
     host.runners[0].liveness.identity = "first"
     cancelled = await host.send(prompts=10)
     cancelled.cancel()
@@ -167,7 +170,7 @@ async def test_no_runner(host: Host) -> None:
     for runner in host.runners:
         runner.liveness.identity = None
     with pytest.raises(ModelNotLoaded, match=RESTARTED):
-        await host.pool.segment(IMAGE, ["circle"], time.monotonic() + 60)
+        await host.pool.segment(IMAGE, concepts("circle"), time.monotonic() + 60)
     assert host.counts == [0, 0, 0]
 
 
@@ -195,7 +198,7 @@ async def test_busy_holder_is_left_for_an_idle_runner(host: Host) -> None:
     host.runners[0].may_answer.clear()
     calls = [await host.send(IMAGE_WORK + 1, KNOWN)]
     with pytest.raises(FeaturesNotHeld):
-        await host.pool.segment(WITHOUT_PIXELS, ["circle"], time.monotonic() + 60)
+        await host.pool.segment(WITHOUT_PIXELS, concepts("circle"), time.monotonic() + 60)
     assert host.counts == [2, 0, 0]
     calls.append(await host.send(1, KNOWN))
     assert host.counts == [2, 1, 0]
@@ -208,7 +211,7 @@ async def test_features_of_a_dead_runner_are_gone(host: Host) -> None:
     host.runners[0].liveness.identity = "second"
     assert not host.pool.may_hold("known")
     with pytest.raises(FeaturesNotHeld):
-        await host.pool.segment(WITHOUT_PIXELS, ["circle"], time.monotonic() + 60)
+        await host.pool.segment(WITHOUT_PIXELS, concepts("circle"), time.monotonic() + 60)
 
 
 # What a death means.
@@ -237,7 +240,7 @@ async def test_request_that_all_refuse_fails(host: Host) -> None:
     for runner in host.runners:
         runner.proxy.segments = [outcome(error=ModelNotLoaded("its device has failed"))]
     with pytest.raises(ModelNotLoaded, match="its device has failed"):
-        await host.pool.segment(IMAGE, ["circle"], time.monotonic() + 60)
+        await host.pool.segment(IMAGE, concepts("circle"), time.monotonic() + 60)
     assert host.counts == [1, 1, 1]
 
 

@@ -19,6 +19,7 @@ from sam3_runner.inference.precision import Precision, precision_of
 from sam3_runner.instances import packed_union
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
+from tests.concepts import concepts
 from tests.edge import wait_for
 from tests.overflowing import (
     FUSION_VALUES,
@@ -40,7 +41,7 @@ GPU_AUTO = precision_of("auto", "cuda")
 SIDE_PX = 336
 SAMPLE = to_square(Image.open("examples/sample.jpg"), SIDE_PX)
 GREY = to_square(Image.new("RGB", (640, 480), (128, 128, 128)), SIDE_PX)
-PROMPTS = ["purple circle", "triangles"]
+PROMPTS = concepts("purple circle", "triangles")
 
 
 def loaded(folder: Path | str, dtype: DTypeSetting | Precision) -> SAM3Predictor:
@@ -112,7 +113,7 @@ def test_only_the_request_that_overflows_runs_again(tmp_path: Path, caplog: pyte
     """Of a batch, only the requests whose output is not finite run again; each gets its own results."""
     folder = overflowing_folder(tmp_path / "weights", FUSION_VALUES, 14)
     before = fallbacks()
-    requests = [(GREY, ["circle"]), (SAMPLE, PROMPTS), (GREY, ["star", "ring"])]
+    requests = [(GREY, concepts("circle")), (SAMPLE, PROMPTS), (GREY, concepts("star", "ring"))]
     with caplog.at_level(logging.WARNING, "sam3_runner"):
         first, second, third = loaded(folder, GPU_AUTO).segment(
             requests, log_ids=[{"request_id": str(row)} for row in range(3)]

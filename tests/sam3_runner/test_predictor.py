@@ -24,6 +24,7 @@ from sam3_runner.instances import union_mask
 from sam3_runner.network.masks import mask_logits
 from sam3_runner.prompts import PromptTokenizer
 from tests.breaking import TOO_MANY_FLOATS
+from tests.concepts import concepts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,7 +89,9 @@ def test_images_together_equal_images_alone(predictor: SAM3Predictor) -> None:
     images = [picture(1, 112, 112), picture(2, 60, 300), picture(3, 333, 47)]
     prompts = [["cat"], ["red circle", "cat", "dog"], ["dog"]]
     squares = [to_square(image, 112) for image in images]
-    together = predictor.segment(list(zip(squares, prompts, strict=True)))
+    together = predictor.segment(
+        [(square, concepts(*texts)) for square, texts in zip(squares, prompts, strict=True)]
+    )
     for image, texts, results in zip(images, prompts, together, strict=True):
         for text, result in zip(texts, results, strict=True):
             check_same(result, predictor.predict(image, text))
@@ -348,8 +351,8 @@ def test_stored_pixels(predictor: SAM3Predictor) -> None:
     """Pixels as stored, of any size, give what the square of the same picture gives."""
     image = picture(0, 150, 90)
     stored = LocalImage(np.asarray(image), *image.size)
-    [[expected]] = predictor.segment([(to_square(image, 112), ["cat"])])
-    [[found]] = predictor.segment([(stored, ["cat"])])
+    [[expected]] = predictor.segment([(to_square(image, 112), concepts("cat"))])
+    [[found]] = predictor.segment([(stored, concepts("cat"))])
     assert found.confidence == pytest.approx(expected.confidence, abs=0.01)
     assert (found.image_width, found.image_height) == (150, 90)
 

@@ -16,6 +16,7 @@ from sam3_runner.inference.passes import Decoded, Passes
 from sam3_runner.instances import packed_union
 from sam3_runner.network.model import ImageFeatures
 from tests.breaking import TOO_MANY_FLOATS
+from tests.concepts import concepts
 
 if TYPE_CHECKING:
     from sam3_runner.instances import UnionResult
@@ -50,7 +51,7 @@ def without(tiny_checkpoint: Checkpoint) -> SAM3Predictor:
 def image_bytes(tiny_checkpoint: Checkpoint) -> int:
     """Bytes of the features of one image."""
     predictor = predictor_with(tiny_checkpoint, 2**30)
-    predictor.segment_united([(picture("a"), ["cat"])])
+    predictor.segment_united([(picture("a"), concepts("cat"))])
     row = predictor._model_in("float32").features.find("a")
     assert row is not None
     return _bytes_of(row)
@@ -111,8 +112,8 @@ def test_hit_gives_the_same_answer(tiny_checkpoint: Checkpoint, without: SAM3Pre
     for prompts in (["cat"], ["dog", "ring"], ["cat", "a red bus"]):
         image = picture("a") if prompts == ["cat"] else only_key("a")
         check_same(
-            predictor.segment_united([(image, prompts)])[0],
-            without.segment_united([(picture("a", key=False), prompts)])[0],
+            predictor.segment_united([(image, concepts(*prompts))])[0],
+            without.segment_united([(picture("a", key=False), concepts(*prompts))])[0],
         )
     assert counts.since() == (2, 1 + 3, 0)
 
@@ -120,34 +121,38 @@ def test_hit_gives_the_same_answer(tiny_checkpoint: Checkpoint, without: SAM3Pre
 def test_batch_of_hits_and_misses(tiny_checkpoint: Checkpoint, without: SAM3Predictor) -> None:
     """Each request of a batch gets its own picture's answer, whichever features were held."""
     predictor = predictor_with(tiny_checkpoint, 2**30)
-    predictor.segment_united([(picture("b"), ["cat"]), (picture("d"), ["cat"])])
+    predictor.segment_united([(picture("b"), concepts("cat")), (picture("d"), concepts("cat"))])
     counts = Counts()
     batch = [picture("a"), only_key("b"), picture("c", key=False), only_key("d"), picture("e")]
     prompts = ["cat", "dog"]
-    found = predictor.segment_united([(image, prompts) for image in batch])
+    found = predictor.segment_united([(image, concepts(*prompts)) for image in batch])
     assert counts.since() == (2, 3, 0)
     for name, results in zip("abcde", found, strict=True):
-        check_same(results, without.segment_united([(picture(name, key=False), prompts)])[0])
+        check_same(results, without.segment_united([(picture(name, key=False), concepts(*prompts))])[0])
 
 
 def test_one_key_twice_in_a_batch(tiny_checkpoint: Checkpoint, without: SAM3Predictor) -> None:
     """Requests for one picture that come together encode it once; unknown keys are never taken as equal."""
     predictor, counts = predictor_with(tiny_checkpoint, 2**30), Counts()
-    batch = [(picture("a"), ["cat"]), (picture("b"), ["cat"]), (picture("a"), ["dog"])]
+    batch = [(picture("a"), concepts("cat")), (picture("b"), concepts("cat")), (picture("a"), ["dog"])]
     found = predictor.segment_united(batch)
     assert counts.since() == (1, 2, 0)
     for (image, prompts), results in zip(batch, found, strict=True):
         assert image.key is not None
         check_same(results, without.segment_united([(picture(image.key, key=False), prompts)])[0])
     counts = Counts()
-    predictor.segment_united([(picture("c", key=False), ["cat"]), (picture("d", key=False), ["cat"])])
+    predictor.segment_united(
+        [(picture("c", key=False), concepts("cat")), (picture("d", key=False), concepts("cat"))]
+    )
     assert counts.since() == (0, 2, 0)
 
 
 def test_pixels_of_any_request_with_the_key_are_used(tiny_checkpoint: Checkpoint) -> None:
     """Where one request of a batch has the key alone and another the pixels, both are answered."""
     predictor = predictor_with(tiny_checkpoint, 2**30)
-    [by_key, by_pixels] = predictor.segment_united([(only_key("a"), ["cat"]), (picture("a"), ["cat"])])
+    [by_key, by_pixels] = predictor.segment_united(
+        [(only_key("a"), concepts("cat")), (picture("a"), concepts("cat"))]
+    )
     check_same(by_key, by_pixels)
 
 
@@ -155,7 +160,7 @@ def test_least_recently_used_makes_room(tiny_checkpoint: Checkpoint, image_bytes
     """With room for two, the picture that was not used for the longest time is encoded again."""
     predictor, counts = predictor_with(tiny_checkpoint, 2 * image_bytes), Counts()
     for image in (picture("a"), picture("b"), only_key("a"), picture("c")):
-        predictor.segment_united([(image, ["cat"])])
+        predictor.segment_united([(image, concepts("cat"))])
     assert [predictor.holds(key) for key in "abc"] == [True, False, True]
     assert counts.since() == (1, 3, 1)
     assert feature_bytes() == 2 * image_bytes
@@ -167,7 +172,7 @@ def test_memory_is_bounded(tiny_checkpoint: Checkpoint, image_bytes: int) -> Non
     predictor = predictor_with(tiny_checkpoint, limit)
     for start in range(0, 12, 4):
         names = [f"{start}-{number}" for number in range(4)]
-        predictor.segment_united([(picture(name), ["cat"]) for name in names])
+        predictor.segment_united([(picture(name), concepts("cat")) for name in names])
         held = predictor._model_in("float32").features._rows
         # What a view of a batch keeps in memory counts whole.
         stored = {
@@ -186,8 +191,8 @@ def test_picture_larger_than_the_limit(
 ) -> None:
     """Features that do not fit are used, and not kept."""
     predictor = predictor_with(tiny_checkpoint, image_bytes - missing_bytes)
-    [found] = predictor.segment_united([(picture("a"), ["cat"])])
-    check_same(found, without.segment_united([(picture("a", key=False), ["cat"])])[0])
+    [found] = predictor.segment_united([(picture("a"), concepts("cat"))])
+    check_same(found, without.segment_united([(picture("a", key=False), concepts("cat"))])[0])
     assert predictor.holds("a") == (missing_bytes == 0)
 
 
@@ -195,9 +200,9 @@ def test_key_whose_features_are_not_held(tiny_checkpoint: Checkpoint) -> None:
     """A key without pixels is an error unless its features are held."""
     predictor = predictor_with(tiny_checkpoint, 2**30)
     with pytest.raises(FeaturesNotHeld, match="not held"):
-        predictor.segment_united([(only_key("a"), ["cat"])])
-    predictor.segment_united([(picture("a"), ["cat"])])
-    assert predictor.segment_united([(only_key("a"), ["cat"])])[0][0].instances
+        predictor.segment_united([(only_key("a"), concepts("cat"))])
+    predictor.segment_united([(picture("a"), concepts("cat"))])
+    assert predictor.segment_united([(only_key("a"), concepts("cat"))])[0][0].instances
 
 
 class FullOnce(Passes):
@@ -223,10 +228,10 @@ def test_full_memory_frees_the_features(tiny_checkpoint: Checkpoint, without: SA
     predictor = predictor_with(tiny_checkpoint, 2**30)
     model = predictor._model_in("float32")
     passes = model._passes = FullOnce(predictor._network)
-    predictor.segment_united([(picture(name), ["cat"]) for name in "ab"])
+    predictor.segment_united([(picture(name), concepts("cat")) for name in "ab"])
     passes.is_full = True
-    [found] = predictor.segment_united([(only_key("a"), ["cat"])])
-    check_same(found, without.segment_united([(picture("a", key=False), ["cat"])])[0])
+    [found] = predictor.segment_united([(only_key("a"), concepts("cat"))])
+    check_same(found, without.segment_united([(picture("a", key=False), concepts("cat"))])[0])
     assert [predictor.holds(key) for key in "ab"] == [False, False]
     assert feature_bytes() == 0
     assert model._pairs_at_once.current == passes.max_pairs, "the size of a pass is not reduced"

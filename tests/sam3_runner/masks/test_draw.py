@@ -38,7 +38,7 @@ def find(
         [masks for masks, _, _ in pairs],
         [Size(width, height) for _, width, height in pairs],
     )
-    found, united = find_instances(kept, unite=False), find_instances(kept, unite=True)
+    found, united = (find_instances(kept, [masks] * len(pairs)) for masks in (True, False))
     for each, union, (_, width, height) in zip(found, united, pairs, strict=True):
         instances = [instance for instance in each.instances if isinstance(instance, Instance)]
         assert union.union is not None

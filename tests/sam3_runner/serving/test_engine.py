@@ -35,6 +35,7 @@ from sam3_runner.serving.engine import (
 )
 from tests.breaking import BREAKING_PROMPT, TOO_LARGE_PROMPT, BreakingPredictor
 from tests.cgroups import cpu_quota
+from tests.concepts import concepts
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def engine(tiny_checkpoint: Checkpoint) -> Engine:
 def request(*prompts: str, level: int = 0, seconds: float = 60.0) -> SegmentRequest:
     pixels = np.full((SIDE_PX, SIDE_PX, 3), level, dtype=np.uint8)
     image = LocalImage(pixels, width=30, height=20)
-    return SegmentRequest(image, list(prompts), deadline_s=time.monotonic() + seconds)
+    return SegmentRequest(image, concepts(*prompts), deadline_s=time.monotonic() + seconds)
 
 
 def faulty() -> SegmentRequest:
@@ -76,7 +77,7 @@ def faulty() -> SegmentRequest:
 
 def without_pixels(key: str) -> SegmentRequest:
     image = DecodedImage(None, width=30, height=20, key=key)
-    return SegmentRequest(image, ["cat"], deadline_s=time.monotonic() + 60)
+    return SegmentRequest(image, concepts("cat"), deadline_s=time.monotonic() + 60)
 
 
 def passes() -> float:

@@ -29,6 +29,7 @@ from sam3_runner.images.pixel_file import SHARES_MEMORY, HeldFile, PixelFile
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
 from sam3_runner.serving.scheduler import MAX_PAIRS, Scheduler
 from tests.breaking import BREAKING_PROMPT, BreakingPredictor
+from tests.concepts import concepts
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
@@ -53,9 +54,13 @@ class HeldEngine(Engine):
         self.is_free.set()
 
     def segment(self, requests: list[SegmentRequest]) -> list[SegmentOutcome]:
-        self.batches.append([request.prompts for request in requests])
+        self.batches.append([texts_of(request) for request in requests])
         assert self.is_free.wait(WAIT_S)
         return super().segment(requests)
+
+
+def texts_of(request: SegmentRequest) -> list[str]:
+    return [prompt.model_text for prompt in request.prompts]
 
 
 def engine_of(checkpoint: Checkpoint, predictor: type[SAM3Predictor] | None = None) -> HeldEngine:
@@ -79,7 +84,7 @@ def engine(shared_engine: HeldEngine) -> HeldEngine:
 
 def request(*prompts: str, level: int = 0, seconds: float = 600.0) -> SegmentRequest:
     image = LocalImage(np.full((SIDE_PX, SIDE_PX, 3), level, np.uint8), width=30, height=20)
-    return SegmentRequest(image, list(prompts), deadline_s=time.monotonic() + seconds)
+    return SegmentRequest(image, concepts(*prompts), deadline_s=time.monotonic() + seconds)
 
 
 def submitted_together(
@@ -131,7 +136,7 @@ def test_requests_share_a_pass(engine: HeldEngine) -> None:
     outcomes = submitted_together(scheduler, engine, requests)
     assert [len(batch) for batch in engine.batches] == [1, MAX_BATCH, 1]
     for asked, outcome in zip(requests, outcomes, strict=True):
-        assert [result.prompt for result in outcome.results or []] == asked.prompts
+        assert [result.prompt for result in outcome.results or []] == texts_of(asked)
 
 
 def test_many_prompts_run_alone(engine: HeldEngine) -> None:
@@ -178,10 +183,10 @@ def test_any_requests(shared_engine: HeldEngine, drawn: list[Asked], max_batch: 
         Scheduler(shared_engine, max_batch, max_slack_s=math.inf), shared_engine, requests
     )
     for asked, outcome in zip(requests, outcomes, strict=True):
-        assert [result.prompt for result in outcome.results or []] == asked.prompts
+        assert [result.prompt for result in outcome.results or []] == texts_of(asked)
     ran = [prompts for batch in shared_engine.batches[1:] for prompts in batch]
     in_order = sorted(range(len(drawn)), key=lambda number: (drawn[number].minutes, number))
-    assert ran == [requests[number].prompts for number in in_order]
+    assert ran == [texts_of(requests[number]) for number in in_order]
     for batch in shared_engine.batches:
         assert len(batch) <= max_batch
         assert len(batch) == 1 or sum(map(len, batch)) <= MAX_PAIRS
@@ -208,7 +213,7 @@ def test_pixels_that_cannot_be_read(engine: HeldEngine) -> None:
     """A request whose pixels are gone fails alone, without a pass; the next one is answered."""
     scheduler = Scheduler(engine, MAX_BATCH)
     for image in (gone_pixels(), dead_pixels()):
-        lost = SegmentRequest(image, ["cat"], deadline_s=time.monotonic() + 600)
+        lost = SegmentRequest(image, concepts("cat"), deadline_s=time.monotonic() + 600)
         error = scheduler.submit(lost).result(WAIT_S).error
         assert isinstance(error, InferenceFailed)
         assert str(error) == "the pixels of the image cannot be read"
@@ -224,7 +229,7 @@ def test_errors_are_outcomes(engine: HeldEngine) -> None:
     deadline_s = time.monotonic() + 600
     requests = [
         request("cat"),
-        SegmentRequest(unknown, ["cat"], deadline_s),
+        SegmentRequest(unknown, concepts("cat"), deadline_s),
         request("cat " * 40),
         request("cat", seconds=-1),
         request("dog"),
@@ -235,7 +240,7 @@ def test_errors_are_outcomes(engine: HeldEngine) -> None:
     assert isinstance(late.error, DeadlineExceeded)
     assert good.results
     assert other.results
-    bad = scheduler.submit(SegmentRequest(wrong_shape, ["cat"], deadline_s)).result(WAIT_S)
+    bad = scheduler.submit(SegmentRequest(wrong_shape, concepts("cat"), deadline_s)).result(WAIT_S)
     assert isinstance(bad.error, InferenceFailed)
     assert scheduler.submit(request("cat")).result(WAIT_S).results
 
@@ -273,7 +278,7 @@ def test_requests_are_staged_beside_a_pass(engine: HeldEngine) -> None:
     held = HeldFile()
     held.file.write(np.full((SIDE_PX, SIDE_PX, 3), 90, np.uint8))
     shared = DecodedImage(SentPixels(held.file, (SIDE_PX, SIDE_PX, 3)), width=30, height=20)
-    later = scheduler.submit(SegmentRequest(shared, ["cat"], deadline_s=time.monotonic() + 600))
+    later = scheduler.submit(SegmentRequest(shared, concepts("cat"), deadline_s=time.monotonic() + 600))
     wait_for(lambda: scheduler._staged, bool)
     held.close()
     engine.is_free.set()
