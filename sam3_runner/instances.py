@@ -127,7 +127,7 @@ class UnionResult(PromptResult):
     union: PackedMask | None
 
 
-Results = Sequence[PredictResult] | Sequence[UnionResult]
+Results = Sequence[PredictResult | UnionResult]
 """One result a prompt, for a caller who wants each mask, or for one who wants their union."""
 
 

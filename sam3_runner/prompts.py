@@ -140,8 +140,8 @@ def clean_prompt(text: str) -> str:
 
 
 def _check_box(box: Box, name: str) -> None:
-    if len(box) != 4 or not all(math.isfinite(side) for side in box):
-        raise ValueError(f"{name} is {list(box)}: give four finite numbers x0, y0, x1, y1")
+    if not all(math.isfinite(side) for side in box):
+        raise ValueError(f"{name} is {list(box)}: its four numbers must be finite")
     x0, y0, x1, y1 = box
     if x0 >= x1 or y0 >= y1:
         raise ValueError(f"{name} is {list(box)}: x0 must be less than x1, and y0 less than y1")

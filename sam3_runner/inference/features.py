@@ -122,7 +122,7 @@ def _row(tensor: Tensor, row: int) -> Tensor:
 
 
 def _bytes_of(image: ImageRow) -> int:
-    tensors = (*image.batch.finer, image.batch.attended, image.batch.geometry_token)
+    tensors = (*image.batch.finer, image.batch.attended, image.batch.geometry_token, image.batch.coarse)
     return sum(each[0].nbytes for each in tensors)
 
 
@@ -131,4 +131,5 @@ def _map(features: ImageFeatures, change: Callable[[Tensor], Tensor]) -> ImageFe
         finer=tuple(map(change, features.finer)),
         attended=change(features.attended),
         geometry_token=change(features.geometry_token),
+        coarse=change(features.coarse),
     )

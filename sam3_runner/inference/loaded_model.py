@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sam3_runner.inference.texts import TextCache
 from sam3_runner.masks.draw import Found, KeptMasks, find_instances
 from sam3_runner.masks.windows import Size
 from sam3_runner.network.masks import mask_logits
-from sam3_runner.prompts import clean_prompt
+from sam3_runner.prompts import MAX_BOXES, clean_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,14 +78,26 @@ class PairResult:
 NOTHING = Found([], None, is_finite=True)
 
 
-@dataclass(frozen=True, slots=True)
+class _BoxRows(NamedTuple):
+    """The boxes of a prompt, with padding: (32, 4) fp32 cx cy w h in 0..1, (32,) bool and (32,) bool."""
+
+    boxes: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.bool_]
+    valid: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Pair:
-    """A prompt of a request: its image, the features of this, and the row of its text in theirs."""
+    """A prompt of a request: its image, the features of this, and the row of its text in theirs.
+
+    `boxes` is None for a prompt of text alone. All pairs of a pass have boxes, or none.
+    """
 
     staged: StagedImage
     features: ImageRow
     text: int
-    prompt: ConceptPrompt
+    boxes: _BoxRows | None
+    score_threshold: float | None
     with_masks: bool
 
 
@@ -164,6 +176,7 @@ class LoadedModel:
         keeping: Keeping,
         clock: PassClock,
     ) -> list[list[PairResult] | None]:
+        boxes = [[_box_rows(prompt, request.image) for prompt in request.prompts] for request in requests]
         texts: dict[str, str] = {}
         for request in requests:
             texts |= {clean_prompt(prompt.model_text): prompt.model_text for prompt in request.prompts}
@@ -172,13 +185,27 @@ class LoadedModel:
             features = self._features([request.image for request in requests])
         pairs = [
             _Pair(
-                request.image, image, text_rows[clean_prompt(prompt.model_text)], prompt, request.with_masks
+                request.image,
+                image,
+                text_rows[clean_prompt(prompt.model_text)],
+                of_prompt,
+                prompt.score_threshold,
+                request.with_masks,
             )
-            for image, request in zip(features, requests, strict=True)
-            for prompt in request.prompts
+            for image, request, of_request in zip(features, requests, boxes, strict=True)
+            for prompt, of_prompt in zip(request.prompts, of_request, strict=True)
         ]
         encoded_texts = self.texts.features(texts, clock)
-        results = iter(self._decode_all(encoded_texts, pairs, keeping, clock))
+        # Pairs with boxes have a step of their own.
+        without, having = (
+            [pair for pair in pairs if (pair.boxes is not None) == has_boxes] for has_boxes in (False, True)
+        )
+        found = {
+            id(pair): result
+            for part in (without, having)
+            for pair, result in zip(part, self._decode_all(encoded_texts, part, keeping, clock), strict=True)
+        }
+        results = iter([found[id(pair)] for pair in pairs])
         by_request = [[next(results) for _ in request.prompts] for request in requests]
         return [found if all(result.found.is_finite for result in found) else None for found in by_request]
 
@@ -214,7 +241,8 @@ class LoadedModel:
         results: list[PairResult] = []
         most = limit = self._pairs_at_once.current
         while len(results) < len(pairs):
-            size = self._passes.pairs_at_once(min(most, len(pairs) - len(results)))
+            with_boxes = pairs[0].boxes is not None
+            size = self._passes.pairs_at_once(min(most, len(pairs) - len(results)), with_boxes=with_boxes)
             chunk = pairs[len(results) : len(results) + size]
             try:
                 with clock.stage("decode_prompts"):
@@ -239,6 +267,15 @@ class LoadedModel:
 
     def _decode(self, texts: TextFeatures, pairs: list[_Pair]) -> Decoded:
         images, text_rows = [pair.features for pair in pairs], [pair.text for pair in pairs]
+        boxes = [pair.boxes for pair in pairs if pair.boxes is not None]
+        if boxes:
+            return self._passes.decode_with_boxes(
+                gather(images, lambda features: features.attended),
+                gather(images, lambda features: features.coarse),
+                rows_of(texts.tokens, text_rows),
+                rows_of(texts.valid, text_rows),
+                *(torch.from_numpy(np.stack(each)) for each in zip(*boxes, strict=True)),
+            )
         return self._passes.decode(
             gather(images, lambda features: features.attended),
             gather(images, lambda features: features.geometry_token),
@@ -261,9 +298,10 @@ class LoadedModel:
         self, decoded: Decoded, summary: _Summary, pairs: list[_Pair], keeping: Keeping
     ) -> dict[int, Found]:
         """Instances by pair, for the pairs with a kept query; the mask head runs for these pairs only."""
-        kept = keeping.of(summary.scores, [pair.prompt.score_threshold for pair in pairs])
+        kept = keeping.of(summary.scores, [pair.score_threshold for pair in pairs])
         queries = {int(row): np.flatnonzero(kept[row]).tolist() for row in np.flatnonzero(kept.any(axis=1))}
-        rows, most = list(queries), self._passes.max_mask_pairs
+        rows = list(queries)
+        most = self._passes.max_mask_pairs if pairs[0].boxes is None else 1
         instances: dict[int, Found] = {}
         for start in range(0, len(rows), most):
             chunk = rows[start : start + most]
@@ -299,6 +337,24 @@ class LoadedModel:
                 mask_logits(decoded.mask_factors[row, index], decoded.mask_offsets[row, index], pixels)
             )
         return torch.cat(logits)
+
+
+def _box_rows(prompt: ConceptPrompt, image: StagedImage) -> _BoxRows | None:
+    """The boxes of a prompt, in shares of its image; None where it has none. Raises BoxOutsideImage."""
+    if not prompt.boxes:
+        return None
+    count = len(prompt.boxes)
+    sides = np.array(prompt.boxes_inside(image.width, image.height), dtype=np.float64)
+    sides /= (image.width, image.height) * 2
+    rows = _BoxRows(
+        np.zeros((MAX_BOXES, 4), np.float32), np.zeros(MAX_BOXES, bool), np.zeros(MAX_BOXES, bool)
+    )
+    rows.boxes[:count] = np.concatenate(
+        ((sides[:, :2] + sides[:, 2:]) / 2, sides[:, 2:] - sides[:, :2]), axis=1
+    )
+    rows.labels[:count] = prompt.labels
+    rows.valid[:count] = True
+    return rows
 
 
 def _squares(images: Sequence[StagedImage]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sam3_runner.inference.graphs import GraphedFunction
-from sam3_runner.prompts import CONTEXT_TOKENS
+from sam3_runner.prompts import CONTEXT_TOKENS, MAX_BOXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +26,11 @@ SEVERAL_PAIRS = 4
 """From so many on, some kernels are compiled in another variant."""
 MAX_MASK_PAIRS = 4
 """Pairs whose pixel features are in memory at once: 4g x 4g x D each, 42 MB in fp16 at SAM 3's full size."""
+BOX_PAIRS = (1, 4)
+"""Numbers of pairs with boxes that are decoded at once. Each has `MAX_BOXES` boxes, with padding: one shape
+for all of them needs few graphs, and 31 tokens more cost less than the launches of one more size."""
+TEXT_PROMPT_TOKENS = CONTEXT_TOKENS + 1
+"""Of a prompt without boxes; one with boxes has more, and steps of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,8 @@ class Decoded:
         mask_factors: (P, Q, D) fp32, see `MaskHead.embed`.
         mask_offsets: (P, Q) fp32.
         fused: (P, g * g, D), as `prompt` and `prompt_valid` an input of the mask head.
-        prompt: (P, L + 1, D) fp32.
-        prompt_valid: (P, L + 1) bool.
+        prompt: (P, L + G, D) fp32.
+        prompt_valid: (P, L + G) bool.
     """
 
     summary: Tensor
@@ -51,7 +56,7 @@ class Decoded:
 
 
 class Passes:
-    """The four steps. Each takes as many rows as its maximum; what it returns is valid until its next call.
+    """The steps of a pass. Each takes as many rows as its maximum; what it returns is valid until its next call.
 
     Args:
         network: in inference mode. On a GPU its functions are recorded as CUDA graphs here.
@@ -60,8 +65,9 @@ class Passes:
         report: is called with a sentence when a step begins that takes seconds.
 
     Attributes:
-        max_images, max_texts, max_pairs, max_mask_pairs: most rows of each step. On a GPU whose memory is too
-            full for a size, that size is left out.
+        max_images, max_texts, max_pairs, max_mask_pairs: most rows of each step; of pairs with boxes only one
+            at a time is given to the mask head. On a GPU whose memory is too full for a size, that size is
+            left out.
 
     Raises:
         RuntimeError: torch's, of a full memory: there is no room for the smallest pass.
@@ -100,6 +106,14 @@ class Passes:
             self._example_mask_input,
             _sizes(MAX_MASK_PAIRS),
         )
+        self._decode_with_boxes = step(
+            lambda *inputs: _decode_with_boxes(network, *inputs), self._example_box_pair, BOX_PAIRS
+        )
+        self._pixel_features_with_boxes = step(
+            lambda fused, prompt, valid, *finer: network.pixel_features(fused, prompt, valid, finer),
+            self._example_box_mask_input,
+            (1,),
+        )
         self.max_images, self.max_texts = self._encode_images.max_rows, self._encode_texts.max_rows
         self.max_pairs, self.max_mask_pairs = self._decode.max_rows, self._pixel_features.max_rows
 
@@ -108,15 +122,20 @@ class Passes:
         parts: list[int] = self._encode_images.parts(images)
         return parts
 
-    def pairs_at_once(self, pairs: int) -> int:
-        """How many of so many pairs to decode next."""
-        parts: list[int] = self._decode.parts(pairs)
+    def pairs_at_once(self, pairs: int, *, with_boxes: bool = False) -> int:
+        """How many of so many pairs to decode next; all of them have boxes, or none."""
+        step = self._decode_with_boxes if with_boxes else self._decode
+        parts: list[int] = step.parts(pairs)
         return parts[0]
 
     def run_all(self) -> None:
         """Run each step for a black picture, with one pair and with as many as need other kernels."""
         self.pixel_features(*self._example_mask_input())
         self.decode(*(each.expand(SEVERAL_PAIRS, *each.shape[1:]) for each in self._example_pair()))
+        self.pixel_features(*self._example_box_mask_input())
+        self.decode_with_boxes(
+            *(each.expand(SEVERAL_PAIRS, *each.shape[1:]) for each in self._example_box_pair())
+        )
 
     def encode_images(self, pixels: Tensor) -> ImageFeatures:
         """Features of images (B, S, S, 3) uint8 RGB, which may be on the host."""
@@ -135,8 +154,27 @@ class Passes:
         decoded: Decoded = self._decode(attended, geometry_token, text_tokens, text_valid)
         return decoded
 
+    def decode_with_boxes(
+        self,
+        attended: Tensor,
+        coarse: Tensor,
+        text_tokens: Tensor,
+        text_valid: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+    ) -> Decoded:
+        """Decode P pairs; the arguments are those of `SAM3Network.decode` and `encode_boxes`."""
+        decoded: Decoded = self._decode_with_boxes(
+            attended, coarse, text_tokens, text_valid, boxes, labels, valid
+        )
+        return decoded
+
     def pixel_features(self, fused: Tensor, prompt: Tensor, prompt_valid: Tensor, *finer: Tensor) -> Tensor:
         """Pixel features of M pairs; the arguments are those of `SAM3Network.pixel_features`."""
+        if prompt.shape[1] != TEXT_PROMPT_TOKENS:
+            of_boxes: Tensor = self._pixel_features_with_boxes(fused, prompt, prompt_valid, *finer)
+            return of_boxes
         features: Tensor = self._pixel_features(fused, prompt, prompt_valid, *finer)
         return features
 
@@ -144,6 +182,18 @@ class Passes:
         pixels, ids, valid = self._example
         image, text = self.encode_images(pixels), self.encode_texts(ids, valid)
         return image.attended, image.geometry_token, text.tokens, text.valid
+
+    def _example_box_pair(self) -> tuple[Tensor, ...]:
+        pixels, ids, valid = self._example
+        image, text = self.encode_images(pixels), self.encode_texts(ids, valid)
+        boxes = torch.full((1, MAX_BOXES, 4), 0.5, device=pixels.device)
+        is_box = torch.ones(1, MAX_BOXES, dtype=torch.bool, device=pixels.device)
+        return image.attended, image.coarse, text.tokens, text.valid, boxes, is_box, is_box
+
+    def _example_box_mask_input(self) -> tuple[Tensor, ...]:
+        decoded = self.decode_with_boxes(*self._example_box_pair())
+        image = self.encode_images(self._example[0])
+        return decoded.fused, decoded.prompt, decoded.prompt_valid, *image.finer
 
     def _example_mask_input(self) -> tuple[Tensor, ...]:
         decoded, image = self.decode(*self._example_pair()), self.encode_images(self._example[0])
@@ -173,9 +223,14 @@ class EagerFunction:
 
 
 def _decode(
-    network: SAM3Network, attended: Tensor, geometry_token: Tensor, text_tokens: Tensor, text_valid: Tensor
+    network: SAM3Network,
+    attended: Tensor,
+    geometry_tokens: Tensor,
+    text_tokens: Tensor,
+    text_valid: Tensor,
+    geometry_valid: Tensor | None = None,
 ) -> Decoded:
-    found = network.decode(attended, geometry_token, text_tokens, text_valid)
+    found = network.decode(attended, geometry_tokens, text_tokens, text_valid, geometry_valid)
     factors, offsets = network.mask_decoder.embed(found.queries[-1])
     return Decoded(
         summary=torch.cat((found.presence[:, None], found.scores, found.boxes.flatten(1)), dim=1),
@@ -185,6 +240,20 @@ def _decode(
         prompt=found.prompt,
         prompt_valid=found.prompt_valid,
     )
+
+
+def _decode_with_boxes(
+    network: SAM3Network,
+    attended: Tensor,
+    coarse: Tensor,
+    text_tokens: Tensor,
+    text_valid: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+) -> Decoded:
+    tokens, tokens_valid = network.encode_boxes(coarse, boxes, labels, valid)
+    return _decode(network, attended, tokens, text_tokens, text_valid, tokens_valid)
 
 
 def _sizes(largest: int) -> list[int]:

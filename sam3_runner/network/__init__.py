@@ -2,7 +2,8 @@
 
     vision.py      pixels to image tokens, and to a pyramid of feature maps
     text.py        token ids to text tokens
-    geometry.py    image tokens to the token of a prompt without a box
+    geometry.py    boxes and image tokens to the tokens of a prompt
+    roi.py         features of boxes
     fusion.py      image tokens and the prompt to fused image tokens
     decoder.py     fused image tokens to queries, boxes, presence and logits
     masks.py       queries to mask logits

@@ -77,11 +77,11 @@ class Attention(nn.Module):
         """The products `first` to `last` - 1 of (q, k, v) of x (B, N, C), each (B, heads, N, C / heads)."""
         return split_heads(operations.linear(x, *self.rows(first, last)), last - first, self.heads)
 
-    def attend_self(self, positioned: Tensor, x: Tensor) -> Tensor:
-        """Self-attention of (B, N, C): q and k from `positioned`, v from `x`."""
+    def attend_self(self, positioned: Tensor, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Self-attention of (B, N, C), of which `valid` (B, N) bool count: q, k of `positioned`, v of `x`."""
         query, key = self.project(positioned, 0, 2)
         (value,) = self.project(x, 2, 3)
-        output: Tensor = self.o_proj(operations.attend(query, key, value))
+        output: Tensor = self.o_proj(operations.attend(query, key, value, valid))
         return output
 
     def attend_other(

@@ -39,11 +39,13 @@ class ImageFeatures:
         attended: coarse tokens after the first self-attention of the fusion encoder, (B, g * g, D). This
             step does not depend on the prompt, so it runs once per image.
         geometry_token: output of the geometry encoder without a box, (B, 1, D).
+        coarse: coarse tokens as the vision encoder returns them, (B, g * g, D); for prompts with boxes.
     """
 
     finer: tuple[Tensor, ...]
     attended: Tensor
     geometry_token: Tensor
+    coarse: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Detections:
         reference_boxes: (P, Q, 4), cx cy w h in 0..1, the input boxes of each layer.
         layer_presence_logits: (P,), one tensor a layer.
         fused: image tokens after the fusion encoder, (P, g * g, D).
-        prompt: text tokens and the geometry token, (P, L + 1, D) fp32.
-        prompt_valid: (P, L + 1) bool.
+        prompt: text tokens, then the G geometry tokens, (P, L + G, D) fp32.
+        prompt_valid: (P, L + G) bool.
     """
 
     logits: Tensor
@@ -92,7 +94,7 @@ class Detections:
 
 
 class SAM3Network(nn.Module):
-    """SAM 3's detector for text prompts.
+    """SAM 3's detector for concept prompts: a text, boxes, or both.
 
     Args:
         config: a transformers `Sam3Config`.
@@ -131,7 +133,25 @@ class SAM3Network(nn.Module):
             finer=tuple(reversed(finer)),
             attended=x + add,
             geometry_token=self.geometry_encoder(coarse, self.position),
+            coarse=coarse,
         )
+
+    def encode_boxes(
+        self, coarse: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Geometry tokens for P pairs with up to K boxes each.
+
+        Args:
+            coarse: of each pair's image, (P, g * g, D), as in `ImageFeatures`.
+            boxes: (P, K, 4) fp32, cx cy w h in 0..1 of the image's own sides.
+            labels: (P, K) bool, True for positive.
+            valid: (P, K) bool, False for padding.
+
+        Returns:
+            Tokens (P, K + 1, D) and their validity (P, K + 1) bool, for `decode`.
+        """
+        tokens = self.geometry_encoder.encode_boxes(coarse, self.position, boxes, labels, valid)
+        return tokens, F.pad(valid, (0, 1), value=True)
 
     def encode_text(self, input_ids: Tensor, valid: Tensor) -> TextFeatures:
         """Encode T texts: `input_ids` (T, L) int64, `valid` (T, L) bool, False for padding."""
@@ -139,18 +159,27 @@ class SAM3Network(nn.Module):
         return TextFeatures(tokens=tokens.float(), valid=valid)
 
     def decode(
-        self, attended: Tensor, geometry_token: Tensor, text_tokens: Tensor, text_valid: Tensor
+        self,
+        attended: Tensor,
+        geometry_tokens: Tensor,
+        text_tokens: Tensor,
+        text_valid: Tensor,
+        geometry_valid: Tensor | None = None,
     ) -> Detections:
-        """Detect one text in one image for each of P pairs.
+        """Detect one concept in one image for each of P pairs.
 
         Args:
             attended: of each pair's image, (P, g * g, D), as in `ImageFeatures`.
-            geometry_token: (P, 1, D), as in `ImageFeatures`.
+            geometry_tokens: (P, G, D): `geometry_token` of `ImageFeatures`, or those of `encode_boxes`.
             text_tokens: of each pair's text, (P, L, D), as in `TextFeatures`.
             text_valid: (P, L), as in `TextFeatures`.
+            geometry_valid: (P, G) bool; None: all are.
         """
-        prompt = torch.cat((text_tokens, geometry_token.float()), dim=1)
-        prompt_valid = F.pad(text_valid, (0, 1), value=True)
+        prompt = torch.cat((text_tokens, geometry_tokens.float()), dim=1)
+        if geometry_valid is None:
+            prompt_valid = F.pad(text_valid, (0, geometry_tokens.shape[1]), value=True)
+        else:
+            prompt_valid = torch.cat((text_valid, geometry_valid), dim=1)
         attentions = [layer.cross_attn for layer in self.detr_encoder.layers]
         attentions += [layer.text_cross_attn for layer in self.detr_decoder.layers]
         prompts = project_all(prompt, attentions, 1, 3)

@@ -41,6 +41,16 @@ def sine_of_boxes(boxes: Tensor, periods: Tensor) -> Tensor:
     return torch.cat((y, x, width, height), dim=-1)
 
 
+def sine_of_centres(boxes: Tensor, periods: Tensor) -> Tensor:
+    """The encoding of boxes (..., 4), cx cy w h in 0..1: waves of y, then of x, then h and w themselves.
+
+    (..., 2 * len(periods) + 2), as `encode_boxes` of the official position encoding.
+    """
+    x, y, width, height = boxes.unbind(-1)
+    sides = torch.stack((height, width), dim=-1)
+    return torch.cat((_waves(y, periods), _waves(x, periods), sides), dim=-1)
+
+
 def rotary_angles(side: int, head_width: int, theta: float, step: float) -> Tensor:
     """The angle of each pair of channels, (side * side, head_width / 2): half for x, half for y.
 

@@ -134,7 +134,11 @@ def test_batch_of_hits_and_misses(tiny_checkpoint: Checkpoint, without: SAM3Pred
 def test_one_key_twice_in_a_batch(tiny_checkpoint: Checkpoint, without: SAM3Predictor) -> None:
     """Requests for one picture that come together encode it once; unknown keys are never taken as equal."""
     predictor, counts = predictor_with(tiny_checkpoint, 2**30), Counts()
-    batch = [(picture("a"), concepts("cat")), (picture("b"), concepts("cat")), (picture("a"), ["dog"])]
+    batch = [
+        (picture("a"), concepts("cat")),
+        (picture("b"), concepts("cat")),
+        (picture("a"), concepts("dog")),
+    ]
     found = predictor.segment_united(batch)
     assert counts.since() == (1, 2, 0)
     for (image, prompts), results in zip(batch, found, strict=True):
@@ -240,7 +244,7 @@ def test_full_memory_frees_the_features(tiny_checkpoint: Checkpoint, without: SA
 def test_features_that_do_not_fit_are_used() -> None:
     """Where the memory has no room for a copy, the features of the pass are used, and not kept."""
     huge = torch.zeros(1).expand(2, TOO_MANY_FLOATS)
-    encoded = ImageRow(ImageFeatures(finer=(huge,), attended=huge, geometry_token=huge), 1)
+    encoded = ImageRow(ImageFeatures(finer=(huge,), attended=huge, geometry_token=huge, coarse=huge), 1)
     cache = FeatureCache(2**60, copies=True)
     assert cache.keep("a", encoded) is encoded
     assert "a" not in cache

@@ -268,7 +268,10 @@ def test_batch_that_does_not_fit_is_halved(narrow: Engine, caplog: pytest.LogCap
 def test_request_that_does_not_fit_fails_alone(narrow: Engine, caplog: pytest.LogCaptureFixture) -> None:
     """The other requests succeed; it is logged with the request's ids; the engine stays ready."""
     large = SegmentRequest(
-        request().image, [TOO_LARGE_PROMPT], time.monotonic() + 60, log_ids={"request_id": "request-17"}
+        request().image,
+        concepts(TOO_LARGE_PROMPT),
+        time.monotonic() + 60,
+        log_ids={"request_id": "request-17"},
     )
     with caplog.at_level(logging.ERROR, "sam3_runner"):
         *others, failed = narrow.segment([request("cat"), request("dog"), request("ring"), large])
