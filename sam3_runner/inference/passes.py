@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sam3_runner.network.model import ImageFeatures, SAM3Network, TextFeatures
+    from sam3_runner.network.model import Detections, ImageFeatures, SAM3Network, TextFeatures
 
 MAX_IMAGES = 8
 MAX_TEXTS = 16
@@ -56,7 +56,7 @@ class Decoded:
 
 
 class Passes:
-    """The steps of a pass. Each takes as many rows as its maximum; what it returns is valid until its next call.
+    """The steps of a pass. Each takes at most so many rows; what it returns is valid until its next call.
 
     Args:
         network: in inference mode. On a GPU its functions are recorded as CUDA graphs here.
@@ -100,14 +100,20 @@ class Passes:
             _sizes(max_images),
         )
         self._encode_texts = step(network.encode_text, lambda: self._example[1:], _sizes(MAX_TEXTS))
-        self._decode = step(lambda *inputs: _decode(network, *inputs), self._example_pair, _sizes(MAX_PAIRS))
+        self._decode = step(
+            lambda *inputs: _decoded(network, network.decode(*inputs)), self._example_pair, _sizes(MAX_PAIRS)
+        )
         self._pixel_features = step(
             lambda fused, prompt, valid, *finer: network.pixel_features(fused, prompt, valid, finer),
             self._example_mask_input,
             _sizes(MAX_MASK_PAIRS),
         )
         self._decode_with_boxes = step(
-            lambda *inputs: _decode_with_boxes(network, *inputs), self._example_box_pair, BOX_PAIRS
+            lambda attended, coarse, tokens, valid, *boxes: _decode_with_boxes(
+                network, attended, coarse, (tokens, valid), *boxes
+            ),
+            self._example_box_pair,
+            BOX_PAIRS,
         )
         self._pixel_features_with_boxes = step(
             lambda fused, prompt, valid, *finer: network.pixel_features(fused, prompt, valid, finer),
@@ -155,19 +161,14 @@ class Passes:
         return decoded
 
     def decode_with_boxes(
-        self,
-        attended: Tensor,
-        coarse: Tensor,
-        text_tokens: Tensor,
-        text_valid: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        valid: Tensor,
+        self, attended: Tensor, coarse: Tensor, text_tokens: Tensor, text_valid: Tensor, *boxes: Tensor
     ) -> Decoded:
-        """Decode P pairs; the arguments are those of `SAM3Network.decode` and `encode_boxes`."""
-        decoded: Decoded = self._decode_with_boxes(
-            attended, coarse, text_tokens, text_valid, boxes, labels, valid
-        )
+        """Decode P pairs with `MAX_BOXES` boxes each, padding included.
+
+        The arguments are those of `SAM3Network.decode`, with those of `encode_boxes` for the geometry;
+        `boxes` are the boxes, their labels and which of them are valid.
+        """
+        decoded: Decoded = self._decode_with_boxes(attended, coarse, text_tokens, text_valid, *boxes)
         return decoded
 
     def pixel_features(self, fused: Tensor, prompt: Tensor, prompt_valid: Tensor, *finer: Tensor) -> Tensor:
@@ -222,15 +223,7 @@ class EagerFunction:
         return self._function(*(each.to(self._device) for each in inputs))
 
 
-def _decode(
-    network: SAM3Network,
-    attended: Tensor,
-    geometry_tokens: Tensor,
-    text_tokens: Tensor,
-    text_valid: Tensor,
-    geometry_valid: Tensor | None = None,
-) -> Decoded:
-    found = network.decode(attended, geometry_tokens, text_tokens, text_valid, geometry_valid)
+def _decoded(network: SAM3Network, found: Detections) -> Decoded:
     factors, offsets = network.mask_decoder.embed(found.queries[-1])
     return Decoded(
         summary=torch.cat((found.presence[:, None], found.scores, found.boxes.flatten(1)), dim=1),
@@ -243,17 +236,10 @@ def _decode(
 
 
 def _decode_with_boxes(
-    network: SAM3Network,
-    attended: Tensor,
-    coarse: Tensor,
-    text_tokens: Tensor,
-    text_valid: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    valid: Tensor,
+    network: SAM3Network, attended: Tensor, coarse: Tensor, text: tuple[Tensor, Tensor], *boxes: Tensor
 ) -> Decoded:
-    tokens, tokens_valid = network.encode_boxes(coarse, boxes, labels, valid)
-    return _decode(network, attended, tokens, text_tokens, text_valid, tokens_valid)
+    tokens, valid = network.encode_boxes(coarse, *boxes)
+    return _decoded(network, network.decode(attended, tokens, *text, geometry_valid=valid))
 
 
 def _sizes(largest: int) -> list[int]:

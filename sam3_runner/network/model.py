@@ -164,6 +164,7 @@ class SAM3Network(nn.Module):
         geometry_tokens: Tensor,
         text_tokens: Tensor,
         text_valid: Tensor,
+        *,
         geometry_valid: Tensor | None = None,
     ) -> Detections:
         """Detect one concept in one image for each of P pairs.
