@@ -38,6 +38,7 @@ from benchmarks.references import Official, Ours, Transformers, exact_float32
 from benchmarks.table import processor, record
 from sam3_runner import SAM3Error, WeightsError
 from sam3_runner.instances import SCORE_THRESHOLD
+from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE, find_checkpoint
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ class Question:
     """One image and its prompts."""
 
     image: Image.Image
-    prompts: list[str]
+    prompts: list[ConceptPrompt]
+
+
+EXEMPLARS = (((0.1, 0.2, 0.35, 0.5), True), ((0.5, 0.4, 0.9, 1.0), True), ((0.6, 0.0, 0.7, 0.2), False))
+"""Boxes of --boxes in shares of the image, and their labels; a prompt gets the first, then all, in turn."""
 
 
 @dataclass(slots=True)
@@ -186,6 +191,7 @@ def _compare_all(
                     "reference": f"{reference.name} {reference.dtype}",
                     "ours": dtype,
                     "resize": "its own" if getattr(reference, "own_resize", False) else "ours",
+                    "boxes": arguments.boxes,
                     "images": len(questions),
                     "threshold": f"{min(thresholds)}..{max(thresholds)}",
                 }
@@ -258,17 +264,32 @@ def randomise(state: dict[str, Tensor], seed: int = RANDOM_SEED) -> dict[str, Te
 
 def _questions(arguments: argparse.Namespace) -> list[Question]:
     if arguments.images:
-        return [
-            Question(Image.open(path).convert("RGB"), arguments.prompts or EVERY_PROMPT[:4])
-            for path in arguments.images
-        ]
-    scenes = [Scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + arguments.scenes)]
+        pictures = [Image.open(path).convert("RGB") for path in arguments.images]
+        texts = [arguments.prompts or EVERY_PROMPT[:4]] * len(pictures)
+    else:
+        scenes = [Scene(seed) for seed in range(FIRST_SEED, FIRST_SEED + arguments.scenes)]
+        pictures = [Image.open(io.BytesIO(scene.jpeg)).convert("RGB") for scene in scenes]
+        texts = [arguments.prompts or scene.ten_prompts[:4] for scene in scenes]
     return [
-        Question(
-            Image.open(io.BytesIO(scene.jpeg)).convert("RGB"), arguments.prompts or scene.ten_prompts[:4]
-        )
-        for scene in scenes
+        Question(picture, _prompts(picture, of_picture, arguments.boxes))
+        for picture, of_picture in zip(pictures, texts, strict=True)
     ]
+
+
+def _prompts(picture: Image.Image, texts: list[str], boxes: str) -> list[ConceptPrompt]:
+    """Prompts of text, of text and boxes, or of boxes alone."""
+    if boxes == "none":
+        return [ConceptPrompt(text) for text in texts]
+    prompts = []
+    for number, text in enumerate(texts):
+        used = EXEMPLARS[: 1 if number % 2 == 0 else None]
+        sides = [
+            (x0 * picture.width, y0 * picture.height, x1 * picture.width, y1 * picture.height)
+            for (x0, y0, x1, y1), _ in used
+        ]
+        labels = tuple(label for _, label in used)
+        prompts.append(ConceptPrompt(None if boxes == "alone" else text, tuple(sides), labels))
+    return prompts if boxes == "with text" else prompts[:2]
 
 
 def _print(rows: list[dict[str, object]]) -> None:
@@ -299,6 +320,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", type=Path, help="files; default: drawn scenes")
     parser.add_argument("--scenes", type=int, default=4, help="drawn scenes of 1280 x 720")
     parser.add_argument("--prompts", nargs="+", help="default: what the drawn scenes show")
+    parser.add_argument(
+        "--boxes",
+        choices=("none", "with text", "alone"),
+        default="none",
+        help="exemplars beside each text, or in its place",
+    )
     parser.add_argument("--threshold", type=float, help="default: 0.5; random weights: see above")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
     return parser.parse_args()

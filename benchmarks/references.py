@@ -22,7 +22,7 @@ from PIL import Image
 
 from sam3_runner import SAM3Predictor
 from sam3_runner.images.square import to_square
-from sam3_runner.prompts import PromptTokenizer
+from sam3_runner.prompts import ConceptPrompt, PromptTokenizer
 from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Model(Protocol):
     name: str
     dtype: Dtype
 
-    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
+    def segment(self, image: Image.Image, prompt: ConceptPrompt, threshold: float) -> Answer:
         """Find `prompt` in the RGB `image`; keeps queries with a score above `threshold`."""
         ...
 
@@ -75,10 +75,10 @@ class Ours:
         self.predictor = SAM3Predictor(weights, device, dtype=dtype)
         self.predictor.load()
 
-    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
+    def segment(self, image: Image.Image, prompt: ConceptPrompt, threshold: float) -> Answer:
         """See `Model`."""
         self.predictor.score_threshold = threshold
-        result = self.predictor.predict(image, prompt)
+        [result] = self.predictor.predict_batch(image, [prompt])
         kept = {}
         for instance in result.instances:
             mask = np.zeros((result.image_height, result.image_width), dtype=bool)
@@ -127,7 +127,7 @@ class Official:
         other.dtype, other.own_resize = dtype, own_resize
         return other
 
-    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
+    def segment(self, image: Image.Image, prompt: ConceptPrompt, threshold: float) -> Answer:
         """See `Model`."""
         self._processor.confidence_threshold = threshold
         square = to_square(image, self._processor.resolution)
@@ -136,15 +136,19 @@ class Official:
             state = self._processor.set_image(seen)
             state["original_width"], state["original_height"] = image.size
             with _Outputs(self.model) as outputs:
-                state = self._processor.set_text_prompt(prompt, state)
+                if prompt.text is not None:
+                    state = self._processor.set_text_prompt(prompt.text, state)
+                # Each call runs the model; the last one has all boxes.
+                for box, label in zip(_centred(prompt, image), prompt.labels, strict=True):
+                    state = self._processor.add_geometric_prompt(box, label, state)
         return _answer_of_official(outputs.last, state, threshold)
 
 
 class Transformers:
     """transformers' `Sam3Model`, with the pre- and postprocessing of Meta's code.
 
-    It runs its geometry encoder only if there are boxes. So it gets one box, whose tokens are then removed;
-    this equals the official model without a box. It gets our square and tokens, and its mask logits are
+    It runs its geometry encoder only if there are boxes. So a prompt without one gets one box, whose tokens are
+    then removed; this equals the official model without a box. Boxes need torchvision. It gets our square and tokens, and its mask logits are
     upsampled before the threshold.
 
     Args:
@@ -163,20 +167,25 @@ class Transformers:
         self._tokenizer = PromptTokenizer(folder / "tokenizer.json")
         model: Any = Sam3Model.from_pretrained(folder, dtype=torch.float32)
         self.model = model.to(device).eval()
-        self.model.geometry_encoder._encode_boxes = _encode_no_boxes  # noqa: SLF001 - there is no public way
+        self._encode_boxes = self.model.geometry_encoder._encode_boxes  # noqa: SLF001 - there is no public way
 
     @torch.inference_mode()
-    def segment(self, image: Image.Image, prompt: str, threshold: float) -> Answer:
+    def segment(self, image: Image.Image, prompt: ConceptPrompt, threshold: float) -> Answer:
         """See `Model`."""
         side_px: int = self.model.config.vision_config.backbone_config.image_size
         pixels = torch.from_numpy(to_square(image, side_px).pixels.copy()).to(self._device)
-        tokens = self._tokenizer.encode([prompt])
+        tokens = self._tokenizer.encode([prompt.model_text])
+        boxes = torch.tensor([_centred(prompt, image) or [[0.0] * 4]], device=self._device)
+        labels = torch.tensor([prompt.labels or [True]], device=self._device).long()
+        encoder = self.model.geometry_encoder
+        encoder._encode_boxes = self._encode_boxes if prompt.boxes else _encode_no_boxes  # noqa: SLF001
         with _autocast(self._device, self.dtype):
             outputs: Any = self.model(
                 pixel_values=pixels.permute(2, 0, 1)[None] / 127.5 - 1.0,
                 input_ids=torch.from_numpy(tokens.ids).to(self._device),
                 attention_mask=torch.from_numpy(tokens.valid).long().to(self._device),
-                input_boxes=torch.zeros(1, 1, 4, device=self._device),
+                input_boxes=boxes,
+                input_boxes_labels=labels,
             )
         scores = outputs.pred_logits[0].float().sigmoid() * outputs.presence_logits[0].float().sigmoid()
         queries = (scores > threshold).nonzero().flatten()
@@ -219,6 +228,15 @@ def _encode_no_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Return no tokens (1, 0, D) for the box."""
     return features.new_zeros(len(boxes), 0, features.shape[1]), valid[:, :0]
+
+
+def _centred(prompt: ConceptPrompt, image: Image.Image) -> list[list[float]]:
+    """The boxes of a prompt, cx cy w h in shares of the image."""
+    width, height = image.size
+    return [
+        [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+        for x0, y0, x1, y1 in prompt.boxes
+    ]
 
 
 def _answer_of_official(outputs: dict[str, Tensor], state: dict[str, Any], threshold: float) -> Answer:

@@ -131,8 +131,8 @@ def measure_starts(folder: Path) -> list[dict[str, object]]:
 
 def measure_peer(model: Model, picture: Image.Image, call: str, runs: int) -> dict[str, object]:
     """A row of a peer."""
-    threshold = threshold_for(model.segment(picture, PROMPT, 1.0).scores)
-    ms = median_ms(lambda: model.segment(picture, PROMPT, threshold), runs)
+    threshold = threshold_for(model.segment(picture, ConceptPrompt(PROMPT), 1.0).scores)
+    ms = median_ms(lambda: model.segment(picture, ConceptPrompt(PROMPT), threshold), runs)
     return _row(model.name, model.dtype, call, ms)
 
 

@@ -17,6 +17,7 @@ from sam3_runner import InferenceFailed, SAM3Predictor
 from sam3_runner.images.square import to_square
 from sam3_runner.inference.precision import Precision, precision_of
 from sam3_runner.instances import packed_union
+from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
 from tests.concepts import concepts
@@ -107,6 +108,18 @@ def test_overflow_runs_again_in_bfloat16(
         "the model's output is not finite in float16: running the request again in bfloat16"
     )
     assert vars(record)["request_id"] == "request-17"
+
+
+def test_boxes_run_again_in_bfloat16(tmp_path: Path) -> None:
+    """A prompt with a box whose output overflows gets the answer of float32 too."""
+    folder = overflowing_folder(tmp_path / "weights", VISION_VALUES, 20)
+    prompts = [ConceptPrompt("purple circle", ((920.0, 360.0, 1080.0, 510.0),), (True,))]
+    before = fallbacks()
+    [found] = loaded(folder, GPU_AUTO).segment([(SAMPLE, prompts)])
+    [expected] = loaded(folder, "float32").segment([(SAMPLE, prompts)])
+    assert fallbacks() == before + 1
+    assert found[0].presence == pytest.approx(expected[0].presence, abs=0.05)
+    assert len(found[0].instances) == len(expected[0].instances)
 
 
 def test_only_the_request_that_overflows_runs_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
