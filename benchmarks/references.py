@@ -147,9 +147,9 @@ class Official:
 class Transformers:
     """transformers' `Sam3Model`, with the pre- and postprocessing of Meta's code.
 
-    It runs its geometry encoder only if there are boxes. So a prompt without one gets one box, whose tokens are
-    then removed; this equals the official model without a box. Boxes need torchvision. It gets our square and tokens, and its mask logits are
-    upsampled before the threshold.
+    It runs its geometry encoder only if there are boxes. So a prompt without one gets one box, whose tokens
+    are then removed; this equals the official model without a box. Boxes need torchvision. It gets our square
+    and tokens, and its mask logits are upsampled before the threshold.
 
     Args:
         folder: contains config.json, model.safetensors and tokenizer.json.

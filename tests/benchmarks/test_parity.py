@@ -15,6 +15,7 @@ from benchmarks.parity import Parity, Question, compare, widest_gap
 from benchmarks.references import Kept, Ours, Transformers
 from commands.local_server import ROOT
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
+from tests.concepts import concepts
 from tests.drawn import scene
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def test_difference_is_reported(tmp_path: Path) -> None:
     sums, _ = compare(
         Transformers(DEMO_FOLDER, "cpu", "float32"),
         Ours(str(tmp_path / "other"), "cpu", "float32"),
-        [Question(picture.image, picture.names)],
+        [Question(picture.image, concepts(*picture.names))],
         threshold=0.5,
     )
     missed = " ".join(sums.missed(exact=True))
