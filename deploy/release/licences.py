@@ -79,6 +79,7 @@ class Review:
 REVIEWS = {
     "transformers": Review(_NONE, "Apache-2.0", "its LICENSE; its licence field is free text"),
     "protobuf": Review(_NONE, "BSD-3-Clause", "its LICENSE; its licence field is free text"),
+    "pycocotools": Review(_NONE, "BSD-2-Clause", "its licence field says FreeBSD; license.txt of cocoapi"),
     "simple-di": Review(_NONE, "Apache-2.0", "its LICENSE; its licence field is free text"),
     "cuda-toolkit": Review(_NONE, _NVIDIA, "contains no files, only depends on the packages below"),
     "nvidia-cusparselt-cu13": Review(_NONE, _NVIDIA, "its nvidia/cusparselt/LICENSE.txt"),
