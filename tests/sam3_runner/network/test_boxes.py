@@ -90,7 +90,8 @@ def models(tiny_checkpoint: Checkpoint) -> tuple[Any, SAM3Network]:
         for parameter in network.geometry_encoder.parameters():
             # Transformers initialises biases with 0 and norms with 1, which would hide an exchange.
             parameter.data += 0.1 * torch.randn_like(parameter)
-    model: Any = Sam3Model(config).eval()
+    model: Any = Sam3Model(config)
+    model.eval()
     model.load_state_dict(to_transformers(network.state_dict()), strict=True)
     return model, network
 
