@@ -59,6 +59,7 @@ def test_bento_is_complete(bento: Path) -> None:
     folders = (
         "bentoml_patches",
         "commands",
+        "contract",
         "observability",
         "processes",
         "sam3_runner",

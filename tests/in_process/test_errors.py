@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 WENT_WRONG = "something went wrong on our side"
 
 ANSWERED: dict[str, tuple[str, int]] = {
-    "contract.OverloadedError": ("OVERLOADED", 429),
-    "contract.TaskMismatchError": ("INVALID_REQUEST", 400),
-    "contract.TaskGivenUpError": ("INFERENCE_FAILED", 500),
+    "contract.errors.OverloadedError": ("OVERLOADED", 429),
+    "contract.errors.TaskMismatchError": ("INVALID_REQUEST", 400),
+    "contract.errors.TaskGivenUpError": ("INFERENCE_FAILED", 500),
     "sam3_runner.errors.DeadlineExceeded": ("DEADLINE_EXCEEDED", 504),
     "sam3_runner.errors.InferenceFailed": ("INFERENCE_FAILED", 500),
     "sam3_runner.errors.ModelNotLoaded": ("MODEL_NOT_LOADED", 503),
@@ -42,7 +42,7 @@ ANSWERED: dict[str, tuple[str, int]] = {
 """Exceptions that a request can end with: code and status of the answer."""
 
 NOT_ANSWERED: dict[str, str] = {
-    "contract.Failure": "the answer itself",
+    "contract.errors.Failure": "the answer itself",
     "sam3_runner.errors.SAM3Error": "a base class, not raised",
     "storage.errors.StorageError": "a base class, not raised",
     "results.errors.ResultsError": "a base class, not raised",
@@ -69,10 +69,9 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 
 
 def defined_exceptions() -> set[str]:
-    """The public exception classes of contract.py and the three packages."""
-    paths = [ROOT / "contract.py"]
-    for package in ("sam3_runner", "storage", "results"):
-        paths += (ROOT / package).rglob("*.py")
+    """The public exception classes of the contract and the three packages."""
+    packages = ("contract", "sam3_runner", "storage", "results")
+    paths = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     bases: dict[str, set[str]] = {}
     modules: dict[str, str] = {}
     for path in paths:

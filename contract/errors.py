@@ -1,21 +1,16 @@
-"""The HTTP contract: requests, answers, and the tables of errors, codes and statuses."""
+"""Errors as a caller sees them: the tables of codes and statuses, and the body."""
 
 from __future__ import annotations
 
-import unicodedata
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-from uuid import UUID
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
+from pydantic import BaseModel
 
 import results
 import sam3_runner
 import storage
-from sam3_runner.instances import SCORE_THRESHOLD
-from sam3_runner.invisible import is_invisible, trimmed
-from sam3_runner.prompts import CONTEXT_TOKENS, MAX_PROMPT_CHARACTERS, MAX_PROMPTS
+from contract.prompts import reason_against
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,236 +41,6 @@ class TaskMismatchError(Exception):
 
 class TaskGivenUpError(Exception):
     """The server's processes died too often while they worked on this task; it is not tried again."""
-
-
-PROMPT_RULE = (
-    "A noun phrase. Spaces and invisible marks (joiners, zero-width spaces, byte order marks) at its ends "
-    "are stripped; the rest is used, stored and answered as it was sent. One rule cannot stand in a schema: "
-    f"it has at most {CONTEXT_TOKENS} tokens, start and end token included, or is refused with 400 and both "
-    "numbers. An English word is one or two tokens, a character of other scripts or an emoji up to four."
-)
-PROMPT_PATTERN = (
-    r"^[^\u0000-\u001F\u007F-\u009F\u2028\u2029]*"
-    r"[^\u0000-\u0020\u007F-\u00A0\u00AD\u061C\u1680\u180E\u2000-\u200F"
-    r"\u2028-\u202F\u205F-\u206F\u3000\uFEFF]"
-    r"[^\u0000-\u001F\u007F-\u009F\u2028\u2029]*$"
-)
-"""For the description alone: no control characters, and something that is not stripped."""
-REFUSED_IN_PROMPTS = {
-    "Cc": "a control character",
-    "Cs": "half of a surrogate pair",
-    "Zl": "a line separator",
-    "Zp": "a paragraph separator",
-}
-"""By Unicode's category. All else is text, unassigned characters too: emoji are newer than our tables."""
-
-
-def _reason_against(text: str) -> str | None:
-    """What a prompt holds and must not hold: "holds a control character (U+000A)"."""
-    for character in text:
-        refused = REFUSED_IN_PROMPTS.get(unicodedata.category(character))
-        if refused:
-            return f"holds {refused} (U+{ord(character):04X})"
-    return None
-
-
-def _cleaned(text: str) -> str:
-    """The prompt as it is used, stored and answered: as it was sent, without spaces and marks at its ends."""
-    reason = _reason_against(text)
-    if reason:
-        raise ValueError(reason)
-    if is_invisible(text):
-        raise ValueError("must hold more than spaces and invisible characters")
-    return trimmed(text)
-
-
-Prompt = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=MAX_PROMPT_CHARACTERS,
-        description=PROMPT_RULE,
-        examples=["red circle"],
-        json_schema_extra={"pattern": PROMPT_PATTERN},
-    ),
-    AfterValidator(_cleaned),
-]
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    image_url: Annotated[
-        str,
-        Field(
-            min_length=1,
-            max_length=2048,
-            description="where the Edge stored the image: a URL of our bucket, or its bare key. "
-            "What cannot be read as either is a 400",
-            examples=["uploads/user-1/0b0f5c7e"],
-        ),
-    ]
-    user_id: Annotated[
-        str,
-        Field(
-            pattern=r"^[A-Za-z0-9_-]{1,64}$",
-            description="owner of the image and of the task",
-            examples=["user-1"],
-        ),
-    ]
-    task_id: Annotated[UUID, Field(description="id of the row in segmentation_results")]
-
-    @property
-    def texts_by_field(self) -> dict[str, str]:
-        """The prompts, by the names of their fields."""
-        raise NotImplementedError
-
-    @property
-    def texts(self) -> list[str]:
-        """The prompts."""
-        return list(self.texts_by_field.values())
-
-
-MAX_DEADLINE_MS = 600_000
-"""Of the longest REQUEST_TIMEOUT_S."""
-
-
-def _digits(value: object) -> object:
-    """Python's int() would read "+5", "5_000" and " 5" too."""
-    if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) < 10):
-        raise ValueError(f"must be a whole number from 1 to {MAX_DEADLINE_MS}")
-    return value
-
-
-DeadlineMs = Annotated[
-    int | SkipJsonSchema[None],
-    BeforeValidator(_digits),
-    # Of a union, pydantic would describe the bounds by names that JSON Schema does not know.
-    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS}),
-    Field(
-        ge=1,
-        le=MAX_DEADLINE_MS,
-        description="how long the caller waits, in ms. A request that cannot be done in this time is refused "
-        "with 429 before it begins; one whose turn does not come in this time ends. Default: "
-        "DEFAULT_DEADLINE_S (25 s). More than REQUEST_TIMEOUT_S (60 s) counts as that",
-        examples=[20_000],
-    ),
-]
-
-
-class PredictRequest(_Request):
-    """One image, one prompt."""
-
-    text_prompt: Prompt
-
-    @property
-    def texts_by_field(self) -> dict[str, str]:
-        """The prompt, by the name of its field."""
-        return {"text_prompt": self.text_prompt}
-
-
-class BatchRequest(_Request):
-    """One image, several prompts: the image is fetched and encoded once."""
-
-    prompts: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
-
-    @property
-    def texts_by_field(self) -> dict[str, str]:
-        """The prompts, by the names of their fields."""
-        return {f"prompts.{index}": text for index, text in enumerate(self.prompts)}
-
-
-class InstanceModel(BaseModel):
-    """One object that was found."""
-
-    label: str = Field(description="the prompt that found it")
-    score: float = Field(description=f"{SCORE_THRESHOLD} to 1")
-    box: tuple[float, float, float, float] = Field(
-        description="x0, y0, x1, y1 in px of the image", examples=[[102.4, 88.1, 230.9, 216.0]]
-    )
-    area: int = Field(description="px of its mask")
-
-
-class PredictResponse(BaseModel):
-    """Every instance of one prompt."""
-
-    task_id: str
-    mask_url: str = Field(description="PNG of the image's size, 0 or 255: the union of the instances")
-    labels: list[str] = Field(description="the prompt if it was found, else nothing")
-    inference_time_ms: float = Field(
-        description="time of the model's pass that held this image; in a batch, the prompt's equal share"
-    )
-    confidence: float = Field(description="the best score, 0.0 when nothing was found")
-    instances: list[InstanceModel] = Field(description="best score first")
-    image_width: int = Field(description="px, as a viewer shows the image (EXIF orientation applied)")
-    image_height: int
-
-
-class BatchResponse(BaseModel):
-    """The results of several prompts, in their order."""
-
-    task_id: str
-    results: list[PredictResponse]
-    total_inference_time_ms: float
-
-
-class RunnerState(BaseModel):
-    """The state of one of the model's processes and of its GPU."""
-
-    state: Literal["ok", "loading", "error"]
-    detail: str | None = Field(None, description="what is going on, or wrong, unless the state is ok")
-    gpu_name: str | None = None
-    vram_used_mb: int | None = None
-    vram_total_mb: int | None = None
-
-
-class Health(BaseModel):
-    """The state of the model and of its GPUs; without `runners`, of the first process that is ready."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    status: Literal["ok", "loading", "error"]
-    model_loaded: bool
-    detail: str | None = Field(None, description="what is going on, or wrong, unless the status is ok")
-    gpu_available: bool
-    gpu_name: str | None = None
-    vram_used_mb: int | None = None
-    vram_total_mb: int | None = None
-    runners: list[RunnerState] = Field(description="one for each process of the model, on a GPU of its own")
-
-
-class Limits(BaseModel):
-    """What requests may hold."""
-
-    max_image_bytes: int
-    max_image_pixels: int
-    max_prompts: int = MAX_PROMPTS
-    max_prompt_characters: int = MAX_PROMPT_CHARACTERS
-    max_prompt_tokens: int = CONTEXT_TOKENS
-    image_formats: list[str] = ["image/png", "image/jpeg", "image/webp"]
-
-
-class ModelInfo(BaseModel):
-    """What is loaded."""
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    model_name: Literal["SAM3"] = "SAM3"
-    model_version: str = Field(description="of this server")
-    checkpoint: str = Field(description="`demo`, or the name of the weights")
-    checkpoint_layout: Literal["official", "transformers"] = Field(
-        description="of its file: official (`sam3.pt`) or transformers (`model.safetensors`)"
-    )
-    weights_sha256: str = Field(description="of the file that was loaded")
-    demo: bool = Field(description="the embedded demo checkpoint: it knows coloured shapes only")
-    parameters: int = Field(description="counted")
-    weights_size_gb: float
-    device: str
-    dtype: str = Field(description="of the large matrix products; scores and boxes are float32")
-    input_size: int = Field(description="side of the square that the model sees, px")
-    score_threshold: float
-    limits: Limits
-    runners: list[RunnerState] = Field(description="one for each process of the model, on a GPU of its own")
 
 
 class ErrorDetail(BaseModel):
@@ -458,7 +223,7 @@ def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
         reason = f"is not JSON: {first['ctx']['error']} (character {location.pop()})"
     elif first["type"] == "string_unicode":
         # Python reads half of a surrogate pair, but it cannot be encoded again.
-        reason = _reason_against(first["input"]) or reason
+        reason = reason_against(first["input"]) or reason
         reason = reason if location else f"the name of a field {reason}"
     elif not location:
         reason = "must be a JSON object, sent with Content-Type: application/json"
