@@ -145,7 +145,8 @@ class Pipeline:
             task_id=str(request.task_id),
             user_id=request.user_id,
             source_image_url=request.image_url,
-            prompts=tuple(request.texts),
+            prompts=request.labels_of_prompts,
+            options=request.options_text,
         )
         try:
             self._check_tokens(request)

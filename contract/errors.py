@@ -11,6 +11,7 @@ import results
 import sam3_runner
 import storage
 from contract.prompts import reason_against
+from contract.requests import OBJECT_TAG, STRING_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -216,7 +217,8 @@ def error_responses(*codes: str) -> dict[int | str, dict[str, object]]:
 def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
     """The failure of a request that does not fit its model: names the first field, never its value."""
     first = next(errors)
-    location = [str(part)[:MAX_SHOWN_NAME] for part in first["loc"]][1:]
+    tags = {STRING_TAG, OBJECT_TAG}
+    location = [str(part)[:MAX_SHOWN_NAME] for part in first["loc"] if part not in tags][1:]
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         # The number right after "body" is the position of the error, not a field.
@@ -225,6 +227,8 @@ def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
         # Python reads half of a surrogate pair, but it cannot be encoded again.
         reason = reason_against(first["input"]) or reason
         reason = reason if location else f"the name of a field {reason}"
+    elif first["type"] == "field":
+        location.append(first["ctx"]["field"])
     elif not location:
         reason = "must be a JSON object, sent with Content-Type: application/json"
     return invalid_body(f"{'.'.join(location) or 'the body'}: {reason}")

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-from uuid import UUID
+from typing import Annotated, Any, Final, Self
+from uuid import UUID  # noqa: TC003 - pydantic reads it
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 
+from contract.options import (
+    LEFT_OUT,
+    ExemplarFields,
+    FormFields,
+    NotNull,
+    RefinementFields,
+    Threshold,
+    canonical_text,
+    field_error,
+)
 from contract.prompts import Prompt
 from sam3_runner.prompts import MAX_PROMPTS
 
+VISUAL: Final = "visual"
+"""The prompt of boxes without a text, in answers and rows: the word that the official model reads then."""
+EXAMPLE_IMAGE_KEY: Final = "uploads/user-1/sample"
+"""In the documentation. The embedded demo stores its sample image there."""
 
-class _Request(BaseModel):
+
+class _Request(RefinementFields, FormFields):
     model_config = ConfigDict(extra="forbid")
 
     image_url: Annotated[
@@ -22,7 +37,7 @@ class _Request(BaseModel):
             max_length=2048,
             description="where the Edge stored the image: a URL of our bucket, or its bare key. "
             "What cannot be read as either is a 400",
-            examples=["uploads/user-1/0b0f5c7e"],
+            examples=[EXAMPLE_IMAGE_KEY],
         ),
     ]
     user_id: Annotated[
@@ -37,13 +52,18 @@ class _Request(BaseModel):
 
     @property
     def texts_by_field(self) -> dict[str, str]:
-        """The prompts, by the names of their fields."""
+        """The texts of the prompts, by the names of their fields."""
         raise NotImplementedError
 
     @property
-    def texts(self) -> list[str]:
-        """The prompts."""
-        return list(self.texts_by_field.values())
+    def labels_of_prompts(self) -> tuple[str, ...]:
+        """The prompts as answers and rows name them."""
+        raise NotImplementedError
+
+    @property
+    def options_text(self) -> str:
+        """What is asked for besides the prompts, as canonical JSON; empty where nothing is."""
+        raise NotImplementedError
 
 
 MAX_DEADLINE_MS = 600_000
@@ -73,23 +93,105 @@ DeadlineMs = Annotated[
 ]
 
 
-class PredictRequest(_Request):
-    """One image, one prompt."""
+_TEXT_OR_BOXES: Final = {"anyOf": [{"required": ["text_prompt"]}, {"required": ["boxes"]}]}
 
-    text_prompt: Prompt
+
+class PredictRequest(_Request, ExemplarFields):
+    """One image, one prompt: a text, boxes, or both."""
+
+    model_config = ConfigDict(json_schema_extra=_TEXT_OR_BOXES)
+
+    text_prompt: Annotated[Prompt | None, NotNull] = LEFT_OUT
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> Self:
+        if self.text_prompt is None and self.boxes is None:
+            raise field_error("text_prompt", "is required unless there are boxes")
+        return self
 
     @property
     def texts_by_field(self) -> dict[str, str]:
-        """The prompt, by the name of its field."""
-        return {"text_prompt": self.text_prompt}
+        """The text, by the name of its field."""
+        return {} if self.text_prompt is None else {"text_prompt": self.text_prompt}
+
+    @property
+    def labels_of_prompts(self) -> tuple[str, ...]:
+        """The prompt as answers and rows name it."""
+        return (self.text_prompt or VISUAL,)
+
+    @property
+    def options_text(self) -> str:
+        """As canonical JSON."""
+        return canonical_text(self, [self.exemplars])
+
+
+class PromptItem(ExemplarFields):
+    """One prompt of a batch: a text, boxes, or both, and a threshold of its own."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["boxes"]}]}
+    )
+
+    text: Annotated[Prompt | None, NotNull] = LEFT_OUT
+    score_threshold: Annotated[Threshold | None, NotNull] = LEFT_OUT
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> Self:
+        if self.text is None and self.boxes is None:
+            raise field_error("text", "is required unless there are boxes")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Exemplars and threshold, for the canonical text."""
+        own = {} if self.score_threshold is None else {"score_threshold": self.score_threshold}
+        return self.exemplars | own
+
+
+STRING_TAG: Final = "<string>"
+OBJECT_TAG: Final = "<object>"
+"""pydantic puts the tags into the places of errors; `errors.invalid_request` leaves them out."""
+
+
+def _tag_of(item: object) -> str:
+    return OBJECT_TAG if isinstance(item, dict | PromptItem) else STRING_TAG
+
+
+AnyPrompt = Annotated[
+    Annotated[Prompt, Tag(STRING_TAG)] | Annotated[PromptItem, Tag(OBJECT_TAG)], Discriminator(_tag_of)
+]
 
 
 class BatchRequest(_Request):
     """One image, several prompts: the image is fetched and encoded once."""
 
-    prompts: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompts: Annotated[
+        list[AnyPrompt],
+        Field(
+            min_length=1,
+            max_length=MAX_PROMPTS,
+            description="each a text, or an object with a text, boxes, or both",
+            examples=[["red circle", {"text": "triangles", "score_threshold": 0.3}]],
+        ),
+    ]
 
     @property
     def texts_by_field(self) -> dict[str, str]:
-        """The prompts, by the names of their fields."""
-        return {f"prompts.{index}": text for index, text in enumerate(self.prompts)}
+        """The texts of the prompts, by the names of their fields."""
+        found = {}
+        for index, prompt in enumerate(self.prompts):
+            if isinstance(prompt, str):
+                found[f"prompts.{index}"] = prompt
+            elif prompt.text is not None:
+                found[f"prompts.{index}.text"] = prompt.text
+        return found
+
+    @property
+    def labels_of_prompts(self) -> tuple[str, ...]:
+        """The prompts as answers and rows name them."""
+        return tuple(each if isinstance(each, str) else each.text or VISUAL for each in self.prompts)
+
+    @property
+    def options_text(self) -> str:
+        """As canonical JSON."""
+        return canonical_text(self, [{} if isinstance(each, str) else each.options for each in self.prompts])

@@ -16,12 +16,12 @@ import json
 import logging
 import random
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from results.attempt_schema import MIGRATIONS
-from results.attempts import Attempt, Lease, Outcome, read_attempt
+from results.attempts import Attempt, Lease, Outcome, read_attempt, task_text
 from results.errors import TaskInProgress
 from results.given_up import GIVEN_UP_MESSAGE, MAX_EXCLUSIVE_DEATHS, GivenUpList
 from results.sqlite_file import SqliteFile
@@ -352,7 +352,7 @@ class AttemptFile:
             "INSERT INTO attempts (attempt_id, task_id, user_id, task, request_id, owner)"
             " VALUES (?, ?, ?, ?, ?, ?)",
             (
-                *(attempt.attempt_id, task.task_id, task.user_id, json.dumps(asdict(task))),
+                *(attempt.attempt_id, task.task_id, task.user_id, task_text(task)),
                 *(attempt.request_id, self._owner),
             ),
         )

@@ -74,7 +74,12 @@ def read_attempt(attempt_id: str, task: str, request_id: str, outcome: str | Non
     )
 
 
+def task_text(task: Task) -> str:
+    """The task as JSON; without options, the text that earlier versions of the server wrote and can read."""
+    return json.dumps({name: value for name, value in asdict(task).items() if name != "options" or value})
+
+
 def read_task(text: str) -> Task:
-    """The task that `json.dumps(asdict(task))` wrote."""
+    """The task that `task_text` wrote."""
     fields = json.loads(text)
     return Task(**{**fields, "prompts": tuple(fields["prompts"])})

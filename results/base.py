@@ -19,12 +19,17 @@ Status = Literal["pending", "processing", "done", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task as its caller sent it. Raises ValueError for a task_id that is not a lower-case UUID."""
+    """A task as its caller sent it. Raises ValueError for a task_id that is not a lower-case UUID.
+
+    Attributes:
+        options: what is asked for besides the prompts, in a canonical text; empty where nothing is.
+    """
 
     task_id: str
     user_id: str
     source_image_url: str
     prompts: tuple[str, ...]
+    options: str = ""
 
     def __post_init__(self) -> None:
         if str(UUID(self.task_id)) != self.task_id:

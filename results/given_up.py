@@ -58,8 +58,8 @@ class GivenUpList:
     async def find(self, task: Task) -> GivenUp | None:
         """The entry of a task; None when it has none, or none that holds for this request.
 
-        An entry of other prompts or of another server version is removed. The image's URL is not compared:
-        the caller compares the SHA-256 of the image's bytes.
+        An entry of other prompts or options, or of another server version, is removed. The image's URL is
+        not compared: the caller compares the SHA-256 of the image's bytes.
         """
         rows = await self._file.execute(
             f"SELECT {_COLUMNS} FROM given_up WHERE task_id = :task_id AND user_id = :user_id",
@@ -67,7 +67,10 @@ class GivenUpList:
         )
         for row in rows:
             entry = _read(*row)
-            if entry.task.prompts == task.prompts and entry.server_version == self._server_version:
+            known = entry.task
+            if (known.prompts, known.options, entry.server_version) == (
+                *(task.prompts, task.options, self._server_version),
+            ):
                 return entry
             await self.remove(task.task_id)
         return None

@@ -47,11 +47,20 @@ class UnneededMasks:
     def add(self, attempt_id: str, referenced: str) -> None:
         """Add an attempt's masks whose keys `referenced` does not contain.
 
+        Where it contains the key of the attempt's answer document, none is added: the document refers to
+        the others.
+
         Call it inside a transaction of the file, on the file's thread.
         """
         self._file.db.execute(
             """INSERT OR IGNORE INTO unneeded_masks
-            SELECT value, ? FROM attempts, json_each(mask_keys)
-            WHERE attempt_id = ? AND instr(?, value) = 0""",
-            (self._now() + DELETE_AFTER_S, attempt_id, referenced),
+            SELECT value, :due_s FROM attempts, json_each(mask_keys)
+            WHERE attempt_id = :attempt_id AND instr(:referenced, value) = 0
+                AND NOT EXISTS (SELECT 1 FROM json_each(attempts.mask_keys) AS known
+                    WHERE known.value LIKE '%/answer-%.json' AND instr(:referenced, known.value) > 0)""",
+            {
+                "due_s": self._now() + DELETE_AFTER_S,
+                "attempt_id": attempt_id,
+                "referenced": referenced,
+            },
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -64,6 +65,8 @@ for _cache in ("hit", "miss"):
     FEATURES.labels(_cache)
 
 _tracer: trace.Tracer = trace.NoOpTracer()
+_request_s: ContextVar[dict[str, float] | None] = ContextVar("request_s", default=None)
+"""The time of each stage of the request that is served, in s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,29 @@ def trace_with(tracer: trace.Tracer) -> None:
     _tracer = tracer
 
 
+def collect_request_s() -> dict[str, float]:
+    """The time of each stage by its name, in s, of what the current asyncio task does from now on.
+
+    The stages of tasks that it creates count too. A stage that is entered again adds its time.
+    """
+    collected: dict[str, float] = {}
+    _request_s.set(collected)
+    return collected
+
+
+def add_request_s(stages_s: Mapping[str, float]) -> None:
+    """Add times that another process has measured for the request that is served."""
+    collected = _request_s.get()
+    if collected is not None:
+        for name, seconds in stages_s.items():
+            collected[name] = collected.get(name, 0.0) + seconds
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Measure a stage of a task: one observation, and one span where the task is traced."""
     span = _tracer.start_span(name)
+    begun_s = time.monotonic()
     # An error's message may hold private data; its type does not.
     with (
         STAGE_SECONDS.labels(name).time(),
@@ -95,6 +117,8 @@ def stage(name: str) -> Iterator[None]:
         except Exception as error:
             span.set_status(trace.StatusCode.ERROR, type(error).__name__)
             raise
+        finally:
+            add_request_s({name: time.monotonic() - begun_s})
 
 
 def trace_parent() -> dict[str, str]:

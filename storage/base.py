@@ -22,10 +22,19 @@ class ObjectStore(Protocol):
         ...
 
     async def upload_mask(self, mask: bytes, key: str) -> str:
-        """Store the PNG `mask` at `key` (see `mask_key`); returns its URL once the bytes are durable.
+        """Store a mask, or another file of a result, at `key` (see `mask_key`); returns its URL.
+
+        The bytes are durable then. The content type follows from the key's suffix.
 
         Storing the same bytes at the same key again is harmless. Raises StorageUnavailable, and
         ValueError for a key that breaks the key rules.
+        """
+        ...
+
+    async def download_answer(self, answer_url: str, user_id: str, task_id: str, max_bytes: int) -> bytes:
+        """The bytes of a JSON file of this task's result.
+
+        Raises ImageUrlForbidden for a URL of anything else, and the errors of `download_image`.
         """
         ...
 
@@ -34,7 +43,7 @@ class ObjectStore(Protocol):
         ...
 
     def holds_mask(self, mask_url: str, user_id: str, task_id: str) -> bool:
-        """Whether `mask_url` is the URL of a mask of this task in this store. Only parses."""
+        """Whether `mask_url` is the URL of a file of this task's result in this store. Only parses."""
         ...
 
     async def check(self) -> list[str]:

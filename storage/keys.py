@@ -15,7 +15,9 @@ from storage.errors import ImageUrlForbidden, ImageUrlInvalid
 MAX_KEY_BYTES: Final = 1024
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}-[0-9a-f]{16}\.png")
+CONTENT_TYPES: Final = {"png": "image/png", "jpg": "image/jpeg", "json": "application/json"}
+"""Of the files of a result, by the suffix of their keys."""
+_MASK_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,64}}-[0-9a-f]{{16}}\.({'|'.join(CONTENT_TYPES)})")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Control characters, lone surrogates, and two separators that some log viewers show as a new line.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -69,19 +71,24 @@ def percent_decoded(text: str) -> str:
         raise ValueError("is not UTF-8 after percent-decoding") from None
 
 
-def mask_key(user_id: str, task_id: str, name: str | int, png: bytes, *, attempt_id: str) -> str:
-    """The key for a mask: `masks/{user_id}/{task_id}/{name}-{16 hex}.png`.
+def mask_key(
+    user_id: str, task_id: str, name: str | int, content: bytes, *, attempt_id: str, suffix: str = "png"
+) -> str:
+    """The key for a mask, or another file of a result: `masks/{user_id}/{task_id}/{name}-{16 hex}.{suffix}`.
 
     The 16 digits are from the SHA-256 of the attempt's id and the content. So an attempt that repeats its
     work writes the same bytes to the same key, no stored mask is ever overwritten by another one, and the
     masks of a failed attempt can be deleted without those of another.
-    Raises ValueError when a part is not 1 to 64 letters, digits, '-' or '_'.
+    Raises ValueError when a part is not 1 to 64 letters, digits, '-' or '_', and for a suffix that
+    `CONTENT_TYPES` does not have.
     """
+    if suffix not in CONTENT_TYPES:
+        raise ValueError(f"suffix {suffix!r} has no content type: use one of {', '.join(CONTENT_TYPES)}")
     parts = (user_id, task_id, str(name))
     if not all(_NAME.fullmatch(part) for part in parts):
         raise ValueError("user_id, task_id and name are 1 to 64 letters, digits, '-' or '_'")
-    digest = hashlib.sha256(attempt_id.encode() + b"\0" + png).hexdigest()
-    return f"masks/{'/'.join(parts)}-{digest[:16]}.png"
+    digest = hashlib.sha256(attempt_id.encode() + b"\0" + content).hexdigest()
+    return f"masks/{'/'.join(parts)}-{digest[:16]}.{suffix}"
 
 
 def _is_mask_key(key: str, user_id: str, task_id: str) -> bool:
@@ -90,8 +97,23 @@ def _is_mask_key(key: str, user_id: str, task_id: str) -> bool:
     return folder == f"masks/{user_id}/{task_id}" and _MASK_NAME.fullmatch(name) is not None
 
 
+def content_type(key: str) -> str:
+    """The content type of a result's file, by its key; of a key without a known suffix that of a mask."""
+    return CONTENT_TYPES.get(key.rpartition(".")[2], CONTENT_TYPES["png"])
+
+
+def answer_key(answer_url: str, user_id: str, task_id: str, *, key_in_url: Callable[[str], str]) -> str:
+    """The key of a task's stored answer. Raises ImageUrlForbidden for a URL of anything else."""
+    if not is_mask_url(answer_url, user_id, task_id, key_in_url=key_in_url):
+        raise ImageUrlForbidden("the answer's URL is not of this task")
+    key = checked_key(key_in_url(answer_url))
+    if not key.endswith(".json"):
+        raise ImageUrlForbidden("the answer's URL is not of an answer")
+    return key
+
+
 def is_mask_url(mask_url: str, user_id: str, task_id: str, *, key_in_url: Callable[[str], str]) -> bool:
-    """Whether `mask_url`, parsed by the store's `key_in_url`, names a mask of this task."""
+    """Whether `mask_url`, parsed by the store's `key_in_url`, names a file of this task's result."""
     try:
         refuse_control_characters(mask_url)
         return _is_mask_key(checked_key(key_in_url(mask_url)), user_id, task_id)

@@ -15,7 +15,7 @@ from storage.errors import (
     StorageError,
     StorageUnavailable,
 )
-from storage.keys import checked_key, image_key, is_mask_url, percent_decoded
+from storage.keys import answer_key, checked_key, image_key, is_mask_url, percent_decoded
 from storage.nofollow import UNFINISHED_SUFFIX, SymlinkFound, open_folder
 
 # The errors of an open when the folder has no object of that name, or cannot have one.
@@ -62,6 +62,11 @@ class LocalFolder:
     async def upload_mask(self, mask: bytes, key: str) -> str:
         """See ObjectStore."""
         return await asyncio.to_thread(self._write, key, mask)
+
+    async def download_answer(self, answer_url: str, user_id: str, task_id: str, max_bytes: int) -> bytes:
+        """See ObjectStore."""
+        key = answer_key(answer_url, user_id, task_id, key_in_url=self._key_in_url)
+        return await asyncio.to_thread(self._read, key, max_bytes)
 
     async def delete_mask(self, key: str) -> None:
         """See ObjectStore."""

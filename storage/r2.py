@@ -21,7 +21,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import ObjectTooLarge, StorageMisconfigured
-from storage.keys import checked_key, image_key, is_mask_url
+from storage.keys import answer_key, checked_key, content_type, image_key, is_mask_url
 from storage.r2_retries import (
     READ_POLICY,
     WRITE_POLICY,
@@ -117,6 +117,11 @@ class R2Bucket:
         await self._call("put", WRITE_POLICY, lambda _: self._put(key, mask))
         return self._urls.mask_url(key)
 
+    async def download_answer(self, answer_url: str, user_id: str, task_id: str, max_bytes: int) -> bytes:
+        """See ObjectStore."""
+        key = answer_key(answer_url, user_id, task_id, key_in_url=self._urls.key_in_url)
+        return await self._call("get", READ_POLICY, lambda deadline: self._get(key, max_bytes, deadline))
+
     async def delete_mask(self, key: str) -> None:
         """See ObjectStore."""
         key = checked_key(key)
@@ -191,7 +196,11 @@ class R2Bucket:
     @_vendor_errors()
     def _put(self, key: str, mask: bytes) -> None:
         self._client.put_object(
-            Bucket=self._bucket, Key=key, Body=mask, ContentType="image/png", CacheControl=_CACHE_CONTROL
+            Bucket=self._bucket,
+            Key=key,
+            Body=mask,
+            ContentType=content_type(key),
+            CacheControl=_CACHE_CONTROL,
         )
 
     @_vendor_errors()
