@@ -8,48 +8,34 @@ kept, and recovery.py begins it again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from admission import Admission, FairGate, Place, cost_of, slots_per_worker
-from contract import (
-    BatchResponse,
-    Failure,
-    InstanceModel,
-    OverloadedError,
-    PredictResponse,
-    TaskGivenUpError,
-    TaskMismatchError,
-)
+from contract import Failure, OverloadedError, TaskGivenUpError
+from contract.options import TaskOptions
 from observability.log_lines import log_ids
 from observability.metrics import OVERLOAD_REFUSALS, TASKS, TASKS_IN_FLIGHT
-from outputs.mask_png import encode_png
+from rendering import OutputFile, Renderer
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
-from sam3_runner import FeaturesNotHeld, InferenceFailed, ModelNotLoaded, RunnerStopped
-from sam3_runner.images.decoded import DecodedImage
-from sam3_runner.images.exif import viewed_size
-from sam3_runner.images.read import read_image_file
-from sam3_runner.instances import packed_union
-from sam3_runner.metrics import stage
-from sam3_runner.prompts import ConceptPrompt
+from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped
+from sam3_runner.metrics import collect_request_s, stage
+from segmentation import Query, Segmenter, query_of, sha256_of
 from storage import StorageUnavailable, mask_key
+from task_answer import ANSWER, Facts, build_answer, fit_metadata, mask_url_of, metadata_of, read_answer
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
     from admission import Outcome
-    from contract import BatchRequest, PredictRequest
+    from contract import BatchRequest, BatchResponse, PredictRequest
     from results import Attempt, Outbox, StoredResult
     from sam3_runner.base import Decoders, Runner
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.instances import PredictResult, Results, UnionResult
     from sam3_runner.prompts import PromptTokenizer
+    from segmentation import ReadImage
     from settings import Settings
     from storage import ObjectStore
 
@@ -58,30 +44,39 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 8.0
 """At a stop, the time to settle rows that are not settled yet: most hosts kill after ten seconds."""
 
-LARGE_MASK_PX = 2**24
-"""Larger masks are encoded one at a time in a worker: each needs 1.3 bytes a pixel and the file."""
-
-UNION = "union"
-# More digits would be noise of float32.
-SCORE_DIGITS = 4
-BOX_DIGITS = 2
+UPLOADS_AT_ONCE = 8
+"""Of one task: its many files must not take all connections of the store."""
 
 
 @dataclass(frozen=True, slots=True)
-class _ReadImage:
-    """An image for the runner; its file too, if it has no pixels since the runner seems to need none."""
+class _Run:
+    """One run of an attempt.
 
-    image: DecodedImage
-    file: ImageFile | None = None
+    Attributes:
+        query: what to find.
+        place: in the queues.
+        stages_s: times of the stages so far.
+        claimed: the row is this attempt's.
+        begun: the work that may kill a process has begun.
+    """
+
+    attempt: Attempt
+    query: Query
+    place: Place
+    stages_s: dict[str, float]
+    claimed: asyncio.Event = field(default_factory=asyncio.Event)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """The result of a task: the answer, the URL of the mask for its row, the keys of all masks."""
+    """The result of a task: the answer, and what its row gets."""
 
     response: BatchResponse
     mask_url: str
-    mask_keys: list[str]
+    metadata: dict[str, object]
+    keys: list[str]
+    """Of all stored files."""
 
 
 class Pipeline:
@@ -116,12 +111,15 @@ class Pipeline:
         self._outbox = outbox
         self._runner = runner
         self._decoders = decoders
+        self._segmenter = Segmenter(
+            max_image_pixels=settings.max_image_pixels, runner=runner, decoders=decoders
+        )
+        self._renderer = Renderer()
         self._model_version = model_version
         slots = slots_per_worker(settings.sam3_max_batch, settings.api_worker_count, runners)
         # A slot bounds the files that this worker holds too, `MAX_IMAGE_BYTES` each.
         self._admission = Admission(slots, settings.max_in_flight)
         self._heavy_turn = FairGate(1)
-        self._large_mask = asyncio.Lock()
         self._running: set[asyncio.Task[BatchResponse]] = set()
 
     async def start(self) -> None:
@@ -198,7 +196,7 @@ class Pipeline:
     def _new_place(self, request: PredictRequest | BatchRequest, deadline_ms: int | None) -> Place:
         wait_s = self._settings.default_deadline_s if deadline_ms is None else deadline_ms / 1000
         deadline_s = time.monotonic() + min(wait_s, self._settings.request_timeout_s)
-        return Place(request.user_id, deadline_s, cost=cost_of(len(request.texts)))
+        return Place(request.user_id, deadline_s, cost=cost_of(len(request.labels_of_prompts)))
 
     async def _check_capacity(self, place: Place) -> None:
         """Refuse before anything is claimed, so that the row stays as it is for the next attempt."""
@@ -246,70 +244,69 @@ class Pipeline:
             return
         await self._wait(place)
         image = await self._download(task)
-        if known.image_sha256 in {None, _sha256(image)}:
+        if known.image_sha256 in {None, sha256_of(image)}:
             await self._outbox.refuse(task, known.error_message)
             raise TaskGivenUpError(known.error_message)
         await self._outbox.remove_given_up(task.task_id)
 
     async def _attempt(self, attempt: Attempt, place: Place) -> BatchResponse:
         """One attempt at a task that is in the file of attempts. Raises `Failure`."""
-        claimed, begun = asyncio.Event(), asyncio.Event()
+        run = _Run(attempt, _query_of(attempt.task), place, collect_request_s())
         # At the same time: the claim and the image are round trips to different hosts.
-        claiming = asyncio.create_task(self._claim(attempt, begun))
-        reading = asyncio.create_task(self._read_image(attempt, place, claimed, begun))
+        claiming = asyncio.create_task(self._claim(run))
+        reading = asyncio.create_task(self._read_image(run))
         for each in (claiming, reading):
             each.add_done_callback(_consume_exception)
         try:
             stored = await claiming
             if stored is not None:
-                response = self._replay(stored, attempt.task)
+                response = await read_answer(stored, attempt.task, self._objects)
                 TASKS.labels("replayed", "").inc()
                 return response
-            claimed.set()
-            return await self._settle(attempt, place, reading, begun)
+            run.claimed.set()
+            return await self._settle(run, reading)
         except Exception as error:  # _failure turns every error into a Failure
             raise _failure(error, attempt.task, attempt.request_id) from error
         finally:
             reading.cancel()
             self._outbox.release(attempt)
 
-    async def _claim(self, attempt: Attempt, begun: asyncio.Event) -> StoredResult | None:
+    async def _claim(self, run: _Run) -> StoredResult | None:
         try:
             with stage("claim"):
-                return await self._outbox.claim(attempt)
+                return await self._outbox.claim(run.attempt)
         except Exception as error:  # those without a code end the attempt
             if Failure.of(error).code != "INTERNAL_ERROR":
                 raise
             # A bug: the state of the row is unknown, and the task must not be retried for ever.
-            raise await self._end_without_result(attempt, error, begun) from error
+            raise await self._end_without_result(run, error) from error
 
-    async def _settle(
-        self, attempt: Attempt, place: Place, reading: asyncio.Task[_ReadImage], begun: asyncio.Event
-    ) -> BatchResponse:
+    async def _settle(self, run: _Run, reading: asyncio.Task[ReadImage]) -> BatchResponse:
         """Do the work and end the claimed row; the only place that does."""
         try:
             async with asyncio.timeout(self._settings.request_timeout_s):
-                result = await self._work(attempt, place, reading)
+                result = await self._work(run, reading)
             with stage("settle"):
                 await self._outbox.update_result(
-                    attempt,
+                    run.attempt,
                     result.mask_url,
                     _labels(result.response),
-                    self._metadata(result.response, attempt.task.prompts),
-                    result.mask_keys,
+                    result.metadata,
+                    result.keys,
                 )
         except (AttemptLost, TaskNotFound):
             raise  # the row is another attempt's, or deleted: there is nothing to end
         except Exception as error:  # after any error the row must end, or the task be kept
-            raise await self._end_without_result(attempt, error, begun) from error
+            raise await self._end_without_result(run, error) from error
         TASKS.labels("done", "").inc()
         return result.response
 
-    async def _end_without_result(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> Failure:
+    async def _end_without_result(self, run: _Run, error: Exception) -> Failure:
         """Keep the task after an outage, else end its row. Returns the failure for the caller."""
+        attempt = run.attempt
         failure = _failure(error, attempt.task, attempt.request_id)
         try:
-            back = await self._keep(attempt, error, begun)
+            back = await self._keep(run, error)
             TASKS.labels("kept" if back else "error", failure.code).inc()
             if back:
                 return failure.with_message(f"{failure.message}; the task is kept, and done when {back}")
@@ -326,8 +323,9 @@ class Pipeline:
             )
         return failure
 
-    async def _keep(self, attempt: Attempt, error: Exception, begun: asyncio.Event) -> str | None:
+    async def _keep(self, run: _Run, error: Exception) -> str | None:
         """Keep the task; returns when it is done, or None when it must end. Raises TaskGivenUpError."""
+        attempt = run.attempt
         match error:
             case RunnerStopped():
                 if not await self._outbox.requeue_after_death(attempt):
@@ -337,97 +335,79 @@ class Pipeline:
                 back, kept = "it is", await self._outbox.requeue(attempt, str(error), with_backoff=False)
             case StorageUnavailable():
                 back, kept = "it is back", await self._outbox.requeue(attempt, str(error), with_backoff=True)
-            case TimeoutError() if self._outbox.has_blocked_attempts() and not begun.is_set():
+            case TimeoutError() if self._outbox.has_blocked_attempts() and not run.begun.is_set():
                 reason = "the task waited too long for its turn"
                 back, kept = "it comes", await self._outbox.requeue(attempt, reason, with_backoff=False)
             case _:
                 return None
         return back if kept else None
 
-    async def _work(self, attempt: Attempt, place: Place, reading: asyncio.Task[_ReadImage]) -> _Result:
-        task = attempt.task
+    async def _work(self, run: _Run, reading: asyncio.Task[ReadImage]) -> _Result:
+        attempt, query, place = run.attempt, run.query, run.place
+        task, options = attempt.task, query.options
         deadline_s = time.monotonic() + self._settings.request_timeout_s
         outcome: Outcome = "failed"
         try:
             read = await reading
             outcome = "late"
-            found, inference_ms = await self._find(attempt, read, min(deadline_s, place.deadline_s))
+            log_fields = {"request_id": attempt.request_id, "task_id": task.task_id}
+            found = await self._segmenter.segment(read, query, min(deadline_s, place.deadline_s), log_fields)
             outcome = "done"
         except InferenceFailed:
             outcome = "done"  # the model has worked for it
             raise
         finally:
             place.leave(outcome)
-        masks: dict[str, Results] = {str(index): [result] for index, result in enumerate(found)}
-        if len(found) > 1:
-            masks[UNION] = found
-        with stage("encode_masks"):
-            pngs = await self._pngs(list(masks.values()))
+        model = self._runner.known_status
+        found = await self._segmenter.refine(found, options)
+        file_name = self._objects.key_of(task.source_image_url, task.user_id).rpartition("/")[2]
+        files = await self._renderer.files(found, options, file_name)
+        segmentations = await self._renderer.segmentations(found.results, options)
+        keys, urls = await self._store(attempt, files)
+        facts = Facts(model, self._model_version, run.stages_s, found.inference_ms)
+        response = build_answer(
+            task, options, found.results, urls=urls, segmentations=segmentations, facts=facts
+        )
+        metadata = metadata_of(response, task, self._model_version)
+        if fit_metadata(metadata):
+            document = response.model_dump_json(exclude_none=True).encode()
+            further, answer = await self._store(attempt, [OutputFile(ANSWER, document, "json")])
+            metadata["answer_url"] = answer[ANSWER]
+            keys += further
+        return _Result(response, mask_url_of(response, urls), metadata, keys)
+
+    async def _store(self, attempt: Attempt, files: Sequence[OutputFile]) -> tuple[list[str], dict[str, str]]:
+        """Store files of a result; their keys, and their URLs by their names."""
+        task = attempt.task
         keys = [
-            mask_key(task.user_id, task.task_id, name, png, attempt_id=attempt.attempt_id)
-            for name, png in zip(masks, pngs, strict=True)
+            mask_key(
+                *(task.user_id, task.task_id, file.name, file.content),
+                attempt_id=attempt.attempt_id,
+                suffix=file.suffix,
+            )
+            for file in files
         ]
         await self._outbox.begin_storing(attempt, keys)
+        turns = asyncio.Semaphore(UPLOADS_AT_ONCE)
+
+        async def upload(file: OutputFile, key: str) -> str:
+            async with turns:
+                return await self._objects.upload_mask(file.content, key)
+
         with stage("store"):
-            urls = await asyncio.gather(*map(self._objects.upload_mask, pngs, keys))
-        answers = [
-            _answer(task.task_id, url, result, round(inference_ms / len(found), 1))
-            for url, result in zip(urls[: len(found)], found, strict=True)
-        ]
-        total_ms = round(inference_ms, 1)
-        response = BatchResponse(task_id=task.task_id, results=answers, total_inference_time_ms=total_ms)
-        # The last mask is the union of all, or the only one.
-        return _Result(response, urls[-1], keys)
+            urls = await asyncio.gather(*map(upload, files, keys))
+        return keys, dict(zip((file.name for file in files), urls, strict=True))
 
-    async def _find(self, attempt: Attempt, read: _ReadImage, deadline_s: float) -> tuple[Results, float]:
-        try:
-            return await self._segment(attempt, read.image, deadline_s)
-        except FeaturesNotHeld:
-            assert read.file is not None
-            return await self._segment(attempt, await self._pixels(read.file, read.image.key), deadline_s)
-
-    async def _segment(
-        self, attempt: Attempt, image: DecodedImage, deadline_s: float
-    ) -> tuple[Results, float]:
-        is_read = False
-        try:
-            with stage("segment"):
-                answer = await self._runner.segment(
-                    image,
-                    [ConceptPrompt(prompt) for prompt in attempt.task.prompts],
-                    deadline_s,
-                    log_ids={"request_id": attempt.request_id, "task_id": attempt.task.task_id},
-                )
-            is_read = True
-            return answer
-        finally:
-            # After an error the runner may still read them.
-            image.close(is_read=is_read)
-
-    async def _pngs(self, masks: Sequence[Results]) -> list[bytes]:
-        """The PNG of each mask; equal ones are encoded once: empty ones, and the union of a single one."""
-        parts = [tuple(id(result) for result in mask if result.instances) for mask in masks]
-        different = dict(zip(parts, masks, strict=True))
-        pngs = dict(zip(different, await asyncio.gather(*map(self._png, different.values())), strict=True))
-        return [pngs[part] for part in parts]
-
-    async def _png(self, results: Results) -> bytes:
-        """The PNG of the union of all instances of `results`."""
-        is_large = results[0].image_width * results[0].image_height > LARGE_MASK_PX
-        async with self._large_mask if is_large else contextlib.nullcontext():
-            return await asyncio.to_thread(lambda: encode_png(packed_union(results), results[0].image_width))
-
-    async def _read_image(
-        self, attempt: Attempt, place: Place, claimed: asyncio.Event, begun: asyncio.Event
-    ) -> _ReadImage:
+    async def _read_image(self, run: _Run) -> ReadImage:
+        attempt, place = run.attempt, run.place
         # What has begun its work never waits for a slot: a suspect waits for it, and others, which hold
         # slots, for the suspect.
         await self._wait(place)
         with place.paused():
-            file, sha256 = await self._fetch(attempt.task)
+            file, sha256 = await self._fetch(attempt.task, run.query)
             # After the claim: a repeat of a task that is done or running decodes nothing, and a death while
             # the database does not answer is not counted against a suspect.
-            await claimed.wait()
+            await run.claimed.wait()
         if file.is_heavy:
             place.join(self._heavy_turn)
             if not place.has_slot:
@@ -435,85 +415,33 @@ class Pipeline:
                 del file
                 await self._wait(place)
                 with place.paused():
-                    file, sha256 = await self._fetch(attempt.task)
-        return await self._decode(attempt, place, file, sha256, begun)
+                    file, sha256 = await self._fetch(attempt.task, run.query)
+        await self._begin_work(run, file, sha256)
+        return await self._segmenter.decode(file, sha256, run.query)
 
     async def _wait(self, place: Place) -> None:
         with stage("wait"):
             await place.wait()
 
-    async def _fetch(self, task: Task) -> tuple[ImageFile, str]:
+    async def _fetch(self, task: Task, query: Query) -> tuple[ImageFile, str]:
         """The image's file, its header parsed, and its checksum."""
-        data = await self._download(task)
-        max_pixels = self._settings.max_image_pixels
-        return await asyncio.to_thread(lambda: (read_image_file(data, max_pixels=max_pixels), _sha256(data)))
+        return await self._segmenter.read_file(await self._download(task), query)
 
-    async def _decode(
-        self, attempt: Attempt, place: Place, file: ImageFile, sha256: str, begun: asyncio.Event
-    ) -> _ReadImage:
+    async def _begin_work(self, run: _Run, file: ImageFile, sha256: str) -> None:
+        attempt = run.attempt
         # From here to the masks, an image may kill a process.
         noted_sha256 = sha256 if attempt.suspect else None
-        async with asyncio.timeout(place.deadline_s - time.monotonic()):
+        async with asyncio.timeout(run.place.deadline_s - time.monotonic()):
             may_begin = await self._outbox.begin_work(attempt, noted_sha256, is_long=file.is_heavy)
         if not may_begin:
             raise ModelNotLoaded("the server is being stopped")
-        begun.set()
-        if self._runner.may_hold(sha256):
-            size = viewed_size((file.width, file.height), file.orientation)
-            return _ReadImage(DecodedImage(None, *size, key=sha256), file)
-        return _ReadImage(await self._pixels(file, sha256))
-
-    async def _pixels(self, file: ImageFile, sha256: str | None) -> DecodedImage:
-        with stage("decode"):
-            return replace(await self._decoders.decode(file, self._runner.max_stored_px), key=sha256)
+        run.begun.set()
 
     async def _download(self, task: Task) -> bytes:
         with stage("fetch"):
             return await self._objects.download_image(
                 task.source_image_url, task.user_id, self._settings.max_image_bytes
             )
-
-    def _metadata(self, response: BatchResponse, prompts: tuple[str, ...]) -> dict[str, object]:
-        return {
-            "model_version": self._model_version,
-            "inference_time_ms": response.total_inference_time_ms,
-            "confidence": max(result.confidence for result in response.results),
-            "prompts": list(prompts),
-            "results": [result.model_dump(mode="json") for result in response.results],
-        }
-
-    def _replay(self, stored: StoredResult, task: Task) -> BatchResponse:
-        """The answer of a task that is done.
-
-        Raises `TaskMismatchError` when its row holds another task's answer, or no longer what this server
-        wrote: users may write to their own rows, and their text is not returned as our answer.
-        """
-        if stored.metadata.get("prompts") != list(task.prompts):
-            raise TaskMismatchError("this task is done already, for other prompts")
-        answer = {
-            "task_id": stored.task_id,
-            "results": stored.metadata.get("results"),
-            "total_inference_time_ms": stored.metadata.get("inference_time_ms"),
-        }
-        try:
-            response = BatchResponse.model_validate(answer)
-        except ValidationError:
-            response = None
-        if response is None or not self._is_ours(response, stored.mask_url, task):
-            raise TaskMismatchError("this task is done already, but its row no longer holds the result")
-        return response
-
-    def _is_ours(self, response: BatchResponse, mask_url: str, task: Task) -> bool:
-        """Whether a stored answer is whole, and its masks are this task's."""
-        urls = [mask_url, *(result.mask_url for result in response.results)]
-        return (
-            len(response.results) == len(task.prompts)
-            and all(
-                result.task_id == task.task_id and set(result.labels) <= {prompt}
-                for result, prompt in zip(response.results, task.prompts, strict=True)
-            )
-            and all(self._objects.holds_mask(url, task.user_id, task.task_id) for url in urls)
-        )
 
 
 def _failure(error: Exception, task: Task, request_id: str) -> Failure:
@@ -555,32 +483,9 @@ def _free_frames(ended: asyncio.Task[Any]) -> None:
             errors += [error.__cause__, error.__context__]
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _answer(
-    task_id: str, mask_url: str, result: PredictResult | UnionResult, inference_ms: float
-) -> PredictResponse:
-    instances = [
-        InstanceModel(
-            label=result.prompt,
-            score=round(instance.score, SCORE_DIGITS),
-            box=tuple(round(side, BOX_DIGITS) for side in instance.box),
-            area=instance.area_px,
-        )
-        for instance in result.instances
-    ]
-    return PredictResponse(
-        task_id=task_id,
-        mask_url=mask_url,
-        labels=[result.prompt] if instances else [],
-        inference_time_ms=inference_ms,
-        confidence=round(result.confidence, SCORE_DIGITS),
-        instances=instances,
-        image_width=result.image_width,
-        image_height=result.image_height,
-    )
+def _query_of(task: Task) -> Query:
+    # The fields of a single prompt's boxes are named as predict has them.
+    return query_of(task.prompts, TaskOptions.from_text(task.options), is_batch=len(task.prompts) > 1)
 
 
 def _labels(response: BatchResponse) -> list[str]:

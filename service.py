@@ -277,15 +277,26 @@ class SegmentationService:
             runners=_runner_states(statuses),
         )
 
-    @app.post("/api/v1/predict", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS)
+    @app.post(
+        "/api/v1/predict",
+        tags=["segmentation"],
+        dependencies=NEEDS_KEY,
+        responses=PREDICT_ERRORS,
+        response_model_exclude_none=True,
+    )
     async def predict(
         self, body: PredictRequest, request: Request, deadline_ms: DeadlineHeader = None
     ) -> PredictResponse:
         """Find every instance of one concept in an image; settle the task's row."""
-        return (await self._pipeline.run(body, request.state.request_id, deadline_ms)).results[0]
+        answer = await self._pipeline.run(body, request.state.request_id, deadline_ms)
+        return answer.of_only_prompt()
 
     @app.post(
-        "/api/v1/predict/batch", tags=["segmentation"], dependencies=NEEDS_KEY, responses=PREDICT_ERRORS
+        "/api/v1/predict/batch",
+        tags=["segmentation"],
+        dependencies=NEEDS_KEY,
+        responses=PREDICT_ERRORS,
+        response_model_exclude_none=True,
     )
     async def predict_batch(
         self, body: BatchRequest, request: Request, deadline_ms: DeadlineHeader = None

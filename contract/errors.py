@@ -10,6 +10,7 @@ from pydantic import BaseModel
 import results
 import sam3_runner
 import storage
+from contract.options import FieldError
 from contract.prompts import reason_against
 from contract.requests import OBJECT_TAG, STRING_TAG
 
@@ -36,8 +37,12 @@ class OverloadedError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class BoxRefusedError(Exception):
+    """A box has no px of the image; the message begins with the name of its field."""
+
+
 class TaskMismatchError(Exception):
-    """The task is done, but for other prompts, or its row no longer holds what this server wrote."""
+    """The task is done, but for other prompts or options, or its row has been changed since."""
 
 
 class TaskGivenUpError(Exception):
@@ -85,6 +90,7 @@ STATUSES: dict[str, HTTPStatus] = {
 """The status of each code."""
 
 CODES: dict[type[Exception], str] = {
+    BoxRefusedError: "INVALID_REQUEST",
     OverloadedError: "OVERLOADED",
     TaskMismatchError: "INVALID_REQUEST",
     TaskGivenUpError: "INFERENCE_FAILED",
@@ -93,6 +99,7 @@ CODES: dict[type[Exception], str] = {
     sam3_runner.InferenceFailed: "INFERENCE_FAILED",
     sam3_runner.ModelNotLoaded: "MODEL_NOT_LOADED",
     sam3_runner.RunnerStopped: "MODEL_NOT_LOADED",
+    sam3_runner.BoxOutsideImage: "INVALID_REQUEST",
     sam3_runner.PromptTooLong: "INVALID_REQUEST",
     sam3_runner.UnsupportedImage: "UNSUPPORTED_IMAGE",
     storage.ImageUrlInvalid: "INVALID_REQUEST",
@@ -227,8 +234,8 @@ def invalid_request(errors: Iterator[dict[str, Any]]) -> Failure:
         # Python reads half of a surrogate pair, but it cannot be encoded again.
         reason = reason_against(first["input"]) or reason
         reason = reason if location else f"the name of a field {reason}"
-    elif first["type"] == "field":
-        location.append(first["ctx"]["field"])
+    elif isinstance(error := first.get("ctx", {}).get("error"), FieldError):
+        location.append(error.field)
     elif not location:
         reason = "must be a JSON object, sent with Content-Type: application/json"
     return invalid_body(f"{'.'.join(location) or 'the body'}: {reason}")

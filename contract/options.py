@@ -9,12 +9,10 @@ import json
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from sam3_runner.instances import SCORE_THRESHOLD
+from sam3_runner.prompts import MAX_BOXES
 
-MAX_BOXES: Final = 32
-"""Exemplars of one prompt."""
 MAX_INSTANCES: Final = 200
 """The model finds no more for one prompt."""
 MAX_AREA_PX: Final = 2**26
@@ -26,9 +24,17 @@ OUTPUTS: Final[tuple[Output, ...]] = ("mask", "instances", "label_map", "overlay
 Segmentation = Literal["coco_rle", "polygons"]
 
 
-def field_error(field: str, reason: str) -> PydanticCustomError:
-    """The error of a rule between fields, with the name of the one to change."""
-    return PydanticCustomError("field", "{reason}", {"field": field, "reason": reason})
+class FieldError(ValueError):
+    """A rule between fields is broken.
+
+    Args:
+        field: the one to change, relative to the model.
+        reason: continues a sentence after its name.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
 
 
 def _not_null(value: object) -> object:
@@ -101,13 +107,13 @@ class ExemplarFields(BaseModel):
             try:
                 _checked_box(box)
             except ValueError as error:
-                raise field_error(f"{index}", str(error)) from None
+                raise FieldError(f"{index}", str(error)) from None
         return boxes
 
     @model_validator(mode="after")
     def _labels_fit_boxes(self) -> Self:
         if self.labels is not None and len(self.labels) != len(self.boxes or ()):
-            raise field_error("labels", f"has {len(self.labels)} values for {len(self.boxes or ())} boxes")
+            raise FieldError("labels", f"has {len(self.labels)} values for {len(self.boxes or ())} boxes")
         return self
 
     @property
@@ -246,7 +252,12 @@ class TaskOptions(RefinementFields, FormFields):
     @property
     def needs_masks(self) -> bool:
         """Whether the mask of each instance is needed, not only their union."""
-        return self.refines or self.segmentation is not None or bool({*self.outputs} - {"mask"})
+        return self.refines or self.segmentation is not None or self.needs_files
+
+    @property
+    def needs_files(self) -> bool:
+        """Whether files besides the masks of the prompts are to be stored."""
+        return bool({*self.outputs} - {"mask"})
 
 
 def canonical_text(fields: RefinementFields, prompts: list[dict[str, Any]]) -> str:

@@ -11,18 +11,16 @@ from pydantic.json_schema import SkipJsonSchema, WithJsonSchema
 from contract.options import (
     LEFT_OUT,
     ExemplarFields,
+    FieldError,
     FormFields,
     NotNull,
     RefinementFields,
     Threshold,
     canonical_text,
-    field_error,
 )
 from contract.prompts import Prompt
-from sam3_runner.prompts import MAX_PROMPTS
+from sam3_runner.prompts import MAX_PROMPTS, VISUAL
 
-VISUAL: Final = "visual"
-"""The prompt of boxes without a text, in answers and rows: the word that the official model reads then."""
 EXAMPLE_IMAGE_KEY: Final = "uploads/user-1/sample"
 """In the documentation. The embedded demo stores its sample image there."""
 
@@ -93,7 +91,7 @@ DeadlineMs = Annotated[
 ]
 
 
-_TEXT_OR_BOXES: Final = {"anyOf": [{"required": ["text_prompt"]}, {"required": ["boxes"]}]}
+_TEXT_OR_BOXES: Final[Any] = {"anyOf": [{"required": ["text_prompt"]}, {"required": ["boxes"]}]}
 
 
 class PredictRequest(_Request, ExemplarFields):
@@ -106,7 +104,7 @@ class PredictRequest(_Request, ExemplarFields):
     @model_validator(mode="after")
     def _has_a_prompt(self) -> Self:
         if self.text_prompt is None and self.boxes is None:
-            raise field_error("text_prompt", "is required unless there are boxes")
+            raise FieldError("text_prompt", "is required unless there are boxes")
         return self
 
     @property
@@ -138,7 +136,7 @@ class PromptItem(ExemplarFields):
     @model_validator(mode="after")
     def _has_a_prompt(self) -> Self:
         if self.text is None and self.boxes is None:
-            raise field_error("text", "is required unless there are boxes")
+            raise FieldError("text", "is required unless there are boxes")
         return self
 
     @property

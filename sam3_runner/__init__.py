@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sam3_runner.errors import (
+    BoxOutsideImage,
     DeadlineExceeded,
     DecoderFailed,
     DeviceUnavailable,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sam3_runner.predictor import SAM3Predictor
 
 __all__ = [
+    "BoxOutsideImage",
     "DeadlineExceeded",
     "DecoderFailed",
     "DeviceUnavailable",

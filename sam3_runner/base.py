@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.instances import Results
@@ -58,6 +61,11 @@ class Runner(Protocol):
         """Whether it seems to hold the features of the image with this key, so that it needs no pixels."""
         ...
 
+    @property
+    def known_status(self) -> EngineStatus:
+        """The model's state by its last answer, without asking it."""
+        ...
+
     async def status(self) -> EngineStatus:
         """The model's state, at most a second old."""
         ...
@@ -72,6 +80,13 @@ class Decoders(Protocol):
 
     async def decode(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
         """The pixels of a file: as stored if there are at most `max_stored_px`, or the model's square.
+
+        Raises UnsupportedImage, DecoderFailed.
+        """
+        ...
+
+    async def preview(self, file: ImageFile, max_side_px: int) -> npt.NDArray[np.uint8]:
+        """A file as a viewer shows it, (rows, columns, 3) uint8 sRGB, no side longer than `max_side_px`.
 
         Raises UnsupportedImage, DecoderFailed.
         """

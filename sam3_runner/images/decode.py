@@ -6,13 +6,14 @@ import io
 from typing import TYPE_CHECKING
 
 import imagecodecs
+import numpy as np
 from PIL import Image
 
 from sam3_runner.images.colour import is_srgb
 from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.image_file import damaged
-from sam3_runner.images.square import stored_or_square
+from sam3_runner.images.square import oriented, resize_to, stored_or_square
 
 if TYPE_CHECKING:
     from sam3_runner.images.image_file import ImageFile
@@ -45,10 +46,29 @@ def decode_image(file: ImageFile, side_px: int, max_stored_px: int) -> LocalImag
     )
 
 
-def decode(file: ImageFile) -> Image.Image:
-    """The pixels as stored, as an image of Pillow. Raises `UnsupportedImage`, `MemoryError`."""
+def decode_preview(file: ImageFile, max_side_px: int) -> LocalImage:
+    """Decode a file as a viewer shows it, with no side longer than `max_side_px`: (rows, columns, 3).
+
+    Raises:
+        UnsupportedImage: its pixels are damaged.
+    """
+    image = decode(file, max_side_px)
+    size = viewed_size((file.width, file.height), file.orientation)
+    scale = min(1.0, max_side_px / max(file.width, file.height))
+    stored = max(1, round(file.width * scale)), max(1, round(file.height * scale))
+    pixels = resize_to(image, stored, file.icc_profile)
+    return LocalImage(np.ascontiguousarray(oriented(pixels, file.orientation)), *size)
+
+
+def decode(file: ImageFile, max_side_px: int | None = None) -> Image.Image:
+    """The pixels as stored, as an image of Pillow. Raises `UnsupportedImage`, `MemoryError`.
+
+    Args:
+        file: of the image.
+        max_side_px: a JPEG may be decoded smaller, with its longer side at least this long.
+    """
     try:
-        return _decode_webp(file) if file.kind == "WEBP" else _decode_with_pillow(file)
+        return _decode_webp(file) if file.kind == "WEBP" else _decode_with_pillow(file, max_side_px)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and others
@@ -74,12 +94,15 @@ def _decode_plain_jpeg(file: ImageFile) -> LocalImage | None:
     return LocalImage(pixels.reshape(file.height, file.width, -1), *size, file.orientation)
 
 
-def _decode_with_pillow(file: ImageFile) -> Image.Image:
+def _decode_with_pillow(file: ImageFile, max_side_px: int | None) -> Image.Image:
     image = Image.open(io.BytesIO(file.data), formats=[file.kind])
     if image.size != (file.width, file.height):
         raise ValueError("the decoder reports another size")
     if file.reduced:
         image.draft(None, (file.width // 2, file.height // 2))
+    elif max_side_px is not None:
+        scale = max_side_px / max(file.width, file.height)
+        image.draft(None, (max(1, int(file.width * scale)), max(1, int(file.height * scale))))
     image.load()
     return image
 

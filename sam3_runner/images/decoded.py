@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,6 +14,19 @@ if TYPE_CHECKING:
 
 MAX_STORED_PX = 2**23
 """Images of at most so many px are resized on a GPU; larger ones, over 25 MB, where they are decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTask:
+    """What a decoder process makes of a file.
+
+    Attributes:
+        purpose: pixels for the model, or a preview for people.
+        limit_px: for the model, images of so many px stay as stored; of a preview, its longest side.
+    """
+
+    purpose: Literal["model", "preview"]
+    limit_px: int
 
 
 @dataclass(frozen=True, slots=True)

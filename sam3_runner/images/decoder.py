@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 from sam3_runner.errors import UnsupportedImage
-from sam3_runner.images.decode import decode_image
+from sam3_runner.images.decode import decode_image, decode_preview
 from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sam3_runner.images.decoded import LocalImage
+    from sam3_runner.images.decoded import DecodeTask, LocalImage
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.pixel_file import PixelFile
 
@@ -52,10 +52,14 @@ def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool
     message = _receive(input_stream)
     if message is None:
         return False
-    file, max_stored_px, shared = message
+    file, task, shared = message
     try:
         with _limited_time():
-            image = decode_image(file, side_px, max_stored_px)
+            image = (
+                decode_preview(file, task.limit_px)
+                if task.purpose == "preview"
+                else decode_image(file, side_px, task.limit_px)
+            )
     except UnsupportedImage as refusal:
         _send_head(output, refusal=str(refusal))
     except MemoryError:
@@ -84,12 +88,12 @@ def _write(shared: PixelFile, image: LocalImage) -> bool:
     return True
 
 
-def _receive(stream: BinaryIO) -> tuple[ImageFile, int, PixelFile | None] | None:
+def _receive(stream: BinaryIO) -> tuple[ImageFile, DecodeTask, PixelFile | None] | None:
     """The next file, and what to do with it; None at the end of the input."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
-    message: tuple[ImageFile, int, PixelFile | None] = pickle.loads(  # noqa: S301 - from our own API worker
+    message: tuple[ImageFile, DecodeTask, PixelFile | None] = pickle.loads(  # noqa: S301 - from our own API worker
         stream.read(*LENGTH.unpack(head))
     )
     return message

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam3_runner.errors import DecoderFailed, UnsupportedImage
-from sam3_runner.images.decoded import DecodedImage
+from sam3_runner.images.decoded import DecodedImage, DecodeTask
 from sam3_runner.images.image_file import LENGTH
 from sam3_runner.images.pixel_file import SHARES_MEMORY, HeldPixels, PixelFiles
 from sam3_runner.metrics import DECODER_KILLS
@@ -30,8 +30,12 @@ from sam3_runner.serving.cpu_share import cpu_share
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
 
+    import numpy.typing as npt
+
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.pixel_file import PixelFile
+
+    _Pixels = npt.NDArray[np.uint8] | HeldPixels
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +85,28 @@ class ImageDecoders:
             UnsupportedImage: the pixels are damaged, take too much time or memory, or crash a decoder.
             DecoderFailed: the decoder cannot work, whatever the file.
         """
+        head, pixels = await self._run(file, DecodeTask("model", max_stored_px))
+        return DecodedImage(pixels, head["width"], head["height"], head["orientation"])
+
+    async def preview(self, file: ImageFile, max_side_px: int) -> npt.NDArray[np.uint8]:
+        """A file as a viewer shows it, (rows, columns, 3) uint8 sRGB, no side longer than `max_side_px`.
+
+        Raises as `decode`.
+        """
+        _, pixels = await self._run(file, DecodeTask("preview", max_side_px))
+        if not isinstance(pixels, HeldPixels):
+            return pixels
+        copy = np.empty(pixels.shape, np.uint8)
+        try:
+            await asyncio.to_thread(pixels.file.read_into, copy)
+        finally:
+            pixels.close(is_read=True)
+        return copy
+
+    async def _run(self, file: ImageFile, task: DecodeTask) -> tuple[dict[str, Any], _Pixels]:
         async with self._slots:
             try:
-                return await self._decode_once(file, max_stored_px)
+                return await self._run_once(file, task)
             except _DecoderKilled as killed:
                 DECODER_KILLS.inc()
                 if killed.signal_number == signal.SIGPROF:
@@ -93,7 +116,7 @@ class ImageDecoders:
                     killed.signal_number,
                 )
             try:
-                return await self._decode_once(file, max_stored_px)
+                return await self._run_once(file, task)
             except _DecoderKilled as killed:
                 DECODER_KILLS.inc()
                 raise UnsupportedImage("the image cannot be decoded: it ends the decoder") from killed
@@ -103,13 +126,13 @@ class ImageDecoders:
         while self._idle:
             await _end(self._idle.pop())
 
-    async def _decode_once(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
+    async def _run_once(self, file: ImageFile, task: DecodeTask) -> tuple[dict[str, Any], _Pixels]:
         # A heavy image has its own process: memory of earlier images does not add to its own, and all of it
         # is returned to the host.
         process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
         held = self._files.take() if SHARES_MEMORY else None
         try:
-            head, pixels = await _exchange(process, file, max_stored_px, held.file if held else None)
+            head, pixels = await _exchange(process, file, task, held.file if held else None)
         except BaseException as error:  # cancellation above all: the decoding must not continue
             if held is not None:
                 held.close()  # the error's traceback would keep it
@@ -134,14 +157,9 @@ class ImageDecoders:
         if held is not None and rows * columns * channels > held.size_bytes:
             held.close()
             raise DecoderFailed("a decoder process has written fewer pixels than it says")
-        return DecodedImage(
-            np.frombuffer(pixels, np.uint8).reshape(shape)
-            if held is None
-            else HeldPixels(held, self._files, shape),
-            head["width"],
-            head["height"],
-            head["orientation"],
-        )
+        if held is None:
+            return head, np.frombuffer(pixels, np.uint8).reshape(shape)
+        return head, HeldPixels(held, self._files, shape)
 
     def _idle_process(self) -> Process | None:
         """An idle process that is still alive."""
@@ -174,10 +192,10 @@ class _DecoderKilled(Exception):
 
 
 async def _exchange(
-    process: Process, file: ImageFile, max_stored_px: int, shared: PixelFile | None
+    process: Process, file: ImageFile, task: DecodeTask, shared: PixelFile | None
 ) -> tuple[dict[str, Any], bytes]:
     """The process' answer for a file, and the pixels unless it refuses the file or they are shared."""
-    packed = pickle.dumps((file, max_stored_px, shared))
+    packed = pickle.dumps((file, task, shared))
     await _send(process, LENGTH.pack(len(packed)), packed)
     head: dict[str, Any] = json.loads(await _receive(process))
     return head, b"" if head.get("is_shared") or "refusal" in head else await _receive(process)

@@ -80,41 +80,48 @@ def oriented_square(
         size: width and height in px of the full image, where `image` is a reduced version of it.
     """
     width, height = viewed_size(size, orientation)
-    square = to_srgb(_resize(image, side_px), icc_profile)
-    return LocalImage(np.ascontiguousarray(_oriented(square, orientation)), width=width, height=height)
+    square = resize_to(image, (side_px, side_px), icc_profile)
+    return LocalImage(np.ascontiguousarray(oriented(square, orientation)), width=width, height=height)
 
 
-def _resize(image: Image.Image, side_px: int) -> Pixels:
-    """Resize to (side, side, channels): bilinear with antialias, in floating point, rounded once.
+def resize_to(image: Image.Image, size: tuple[int, int], icc_profile: bytes) -> Pixels:
+    """The image on white in sRGB, resized to `size` (width, height): (height, width, 3)."""
+    return to_srgb(_resize(image, size), icc_profile)
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """Resize to (height, width, channels): bilinear with antialias, in floating point, rounded once.
 
     The official processor does the same on a GPU. Pillow's 8-bit resize also rounds between its two passes,
     which changes one value in five by 1. Works in bands, so that memory does not grow with the image.
     """
     image.load()
     bands = max(THREADS, ceil(image.width * image.height / BAND_PX))
-    edges = np.linspace(0, side_px, min(bands, side_px) + 1).astype(int).tolist()
-    resize_band = partial(_resize_band, image, side_px, grey_scale_of(image))
+    edges = np.linspace(0, size[1], min(bands, size[1]) + 1).astype(int).tolist()
+    resize_band = partial(_resize_band, image, size, grey_scale_of(image))
     return np.concatenate(list(_bands.map(resize_band, edges[:-1], edges[1:])))
 
 
-def _resize_band(image: Image.Image, side_px: int, grey_scale: float, first: int, last: int) -> Pixels:
-    """Rows `first` to `last` of the square, (last - first, side, channels)."""
-    px_per_row = image.height / side_px
-    # The triangle filter reads one row of the square to either side, and at least one px.
+def _resize_band(
+    image: Image.Image, size: tuple[int, int], grey_scale: float, first: int, last: int
+) -> Pixels:
+    """Rows `first` to `last` of the result, (last - first, width, channels)."""
+    px_per_row = image.height / size[1]
+    # The triangle filter reads one row of the result to either side, and at least one px.
     reach = ceil(max(px_per_row, 1.0)) + 1
     top = max(0, floor(first * px_per_row) - reach)
     bottom = min(image.height, ceil(last * px_per_row) + reach)
     band = on_white(image.crop((0, top, image.width, bottom)), grey_scale)
     box = (0, first * px_per_row - top, image.width, min(last * px_per_row - top, bottom - top))
     planes = [
-        plane.convert("F").resize((side_px, last - first), Image.Resampling.BILINEAR, box)
+        plane.convert("F").resize((size[0], last - first), Image.Resampling.BILINEAR, box)
         for plane in band.split()
     ]
     return np.stack([np.rint(np.asarray(plane)).astype(np.uint8) for plane in planes], axis=-1)
 
 
-def _oriented(square: Pixels, orientation: int) -> Pixels:
-    """The square as a viewer shows it (EXIF 2.32, 4.6.4 A: which edges row 0 and column 0 are)."""
+def oriented(square: Pixels, orientation: int) -> Pixels:
+    """Pixels as a viewer shows it (EXIF 2.32, 4.6.4 A: which edges row 0 and column 0 are)."""
     if orientation >= 5:
         square = square.transpose(1, 0, 2)
     if orientation in {3, 4, 7, 8}:

@@ -116,6 +116,11 @@ class RunnerPool:
         """Whether a runner that is ready has lately segmented the image with this key for this worker."""
         return any(queue.client.may_hold(key) for queue in self._queues if queue.is_ready)
 
+    @property
+    def known_status(self) -> EngineStatus:
+        """The state of the model by the last answer of each runner."""
+        return overall_status([queue.client.known_status for queue in self._queues])
+
     async def status(self) -> EngineStatus:
         """The state of the model: ready where at least one runner is."""
         return overall_status(await self.statuses())

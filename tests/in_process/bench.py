@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
+    import numpy.typing as npt
+
     from contract import BatchResponse
     from results import Row
     from sam3_runner.images.image_file import ImageFile
@@ -226,9 +228,18 @@ class Model:
     def may_hold(self, _key: str) -> bool:
         return False
 
+    @property
+    def known_status(self) -> EngineStatus:
+        return EngineStatus(
+            state=self.state,  # type: ignore[arg-type]
+            detail=self.detail,
+            checkpoint="demo",
+            weights_sha256="0" * 64,
+        )
+
     async def status(self) -> EngineStatus:
         async with self.stages.call("check"):
-            return EngineStatus(state=self.state, detail=self.detail)  # type: ignore[arg-type]
+            return self.known_status
 
     async def statuses(self) -> list[EngineStatus]:
         return [await self.status()]
@@ -274,6 +285,11 @@ class Squares:
             assert file.data
             assert max_stored_px >= 0
             return LocalImage(np.zeros((2, 2, 3), dtype=np.uint8), width=16, height=12)
+
+    async def preview(self, file: ImageFile, max_side_px: int) -> npt.NDArray[np.uint8]:
+        async with self.stages.call("preview"):
+            assert file.data
+            return np.zeros((12, min(16, max_side_px), 3), dtype=np.uint8)
 
     async def close(self) -> None:
         self.is_open = False
@@ -338,7 +354,8 @@ class Bench:
 
     def request(self, prompt: str = PROMPT, **changes: Any) -> PredictRequest:
         """A request for a new task with the uploaded image."""
-        fields = {"image_url": self.image, "text_prompt": prompt, "user_id": USER, "task_id": uuid4()}
+        fields: dict[str, Any] = {"image_url": self.image, "user_id": USER, "task_id": uuid4()}
+        fields["text_prompt"] = prompt
         return PredictRequest(**fields | changes)
 
     def upload(self, data: bytes, name: str = "image") -> str:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NoReturn
 
+import httpx
 import pytest
+from _bentoml_sdk.service import set_current_service
 
+import service
+from gate import Gate
+from overload import OverloadCheck
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 from tests.in_process.bench import opened_bench
@@ -16,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.in_process.bench import Bench
+
+KEY = "0123456789abcdef"
+MAX_BODY_BYTES = 65_536
 
 
 @pytest.fixture
@@ -47,3 +57,30 @@ def tokenizer() -> PromptTokenizer:
 async def bench(tmp_path: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Bench]:
     async with opened_bench(tmp_path, tokenizer) as opened:
         yield opened
+
+
+@asynccontextmanager
+async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the routes, which run on the bench's pipeline behind the gate."""
+    set_current_service(SimpleNamespace(_pipeline=bench.pipeline, _runner=bench.model))
+    overload = OverloadCheck()
+    overload.pipeline = bench.pipeline
+    gate = Gate(
+        service.app,
+        api_keys=(KEY,),
+        access="open",
+        max_body_bytes=MAX_BODY_BYTES,
+        find_refusal=overload.find_refusal,
+    )
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(gate), base_url="http://server", headers={"X-API-Key": KEY}
+    ) as client:
+        yield client
+    set_current_service(None)
+
+
+@pytest.fixture
+async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the routes."""
+    async with client_of(bench) as client:
+        yield client

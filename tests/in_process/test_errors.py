@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 WENT_WRONG = "something went wrong on our side"
 
 ANSWERED: dict[str, tuple[str, int]] = {
+    "contract.errors.BoxRefusedError": ("INVALID_REQUEST", 400),
     "contract.errors.OverloadedError": ("OVERLOADED", 429),
     "contract.errors.TaskMismatchError": ("INVALID_REQUEST", 400),
     "contract.errors.TaskGivenUpError": ("INFERENCE_FAILED", 500),
@@ -24,6 +25,7 @@ ANSWERED: dict[str, tuple[str, int]] = {
     "sam3_runner.errors.InferenceFailed": ("INFERENCE_FAILED", 500),
     "sam3_runner.errors.ModelNotLoaded": ("MODEL_NOT_LOADED", 503),
     "sam3_runner.errors.RunnerStopped": ("MODEL_NOT_LOADED", 503),
+    "sam3_runner.errors.BoxOutsideImage": ("INVALID_REQUEST", 400),
     "sam3_runner.errors.PromptTooLong": ("INVALID_REQUEST", 400),
     "sam3_runner.errors.UnsupportedImage": ("UNSUPPORTED_IMAGE", 415),
     "sam3_runner.errors.DecoderFailed": ("INTERNAL_ERROR", 500),
@@ -43,6 +45,7 @@ ANSWERED: dict[str, tuple[str, int]] = {
 
 NOT_ANSWERED: dict[str, str] = {
     "contract.errors.Failure": "the answer itself",
+    "contract.options.FieldError": "pydantic makes it a part of its own error",
     "sam3_runner.errors.SAM3Error": "a base class, not raised",
     "storage.errors.StorageError": "a base class, not raised",
     "results.errors.ResultsError": "a base class, not raised",

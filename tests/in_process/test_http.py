@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
 import pytest
-from _bentoml_sdk.service import set_current_service
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import service
-from gate import Gate
 from observability.metrics import OVERLOAD_REFUSALS, TASKS
-from overload import OverloadCheck
 from results import Task
 from tests.edge import BATCH, PREDICT, error_of
 from tests.in_process.bench import PROMPT, USER, in_time, opened_bench
+from tests.in_process.conftest import MAX_BODY_BYTES, client_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,39 +27,12 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-KEY = "0123456789abcdef"
 JSON = {"Content-Type": "application/json"}
 LONG_ID = "1" * 65
 TOO_MANY_TOKENS = "zq " * 60
 """180 characters, far more than 32 tokens."""
-MAX_BODY_BYTES = 65_536
-
-
-@asynccontextmanager
-async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the routes, which run on the bench's pipeline behind the gate."""
-    set_current_service(SimpleNamespace(_pipeline=bench.pipeline, _runner=bench.model))
-    overload = OverloadCheck()
-    overload.pipeline = bench.pipeline
-    gate = Gate(
-        service.app,
-        api_keys=(KEY,),
-        access="open",
-        max_body_bytes=MAX_BODY_BYTES,
-        find_refusal=overload.find_refusal,
-    )
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(gate), base_url="http://server", headers={"X-API-Key": KEY}
-    ) as client:
-        yield client
-    set_current_service(None)
-
-
-@pytest.fixture
-async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the bench's routes."""
-    async with client_of(bench) as client:
-        yield client
+FACTS = ("model", "timings_ms", "settings")
+"""Fields of the outermost part of an answer."""
 
 
 def body_of(bench: Bench, path: str = PREDICT, **changes: Any) -> dict[str, Any]:
@@ -96,23 +64,29 @@ async def test_predict(bench: Bench, http: httpx.AsyncClient) -> None:
     body = body_of(bench)
     answer = (await http.post(PREDICT, json=body)).json()
     assert set(answer) == {
-        *("task_id", "mask_url", "labels", "inference_time_ms", "confidence"),
-        *("instances", "image_width", "image_height"),
+        *("task_id", "mask_url", "labels", "inference_time_ms", "confidence", "presence"),
+        *("instances", "image_width", "image_height", *FACTS),
     }
     assert (answer["task_id"], answer["labels"]) == (body["task_id"], [PROMPT])
     assert (answer["image_width"], answer["image_height"]) == (16, 12)
     [found] = answer["instances"]
-    assert found == {"label": PROMPT, "score": 0.9, "box": [0.0, 0.0, 8.0, 8.0], "area": 64}
+    assert found == {"label": PROMPT, "score": 0.9, "box": [0.0, 0.0, 8.0, 8.0], "area": 64, "number": 1}
     row = await bench.rows.get(body["task_id"])
     assert row is not None
+    facts = {name: answer.pop(name) for name in FACTS}
+    assert facts["model"] == {"checkpoint": "demo", "sha256": "0" * 64, "version": "1"}
+    assert facts["settings"] == {"outputs": ["mask"], "score_threshold": 0.5}
+    assert {"claim", "fetch", "decode", "segment", "encode_masks", "store"} <= set(facts["timings_ms"])
     assert (row.status, row.mask_url, row.metadata["results"]) == ("done", answer["mask_url"], [answer])
+    assert {name: row.metadata[name] for name in FACTS} == facts
 
 
 async def test_batch(bench: Bench, http: httpx.AsyncClient) -> None:
     """A batch has one result a prompt in their order; the row has the union mask and each label once."""
     prompts = ["star", "circle", "star"]
     answer = (await http.post(BATCH, json=body_of(bench, BATCH, prompts=prompts))).json()
-    assert set(answer) == {"task_id", "results", "total_inference_time_ms"}
+    assert set(answer) == {"task_id", "results", "total_inference_time_ms", *FACTS}
+    assert [found["number"] for result in answer["results"] for found in result["instances"]] == [1, 2, 3]
     assert [result["labels"] for result in answer["results"]] == [["star"], ["circle"], ["star"]]
     row = await bench.rows.get(answer["task_id"])
     assert row is not None
@@ -239,6 +213,41 @@ WRONG_BODIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "one prompt too long": (BATCH, {"prompts": ["cat", "dog", "a" * 201]}, "prompts.2"),
     "one prompt of too many tokens": (BATCH, {"prompts": ["cat", TOO_MANY_TOKENS]}, "prompts.1"),
     "predict's field": (BATCH, {"text_prompt": "cat"}, "text_prompt"),
+    "batch with boxes": (BATCH, {"boxes": [[1, 1, 2, 2]]}, "boxes"),
+    "neither text nor boxes": (BATCH, {"prompts": ["cat", {}]}, "prompts.1.text"),
+    "unknown field of a prompt": (BATCH, {"prompts": [{"text": "cat", "size": 1}]}, "prompts.0.size"),
+    "box without area": (PREDICT, {"boxes": [[5, 5, 5, 9]]}, "boxes.0"),
+    "box upside down": (BATCH, {"prompts": [{"boxes": [[1, 1, 2, 2], [1, 9, 2, 3]]}]}, "prompts.0.boxes.1"),
+    "box of three numbers": (PREDICT, {"boxes": [[1, 2, 3]]}, "boxes.0.3"),
+    "box not finite": (PREDICT, {"boxes": [[1, 2, 3, float("inf")]]}, "boxes.0.3"),
+    "box with text": (PREDICT, {"boxes": [[1, 2, 3, "x"]]}, "boxes.0.3"),
+    "boxes null": (PREDICT, {"boxes": None}, "boxes"),
+    "no boxes": (PREDICT, {"boxes": []}, "boxes"),
+    "33 boxes": (PREDICT, {"boxes": [[1, 1, 2, 2]] * 33}, "boxes"),
+    "labels of another length": (PREDICT, {"boxes": [[1, 1, 2, 2]], "labels": [1, 0]}, "labels"),
+    "labels without boxes": (PREDICT, {"labels": [1]}, "labels"),
+    "label 2": (PREDICT, {"boxes": [[1, 1, 2, 2]], "labels": [2]}, "labels.0"),
+    "label true": (PREDICT, {"boxes": [[1, 1, 2, 2]], "labels": [True]}, "labels.0"),
+    "threshold over 1": (PREDICT, {"score_threshold": 1.01}, "score_threshold"),
+    "threshold below 0": (PREDICT, {"score_threshold": -0.1}, "score_threshold"),
+    "threshold NaN": (PREDICT, {"score_threshold": float("nan")}, "score_threshold"),
+    "threshold null": (PREDICT, {"score_threshold": None}, "score_threshold"),
+    "threshold of one prompt": (
+        BATCH,
+        {"prompts": [{"text": "cat", "score_threshold": 2}]},
+        "prompts.0.score_threshold",
+    ),
+    "nms over 1": (PREDICT, {"nms_iou": 2}, "nms_iou"),
+    "no instances": (PREDICT, {"max_instances": 0}, "max_instances"),
+    "201 instances": (PREDICT, {"max_instances": 201}, "max_instances"),
+    "negative area": (PREDICT, {"min_area": -1}, "min_area"),
+    "area no integer": (PREDICT, {"min_area": 1.5}, "min_area"),
+    "huge holes": (PREDICT, {"fill_holes": 2**26 + 1}, "fill_holes"),
+    "islands a text": (PREDICT, {"remove_islands": "9"}, "remove_islands"),
+    "unknown output": (PREDICT, {"outputs": ["mask", "video"]}, "outputs.1"),
+    "outputs a text": (PREDICT, {"outputs": "mask"}, "outputs"),
+    "unknown segmentation": (PREDICT, {"segmentation": "rle"}, "segmentation"),
+    "negative tolerance": (PREDICT, {"polygon_tolerance": -1}, "polygon_tolerance"),
 }
 
 

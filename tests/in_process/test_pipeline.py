@@ -391,7 +391,7 @@ async def test_result_that_is_not_json_ends_the_row(
 
 
 def task_of(request: PredictRequest) -> Task:
-    return Task(str(request.task_id), request.user_id, request.image_url, (request.text_prompt,))
+    return Task(str(request.task_id), request.user_id, request.image_url, request.labels_of_prompts)
 
 
 async def held_by_another(bench: Bench) -> PredictRequest:
