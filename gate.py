@@ -15,14 +15,15 @@ import time
 import uuid
 from contextlib import contextmanager
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from contract import Failure, framework_failure
+from contract import Failure, OverloadedError, framework_failure
 from observability.log_lines import log_ids
 from observability.tracing import root_span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +32,13 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 BODY_TIMEOUT_S = 10.0
 """A caller that needs longer for 64 KiB is an attacker, or has no usable connection."""
+
+LARGE_BODY_TIMEOUT_S = 30.0
+"""For bodies of up to 10 MB, whose callers have a key."""
+MAX_LARGE_BODIES = 16
+"""Held at once by an API worker: 10 MB each, twice while the form is read."""
+KEYED = ("/api/", "/v1/")
+"""Paths that need a key, whoever may read the others."""
 
 UNENCODED = {b"content-encoding": {b"", b"identity"}, b"transfer-encoding": {b"chunked"}}
 """Header values with which the body is used as it is; the HTTP server joins chunks."""
@@ -53,6 +61,8 @@ class Gate:
             this machine.
         max_body_bytes: longer bodies are refused before they are read whole.
         body_timeout_s: so are bodies that take longer.
+        large_bodies: limits in bytes of bodies by the paths that have their own. An API worker holds
+            `MAX_LARGE_BODIES` of them at once.
         find_refusal: by the path of a POST to `/api/`, its header X-Deadline-Ms and its body, why the server
             is too busy for it; None: it is not.
     """
@@ -65,6 +75,7 @@ class Gate:
         access: Literal["open", "key", "loopback"],
         max_body_bytes: int,
         body_timeout_s: float = BODY_TIMEOUT_S,
+        large_bodies: Mapping[str, int] = MappingProxyType({}),
         find_refusal: Callable[[str, str | None, bytes], Failure | None] = lambda *_: None,
     ) -> None:
         self._app = app
@@ -72,6 +83,8 @@ class Gate:
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._large_bodies = large_bodies
+        self._large_in_flight = 0
         self._find_refusal = find_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,9 +106,26 @@ class Gate:
                 _log_access(scope, answer)
                 return
             with _span(scope, headers, answer):
-                await self._serve(scope, receive, headers, answer)
+                if scope["path"] in self._large_bodies:
+                    await self._serve_large(scope, receive, headers, answer)
+                else:
+                    await self._serve(scope, receive, headers, answer)
                 if scope["path"] not in QUIET_PATHS:
                     _log_access(scope, answer)
+
+    async def _serve_large(
+        self, scope: Scope, receive: Receive, headers: dict[bytes, bytes], answer: _Answer
+    ) -> None:
+        """Serve a request with a large body, unless too many are held already."""
+        if self._large_in_flight >= MAX_LARGE_BODIES:
+            message = f"{MAX_LARGE_BODIES} requests with images are in flight; try again later"
+            await answer.fail(Failure.of(OverloadedError(message)))
+            return
+        self._large_in_flight += 1
+        try:
+            await self._serve(scope, receive, headers, answer)
+        finally:
+            self._large_in_flight -= 1
 
     async def _serve(
         self, scope: Scope, receive: Receive, headers: dict[bytes, bytes], answer: _Answer
@@ -113,7 +143,7 @@ class Gate:
     def _check_access(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise `Failure` where the caller may not read the path: every path is closed unless it is open."""
         path = scope["path"]
-        if path.startswith("/api/"):
+        if path.startswith(KEYED):
             # Browsers send preflights without a key.
             if scope["method"] != "OPTIONS":
                 self._check_key(headers.get(b"x-api-key"), "X-API-Key")
@@ -135,7 +165,7 @@ class Gate:
             raise Failure("AUTH_INVALID", f"the key in {header} is not valid")
 
     def _refuse_overload(self, scope: Scope, headers: dict[bytes, bytes], body: bytes) -> None:
-        if scope["method"] == "POST" and scope["path"].startswith("/api/"):
+        if scope["method"] == "POST" and scope["path"].startswith(KEYED):
             deadline_ms = headers.get(b"x-deadline-ms")
             text = None if deadline_ms is None else deadline_ms.decode("latin-1")
             refusal = self._find_refusal(scope["path"], text, body)
@@ -146,33 +176,34 @@ class Gate:
         """The body, read up to the limits of size and time."""
         _refuse_encodings(scope)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            raise self._too_large()
+        max_bytes = self._large_bodies.get(scope["path"], self._max_body_bytes)
+        if length.isdigit() and int(length) > max_bytes:
+            raise _too_large(max_bytes)
+        timeout_s = LARGE_BODY_TIMEOUT_S if scope["path"] in self._large_bodies else self._body_timeout_s
         try:
-            async with asyncio.timeout(self._body_timeout_s):
-                return await self._collect(receive)
+            async with asyncio.timeout(timeout_s):
+                return await _collect(receive, max_bytes)
         except TimeoutError as error:
-            late = f"the body did not arrive within {self._body_timeout_s:g} s"
+            late = f"the body did not arrive within {timeout_s:g} s"
             raise Failure("INVALID_REQUEST", late) from error
 
-    async def _collect(self, receive: Receive) -> bytes:
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                break
-            body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                break
-        return bytes(body)
 
-    def _too_large(self) -> Failure:
-        return Failure(
-            "FILE_TOO_LARGE",
-            f"the body has more than {self._max_body_bytes} bytes",
-        )
+async def _collect(receive: Receive, max_bytes: int) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            break
+    return bytes(body)
+
+
+def _too_large(max_bytes: int) -> Failure:
+    return Failure("FILE_TOO_LARGE", f"the body has more than {max_bytes} bytes")
 
 
 class _Answer:
@@ -257,7 +288,7 @@ def _log_access(scope: Scope, answer: _Answer) -> None:
 @contextmanager
 def _span(scope: Scope, headers: dict[bytes, bytes], answer: _Answer) -> Iterator[None]:
     """A span of a request to `/api/`, whose caller has a key: callers without one start no traces."""
-    if not scope["path"].startswith("/api/"):
+    if not scope["path"].startswith(KEYED):
         yield
         return
     parent = {"traceparent": headers.get(b"traceparent", b"").decode("latin-1")}

@@ -27,7 +27,7 @@ from storage import StorageUnavailable, mask_key
 from task_answer import ANSWER, Facts, build_answer, fit_metadata, mask_url_of, metadata_of, read_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Mapping, Sequence
 
     from admission import Outcome
     from contract import BatchRequest, BatchResponse, PredictRequest
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sam3_runner.base import Decoders, Runner
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.prompts import PromptTokenizer
+    from sam3_runner.serving.engine import EngineStatus
     from segmentation import ReadImage
     from settings import Settings
     from storage import ObjectStore
@@ -91,6 +92,9 @@ class Pipeline:
         decoders: decode the images; the pipeline starts and closes them.
         model_version: written to the row.
         runners: processes of the model, which all API workers share.
+
+    Attributes:
+        segmenter, admission, heavy_turn: direct requests pass the same.
     """
 
     def __init__(
@@ -111,15 +115,15 @@ class Pipeline:
         self._outbox = outbox
         self._runner = runner
         self._decoders = decoders
-        self._segmenter = Segmenter(
+        self.segmenter = Segmenter(
             max_image_pixels=settings.max_image_pixels, runner=runner, decoders=decoders
         )
         self._renderer = Renderer()
         self._model_version = model_version
         slots = slots_per_worker(settings.sam3_max_batch, settings.api_worker_count, runners)
         # A slot bounds the files that this worker holds too, `MAX_IMAGE_BYTES` each.
-        self._admission = Admission(slots, settings.max_in_flight)
-        self._heavy_turn = FairGate(1)
+        self.admission = Admission(slots, settings.max_in_flight)
+        self.heavy_turn = FairGate(1)
         self._running: set[asyncio.Task[BatchResponse]] = set()
 
     async def start(self) -> None:
@@ -147,9 +151,8 @@ class Pipeline:
             options=request.options_text,
         )
         try:
-            self._check_tokens(request)
             place = self._new_place(request, deadline_ms)
-            await self._check_capacity(place)
+            await self.admit(request.texts_by_field, place)
         except Exception as error:  # _failure turns every error into a Failure
             raise _refused(_failure(error, task, request_id)) from error
         # Shielded: a caller that hangs up ends its request, not the task.
@@ -189,13 +192,33 @@ class Pipeline:
         await self._objects.close()
         await self._decoders.close()
 
-    def _check_tokens(self, request: PredictRequest | BatchRequest) -> None:
-        for name, text in request.texts_by_field.items():
+    async def admit(self, texts_by_field: Mapping[str, str], place: Place) -> None:
+        """Check what can be checked before anything is changed; direct requests share it.
+
+        Raises PromptTooLong, ModelNotLoaded and OverloadedError. Without an await after the last check: the
+        caller begins the work at once.
+        """
+        for name, text in texts_by_field.items():
             self._tokenizer.check_length(text, name=f"{name}:")
+        await self._check_capacity(place)
+
+    @property
+    def known_status(self) -> EngineStatus:
+        """The model's state by its last answer."""
+        return self._runner.known_status
+
+    @property
+    def timeout_s(self) -> float:
+        """The longest time of a request's work."""
+        return self._settings.request_timeout_s
+
+    def deadline_s(self, deadline_ms: int | None) -> float:
+        """Until when a request waits, on the clock of `time.monotonic`."""
+        wait_s = self._settings.default_deadline_s if deadline_ms is None else deadline_ms / 1000
+        return time.monotonic() + min(wait_s, self._settings.request_timeout_s)
 
     def _new_place(self, request: PredictRequest | BatchRequest, deadline_ms: int | None) -> Place:
-        wait_s = self._settings.default_deadline_s if deadline_ms is None else deadline_ms / 1000
-        deadline_s = time.monotonic() + min(wait_s, self._settings.request_timeout_s)
+        deadline_s = self.deadline_s(deadline_ms)
         return Place(request.user_id, deadline_s, cost=cost_of(len(request.labels_of_prompts)))
 
     async def _check_capacity(self, place: Place) -> None:
@@ -209,17 +232,17 @@ class Pipeline:
             raise overloaded
 
     def _find_overload(self, place: Place) -> OverloadedError | None:
-        refusal = self._admission.check(place)
+        refusal = self.admission.check(place)
         if refusal is None:
             return None
         OVERLOAD_REFUSALS.labels(refusal.reason).inc()
         return OverloadedError(refusal.message, refusal.retry_after_s)
 
     def _start(self, work: Coroutine[None, None, BatchResponse], place: Place) -> asyncio.Task[BatchResponse]:
-        self._admission.begin(place)
+        self.admission.begin(place)
         running = asyncio.create_task(work)
         # However it ends, also before its first step.
-        running.add_done_callback(lambda _: self._admission.end(place))
+        running.add_done_callback(lambda _: self.admission.end(place))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         TASKS_IN_FLIGHT.inc()
@@ -351,7 +374,7 @@ class Pipeline:
             read = await reading
             outcome = "late"
             log_fields = {"request_id": attempt.request_id, "task_id": task.task_id}
-            found = await self._segmenter.segment(read, query, min(deadline_s, place.deadline_s), log_fields)
+            found = await self.segmenter.segment(read, query, min(deadline_s, place.deadline_s), log_fields)
             outcome = "done"
         except InferenceFailed:
             outcome = "done"  # the model has worked for it
@@ -359,7 +382,7 @@ class Pipeline:
         finally:
             place.leave(outcome)
         model = self._runner.known_status
-        found = await self._segmenter.refine(found, options)
+        found = await self.segmenter.refine(found, options)
         file_name = self._objects.key_of(task.source_image_url, task.user_id).rpartition("/")[2]
         files = await self._renderer.files(found, options, file_name)
         segmentations = await self._renderer.segmentations(found.results, options)
@@ -409,7 +432,7 @@ class Pipeline:
             # the database does not answer is not counted against a suspect.
             await run.claimed.wait()
         if file.is_heavy:
-            place.join(self._heavy_turn)
+            place.join(self.heavy_turn)
             if not place.has_slot:
                 # Heavy images wait without a slot, so that others can use it, and are fetched again.
                 del file
@@ -417,7 +440,7 @@ class Pipeline:
                 with place.paused():
                     file, sha256 = await self._fetch(attempt.task, run.query)
         await self._begin_work(run, file, sha256)
-        return await self._segmenter.decode(file, sha256, run.query)
+        return await self.segmenter.decode(file, sha256, run.query)
 
     async def _wait(self, place: Place) -> None:
         with stage("wait"):
@@ -425,7 +448,7 @@ class Pipeline:
 
     async def _fetch(self, task: Task, query: Query) -> tuple[ImageFile, str]:
         """The image's file, its header parsed, and its checksum."""
-        return await self._segmenter.read_file(await self._download(task), query)
+        return await self.segmenter.read_file(await self._download(task), query)
 
     async def _begin_work(self, run: _Run, file: ImageFile, sha256: str) -> None:
         attempt = run.attempt

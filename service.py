@@ -49,6 +49,10 @@ from contract import (
     invalid_request,
     unreadable_body,
 )
+from contract.direct import DirectAnswer  # noqa: TC001 - FastAPI reads it
+from direct import DirectPath
+from direct_form import MAX_FORM_BYTES, form_schema, read_form
+from direct_form import PATH as DIRECT_PATH
 from gate import Gate
 from observability.log_lines import escape_log_lines, log_info_of
 from overload import OverloadCheck
@@ -88,6 +92,7 @@ LOGGING_PARTS = (
     *(
         "bentoml_patches",
         "connections",
+        "direct",
         "gate",
         "pipeline",
         "processes",
@@ -138,6 +143,11 @@ PREDICT_ERRORS = error_responses(
     *("MODEL_NOT_LOADED", "DEADLINE_EXCEEDED"),
 )
 DeadlineHeader = Annotated[DeadlineMs, Header(alias="X-Deadline-Ms")]
+DIRECT_ERRORS = error_responses(
+    *("INVALID_REQUEST", "AUTH_REQUIRED", "AUTH_INVALID", "FILE_TOO_LARGE", "UNSUPPORTED_IMAGE"),
+    *("UNSUPPORTED_MEDIA_TYPE", "OVERLOADED", "INFERENCE_FAILED", "INTERNAL_ERROR", "MODEL_NOT_LOADED"),
+    "DEADLINE_EXCEEDED",
+)
 INFO_ERRORS = error_responses("AUTH_REQUIRED", "AUTH_INVALID", "MODEL_NOT_LOADED")
 
 
@@ -218,6 +228,7 @@ class SegmentationService:
             runners=runner_count,
         )
         overload.pipeline = self._pipeline
+        self._direct = DirectPath(self._pipeline, VERSION)
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 
     def _client_of(self, index: int) -> RunnerClient:
@@ -304,6 +315,22 @@ class SegmentationService:
         """Find several concepts in one image, which is fetched and encoded once; settle the task's row."""
         return await self._pipeline.run(body, request.state.request_id, deadline_ms)
 
+    @app.post(
+        DIRECT_PATH,
+        tags=["segmentation"],
+        dependencies=NEEDS_KEY,
+        responses=DIRECT_ERRORS,
+        response_model_exclude_none=True,
+        openapi_extra=form_schema(),
+        include_in_schema=settings.serves_direct_api,
+    )
+    async def segment_directly(self, request: Request, deadline_ms: DeadlineHeader = None) -> DirectAnswer:
+        """Find every instance of one concept in the image of the body; nothing is stored."""
+        if not settings.serves_direct_api:
+            raise framework_failure(HTTPStatus.NOT_FOUND, None)
+        form, image = await read_form(request, settings.max_image_bytes)
+        return await self._direct.run(form, image, request.state.request_id, deadline_ms)
+
     @app.get(
         "/api/v1/model/info",
         tags=["state"],
@@ -350,6 +377,9 @@ SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
     api_keys=settings.api_keys,
     access=settings.metrics_and_docs_access,
     max_body_bytes=settings.max_body_bytes,
+    large_bodies={DIRECT_PATH: settings.max_image_bytes + MAX_FORM_BYTES}
+    if settings.serves_direct_api
+    else {},
     find_refusal=overload.find_refusal,
 )
 

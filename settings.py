@@ -222,6 +222,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         DEFAULT_MAX_PIXELS, ge=1, description="67 megapixels: phones' 50 are up to 8192 x 6144"
     )
     max_body_bytes: int = Field(64 * 1024, ge=1024, description="64 KiB")
+    direct_api: bool | None = Field(
+        None,
+        description="serve POST /v1/images/segmentations, which takes an image in its body and stores "
+        "nothing; default: in the embedded demo alone",
+    )
     metrics_and_docs: Literal["open", "key", "loopback"] | None = Field(
         None,
         description="who may read /metrics and the documentation: open (everyone), key (X-API-Key or "
@@ -347,6 +352,11 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         """Everything is embedded: the demo checkpoint, a folder, SQLite, on a developer's machine."""
         embedded = not self.uses_r2 and not self.uses_supabase
         return embedded and self.sam3_weights_path == DEMO and self.app_env == "development"
+
+    @property
+    def serves_direct_api(self) -> bool:
+        """`/v1/images/segmentations` is served."""
+        return self.is_demo if self.direct_api is None else self.direct_api
 
     @property
     def metrics_and_docs_access(self) -> Literal["open", "key", "loopback"]:

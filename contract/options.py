@@ -6,7 +6,7 @@ A task's options are stored as canonical JSON text: equal options have equal tex
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -97,6 +97,8 @@ Threshold = Annotated[
 class ExemplarFields(BaseModel):
     """Boxes of one prompt, with their labels."""
 
+    labels_field: ClassVar[str] = "labels"
+
     boxes: Annotated[Boxes | None, NotNull] = LEFT_OUT
     labels: Annotated[Labels | None, NotNull] = LEFT_OUT
 
@@ -113,7 +115,9 @@ class ExemplarFields(BaseModel):
     @model_validator(mode="after")
     def _labels_fit_boxes(self) -> Self:
         if self.labels is not None and len(self.labels) != len(self.boxes or ()):
-            raise FieldError("labels", f"has {len(self.labels)} values for {len(self.boxes or ())} boxes")
+            raise FieldError(
+                self.labels_field, f"has {len(self.labels)} values for {len(self.boxes or ())} boxes"
+            )
         return self
 
     @property

@@ -27,6 +27,11 @@ OVERLOAD_REFUSALS = Counter(
     "one user holds most of it",
     ["reason"],
 )
+DIRECT_REQUESTS = Counter(
+    "sam3_direct_requests",
+    "Requests to /v1/images/segmentations by the code of their error; empty for those that were answered",
+    ["code"],
+)
 PROCESS_STARTS = Counter("sam3_process_starts", "Starts of the server's processes", ["process"])
 
 # Series that alerts read begin at 0, so that the first event counts.

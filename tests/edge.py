@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
@@ -18,7 +19,6 @@ from storage import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from types import TracebackType
 
     import numpy.typing as npt
@@ -127,11 +127,15 @@ class Edge:
         folder = self.server.data_dir / "storage" / "masks" / self.user_id / task_id
         return sorted(folder.glob("*"))
 
-    def mask(self, url: str) -> npt.NDArray[np.bool_]:
-        """Read the mask at `url`, (height, width) bool; checks that it is an 8-bit grey PNG of 0 and 255."""
+    def path(self, url: str) -> Path:
+        """The stored file at `url`, which is one of a result."""
         path = unquote(urlsplit(url).path)
         assert path.startswith(str(self.server.data_dir / "storage" / "masks"))
-        with Image.open(path) as image:
+        return Path(path)
+
+    def mask(self, url: str) -> npt.NDArray[np.bool_]:
+        """Read the mask at `url`, (height, width) bool; checks that it is an 8-bit grey PNG of 0 and 255."""
+        with Image.open(self.path(url)) as image:
             assert (image.format, image.mode) == ("PNG", "L")
             levels = np.asarray(image)
         assert set(np.unique(levels)) <= {0, 255}

@@ -61,6 +61,7 @@ def test_bento_is_complete(bento: Path) -> None:
         "commands",
         "contract",
         "observability",
+        "outputs",
         "processes",
         "sam3_runner",
         "storage",

@@ -40,6 +40,7 @@ ALLOWED = {
     "gate": {"contract", "observability"},
     "connections": {"contract", "gate"},
     "stores": {"processes", "results", "settings", "storage", "version"},
+    "outputs": {"outputs", "sam3_runner"},
     "segmentation": {"contract", "outputs", "sam3_runner"},
     "rendering": {"contract", "outputs", "sam3_runner", "segmentation"},
     "task_answer": {"contract", "rendering", *PACKAGES},
@@ -48,10 +49,25 @@ ALLOWED = {
         *PACKAGES,
     },
     "overload": {"contract", "pipeline"},
+    "direct": {
+        *("admission", "contract", "observability", "outputs", "pipeline", "sam3_runner", "segmentation"),
+        "task_answer",
+    },
+    "direct_form": {"contract"},
     "recovery": {"contract", "observability", "pipeline", *PACKAGES},
     "startup": {"bentoml_patches", "observability", "processes", "settings", "stores", "version", *PACKAGES},
     "service": {
-        *("bentoml_patches", "connections", "contract", "gate", "observability", "overload", "pipeline"),
+        *(
+            "bentoml_patches",
+            "connections",
+            "contract",
+            "direct",
+            "direct_form",
+            "gate",
+            "observability",
+            "overload",
+            "pipeline",
+        ),
         *("processes", "recovery", "sam3_runner", "startup", "stores", "version"),
     },
     "commands": {"results", "sam3_runner", "settings"},
@@ -65,8 +81,8 @@ VENDORS = {
     "boto3": {"storage"},
     "botocore": {"storage"},
     "sqlite3": {"results"},
-    "fastapi": {"service", "bentoml_patches"},
-    "starlette": {"service", "gate", "bentoml_patches"},
+    "fastapi": {"service", "direct_form", "bentoml_patches"},
+    "starlette": {"service", "gate", "direct_form", "bentoml_patches"},
     "uvicorn": {"connections", "bentoml_patches"},
     "bentoml": {"service", "bentoml_patches", "sam3_runner"},
     "_bentoml_impl": set(),
@@ -220,3 +236,10 @@ def test_predictor_is_at_the_front_door() -> None:
     assert sam3_runner.SAM3Predictor is SAM3Predictor
     with pytest.raises(AttributeError):
         _ = sam3_runner.nothing
+
+
+def test_outputs_know_only_the_values() -> None:
+    """The forms of an answer are functions of `sam3_runner.instances`, and of nothing else of sam3_runner."""
+    for path in (ROOT / "outputs").rglob("*.py"):
+        modules = {name for name in modules_imported_by(path) if name.startswith("sam3_runner")}
+        assert modules <= {"sam3_runner.instances"}, path

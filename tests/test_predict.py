@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 from safetensors import safe_open
 
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.server
 
 SEEDS = tuple(range(100, 112))
+FACTS = ("model", "timings_ms", "settings")
+"""Fields of the outermost part of an answer, beside its results."""
 EXIF_ORIENTATION = 0x0112
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,7 +44,7 @@ TRANSPOSED = {
 
 def without_ids_and_times(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer without its ids, URLs and times."""
-    excluded = ("task_id", "mask_url", "inference_time_ms")
+    excluded = ("task_id", "mask_url", "inference_time_ms", *FACTS)
     return {key: value for key, value in answer.items() if key not in excluded}
 
 
@@ -108,9 +111,18 @@ def test_answer_has_the_fields_of_the_contract(edge: Edge) -> None:
     drawn = scene(SEEDS[0])
     answer = edge.answer(drawn.image, drawn.names[0])
     assert set(answer) == {
-        *("task_id", "mask_url", "labels", "inference_time_ms", "confidence"),
-        *("instances", "image_width", "image_height"),
+        *("task_id", "mask_url", "labels", "inference_time_ms", "confidence", "presence"),
+        *("instances", "image_width", "image_height", *FACTS),
     }
+    info = edge.http.get("/api/v1/model/info").json()
+    assert answer["model"] == {
+        "checkpoint": info["checkpoint"],
+        "sha256": info["weights_sha256"],
+        "version": info["model_version"],
+    }
+    assert answer["settings"] == {"outputs": ["mask"], "score_threshold": 0.5}
+    assert 0 < answer["timings_ms"]["segment"] < 1000 * SERVER_TIMEOUT_S
+    assert 0.0 <= answer["presence"] <= 1.0
     assert answer["labels"] == [drawn.names[0]]
     scores = [instance["score"] for instance in answer["instances"]]
     assert answer["confidence"] == scores[0] == max(scores)
@@ -118,7 +130,7 @@ def test_answer_has_the_fields_of_the_contract(edge: Edge) -> None:
     assert all(0.5 < score <= 1.0 for score in scores)
     assert answer["inference_time_ms"] > 0
     for instance in answer["instances"]:
-        assert set(instance) == {"label", "score", "box", "area"}
+        assert set(instance) == {"label", "score", "box", "area", "number"}
         assert instance["label"] == drawn.names[0]
         x0, y0, x1, y1 = instance["box"]
         assert 0 <= x0 < x1 <= answer["image_width"]
@@ -144,6 +156,7 @@ def test_row_has_the_result(edge: Edge) -> None:
     row = edge.row(answer["task_id"])
     assert row is not None
     assert (row.status, row.mask_url, row.labels) == ("done", answer["mask_url"], answer["labels"])
+    assert {name: row.metadata[name] for name in FACTS} == {name: answer.pop(name) for name in FACTS}
     assert row.metadata["results"] == [answer]
     assert row.metadata["prompts"] == [drawn.names[0]]
     assert row.metadata["confidence"] == answer["confidence"]
@@ -159,7 +172,7 @@ def test_batch_keeps_the_order_of_the_prompts(edge: Edge) -> None:
     prompts = [drawn.absent, drawn.names[-1], drawn.names[0], drawn.names[-1]]
     key = edge.upload(png_bytes(drawn.image))
     batch = edge.answer(key, prompts)
-    assert set(batch) == {"task_id", "results", "total_inference_time_ms"}
+    assert set(batch) == {"task_id", "results", "total_inference_time_ms", *FACTS}
     assert {result["task_id"] for result in batch["results"]} == {batch["task_id"]}
     for prompt, result in zip(prompts, batch["results"], strict=True):
         alone = edge.answer(key, prompt)
@@ -168,8 +181,12 @@ def test_batch_keeps_the_order_of_the_prompts(edge: Edge) -> None:
         for one, other in zip(result["instances"], alone["instances"], strict=True):
             assert one["box"] == pytest.approx(other["box"], abs=0.5)
         check_mask(edge, result)
-    first, duplicate = batch["results"][1], batch["results"][3]
-    assert without_ids_and_times(first) == without_ids_and_times(duplicate)
+    first, duplicate = (
+        without_ids_and_times(batch["results"][index])
+        | {"instances": [found | {"number": 0} for found in batch["results"][index]["instances"]]}
+        for index in (1, 3)
+    )
+    assert first == duplicate
 
 
 def test_batch_row_has_the_union_of_the_masks(edge: Edge) -> None:
@@ -395,3 +412,47 @@ def test_keys_are_never_logged(edge: Edge) -> None:
     """The server's log contains no API key."""
     edge.http.get("/api/v1/model/info")
     assert edge.server.api_key not in edge.server.log_path.read_text()
+
+
+def test_every_form_of_an_answer(edge: Edge) -> None:
+    """Every output is stored under its URL, of the image's size, and the masks in the answer agree."""
+    drawn = scene(SEEDS[3])
+    body = edge.body(edge.upload(png_bytes(drawn.image)), [drawn.names[0], drawn.names[-1]])
+    body |= {"outputs": ["instances", "label_map", "overlay", "coco"], "segmentation": "coco_rle"}
+    response = edge.send(body)
+    assert response.status_code == httpx.codes.OK, response.text
+    answer = response.json()
+    found = [instance for result in answer["results"] for instance in result["instances"]]
+    assert [instance["number"] for instance in found] == [*range(1, len(found) + 1)]
+    with Image.open(edge.path(answer["outputs"]["label_map"])) as image:
+        labels = np.asarray(image)
+    assert labels.shape == (drawn.image.height, drawn.image.width)
+    for instance in found:
+        crop = edge.mask(instance["mask_url"])
+        left, top = instance["mask_offset"]
+        whole = np.zeros(labels.shape, dtype=bool)
+        whole[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
+        assert whole.sum() == instance["area"]
+        assert whole[labels == instance["number"]].all()
+        rle = instance["segmentation"] | {"counts": instance["segmentation"]["counts"].encode()}
+        expected = coco_mask.encode(np.asfortranarray(whole, np.uint8))
+        assert coco_mask.iou([rle], [expected], [0]).item() == 1.0
+    with Image.open(edge.path(answer["outputs"]["overlay"])) as overlay:
+        assert (overlay.format, overlay.size) == ("JPEG", drawn.image.size)
+    coco = json.loads(edge.path(answer["outputs"]["coco"]).read_text())
+    assert [each["id"] for each in coco["annotations"]] == [instance["number"] for instance in found]
+    assert edge.send(body).json() == answer
+
+
+def test_score_threshold_of_a_request(edge: Edge) -> None:
+    """A higher threshold leaves fewer instances, and those score above it; 0 keeps more."""
+    drawn = scene(SEEDS[3])
+    key = edge.upload(png_bytes(drawn.image))
+    counts = []
+    for threshold in (0, 0.5, 0.99):
+        response = edge.send(edge.body(key, drawn.names[0]) | {"score_threshold": threshold})
+        assert response.status_code == httpx.codes.OK, response.text
+        scores = [found["score"] for found in response.json()["instances"]]
+        assert all(score >= threshold for score in scores)
+        counts.append(len(scores))
+    assert counts[0] > counts[1] >= counts[2]

@@ -12,6 +12,8 @@ import pytest
 from _bentoml_sdk.service import set_current_service
 
 import service
+from direct import DirectPath
+from direct_form import PATH as DIRECT_PATH
 from gate import Gate
 from overload import OverloadCheck
 from sam3_runner.prompts import PromptTokenizer
@@ -62,7 +64,11 @@ async def bench(tmp_path: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Ben
 @asynccontextmanager
 async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the routes, which run on the bench's pipeline behind the gate."""
-    set_current_service(SimpleNamespace(_pipeline=bench.pipeline, _runner=bench.model))
+    set_current_service(
+        SimpleNamespace(
+            _pipeline=bench.pipeline, _runner=bench.model, _direct=DirectPath(bench.pipeline, "1")
+        )
+    )
     overload = OverloadCheck()
     overload.pipeline = bench.pipeline
     gate = Gate(
@@ -70,6 +76,7 @@ async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
         api_keys=(KEY,),
         access="open",
         max_body_bytes=MAX_BODY_BYTES,
+        large_bodies={DIRECT_PATH: 100_000},
         find_refusal=overload.find_refusal,
     )
     async with httpx.AsyncClient(
@@ -80,7 +87,8 @@ async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the routes."""
+async def http(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the routes, the direct one included."""
+    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"direct_api": True}))
     async with client_of(bench) as client:
         yield client

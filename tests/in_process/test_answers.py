@@ -216,7 +216,7 @@ async def test_long_answer_is_stored_beside_the_masks(
     find_many(bench, monkeypatch, 200)
     prompts = [f"{number} " + "x" * 100 for number in range(10)]
     body = body_of(bench, BATCH, prompts=prompts, segmentation="coco_rle")
-    monkeypatch.setattr(bench.pipeline, "_check_tokens", lambda _: None)
+    monkeypatch.setattr(bench.pipeline._tokenizer, "check_length", lambda *_, **__: None)
     answer = (await http.post(BATCH, json=body)).json()
     assert sum(len(result["instances"]) for result in answer["results"]) == 2000
     row = await bench.rows.get(body["task_id"])

@@ -1,0 +1,154 @@
+"""The path of a direct request: an image in its body, the answer in its answer; no store, no row.
+
+It passes the same admission, decoders and model as tasks do. It is not in the file of attempts: when a
+process dies under it, it is answered with 503 and not tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from typing import TYPE_CHECKING, Final, cast
+
+from admission import Place
+from contract import CocoRle, Failure
+from contract.direct import DirectAnswer, DirectInstance
+from contract.options import PromptOptions, TaskOptions
+from observability.log_lines import log_ids
+from observability.metrics import DIRECT_REQUESTS
+from outputs.coco_rle import coco_rle
+from outputs.mask_png import encode_png
+from sam3_runner import InferenceFailed
+from sam3_runner.instances import PredictResult, packed_union
+from sam3_runner.metrics import collect_request_s
+from sam3_runner.prompts import VISUAL
+from segmentation import query_of, with_masks
+from task_answer import BOX_DIGITS, SCORE_DIGITS, model_facts, settings_of
+
+if TYPE_CHECKING:
+    from admission import Outcome
+    from contract.direct import DirectRequest
+    from pipeline import Pipeline
+    from sam3_runner.instances import Instance
+    from segmentation import Found, Query
+
+logger = logging.getLogger(__name__)
+
+USER: Final = "/direct"
+"""Whose turns direct requests take, all together: no user_id has a slash."""
+
+
+class DirectPath:
+    """Serves direct requests of one API worker.
+
+    Args:
+        pipeline: whose admission, decoders and model they use.
+        version: of the server, for the answer.
+    """
+
+    def __init__(self, pipeline: Pipeline, version: str) -> None:
+        self._pipeline = pipeline
+        self._version = version
+
+    async def run(
+        self, request: DirectRequest, image: bytes, request_id: str, deadline_ms: int | None
+    ) -> DirectAnswer:
+        """Segment an image.
+
+        Args:
+            request: is valid by itself.
+            image: the file.
+            request_id: for the log.
+            deadline_ms: how long the caller waits; None: `default_deadline_s`.
+
+        Raises:
+            Failure: and nothing else.
+        """
+        code = ""
+        try:
+            with log_ids(request_id=request_id):
+                return await self._run(request, image, request_id, deadline_ms)
+        except Exception as error:  # every error becomes a Failure
+            failure = Failure.of(error)
+            code = failure.code
+            if code == "INTERNAL_ERROR" and failure is not error:
+                logger.exception("a direct request failed (request %s)", request_id)
+            raise failure from error
+        finally:
+            DIRECT_REQUESTS.labels(code).inc()
+
+    async def _run(
+        self, request: DirectRequest, image: bytes, request_id: str, deadline_ms: int | None
+    ) -> DirectAnswer:
+        pipeline, stages_s = self._pipeline, collect_request_s()
+        texts = {} if request.prompt is None else {"prompt": request.prompt}
+        place = Place(USER, pipeline.deadline_s(deadline_ms))
+        await pipeline.admit(texts, place)
+        pipeline.admission.begin(place)
+        try:
+            query = _query_of(request)
+            async with asyncio.timeout(pipeline.timeout_s):
+                found = await self._find(query, image, place, request_id)
+                found = await pipeline.segmenter.refine(found, query.options)
+                [result] = with_masks(found.results)
+                data = [await _instance(each, result, request.mask_format) for each in result.instances]
+        finally:
+            pipeline.admission.end(place)
+        return DirectAnswer(
+            data=data,
+            presence=round(result.presence, SCORE_DIGITS),
+            image_width=result.image_width,
+            image_height=result.image_height,
+            model=model_facts(pipeline.known_status, self._version),
+            timings_ms={name: round(seconds * 1000, 1) for name, seconds in stages_s.items()},
+            settings=settings_of(query.options, 1),
+        )
+
+    async def _find(self, query: Query, image: bytes, place: Place, request_id: str) -> Found:
+        segmenter, outcome = self._pipeline.segmenter, cast("Outcome", "failed")
+        await place.wait()
+        try:
+            file, sha256 = await segmenter.read_file(image, query)
+            if file.is_heavy:
+                place.join(self._pipeline.heavy_turn)
+                await place.wait()
+            read = await segmenter.decode(file, sha256, query)
+            outcome = "late"
+            fields = {"request_id": request_id, "task_id": "-"}
+            found = await segmenter.segment(read, query, place.deadline_s, fields)
+            outcome = "done"
+        except InferenceFailed:
+            outcome = "done"  # the model has worked for it
+            raise
+        finally:
+            place.leave(outcome)
+        return found
+
+
+def _query_of(request: DirectRequest) -> Query:
+    fields = {name: getattr(request, name) for name in type(request).model_fields}
+    own = PromptOptions.model_construct(boxes=request.boxes, labels=request.labels)
+    options = TaskOptions.model_construct(
+        **{name: fields[name] for name in TaskOptions.model_fields if name in fields},
+        segmentation="coco_rle",  # each instance's mask is needed
+        prompts=[own],
+    )
+    return query_of([request.prompt or VISUAL], options, is_batch=False)
+
+
+async def _instance(instance: Instance, result: PredictResult, mask_format: str) -> DirectInstance:
+    # A call each: a request that ends meanwhile ends the work.
+    mask = await asyncio.to_thread(_rle if mask_format == "rle" else _png, instance, result)
+    x0, y0, x1, y1 = (round(side, BOX_DIGITS) for side in instance.box)
+    return DirectInstance(mask=mask, box=(x0, y0, x1, y1), score=round(instance.score, SCORE_DIGITS))
+
+
+def _rle(instance: Instance, result: PredictResult) -> CocoRle:
+    return CocoRle(**coco_rle(instance.mask, result.image_width, result.image_height))
+
+
+def _png(instance: Instance, result: PredictResult) -> str:
+    size = result.image_width, result.image_height
+    alone = PredictResult(result.prompt, result.presence, *size, [instance])
+    return base64.b64encode(encode_png(packed_union([alone]), result.image_width)).decode()

@@ -1,0 +1,157 @@
+"""The route that takes an image in its body: its form, its answer, its limits; it touches no store."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import service
+from direct_form import PATH
+from tests.edge import error_of
+from tests.in_process.bench import HEAVY_IMAGE, SMALL_IMAGE
+
+if TYPE_CHECKING:
+    import httpx
+
+    from tests.in_process.bench import Bench
+
+pytestmark = pytest.mark.anyio
+
+
+async def post(http: httpx.AsyncClient, image: bytes | None = SMALL_IMAGE, **fields: Any) -> httpx.Response:
+    """Send a form; a list is sent as repeated fields."""
+    files = {} if image is None else {"image": ("picture", image)}
+    return await http.post(PATH, data=fields, files=files or {"other": b""})
+
+
+def check_untouched(bench: Bench) -> None:
+    """No store and no row was touched."""
+    assert bench.masks() == []
+    assert not {"claim", "fetch", "upload", "settle"} & bench.stages.entered.keys()
+    assert bench.count() == 0
+
+
+async def test_masks_as_png(bench: Bench, http: httpx.AsyncClient) -> None:
+    """The answer has each instance's mask as a PNG of the image's size, its box and its score."""
+    answer = (await post(http, prompt="red circle")).json()
+    [found] = answer["data"]
+    assert (found["box"], found["score"]) == ([0.0, 0.0, 8.0, 8.0], 0.9)
+    with Image.open(io.BytesIO(base64.b64decode(found["mask"]))) as mask:
+        assert (mask.size, mask.mode) == ((16, 12), "L")
+        levels = np.asarray(mask)
+    assert (levels[:8, :8] == 255).all()
+    assert levels.sum() == 64 * 255
+    assert answer["model"]["checkpoint"] == "demo"
+    assert "segment" in answer["timings_ms"]
+    check_untouched(bench)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boxes": "[[1, 1, 7, 7], [2, 2, 9, 9]]", "box_labels": "[1, 0]"},
+        {"boxes": ["[1, 1, 7, 7]", "[2, 2, 9, 9]"], "box_labels": ["1", "0"]},
+    ],
+)
+async def test_boxes_as_text_or_repeated(
+    bench: Bench, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Boxes and labels are JSON text, or repeated fields; a prompt is not needed beside them."""
+    seen: list[Any] = []
+    segment = bench.model.segment
+
+    async def spy(image: Any, prompts: Any, *rest: Any, **named: Any) -> Any:
+        seen.extend(prompts)
+        return await segment(image, prompts, *rest, **named)
+
+    monkeypatch.setattr(bench.model, "segment", spy)
+    response = await post(http, mask_format="rle", score_threshold="0", model="sam3", **fields)
+    [found] = response.json()["data"]
+    assert found["mask"]["size"] == [12, 16]
+    [prompt] = seen
+    assert (prompt.text, prompt.labels, prompt.score_threshold) == (None, (True, False), 0.0)
+    check_untouched(bench)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no image": ({"image": None, "prompt": "cat"}, "image"),
+    "no prompt": ({}, "prompt"),
+    "control character": ({"prompt": "a\nb"}, "prompt"),
+    "tokens": ({"prompt": "zq " * 60}, "prompt"),
+    "unknown field": ({"prompt": "cat", "threshold": "1"}, "threshold"),
+    "outputs need a store": ({"prompt": "cat", "outputs": "coco"}, "outputs"),
+    "boxes no JSON": ({"boxes": "[[1, 2"}, "boxes"),
+    "box without area": ({"boxes": "[[1, 1, 1, 2]]"}, "boxes.0"),
+    "deep boxes": ({"boxes": "[" * 30_000}, "boxes"),
+    "box outside": ({"boxes": "[[99, 99, 100, 100]]"}, "boxes[0]"),
+    "labels": ({"boxes": "[[1, 1, 2, 2]]", "box_labels": "[1, 0]"}, "box_labels"),
+    "mask format": ({"prompt": "cat", "mask_format": "svg"}, "mask_format"),
+    "threshold": ({"prompt": "cat", "score_threshold": "2"}, "score_threshold"),
+    "instances": ({"prompt": "cat", "max_instances": "many"}, "max_instances"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+async def test_wrong_field_is_named(bench: Bench, http: httpx.AsyncClient, case: str) -> None:
+    """A wrong field gives 400 with its name."""
+    fields, name = WRONG[case]
+    status, code, message = error_of(await post(http, **fields))
+    assert (status, code) == (400, "INVALID_REQUEST")
+    assert message.startswith(name)
+    check_untouched(bench)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "multipart/form-data; boundary=x"),
+        (b"--x\r\n", "multipart/form-data; boundary=x"),
+        (b"--x--", "multipart/form-data"),
+        (b'{"prompt": "cat"}', "application/json"),
+        (b"prompt=cat", "application/x-www-form-urlencoded"),
+        (b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--", "multipart/form-data; boundary=x"),
+    ],
+)
+async def test_broken_form_is_refused(http: httpx.AsyncClient, content: bytes, kind: str) -> None:
+    """What is no form is a 400, never a 5xx."""
+    response = await http.post(PATH, content=content, headers={"Content-Type": kind})
+    assert error_of(response)[:2] == (400, "INVALID_REQUEST")
+
+
+async def test_hostile_image_is_refused(bench: Bench, http: httpx.AsyncClient) -> None:
+    """An image that is none is a 415, as on the other routes; a body over the limit a 413."""
+    assert error_of(await post(http, b"no picture", prompt="cat"))[:2] == (415, "UNSUPPORTED_IMAGE")
+    assert error_of(await post(http, b"x" * 100_001, prompt="cat"))[:2] == (413, "FILE_TOO_LARGE")
+    check_untouched(bench)
+
+
+async def test_key_is_needed(http: httpx.AsyncClient) -> None:
+    """Without the key nothing below /v1/ is answered."""
+    for path in (PATH, "/v1/other"):
+        response = await http.post(path, headers={"X-API-Key": "wrong"})
+        assert error_of(response)[:2] == (401, "AUTH_INVALID")
+
+
+async def test_heavy_image_takes_its_turn(bench: Bench, http: httpx.AsyncClient) -> None:
+    """A heavy image passes the gate of heavy images and gives its place back."""
+    response = await post(http, HEAVY_IMAGE, prompt="cat")
+    assert response.status_code == 200, response.text
+    assert json.loads(response.text)["data"]
+    assert bench.pipeline.heavy_turn.has_free_slot
+    assert bench.pipeline.admission.gate.has_free_slot
+
+
+async def test_route_that_is_off_is_not_found(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without DIRECT_API the path is answered as an unknown one."""
+    off = service.settings.model_copy(update={"direct_api": False})
+    monkeypatch.setattr(service, "settings", off)
+    status, code, message = error_of(await post(http, prompt="cat"))
+    assert (status, code, message) == (404, "NOT_FOUND", "there is nothing at this path")
