@@ -40,7 +40,6 @@ ALLOWED = {
     "gate": {"contract", "observability"},
     "connections": {"contract", "gate"},
     "stores": {"processes", "results", "settings", "storage", "version"},
-    "outputs": {"outputs", "sam3_runner"},
     "segmentation": {"contract", "outputs", "sam3_runner"},
     "rendering": {"contract", "outputs", "sam3_runner", "segmentation"},
     "task_answer": {"contract", "rendering", *PACKAGES},
@@ -236,10 +235,3 @@ def test_predictor_is_at_the_front_door() -> None:
     assert sam3_runner.SAM3Predictor is SAM3Predictor
     with pytest.raises(AttributeError):
         _ = sam3_runner.nothing
-
-
-def test_outputs_know_only_the_values() -> None:
-    """The forms of an answer are functions of `sam3_runner.instances`, and of nothing else of sam3_runner."""
-    for path in (ROOT / "outputs").rglob("*.py"):
-        modules = {name for name in modules_imported_by(path) if name.startswith("sam3_runner")}
-        assert modules <= {"sam3_runner.instances"}, path
