@@ -11,6 +11,13 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
 from training.architecture import SIDE_PX
 from training.concepts import PROMPT_UNIFORMS, PROMPTS_PER_SCENE, PromptTokens, sample_prompts
+from training.exemplars import (
+    EXEMPLAR_UNIFORMS,
+    EXEMPLARS_PER_SCENE,
+    TASKS_PER_SCENE,
+    sample_exemplars,
+    sample_kinds,
+)
 from training.scenes import paint, render, sample_noise, sample_scenes
 
 if TYPE_CHECKING:
@@ -18,10 +25,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from training.concepts import ScenePrompts
+    from training.exemplars import Exemplars
     from training.scenes import Painter
 
 _UNKNOWN_SHARE = 0.2
 """Share of the absent prompts that are words without a meaning in the scenes."""
+
+_VISUAL_SHARE = 0.1
+"""Of those, the share that is the word which the model reads when boxes come without a text."""
+_ALIKE_SHARE = 0.5
+"""Share of the scenes in which many objects are alike; see `sample_scenes`."""
 
 _DEGRADATION_UNIFORMS = 4
 _BLOCK = 8
@@ -29,16 +43,19 @@ _BLOCK = 8
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B scenes with P = 4B prompts; prompt p belongs to scene p // 4.
+    """B scenes with P = 6B tasks, four texts and two exemplar tasks each; task p belongs to scene p // 6.
 
     Attributes:
         pixels: (B, 3, S, S) uint8.
         owner: (B, S, S) uint8, see `Pictures`.
         boxes: (B, 7, 4), x0 y0 x1 y1 in 0..1.
         ids, ids_valid: (P, L) int64 and bool.
-        matching: (P, 7) bool, objects that match the prompt; each is assigned a query.
+        exemplars: (P, 5, 4) boxes, cx cy w h in 0..1.
+        labels: (P, 5) int64, 1 for a positive box.
+        exemplars_valid: (P, 5) bool; all False for a text alone.
+        matching: (P, 7) bool, objects that match the task; each is assigned a query.
         counted: (P, 7) bool, the matching objects that contribute to the loss.
-        valid: (P,) bool, False for prompts that do not contribute to the loss.
+        valid: (P,) bool, False for tasks that do not contribute to the loss.
     """
 
     pixels: Tensor
@@ -46,6 +63,9 @@ class Batch:
     boxes: Tensor
     ids: Tensor
     ids_valid: Tensor
+    exemplars: Tensor
+    labels: Tensor
+    exemplars_valid: Tensor
     matching: Tensor
     counted: Tensor
     valid: Tensor
@@ -64,30 +84,55 @@ class BatchMaker:
     def make(self, step: int) -> Batch:
         """The batch of one step."""
         rng = self._rng.manual_seed(self._seed * 1_000_003 + step)
-        scenes = sample_scenes(self._scenes, rng, frame=None)
+        scenes = sample_scenes(self._scenes, rng, frame=None, alike_share=_ALIKE_SHARE)
         noise = sample_noise(self._scenes, SIDE_PX, SIDE_PX, rng)
-        degradations = torch.rand(self._scenes, _DEGRADATION_UNIFORMS, generator=rng, device=self._device)
+        degradations = self._uniforms(self._scenes, _DEGRADATION_UNIFORMS)
         pictures = render(scenes, *noise, paint=self._paint)
         pixels = self._degrade(pictures.pixels, noise[1], degradations).to(torch.uint8)
-        uniforms = torch.rand(self._scenes, PROMPT_UNIFORMS, generator=rng, device=self._device)
-        sampled = sample_prompts(scenes, pictures, uniforms)
-        prompts = self._scenes * PROMPTS_PER_SCENE
-        words = torch.rand(prompts, 7, generator=rng, device=self._device)
-        ids, ids_valid = self._tokens.encode(sampled.concept.flatten(), words)
-        unknown_ids, unknown_valid = self._tokens.encode_unknown(words)
-        last = torch.arange(prompts, device=self._device) % PROMPTS_PER_SCENE == PROMPTS_PER_SCENE - 1
-        unknown = (last & (words[:, 6] < _UNKNOWN_SHARE))[:, None]
-        matching = sampled.matching.flatten(0, 1)
+        sampled = sample_prompts(scenes, pictures, self._uniforms(self._scenes, PROMPT_UNIFORMS))
+        exemplars = sample_exemplars(
+            scenes,
+            pictures,
+            sample_kinds(self._uniforms(self._scenes, EXEMPLARS_PER_SCENE)),
+            self._uniforms(self._scenes, EXEMPLARS_PER_SCENE, EXEMPLAR_UNIFORMS),
+        )
+        ids, ids_valid = self._texts(sampled, exemplars)
+        matching = torch.cat([sampled.matching, exemplars.matching], dim=1)
+        boxes, labels, boxes_valid = (
+            F.pad(each.flatten(2), (0, 0, PROMPTS_PER_SCENE, 0)).flatten(0, 1)
+            for each in (exemplars.boxes, exemplars.labels, exemplars.boxes_valid)
+        )
         return Batch(
             pixels=pixels,
             owner=pictures.owner,
             boxes=pictures.boxes,
-            ids=torch.where(unknown, unknown_ids, ids),
-            ids_valid=torch.where(unknown, unknown_valid, ids_valid),
-            matching=matching,
-            counted=matching & pictures.counted.repeat_interleave(PROMPTS_PER_SCENE, dim=0),
-            valid=sampled.valid.flatten(),
+            ids=ids,
+            ids_valid=ids_valid,
+            exemplars=boxes.unflatten(1, (-1, 4)),
+            labels=labels,
+            exemplars_valid=boxes_valid,
+            matching=matching.flatten(0, 1),
+            counted=(matching & pictures.counted[:, None]).flatten(0, 1),
+            valid=torch.cat([sampled.valid, exemplars.valid], dim=1).flatten(),
         )
+
+    def _texts(self, sampled: ScenePrompts, exemplars: Exemplars) -> tuple[Tensor, Tensor]:
+        """Token ids and validity of all tasks, (P, 8)."""
+        words = self._uniforms(self._scenes * TASKS_PER_SCENE, 7)
+        concepts = torch.cat([sampled.concept, exemplars.concept], dim=1)
+        ids, ids_valid = self._tokens.encode(concepts.flatten(), words)
+        unknown_ids, unknown_valid = self._tokens.encode_unknown(words)
+        place = torch.arange(TASKS_PER_SCENE, device=self._device).repeat(self._scenes)
+        unknown = (place == PROMPTS_PER_SCENE - 1) & (words[:, 6] < _UNKNOWN_SHARE)
+        # The word alone, without a box, means nothing.
+        visual = unknown & (words[:, 6] < _UNKNOWN_SHARE * _VISUAL_SHARE)
+        visual |= F.pad(~exemplars.has_text, (PROMPTS_PER_SCENE, 0)).flatten()
+        ids = torch.where(unknown[:, None], unknown_ids, ids)
+        ids_valid = torch.where(unknown[:, None], unknown_valid, ids_valid)
+        return self._tokens.replace_visual(ids, ids_valid, visual)
+
+    def _uniforms(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._rng, device=self._device)
 
 
 def degrade(pixels: Tensor, noise: Tensor, uniforms: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ PROMPTS_PER_SCENE = 4
 PRESENT_PER_SCENE = 3
 """The first three prompts of a scene name something in it, the last one something absent."""
 
+BOXES_ALONE_TEXT = "visual"
+"""What the model reads when boxes come without a text, as in the official code."""
+
 KINDS = ("colour shape", "shape", "any shape of a colour")
 _FIRST_SHAPE = len(COLOURS) * len(SHAPES)
 _FIRST_COLOUR = _FIRST_SHAPE + len(SHAPES)
@@ -85,15 +88,26 @@ def sample_prompts(scenes: Scenes, pictures: Pictures, uniforms: Tensor) -> Scen
     picks = picks.reshape(-1, PRESENT_PER_SCENE, MAX_OBJECTS + 1)
     target = (picks[..., :-1] + pictures.counted[:, None]).argmax(dim=-1)
     colour, shape = scenes.colour.gather(1, target), scenes.shape.gather(1, target)
-    both, bare_shape = _KIND_SHARE[0], _KIND_SHARE[0] + _KIND_SHARE[1]
-    kind = picks[..., -1]
-    concept = torch.where(kind < bare_shape, _FIRST_SHAPE + shape, _FIRST_COLOUR + colour)
-    concept = torch.where(kind < both, colour * len(SHAPES) + shape, concept)
+    concept = choose_concept(colour, shape, picks[..., -1], _KIND_SHARE[0], _KIND_SHARE[0] + _KIND_SHARE[1])
     absent_concept = _choose_absent(matches, absent)
     concept = torch.cat([concept, absent_concept[:, None]], dim=1)
     matching = matches.gather(1, concept[..., None].expand(-1, -1, MAX_OBJECTS))
     valid = pictures.counted.any(dim=1, keepdim=True).expand(-1, PROMPTS_PER_SCENE)
     return ScenePrompts(concept=concept, matching=matching, valid=valid)
+
+
+def choose_concept(
+    colour: Tensor, shape: Tensor, uniforms: Tensor, both: Tensor | float, bare_shape: Tensor | float
+) -> Tensor:
+    """Concepts of objects: below `both` colour and shape, below `bare_shape` the shape, else the colour."""
+    concept = torch.where(uniforms < bare_shape, _FIRST_SHAPE + shape, _FIRST_COLOUR + colour)
+    return torch.where(uniforms < both, colour * len(SHAPES) + shape, concept)
+
+
+def objects_of(concept: Tensor, scenes: Scenes) -> Tensor:
+    """(B, N, 7) bool: whether the objects of B scenes match the concepts (B, N)."""
+    table = _concept_table(concept.device)
+    return table[concept[..., None], scenes.colour[:, None], scenes.shape[:, None]]
 
 
 class PromptTokens:
@@ -108,6 +122,7 @@ class PromptTokens:
         self._ids = ids.reshape(CONCEPT_COUNT, -1, _TOKENS).to(device)
         self._lengths = torch.from_numpy(encoded.valid).sum(dim=1).reshape(CONCEPT_COUNT, -1).to(device)
         self._end_id = int(ids[0, -1])
+        self._visual_ids = torch.from_numpy(tokenizer.encode([BOXES_ALONE_TEXT]).ids)[:, :_TOKENS].to(device)
         self._tokenizer = Tokenizer.from_file(str(CLIP_TOKENIZER_FILE))
 
     def encode(self, concept: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,6 +142,12 @@ class PromptTokens:
         words = torch.where(coloured, 2, 1) + (uniforms[:, 1] * 2.0).long()
         ids = torch.where(torch.arange(_TOKENS, device=ids.device) > words[:, None], self._end_id, ids)
         return self._with_validity(ids, words + 2)
+
+    def replace_visual(self, ids: Tensor, valid: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """`ids` and `valid` (P, 8), with the text of boxes alone where `visual` (P,) is true."""
+        replaced = self._with_validity(self._visual_ids, torch.full_like(self._visual_ids[:, 0], 3))
+        visual = visual[:, None]
+        return torch.where(visual, replaced[0], ids), torch.where(visual, replaced[1], valid)
 
     def decode(self, ids: Tensor) -> list[str]:
         """The texts of (P, 8) ids."""

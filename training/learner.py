@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 
 from sam3_runner.network.masks import mask_logits
 from training.concepts import PROMPTS_PER_SCENE
+from training.exemplars import TASKS_PER_SCENE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 _AUCTION_ROUNDS = 16
 _AUCTION_INCREMENT = 0.02
-_MASK_PROMPTS_PER_SCENE = 1
-"""Prompts per scene whose masks are in the loss: the mask head is expensive, and converges early."""
 _MASKS_PER_SCENE = 2
-"""Mean number of masks per scene in the loss; a batch with more objects leaves some out."""
+"""Mean number of masks per scene in the loss; a batch with more objects leaves some out.
+
+They are of one task a scene, since the mask head is expensive, and converges early.
+"""
 
 _FOCAL_GAMMA = 2.0
 _WEIGHTS = {"score": 2.0, "presence": 1.0, "box": 5.0, "giou": 2.0, "mask": 10.0, "dice": 5.0}
@@ -30,14 +32,14 @@ _WEIGHTS = {"score": 2.0, "presence": 1.0, "box": 5.0, "giou": 2.0, "mask": 10.0
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The model's output for P prompts, of each of its N decoder layers.
+    """The model's output for P tasks, of each of its N decoder layers.
 
     Attributes:
         logits: (N, P, Q), of the served score = sigmoid(logit) x sigmoid(presence logit).
         presence: (N, P) logits.
         boxes: (N, P, Q, 4), x0 y0 x1 y1 in 0..1.
         queries: (P, Q, D), of the last layer.
-        features: (B, D, 4g, 4g), pixel features of the first prompt of each scene.
+        features: (B, D, 4g, 4g), pixel features of one task of each scene.
     """
 
     logits: Tensor
@@ -53,16 +55,18 @@ def compile_layers(network: SAM3Network) -> None:
         layer.compile(dynamic=False)
 
 
-def predict(network: SAM3Network, pixels: Tensor, ids: Tensor, ids_valid: Tensor) -> Predictions:
-    """Run the serving forward pass on (B, 3, S, S) pictures with four prompts each."""
-    prompt = torch.arange(len(ids), device=ids.device)
-    scene = prompt // PROMPTS_PER_SCENE
-    image = network.encode_image(pixels)
-    text = network.encode_text(ids, ids_valid)
-    detections = network.decode(image.attended[scene], image.geometry_token[scene], text.tokens, text.valid)
+def predict(network: SAM3Network, batch: Batch) -> Predictions:
+    """Run the serving forward pass on the pictures of a batch, with six tasks each."""
+    scene = torch.arange(len(batch.ids), device=batch.ids.device) // TASKS_PER_SCENE
+    image = network.encode_image(batch.pixels)
+    text = network.encode_text(batch.ids, batch.ids_valid)
+    tokens, valid = network.geometry_encoder.encode_boxes(
+        image.coarse[scene], network.position, batch.exemplars, batch.labels, batch.exemplars_valid
+    )
+    detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, valid)
     queries, presence = torch.stack(detections.queries), torch.stack(detections.layer_presence_logits)
     logits = network.dot_product_scoring(queries, detections.prompt, detections.prompt_valid)
-    drawn = _of_mask_prompts(prompt)
+    drawn = _mask_tasks(batch.pixels)
     return Predictions(
         logits=_served_logits(logits, presence[..., None]),
         presence=presence,
@@ -80,7 +84,7 @@ def predict(network: SAM3Network, pixels: Tensor, ids: Tensor, ids_valid: Tensor
 @torch.no_grad()
 def match(predictions: Predictions, batch: Batch) -> Tensor:
     """(P, 7) the query assigned to each matching object, -1 elsewhere; by the last layer's predictions."""
-    boxes = batch.boxes.repeat_interleave(PROMPTS_PER_SCENE, dim=0)
+    boxes = batch.boxes.repeat_interleave(TASKS_PER_SCENE, dim=0)
     predicted = predictions.boxes[-1]
     l1_distance = (boxes[:, :, None] - predicted[:, None]).abs().sum(dim=-1)
     giou_distance = 1.0 - generalised_iou(boxes[:, :, None], predicted[:, None])
@@ -146,10 +150,10 @@ def _served_logits(logits: Tensor, presence: Tensor) -> Tensor:
     return -torch.logaddexp(torch.logaddexp(-logits, -presence), -logits - presence)
 
 
-def _of_mask_prompts(per_prompt: Tensor) -> Tensor:
-    """The entries of the prompts whose masks are in the loss, from (4B, ...)."""
-    per_scene = per_prompt.reshape(-1, PROMPTS_PER_SCENE, *per_prompt.shape[1:])
-    return per_scene[:, :_MASK_PROMPTS_PER_SCENE].flatten(0, 1)
+def _mask_tasks(pixels: Tensor) -> Tensor:
+    """(B,) the tasks whose masks are in the loss: of every second scene a text, of the others exemplars."""
+    scene = torch.arange(len(pixels), device=pixels.device)
+    return scene * TASKS_PER_SCENE + scene % 2 * PROMPTS_PER_SCENE
 
 
 def _score_loss(predictions: Predictions, batch: Batch, assigned: Tensor, count: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ def _presence_loss(predictions: Predictions, batch: Batch) -> Tensor:
 def _box_losses(
     predictions: Predictions, batch: Batch, query: Tensor, counted: Tensor, count: Tensor
 ) -> dict[str, Tensor]:
-    boxes = batch.boxes.repeat_interleave(PROMPTS_PER_SCENE, dim=0)
+    boxes = batch.boxes.repeat_interleave(TASKS_PER_SCENE, dim=0)
     index = query[None, :, :, None].expand(len(predictions.boxes), -1, -1, 4)
     predicted = predictions.boxes.gather(2, index)
     l1_distance = (predicted - boxes).abs().sum(dim=-1)
@@ -186,15 +190,16 @@ def _mask_losses(
     network: SAM3Network, predictions: Predictions, batch: Batch, query: Tensor, counted: Tensor
 ) -> dict[str, Tensor]:
     """Cross-entropy and dice at half the picture's resolution, on the masks of counted objects."""
-    query, counted = _of_mask_prompts(query), _of_mask_prompts(counted)
+    drawn = _mask_tasks(batch.pixels)
+    query, counted = query[drawn], counted[drawn]
     index = query[..., None].expand(-1, -1, predictions.queries.shape[-1])
-    queries = _of_mask_prompts(predictions.queries).gather(1, index)
+    queries = predictions.queries[drawn].gather(1, index)
     grids = mask_logits(*network.mask_decoder.embed(queries), predictions.features)
     scenes, objects = len(batch.owner), counted.shape[1]
     weight, row = (
         counted.flatten().float().topk(min(_MASKS_PER_SCENE * scenes, counted.numel()), sorted=False)
     )
-    scene = row // (objects * _MASK_PROMPTS_PER_SCENE)
+    scene = row // objects
     visible = (batch.owner[scene] == (row % objects + 1)[:, None, None]).float()
     target = F.avg_pool2d(visible[:, None], 2)[:, 0]
     grid = grids.flatten(0, 1)[row]

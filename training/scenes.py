@@ -48,6 +48,7 @@ MIN_VISIBLE_PX = 150.0
 """An object counts when at least this share of it, and this area in the frame, is visible."""
 
 _SCENE_UNIFORMS = 1 + 9 * MAX_OBJECTS + 12
+_PALETTE_UNIFORMS = 5
 _BLOB_SIDE = 12
 _CIRCLE, _RING, _CROSS = SHAPES.index("circle"), SHAPES.index("ring"), SHAPES.index("cross")
 
@@ -114,9 +115,23 @@ class Pictures:
     counted: Tensor
 
 
-def sample_scenes(count: int, generator: torch.Generator, *, frame: tuple[float, float] | None) -> Scenes:
-    """Sample `count` scenes; `frame` None mixes square frames with resized ones, for training."""
-    uniforms = torch.rand(count, _SCENE_UNIFORMS, generator=generator, device=generator.device)
+def sample_scenes(
+    count: int, generator: torch.Generator, *, frame: tuple[float, float] | None, alike_share: float = 0.0
+) -> Scenes:
+    """Sample `count` scenes.
+
+    Args:
+        count: of scenes.
+        generator: its device is the scenes' device.
+        frame: width and height; None mixes square frames with resized ones, for training.
+        alike_share: share of the scenes whose objects have two colours and two shapes between them, so that
+            many are alike. Objects are rarely alike in other scenes.
+    """
+    device = generator.device
+    uniforms = torch.rand(count, _SCENE_UNIFORMS, generator=generator, device=device)
+    if alike_share > 0.0:
+        palettes = torch.rand(count, _PALETTE_UNIFORMS, generator=generator, device=device)
+        uniforms = _with_palettes(uniforms, palettes, alike_share)
     return scenes_from_uniforms(uniforms, frame)
 
 
@@ -202,13 +217,24 @@ def render(scenes: Scenes, smooth: Tensor, noise: Tensor, *, paint: Painter = pa
 
 
 def draw_scenes(
-    count: int, seed: int, *, width: int, height: int, device: str = "cpu"
+    count: int, seed: int, *, width: int, height: int, device: str = "cpu", alike_share: float = 0.0
 ) -> tuple[Scenes, Pictures]:
-    """`count` scenes of one seed at `width` x `height` px, as a user would send them."""
+    """`count` scenes of one seed at `width` x `height` px, as a user would send them; see `sample_scenes`."""
     generator = torch.Generator(device).manual_seed(seed)
     scale = SHORT_SIDE_PX / min(width, height)
-    scenes = sample_scenes(count, generator, frame=(width * scale, height * scale))
+    scenes = sample_scenes(count, generator, frame=(width * scale, height * scale), alike_share=alike_share)
     return scenes, render(scenes, *sample_noise(count, height, width, generator))
+
+
+def _with_palettes(uniforms: Tensor, palettes: Tensor, share: float) -> Tensor:
+    """Replace the numbers that choose the objects' colours and shapes, in `share` of the scenes."""
+    per_object = uniforms[:, 1 : 1 + 9 * MAX_OBJECTS].reshape(-1, 9, MAX_OBJECTS).clone()
+    alike = palettes[:, :1] < share
+    for row, first in ((0, 1), (4, 3)):
+        own = per_object[:, row]
+        of_palette = torch.where(own < 0.5, palettes[:, first, None], palettes[:, first + 1, None])
+        per_object[:, row] = torch.where(alike, of_palette, own)
+    return torch.cat([uniforms[:, :1], per_object.flatten(1), uniforms[:, 1 + 9 * MAX_OBJECTS :]], dim=1)
 
 
 @cache

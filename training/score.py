@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,17 @@ from training.concepts import (
     kind_of,
     sample_prompts,
 )
+from training.exemplars import EXEMPLAR_KINDS, EXEMPLAR_SEEDS, EXEMPLAR_UNIFORMS, sample_exemplars
 from training.scenes import MAX_OBJECTS, draw_scenes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
     from torch import Tensor
 
     from sam3_runner.network.model import SAM3Network
+    from training.scenes import Pictures
 
 HIT_IOU = 0.5
 _SCENES_PER_BATCH = 32
@@ -100,41 +105,94 @@ class Tally:
 
 @torch.no_grad()
 def score_weights(network: SAM3Network, *, scenes: int, seed: int, device: str) -> dict[str, Tally]:
-    """Score a model on new square scenes, without `SAM3Predictor`: for the log of a training run."""
-    tokens = PromptTokens(device)
-    tallies = {"all": Tally()}
-    count = _SCENES_PER_BATCH
-    for start in range(0, scenes, count):
-        generator = torch.Generator(device).manual_seed(seed + start + PROMPT_SEEDS)
-        drawn, pictures = draw_scenes(count, seed + start, width=SIDE_PX, height=SIDE_PX, device=device)
-        uniforms = torch.rand(count, PROMPT_UNIFORMS, generator=generator, device=device)
-        sampled = sample_prompts(drawn, pictures, uniforms)
-        words = torch.rand(count * PROMPTS_PER_SCENE, 7, generator=generator, device=device)
-        ids, valid = tokens.encode(sampled.concept.flatten(), words)
-        masks, prompts = kept_masks(network, pictures.pixels.round().to(torch.uint8), ids, valid)
-        visible = F.one_hot(pictures.owner.flatten(1).long(), MAX_OBJECTS + 1)[..., 1:].float()
-        intersections = torch.einsum(
-            "kn,kno->ko", masks.flatten(1).float(), visible[prompts // PROMPTS_PER_SCENE]
-        )
-        predicted, areas = masks.sum(dim=(1, 2)).cpu().numpy(), visible.sum(dim=1).cpu().numpy()
-        rows, prompt_of_row = intersections.cpu().numpy(), prompts.cpu().numpy()
-        matching, counted = sampled.matching.flatten(0, 1).cpu().numpy(), pictures.counted.cpu().numpy()
-        for prompt, concept in enumerate(sampled.concept.flatten().tolist()):
-            scene, own = prompt // PROMPTS_PER_SCENE, prompt_of_row == prompt
-            if not counted[scene].any():
-                continue
-            overlaps = Overlaps(rows[own], predicted[own], areas[scene], matching[prompt], counted[scene])
-            for key in ("all", kind_of(concept)):
-                tallies.setdefault(key, Tally()).add(overlaps)
+    """Score a model on new square scenes, without `SAM3Predictor`: for the log of a training run.
+
+    "all" sums the text prompts. The exemplar tasks are on scenes of their own, with many objects alike.
+    """
+    tokens, tallies = PromptTokens(device), {"all": Tally()}
+    for start in range(0, scenes, _SCENES_PER_BATCH):
+        _score_texts(network, tokens, seed + start, device, tallies)
+        _score_exemplars(network, tokens, seed + start, device, tallies)
     return tallies
 
 
-def kept_masks(network: SAM3Network, pixels: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept masks (K, S, S) bool and their prompts (K,), of four prompts for each picture."""
-    prompt = torch.arange(len(ids), device=ids.device)
-    scene = prompt // PROMPTS_PER_SCENE
+def _score_texts(
+    network: SAM3Network, tokens: PromptTokens, seed: int, device: str, tallies: dict[str, Tally]
+) -> None:
+    generator = torch.Generator(device).manual_seed(seed + PROMPT_SEEDS)
+    drawn, pictures = draw_scenes(_SCENES_PER_BATCH, seed, width=SIDE_PX, height=SIDE_PX, device=device)
+    uniforms = torch.rand(_SCENES_PER_BATCH, PROMPT_UNIFORMS, generator=generator, device=device)
+    sampled = sample_prompts(drawn, pictures, uniforms)
+    words = torch.rand(_SCENES_PER_BATCH * PROMPTS_PER_SCENE, 7, generator=generator, device=device)
+    text = tokens.encode(sampled.concept.flatten(), words)
+    found = kept_masks(network, pictures.pixels.round().to(torch.uint8), *text)
+    for prompt, overlaps in _overlaps(found, pictures, sampled.matching):
+        for key in ("all", kind_of(int(sampled.concept.flatten()[prompt]))):
+            tallies.setdefault(key, Tally()).add(overlaps)
+
+
+def _score_exemplars(
+    network: SAM3Network, tokens: PromptTokens, seed: int, device: str, tallies: dict[str, Tally]
+) -> None:
+    generator = torch.Generator(device).manual_seed(seed + EXEMPLAR_SEEDS)
+    drawn, pictures = draw_scenes(
+        _SCENES_PER_BATCH, seed, width=SIDE_PX, height=SIDE_PX, device=device, alike_share=1.0
+    )
+    tasks = (_SCENES_PER_BATCH, len(EXEMPLAR_KINDS))
+    kind = torch.arange(tasks[1], device=device).expand(tasks)
+    uniforms = torch.rand(*tasks, EXEMPLAR_UNIFORMS, generator=generator, device=device)
+    sampled = sample_exemplars(drawn, pictures, kind, uniforms)
+    words = torch.rand(math.prod(tasks), 7, generator=generator, device=device)
+    text = tokens.replace_visual(
+        *tokens.encode(sampled.concept.flatten(), words), ~sampled.has_text.flatten()
+    )
+    boxes = (sampled.boxes.flatten(0, 1), sampled.labels.flatten(0, 1), sampled.boxes_valid.flatten(0, 1))
+    found = kept_masks(network, pictures.pixels.round().to(torch.uint8), *text, boxes)
+    for task, overlaps in _overlaps(found, pictures, sampled.matching):
+        tallies.setdefault(EXEMPLAR_KINDS[task % tasks[1]], Tally()).add(overlaps)
+
+
+def _overlaps(
+    found: tuple[Tensor, Tensor], pictures: Pictures, matching: Tensor
+) -> Iterator[tuple[int, Overlaps]]:
+    """Each task of the scenes in which an object counts, with its `Overlaps`; `matching` is (B, T, 7)."""
+    masks, tasks = found
+    per_scene = matching.shape[1]
+    visible = F.one_hot(pictures.owner.flatten(1).long(), MAX_OBJECTS + 1)[..., 1:].float()
+    intersections = torch.einsum("kn,kno->ko", masks.flatten(1).float(), visible[tasks // per_scene])
+    predicted, areas = masks.sum(dim=(1, 2)).cpu().numpy(), visible.sum(dim=1).cpu().numpy()
+    rows, task_of_row = intersections.cpu().numpy(), tasks.cpu().numpy()
+    wanted, counted = matching.flatten(0, 1).cpu().numpy(), pictures.counted.cpu().numpy()
+    for task in range(len(wanted)):
+        scene, own = task // per_scene, task_of_row == task
+        if counted[scene].any():
+            yield task, Overlaps(rows[own], predicted[own], areas[scene], wanted[task], counted[scene])
+
+
+def kept_masks(
+    network: SAM3Network,
+    pixels: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    exemplars: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Kept masks (K, S, S) bool and their tasks (K,), of equally many tasks for each picture.
+
+    Args:
+        network: on the device of the tensors.
+        pixels: (B, 3, S, S) uint8.
+        ids: (P, L) of the texts.
+        valid: (P, L) bool.
+        exemplars: boxes (P, 5, 4), labels and validity (P, 5), as in `Exemplars`; None: texts alone.
+    """
+    scene = torch.arange(len(ids), device=ids.device) // (len(ids) // len(pixels))
     image, text = network.encode_image(pixels), network.encode_text(ids, valid)
-    detections = network.decode(image.attended[scene], image.geometry_token[scene], text.tokens, text.valid)
+    tokens, tokens_valid = image.geometry_token[scene], None
+    if exemplars is not None:
+        tokens, tokens_valid = network.geometry_encoder.encode_boxes(
+            image.coarse[scene], network.position, *exemplars
+        )
+    detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, tokens_valid)
     pair, query = (detections.scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
     features = network.pixel_features(
         detections.fused,

@@ -113,7 +113,7 @@ class Trainer:
 
     def _update(self, batch: Batch) -> dict[str, torch.Tensor]:
         self._optimizer.zero_grad(set_to_none=True)
-        predictions = predict(self.model, batch.pixels, batch.ids, batch.ids_valid)
+        predictions = predict(self.model, batch)
         assigned = match(predictions, batch)
         terms = losses(self.model, predictions, batch, assigned)
         torch.autograd.backward(torch.stack(list(terms.values())).sum())
@@ -296,7 +296,7 @@ def _parse() -> tuple[Plan, Path | None]:
     parser.add_argument("--init-from", type=Path, help="start from the weights of this transformers folder")
     parser.add_argument("--minutes", type=float, default=default.minutes, help="length by elapsed time")
     parser.add_argument("--steps", type=int, help="number of steps instead: reproducible on one device")
-    parser.add_argument("--scenes", type=int, default=default.scenes, help="scenes a step, 4 prompts each")
+    parser.add_argument("--scenes", type=int, default=default.scenes, help="scenes a step, 6 tasks each")
     parser.add_argument("--rate", type=float, default=default.rate, help="highest learning rate")
     parser.add_argument("--warm-up", type=float, default=default.warm_up, help="share of the run")
     parser.add_argument("--decay-from", type=float, default=default.decay_from, help="share of the run")
