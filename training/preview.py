@@ -15,19 +15,21 @@ from PIL import Image, ImageDraw
 
 from training.architecture import SIDE_PX
 from training.batches import BatchMaker
-from training.concepts import PROMPTS_PER_SCENE, PromptTokens
+from training.concepts import PromptTokens
+from training.exemplars import TASKS_PER_SCENE
 from training.score import kept_masks
 from training.weights import load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_COLUMNS = 4
 _LINE_RGB = (255, 0, 255)
+_BOX_RGB = ((255, 0, 0), (0, 255, 0))
+"""Of negative and of positive exemplars."""
 
 
 def main() -> None:
-    """Draw training scenes, four prompts each, one row per scene."""
+    """Draw training scenes, six tasks each, one row per scene."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sheet", type=Path)
     parser.add_argument("--checkpoint", type=Path)
@@ -40,23 +42,29 @@ def main() -> None:
         masks, prompts = _true_masks(batch.owner, batch.counted)
     else:
         model = load_weights(arguments.checkpoint)
+        exemplars = (batch.exemplars, batch.labels, batch.exemplars_valid)
         with torch.inference_mode():
-            masks, prompts = kept_masks(model, batch.pixels, batch.ids, batch.ids_valid)
-    sheet = Image.new("RGB", (_COLUMNS * SIDE_PX, arguments.scenes * SIDE_PX))
+            masks, prompts = kept_masks(model, batch.pixels, batch.ids, batch.ids_valid, exemplars)
+    sheet = Image.new("RGB", (TASKS_PER_SCENE * SIDE_PX, arguments.scenes * SIDE_PX))
     for prompt, title in enumerate(titles):
-        scene, column = divmod(prompt, PROMPTS_PER_SCENE)
+        scene, column = divmod(prompt, TASKS_PER_SCENE)
         picture = batch.pixels[scene].permute(1, 2, 0).numpy().copy()
         for mask in masks[prompts == prompt].numpy():
             picture[_outline(mask)] = _LINE_RGB
         tile = Image.fromarray(picture)
-        ImageDraw.Draw(tile).text((6, 4), title, fill=_LINE_RGB)
+        drawing = ImageDraw.Draw(tile)
+        drawing.text((6, 4), title, fill=_LINE_RGB)
+        valid = batch.exemplars_valid[prompt]
+        for box, label in zip(batch.exemplars[prompt][valid], batch.labels[prompt][valid], strict=True):
+            corners = torch.cat([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2]) * SIDE_PX
+            drawing.rectangle(corners.tolist(), outline=_BOX_RGB[int(label)])
         sheet.paste(tile, (column * SIDE_PX, scene * SIDE_PX))
     sheet.save(arguments.sheet)
 
 
 def _true_masks(owner: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     prompts, index = counted.nonzero(as_tuple=True)
-    return owner[prompts // PROMPTS_PER_SCENE] == (index + 1)[:, None, None], prompts
+    return owner[prompts // TASKS_PER_SCENE] == (index + 1)[:, None, None], prompts
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
