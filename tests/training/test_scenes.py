@@ -92,6 +92,15 @@ def test_tokens_decode_to_the_words() -> None:
     assert valid.sum(dim=1).tolist() == [4, 4]
 
 
+def test_boxes_alone_read_the_word_visual() -> None:
+    tokens = PromptTokens("cpu")
+    texts = tokens.encode(torch.tensor([0, 61]), torch.zeros(2, 1))
+    ids, valid = tokens.replace_visual(*texts, torch.tensor([True, False]))
+
+    assert tokens.decode(ids) == ["visual", "black shape"]
+    assert valid.sum(dim=1).tolist() == [3, 4]
+
+
 def test_unknown_words_are_no_concept() -> None:
     tokens = PromptTokens("cpu")
     uniforms = torch.rand(64, 7, generator=torch.Generator().manual_seed(3))

@@ -13,6 +13,7 @@ from sam3_runner.network.model import SAM3Network
 from training import train as train_module
 from training.architecture import demo_config
 from training.batches import BatchMaker
+from training.exemplars import TASKS_PER_SCENE
 from training.learner import assign, generalised_iou, predict
 from training.train import Plan, Trainer, train
 from training.weights import load_weights
@@ -50,23 +51,27 @@ def _plan(folder: Path, **changes: Any) -> Plan:
 
 
 def test_training_uses_the_forward_pass_of_serving() -> None:
+    """Text tasks as served, and no influence of padded boxes on them."""
     torch.manual_seed(0)
     network = SAM3Network(demo_config())
     batch = BatchMaker(scenes=2, seed=1, device="cpu", compiled=False).make(0)
-    prompt = torch.arange(8)
+    text_task = ~batch.exemplars_valid.any(dim=1)
+    scene = torch.arange(len(batch.ids)) // TASKS_PER_SCENE
     padding = 32 - batch.ids.shape[1]
     ids = torch.nn.functional.pad(batch.ids, (0, padding), value=49407)
     with torch.no_grad():
         image = network.encode_image(batch.pixels)
         text = network.encode_text(ids, torch.nn.functional.pad(batch.ids_valid, (0, padding)))
-        served = network.decode(
-            image.attended[prompt // 4], image.geometry_token[prompt // 4], text.tokens, text.valid
-        )
-        predictions = predict(network, batch.pixels, batch.ids, batch.ids_valid)
+        served = network.decode(image.attended[scene], image.geometry_token[scene], text.tokens, text.valid)
+        predictions = predict(network, batch)
 
-    assert torch.allclose(predictions.logits[-1].sigmoid(), served.scores, atol=1e-5)
-    assert torch.allclose(predictions.boxes[-1], served.boxes, atol=1e-5)
-    assert torch.allclose(predictions.queries, served.queries[-1], atol=1e-4)
+    assert int(text_task.sum()) >= 8
+    assert not text_task.all()
+    scores, boxes = predictions.logits[-1].sigmoid(), predictions.boxes[-1]
+    assert torch.allclose(scores[text_task], served.scores[text_task], atol=1e-5)
+    assert not torch.allclose(scores[~text_task], served.scores[~text_task], atol=1e-5)
+    assert torch.allclose(boxes[text_task], served.boxes[text_task], atol=1e-5)
+    assert torch.allclose(predictions.queries[text_task], served.queries[-1][text_task], atol=1e-4)
 
 
 def test_auction_is_close_to_the_optimal_assignment() -> None:
