@@ -51,7 +51,7 @@ class Batch:
         boxes: (B, 7, 4), x0 y0 x1 y1 in 0..1.
         ids, ids_valid: (P, L) int64 and bool.
         exemplars: (P, 5, 4) boxes, cx cy w h in 0..1.
-        labels: (P, 5) int64, 1 for a positive box.
+        labels: (P, 5) bool, True for a positive box.
         exemplars_valid: (P, 5) bool; all False for a text alone.
         matching: (P, 7) bool, objects that match the task; each is assigned a query.
         counted: (P, 7) bool, the matching objects that contribute to the loss.

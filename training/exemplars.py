@@ -48,7 +48,7 @@ class Exemplars:
         concept: (B, E) int64, what the text names.
         has_text: (B, E) bool; False: the text is "visual".
         boxes: (B, E, 5, 4), cx cy w h in 0..1; zeros where there is no box.
-        labels: (B, E, 5) int64, 1 for a positive box.
+        labels: (B, E, 5) bool, True for a positive box.
         boxes_valid: (B, E, 5) bool.
         matching: (B, E, 7) bool, visible objects that are to be found.
         valid: (B, E) bool, False for a scene in which no object counts.
@@ -113,7 +113,7 @@ def sample_exemplars(scenes: Scenes, pictures: Pictures, kind: Tensor, uniforms:
         concept=concept,
         has_text=has_text,
         boxes=_loose_boxes(pictures, index, shifts, amount) * valid[..., None],
-        labels=labels.long().expand_as(valid),
+        labels=labels.expand_as(valid),
         boxes_valid=valid,
         matching=matching,
         valid=pictures.counted.any(dim=1, keepdim=True).expand_as(kind),

@@ -60,8 +60,8 @@ def predict(network: SAM3Network, batch: Batch) -> Predictions:
     scene = torch.arange(len(batch.ids), device=batch.ids.device) // TASKS_PER_SCENE
     image = network.encode_image(batch.pixels)
     text = network.encode_text(batch.ids, batch.ids_valid)
-    tokens, valid = network.geometry_encoder.encode_boxes(
-        image.coarse[scene], network.position, batch.exemplars, batch.labels, batch.exemplars_valid
+    tokens, valid = network.encode_boxes(
+        image.coarse[scene], batch.exemplars, batch.labels, batch.exemplars_valid
     )
     detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, valid)
     queries, presence = torch.stack(detections.queries), torch.stack(detections.layer_presence_logits)

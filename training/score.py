@@ -189,9 +189,7 @@ def kept_masks(
     image, text = network.encode_image(pixels), network.encode_text(ids, valid)
     tokens, tokens_valid = image.geometry_token[scene], None
     if exemplars is not None:
-        tokens, tokens_valid = network.geometry_encoder.encode_boxes(
-            image.coarse[scene], network.position, *exemplars
-        )
+        tokens, tokens_valid = network.encode_boxes(image.coarse[scene], *exemplars)
     detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, tokens_valid)
     pair, query = (detections.scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
     features = network.pixel_features(
