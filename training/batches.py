@@ -108,7 +108,7 @@ class BatchMaker:
             boxes=pictures.boxes,
             ids=ids,
             ids_valid=ids_valid,
-            exemplars=boxes.unflatten(1, (-1, 4)),
+            exemplars=boxes.reshape(len(ids), -1, 4),
             labels=labels,
             exemplars_valid=boxes_valid,
             matching=matching.flatten(0, 1),

@@ -71,7 +71,8 @@ def sample_kinds(uniforms: Tensor) -> Tensor:
 
 def sample_exemplars(scenes: Scenes, pictures: Pictures, kind: Tensor, uniforms: Tensor) -> Exemplars:
     """Tasks of kinds (B, E), chosen by uniform numbers (B, E, `EXEMPLAR_UNIFORMS`)."""
-    order, rest = uniforms[..., : 3 * MAX_OBJECTS].unflatten(-1, (3, -1)), uniforms[..., 3 * MAX_OBJECTS :]
+    order, rest = uniforms[..., : 3 * MAX_OBJECTS], uniforms[..., 3 * MAX_OBJECTS :]
+    order = order.reshape(*kind.shape, 3, MAX_OBJECTS)
     shifts, amount, numbers = rest[..., : 4 * MAX_BOXES], rest[..., -7], rest[..., -6:]
     alike, counted = alike_objects(scenes, pictures), pictures.counted[:, None]
     # An object with others like it makes the better exemplar.
@@ -159,6 +160,6 @@ def _loose_boxes(pictures: Pictures, index: Tensor, shifts: Tensor, amount: Tens
     boxes = pictures.boxes[:, None].expand(-1, index.shape[1], -1, -1)
     boxes = boxes.gather(2, index[..., None].expand(-1, -1, -1, 4))
     sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 1, 2)
-    shift = (2.0 * shifts.unflatten(-1, (-1, 4)) - 1.0) * _MAX_SHIFT * amount[..., None, None]
+    shift = (2.0 * shifts.reshape(*index.shape, 4) - 1.0) * _MAX_SHIFT * amount[..., None, None]
     low, high = (boxes + shift * sides).clamp(0.0, 1.0).chunk(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
