@@ -136,7 +136,7 @@ def check_precision(_weights: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         always, sometimes = Path(folder) / "always", Path(folder) / "sometimes"
         overflowing_folder(always, VISION_VALUES, 20)
-        overflowing_folder(sometimes, MASK_CONVOLUTION, 10)
+        overflowing_folder(sometimes, MASK_CONVOLUTION, 10.5)
         for weights, dtype, fallbacks in (
             ("demo", "float16", 0),
             (always, "bfloat16", 0),

@@ -21,10 +21,10 @@ MASK_CONVOLUTION = "mask_decoder.pixel_decoder.conv_layers.1"
 """A group norm follows, which removes the factor again."""
 
 
-def overflowing_folder(folder: Path, layer: str, exponent: int) -> Path:
+def overflowing_folder(folder: Path, layer: str, exponent: float) -> Path:
     """A checkpoint whose `layer` gives values 2**exponent times as large, and the same output in the end.
 
-    An attention's output projection is divided by the same power of two, which is exact in float32.
+    An attention's output projection is divided by the same factor, which is exact in float32 for a whole exponent.
     """
     state = demo_state()
     factor = 2.0**exponent

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: `python -m training.train --help`.
+"""Train the demo checkpoint, on text prompts and exemplar tasks: `python -m training.train --help`.
 
 One process, one device. Scenes are drawn on the device; batch n of a run depends only on the run's seed and
 on n. The learning rate follows the elapsed time (`--minutes`) or the number of steps (`--steps`), and ends at

@@ -229,8 +229,8 @@ def test_engine_refuses_a_model_that_overflows(tmp_path: Path) -> None:
 
 def test_log_ids_of_a_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The engine logs a second pass with the ids of its request."""
-    # Of the warm-up's mask this is 30,000 at most, of the sample's 87,000.
-    engine = engine_of(overflowing_folder(tmp_path / "weights", MASK_CONVOLUTION, 10), GPU_AUTO)
+    # The sample's mask overflows from 2**10.25 on, the warm-up's not yet at 2**10.75.
+    engine = engine_of(overflowing_folder(tmp_path / "weights", MASK_CONVOLUTION, 10.5), GPU_AUTO)
     assert engine.status().dtype == "float16"
     caplog.clear()
     with caplog.at_level(logging.WARNING, "sam3_runner"):
