@@ -24,7 +24,7 @@ MASK_CONVOLUTION = "mask_decoder.pixel_decoder.conv_layers.1"
 def overflowing_folder(folder: Path, layer: str, exponent: float) -> Path:
     """A checkpoint whose `layer` gives values 2**exponent times as large, and the same output in the end.
 
-    An attention's output projection is divided by the same factor, exactly in float32 if the exponent is whole.
+    An attention's output projection is divided by the same factor, exactly for a whole exponent.
     """
     state = demo_state()
     factor = 2.0**exponent
