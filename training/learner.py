@@ -63,7 +63,7 @@ def predict(network: SAM3Network, batch: Batch) -> Predictions:
     tokens, valid = network.encode_boxes(
         image.coarse[scene], batch.exemplars, batch.labels, batch.exemplars_valid
     )
-    detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, valid)
+    detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, geometry_valid=valid)
     queries, presence = torch.stack(detections.queries), torch.stack(detections.layer_presence_logits)
     logits = network.dot_product_scoring(queries, detections.prompt, detections.prompt_valid)
     drawn = _mask_tasks(batch.pixels)

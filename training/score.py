@@ -190,7 +190,9 @@ def kept_masks(
     tokens, tokens_valid = image.geometry_token[scene], None
     if exemplars is not None:
         tokens, tokens_valid = network.encode_boxes(image.coarse[scene], *exemplars)
-    detections = network.decode(image.attended[scene], tokens, text.tokens, text.valid, tokens_valid)
+    detections = network.decode(
+        image.attended[scene], tokens, text.tokens, text.valid, geometry_valid=tokens_valid
+    )
     pair, query = (detections.scores > SCORE_THRESHOLD).nonzero(as_tuple=True)
     features = network.pixel_features(
         detections.fused,
