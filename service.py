@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any
+from uuid import uuid4
 
 import bentoml
 import stamina
@@ -50,6 +51,7 @@ from contract import (
     unreadable_body,
 )
 from contract.direct import DirectAnswer  # noqa: TC001 - FastAPI reads it
+from contract.requests import EXAMPLE_OWNER, EXAMPLES
 from direct import DirectPath
 from direct_form import MAX_FORM_BYTES, form_schema, read_form
 from direct_form import PATH as DIRECT_PATH
@@ -420,6 +422,13 @@ def _openapi() -> dict[str, Any]:
             operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
+    for path, examples in EXAMPLES.items():
+        content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        # Fresh ids for each reader: a task is done once.
+        content["examples"] = {
+            name: {"value": {**EXAMPLE_OWNER, **fields, "task_id": str(uuid4())}}
+            for name, fields in examples.items()
+        }
     return schema
 
 

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bentoml_patches import supervisor
+from contract.requests import EXAMPLE_IMAGE_KEY
 from observability.log_lines import log_as_json
 from observability.metrics import PROCESS_STARTS
 from observability.tracing import trace_to
@@ -35,7 +37,7 @@ from settings import (
     named_gpus,
     overlooked_variables,
 )
-from storage import StorageError
+from storage import LocalFolder, StorageError
 from stores import open_results, open_storage, open_tasks, outbox_path, storage_folder
 from version import VERSION
 
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from storage import ObjectStore
 
 logger = logging.getLogger(__name__)
+
+SAMPLE_FILE = Path(__file__).parent / "examples" / "sample.jpg"
 
 
 def settings_or_defaults() -> tuple[Settings, SettingsError | None]:
@@ -188,6 +192,8 @@ async def _prepare_stores(settings: Settings) -> None:
     """
     if not settings.uses_r2:
         check_writable("DATA_DIR", storage_folder(settings))
+    if settings.is_demo:
+        _store_sample(settings)
     objects, rows = open_storage(settings), open_results(settings)
     logger.info("storage: %s", objects.describe())
     logger.info("results: %s", rows.describe())
@@ -201,6 +207,13 @@ async def _prepare_stores(settings: Settings) -> None:
     finally:
         await outbox.close()
         await objects.close()
+
+
+def _store_sample(settings: Settings) -> None:
+    """Store the image that the documentation's examples name. A Bento has no sample."""
+    if SAMPLE_FILE.exists():
+        folder = LocalFolder(storage_folder(settings))
+        folder.put_upload(EXAMPLE_IMAGE_KEY, SAMPLE_FILE.read_bytes())
 
 
 async def _check_access(objects: ObjectStore, rows: ResultStore) -> None:

@@ -193,3 +193,35 @@ class BatchRequest(_Request):
     def options_text(self) -> str:
         """As canonical JSON."""
         return canonical_text(self, [{} if isinstance(each, str) else each.options for each in self.prompts])
+
+
+EXAMPLE_OWNER: Final = {"image_url": EXAMPLE_IMAGE_KEY, "user_id": "user-1"}
+EXAMPLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "/api/v1/predict": {
+        "a text": {"text_prompt": "purple circle"},
+        "an exemplar": {"boxes": [[924, 364, 1075, 505]], "labels": [1]},
+        "every form of the answer": {
+            "text_prompt": "triangles",
+            "outputs": ["mask", "instances", "label_map", "overlay", "coco"],
+            "segmentation": "polygons",
+            "polygon_tolerance": 1.0,
+        },
+        "thresholds and clean masks": {
+            "text_prompt": "triangles",
+            "score_threshold": 0.3,
+            "max_instances": 5,
+            "min_area": 100,
+            "fill_holes": 50,
+            "remove_islands": 50,
+        },
+    },
+    "/api/v1/predict/batch": {
+        "texts": {"prompts": ["triangles", "red shape"]},
+        "one label for each object": {
+            "prompts": ["triangles", {"text": "red shape", "score_threshold": 0.4}],
+            "nms_iou": 0.7,
+            "outputs": ["overlay"],
+        },
+    },
+}
+"""Bodies for the documentation, by path and name; the embedded demo answers each."""

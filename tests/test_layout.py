@@ -54,7 +54,16 @@ ALLOWED = {
     },
     "direct_form": {"contract"},
     "recovery": {"contract", "observability", "pipeline", *PACKAGES},
-    "startup": {"bentoml_patches", "observability", "processes", "settings", "stores", "version", *PACKAGES},
+    "startup": {
+        "bentoml_patches",
+        "contract",
+        "observability",
+        "processes",
+        "settings",
+        "stores",
+        "version",
+        *PACKAGES,
+    },
     "service": {
         *(
             "bentoml_patches",

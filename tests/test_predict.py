@@ -456,3 +456,30 @@ def test_score_threshold_of_a_request(edge: Edge) -> None:
         assert all(score >= threshold for score in scores)
         counts.append(len(scores))
     assert counts[0] > counts[1] >= counts[2]
+
+
+def test_every_documented_example_is_answered(edge: Edge) -> None:
+    """Each body that the documentation offers is answered with 200, and again when it is sent again."""
+    sent = 0
+    for path, operations in edge.http.get("/docs.json").json()["paths"].items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        for example in content.get("application/json", {}).get("examples", {}).values():
+            first, again = (edge.http.post(path, json=example["value"]) for _ in range(2))
+            assert first.status_code == httpx.codes.OK, first.text
+            assert again.json() == first.json()
+            sent += 1
+    assert sent >= 6
+
+
+def test_direct_request(edge: Edge) -> None:
+    """An image in a form is answered with masks of its size; no row is made."""
+    drawn = scene(SEEDS[0])
+    response = edge.http.post(
+        "/v1/images/segmentations",
+        data={"prompt": drawn.names[0], "mask_format": "rle", "model": "sam3"},
+        files={"image": png_bytes(drawn.image)},
+    )
+    assert response.status_code == httpx.codes.OK, response.text
+    answer = response.json()
+    assert answer["data"]
+    assert answer["data"][0]["mask"]["size"] == [drawn.image.height, drawn.image.width]
