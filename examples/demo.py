@@ -1,6 +1,6 @@
-"""Does the Edge's steps for one image: upload, row, POST; then draws the result.
+"""Does the Edge's steps for one image: upload, row, POST; then copies the overlay that the server drew.
 
-Starts the real server with the embedded demo checkpoint, sends the request, draws the answer and stops the
+Starts the real server with the embedded demo checkpoint, sends the request, copies the overlay and stops the
 server. The last line of the output is the server's JSON answer.
 
     python -m examples.demo
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import sys
 import uuid
 from pathlib import Path
@@ -20,7 +21,6 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import httpx
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from commands.local_server import ROOT, LocalServer, ServerFailedError, local_server
 from results import SqliteResults, Task
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 USER_ID = "demo-user"
 PROMPTS = ("triangles", "purple circle", "red shape", "blue star")
-TINTS = ((255, 99, 71), (30, 144, 255), (50, 205, 50), (255, 165, 0), (186, 85, 211))
-TINT_STRENGTH = 0.55
 REQUEST_TIMEOUT_S = 60.0
 
 
@@ -51,8 +49,8 @@ def main() -> int:
     if "error" in answer:
         report(f"the server refused: {answer['error']['message']}")
         return 1
-    overlay_path = folder / "overlay.png"
-    draw_overlay(arguments.image, answer.get("results", [answer])).save(overlay_path)
+    overlay_path = folder / "overlay.jpg"
+    shutil.copyfile(_path_of(answer["outputs"]["overlay"]), overlay_path)
     report(f"mask:    {mask_path}")
     report(f"overlay: {overlay_path}")
     sys.stdout.write(json.dumps(answer) + "\n")
@@ -69,6 +67,7 @@ async def run_task(server: LocalServer, image: bytes, prompts: Sequence[str]) ->
     task = Task(task_id=task_id, user_id=USER_ID, source_image_url=key, prompts=tuple(prompts))
     await rows.insert_pending(task)
     body: dict[str, Any] = {"image_url": key, "user_id": USER_ID, "task_id": task_id}
+    body["outputs"] = ["mask", "overlay"]
     if len(prompts) == 1:
         path, body["text_prompt"] = "/api/v1/predict", prompts[0]
     else:
@@ -81,36 +80,6 @@ async def run_task(server: LocalServer, image: bytes, prompts: Sequence[str]) ->
     assert row is not None
     report(f"answer {response.status_code}; the row is {row.status}, labels {row.labels}")
     return response.json(), _path_of(row.mask_url or "file:///")
-
-
-def draw_overlay(image: Path, results: Sequence[dict[str, Any]]) -> Image.Image:
-    """Draw the image with tinted masks, and a box and a label with the score for every instance."""
-    picture = ImageOps.exif_transpose(Image.open(image)).convert("RGB")
-    for index, result in enumerate(results):
-        tint = TINTS[index % len(TINTS)]
-        mask = Image.open(_path_of(result["mask_url"])).point(lambda level: round(level * TINT_STRENGTH))
-        picture.paste(Image.new("RGB", picture.size, tint), mask=mask)
-    pen = ImageDraw.Draw(picture)
-    size_px = max(12, min(picture.size) // 40)
-    font = ImageFont.load_default(size_px)
-    for index, result in enumerate(results):
-        for instance in result["instances"]:
-            _label(pen, instance, TINTS[index % len(TINTS)], font, size_px)
-    return picture
-
-
-def _label(
-    pen: ImageDraw.ImageDraw,
-    instance: dict[str, Any],
-    tint: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    size_px: int,
-) -> None:
-    x0, y0, x1, y1 = instance["box"]
-    pen.rectangle((x0, y0, x1, y1), outline=tint, width=max(2, size_px // 8))
-    text, at = f"{instance['label']} {instance['score']:.2f}", (max(0, x0), max(0, y0 - size_px * 1.4))
-    pen.rectangle(pen.textbbox(at, text, font=font), fill=tint)
-    pen.text(at, text, fill=(0, 0, 0), font=font)
 
 
 def report(line: str) -> None:
