@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from admission import Place
 from contract import CocoRle, Failure
@@ -106,7 +106,8 @@ class DirectPath:
         )
 
     async def _find(self, query: Query, image: bytes, place: Place, request_id: str) -> Found:
-        segmenter, outcome = self._pipeline.segmenter, cast("Outcome", "failed")
+        segmenter = self._pipeline.segmenter
+        outcome: Outcome = "failed"
         await place.wait()
         try:
             file, sha256 = await segmenter.read_file(image, query)
