@@ -6,7 +6,6 @@ What is fetched, claimed and stored is not known here.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
@@ -159,10 +158,10 @@ class Segmenter:
             results, inference_ms = await self._find(read, query, deadline_s, log_ids)
             return Found(results, inference_ms, None if preview is None else await preview)
         finally:
-            if preview is not None and not preview.done():
+            if preview is not None:
                 preview.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await preview
+                # Of two errors the model's is raised; asyncio logs one that nobody has read.
+                await asyncio.gather(preview, return_exceptions=True)
 
     async def refine(self, found: Found, options: TaskOptions) -> Found:
         """Refine the instances as the options say. Needs no slot of the model."""

@@ -100,6 +100,7 @@ CODES: dict[type[Exception], str] = {
     sam3_runner.ModelNotLoaded: "MODEL_NOT_LOADED",
     sam3_runner.RunnerStopped: "MODEL_NOT_LOADED",
     sam3_runner.BoxOutsideImage: "INVALID_REQUEST",
+    sam3_runner.MasksTooLarge: "INVALID_REQUEST",
     sam3_runner.PromptTooLong: "INVALID_REQUEST",
     sam3_runner.UnsupportedImage: "UNSUPPORTED_IMAGE",
     storage.ImageUrlInvalid: "INVALID_REQUEST",

@@ -12,6 +12,7 @@ SAM3Error
     DecoderFailed           the decoder processes cannot work, whatever the image
     PromptTooLong           more tokens than the text encoder reads
     BoxOutsideImage         an exemplar has no px of the image
+    MasksTooLarge           the masks of the instances have too many bytes to leave the model's process
     DeadlineExceeded        the caller's deadline passed before the work began
     InferenceFailed         the model failed on this image
 """
@@ -63,6 +64,10 @@ class PromptTooLong(SAM3Error):
 
 class BoxOutsideImage(SAM3Error):
     """A box of the prompt has no px of the image."""
+
+
+class MasksTooLarge(SAM3Error):
+    """The masks of a prompt's instances have more bytes than may leave the model's process."""
 
 
 class DeadlineExceeded(SAM3Error):

@@ -49,7 +49,7 @@ ImageSource = Image.Image | bytes | str | Path
 """An image as Python callers pass it."""
 
 MAX_FEATURE_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}
-"""By device: about 36 images of SAM 3, or 86 of the demo checkpoint."""
+"""By device: about 34 images of SAM 3."""
 
 _FileVersion = tuple[int, int, int]
 
@@ -71,6 +71,7 @@ class SAM3Predictor:
         max_images: most images encoded at once; the memory of a GPU is taken for so many.
         max_feature_bytes: memory of the device for the features of images whose key is known, so that further
             prompts on them are not encoded again. None: `MAX_FEATURE_BYTES`.
+        max_mask_bytes: of the masks of one prompt's instances; more are a MasksTooLarge. None: no limit.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SAM3Predictor:
         dtype: DTypeSetting | Precision = "auto",
         max_images: int = MAX_IMAGES,
         max_feature_bytes: int | None = 0,
+        max_mask_bytes: int | None = None,
     ) -> None:
         self._weights_path = weights_path
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -91,6 +93,7 @@ class SAM3Predictor:
         self._max_feature_bytes = (
             MAX_FEATURE_BYTES[self.device.type] if max_feature_bytes is None else max_feature_bytes
         )
+        self._max_mask_bytes = max_mask_bytes
         self._stager: Stager | None = None
         self.checkpoint: Checkpoint | None = None
         self.layout: Layout | None = None
@@ -269,7 +272,7 @@ class SAM3Predictor:
         self, requests: list[ModelRequest], clock: PassClock, log_ids: Sequence[Mapping[str, str]]
     ) -> list[list[PairResult]]:
         """The results of each request; a second time in the fallback's precision where that is needed."""
-        keeping = Keeping(self.score_threshold)
+        keeping = Keeping(self.score_threshold, max_mask_bytes=self._max_mask_bytes)
         dtype, fallback = self._precision.dtype, self._precision.fallback
         results = self._model_in(dtype).segment(requests, keeping, clock)
         overflowed = [row for row, result in enumerate(results) if result is None]

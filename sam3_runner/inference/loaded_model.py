@@ -44,10 +44,12 @@ class Keeping:
     Attributes:
         score_threshold: those with a higher score, of pairs without a threshold of their own.
         best: the best query of each pair too, whatever its score: for the passes before the server is ready.
+        max_mask_bytes: of the masks of one pair's instances; more are a MasksTooLarge.
     """
 
     score_threshold: float
     best: bool = False
+    max_mask_bytes: int | None = None
 
     def of(
         self, scores: npt.NDArray[np.float32], thresholds: Sequence[float | None]
@@ -315,6 +317,7 @@ class LoadedModel:
                     sizes=[Size(pairs[row].staged.width, pairs[row].staged.height) for row in chunk],
                 ),
                 [pairs[row].with_masks for row in chunk],
+                keeping.max_mask_bytes,
             )
             instances |= dict(zip(chunk, found, strict=True))
         return instances

@@ -9,27 +9,29 @@ host, or only the union of its masks.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from sam3_runner.errors import MasksTooLarge
 from sam3_runner.instances import FoundInstance, Instance
 from sam3_runner.masks import torch_form
 from sam3_runner.masks.cuda_form import MaskKernels
 from sam3_runner.masks.nvrtc import KernelsUnavailable
-from sam3_runner.masks.windows import EMPTY, windows
+from sam3_runner.masks.windows import BYTE_PX, EMPTY, windows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
     import torch
     from torch import Tensor
 
     from sam3_runner.instances import PackedMask
-    from sam3_runner.masks.windows import DrawnMask, Size
+    from sam3_runner.masks.windows import DrawnMask, Size, Window
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +72,19 @@ class Found(NamedTuple):
     is_finite: bool
 
 
-def find_instances(kept: KeptMasks, with_masks: Sequence[bool]) -> list[Found]:
+def find_instances(
+    kept: KeptMasks, with_masks: Sequence[bool], max_mask_bytes: int | None = None
+) -> list[Found]:
     """The instances of each pair.
 
     Args:
         kept: masks on the device.
         with_masks: of each pair, whether it gets each mask, in place of their union. On a GPU a union is
             drawn there.
+        max_mask_bytes: of the masks of one pair together.
+
+    Raises:
+        MasksTooLarge: before they are drawn.
     """
     logits = kept.logits.float().contiguous()
     form = mask_kernels(logits.device) or torch_form
@@ -84,6 +92,8 @@ def find_instances(kept: KeptMasks, with_masks: Sequence[bool]) -> list[Found]:
     pair_of = [pair for pair, count in enumerate(kept.counts) for _ in range(count)]
     sizes = np.array([kept.sizes[pair] for pair in pair_of], dtype=np.int64).reshape(-1, 2)
     positive = windows(ranges, (logits.shape[1], logits.shape[2]), sizes)
+    if max_mask_bytes is not None:
+        _check_bytes((each for each in positive if with_masks[pair_of[each.mask]]), pair_of, max_mask_bytes)
     boxes = (np.clip(kept.boxes, 0.0, 1.0) * np.tile(sizes, 2).astype(np.float32)).tolist()
     drawn: dict[int, DrawnMask] = {}
     areas_px: dict[int, int] = {}
@@ -116,6 +126,17 @@ def find_instances(kept: KeptMasks, with_masks: Sequence[bool]) -> list[Found]:
         )
         for pair, (start, end) in enumerate(pairwise(ends))
     ]
+
+
+def _check_bytes(drawn: Iterable[Window], pair_of: Sequence[int], max_bytes: int) -> None:
+    bytes_of: Counter[int] = Counter()
+    for window in drawn:
+        bytes_of[pair_of[window.mask]] += window.rows.px * window.columns.px // BYTE_PX
+    if bytes_of and max(bytes_of.values()) > max_bytes:
+        raise MasksTooLarge(
+            f"the masks of a prompt's instances have {max(bytes_of.values()) / 2**20:.0f} MiB, more than "
+            f"{max_bytes / 2**20:.0f}: raise score_threshold, send a smaller image, or ask for the mask alone"
+        )
 
 
 @cache

@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 LOADING = "the model is loading"
 DEVICE_LOST = "the model's device has failed: its process ends, and is started anew"
+MAX_MASK_BYTES = 128 * 2**20
+"""Of the masks of one prompt's instances, which are copied to the API worker: 200 that fill 5 MP each."""
 FIRST_RETRY_WAIT_S, MAX_RETRY_WAIT_S = 1.0, 30.0
 """Between attempts to load where a retry may succeed: each wait is twice the one before."""
 FULL_MEMORY_RETRY_S = 300.0
@@ -350,6 +352,7 @@ class Engine:
             dtype=self._config.dtype,
             max_images=self._config.max_batch,
             max_feature_bytes=self._config.max_feature_bytes,
+            max_mask_bytes=MAX_MASK_BYTES,
         )
         # The checksum of 3.4 GB takes seconds, so it is computed while the model loads.
         with ThreadPoolExecutor(max_workers=1) as executor:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sam3_runner import SAM3Predictor
-from sam3_runner.errors import BoxOutsideImage
+from sam3_runner.errors import BoxOutsideImage, MasksTooLarge
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.images.square import to_square
 from sam3_runner.instances import PredictResult, UnionResult, packed_union
@@ -176,3 +176,17 @@ def test_box_outside_fails_its_request_alone(engine: Engine) -> None:
     assert isinstance(bad.error, BoxOutsideImage)
     assert good.results
     assert other.results
+
+
+def test_masks_of_too_many_bytes_fail_their_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is that of one prompt's masks; those who ask for the union are not limited."""
+    keeping = loaded(max_mask_bytes=2_000)
+    monkeypatch.setattr(engine, "_predictor", keeping)
+    few = replace(request(with_masks=True), prompts=[ConceptPrompt("triangles", score_threshold=0.5)])
+    bad, good, united = engine.segment([request(PROMPTS[3], with_masks=True), few, request(PROMPTS[3])])
+    assert isinstance(bad.error, MasksTooLarge)
+    assert "MiB" in str(bad.error)
+    assert good.results
+    assert united.results
