@@ -26,6 +26,7 @@ ANSWERED: dict[str, tuple[str, int]] = {
     "sam3_runner.errors.ModelNotLoaded": ("MODEL_NOT_LOADED", 503),
     "sam3_runner.errors.RunnerStopped": ("MODEL_NOT_LOADED", 503),
     "sam3_runner.errors.BoxOutsideImage": ("INVALID_REQUEST", 400),
+    "sam3_runner.errors.MasksTooLarge": ("INVALID_REQUEST", 400),
     "sam3_runner.errors.PromptTooLong": ("INVALID_REQUEST", 400),
     "sam3_runner.errors.UnsupportedImage": ("UNSUPPORTED_IMAGE", 415),
     "sam3_runner.errors.DecoderFailed": ("INTERNAL_ERROR", 500),
