@@ -98,8 +98,9 @@ class AnswerFacts(BaseModel):
     timings_ms: dict[StageName, float] | Present = Field(
         None,
         description="time of each stage of this request until its files were stored, ms. Stages may overlap; "
-        "`segment` includes those of the model's process",
-        examples=[{"claim": 1.2, "fetch": 0.6, "segment": 43.1, "store": 2.2}],
+        "`segment` includes those of the model's process: `queue`, the wait for the pass, and of the pass, "
+        "which requests may share, `encode_image`, `encode_text`, `decode_prompts`, `draw_masks`",
+        examples=[{"claim": 1.2, "fetch": 0.6, "segment": 43.1, "queue": 1.4, "encode_image": 13.2}],
     )
     settings: SettingsModel | Present = Field(None, description="those that applied")
     left_out: list[Literal["segmentation"]] | Present = Field(

@@ -130,13 +130,14 @@ def trace_parent() -> dict[str, str]:
     return carrier
 
 
-def observe(times: Iterable[StageTime]) -> None:
-    """Observe each stage of one pass of the model once, with the sum of its parts."""
+def observe(times: Iterable[StageTime]) -> dict[str, float]:
+    """Observe each stage of one pass of the model once, with the sum of its parts; returns these, in s."""
     totals: dict[str, float] = {}
     for each in times:
         totals[each.stage] = totals.get(each.stage, 0.0) + each.end_s - each.begin_s
     for name, seconds in totals.items():
         STAGE_SECONDS.labels(name).observe(seconds)
+    return totals
 
 
 def add_spans(parent: Mapping[str, str], times: Iterable[StageTime], batch_requests: int) -> None:

@@ -12,7 +12,7 @@ import aiohttp
 from bentoml.exceptions import BentoMLException
 
 from sam3_runner.errors import DeadlineExceeded, InferenceFailed, ModelNotLoaded, RunnerStopped, SAM3Error
-from sam3_runner.metrics import GPU_MEMORY_BYTES, MODEL_READY, trace_parent
+from sam3_runner.metrics import GPU_MEMORY_BYTES, MODEL_READY, add_request_s, trace_parent
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class RunnerClient:
         if outcome.error is not None:
             raise outcome.error
         assert outcome.results is not None
+        add_request_s(outcome.stages_s)
         return outcome.results, outcome.inference_ms
 
     def _remember(self, key: tuple[str, str], *, held: bool) -> None:

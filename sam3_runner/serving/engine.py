@@ -119,12 +119,14 @@ class SegmentOutcome:
         error: a `SAM3Error`.
         inference_ms: time of the pass that this request shared.
         is_held: the features of the image are held: a further request needs no pixels of it.
+        stages_s: times of the request's wait and of the stages of its pass, in s.
     """
 
     results: Results | None = None
     error: SAM3Error | None = None
     inference_ms: float = 0.0
     is_held: bool = False
+    stages_s: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,12 +452,15 @@ def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[
     elapsed_s = time.monotonic() - started_s
     BATCH_REQUESTS.observe(len(requests))
     BATCH_SECONDS.observe(elapsed_s)
-    _record_stages(requests, started_s, clock.times())
+    stages_s = _record_stages(requests, started_s, clock.times())
     return [
         SegmentOutcome(
-            results=result, inference_ms=elapsed_s * 1000, is_held=predictor.holds(request.image.key)
+            results=result,
+            inference_ms=elapsed_s * 1000,
+            is_held=predictor.holds(request.image.key),
+            stages_s=own_s,
         )
-        for request, result in zip(requests, results, strict=True)
+        for request, result, own_s in zip(requests, results, stages_s, strict=True)
     ]
 
 
@@ -476,13 +481,19 @@ def _failed(request: SegmentRequest, error: Exception, predictor: SAM3Predictor)
     return SegmentOutcome(error=InferenceFailed("the model failed on this image"))
 
 
-def _record_stages(requests: list[SegmentRequest], started_s: float, times: list[StageTime]) -> None:
-    """Observe the stages of a pass once, and add them to the trace of each request of the batch."""
-    observe(times)
+def _record_stages(
+    requests: list[SegmentRequest], started_s: float, times: list[StageTime]
+) -> list[dict[str, float]]:
+    """Observe the stages of a pass once, and add them to the trace of each request of the batch.
+
+    Returns the times of each request: its own wait, and the stages of the pass, in s.
+    """
+    pass_s, stages_s = observe(times), []
     for request in requests:
         queue = StageTime("queue", request.sent_s, started_s)
-        observe([queue])
+        stages_s.append(observe([queue]) | pass_s)
         add_spans(request.trace_parent, [queue, *times], len(requests))
+    return stages_s
 
 
 def _sha256(path: Path) -> str:

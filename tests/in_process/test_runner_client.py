@@ -23,6 +23,7 @@ from sam3_runner import (
     SAM3Error,
 )
 from sam3_runner.images.decoded import DecodedImage, LocalImage
+from sam3_runner.metrics import collect_request_s
 from sam3_runner.serving import client
 from sam3_runner.serving.client import CONNECT_ATTEMPTS, POLL_S, STATUS_AGE_S, STATUS_TIMEOUT_S, RunnerClient
 from sam3_runner.serving.engine import EngineStatus, SegmentOutcome, SegmentRequest
@@ -174,6 +175,15 @@ async def test_request_and_results_are_complete(proxy: Proxy, runner: RunnerClie
     assert (request.image.width, request.image.height) == (2, 2)
     assert isinstance(request.image, DecodedImage)
     assert np.array_equal(request.image.array(), IMAGE.array())
+
+
+async def test_stages_of_the_runner_count_for_the_request(proxy: Proxy, runner: RunnerClient) -> None:
+    """The runner's stages are added to the times of the request that is served, of each of its calls."""
+    proxy.segments = [outcome(results=[], stages_s={"queue": 0.5, "encode_image": 2.0})]
+    stages_s = collect_request_s()
+    await segment(runner)
+    await segment(runner)
+    assert stages_s == {"queue": 1.0, "encode_image": 4.0}
 
 
 @pytest.mark.parametrize(

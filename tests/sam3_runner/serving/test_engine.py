@@ -101,6 +101,9 @@ def test_outcomes_are_in_order(engine: Engine) -> None:
     ]
     assert all(outcome.error is None and outcome.inference_ms > 0 for outcome in outcomes)
     assert len({outcome.inference_ms for outcome in outcomes}) == 1
+    assert {name for outcome in outcomes for name, seconds in outcome.stages_s.items() if seconds > 0} == {
+        *("queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"),
+    }
     assert passes() == before + 1
 
 
