@@ -57,9 +57,9 @@ Outcome = Literal["done", "late", "failed"]
 """
 
 
-def cost_of(prompts: int) -> float:
-    """The work of a request, in requests of one prompt."""
-    return 1.0 + FURTHER_PROMPT_COST * (prompts - 1)
+def cost_of(prompts: int, tiles: int = 0) -> float:
+    """The work of a request, in requests of one prompt without tiles: a tile is as much work as an image."""
+    return (1 + tiles) * (1.0 + FURTHER_PROMPT_COST * (prompts - 1))
 
 
 def slots_per_worker(max_batch: int, api_workers: int, runners: int = 1) -> int:
@@ -195,6 +195,12 @@ class Place:
         finally:
             self.deadline_s += time.monotonic() - begun_s
 
+    def correct_cost(self, cost: float) -> None:
+        """Set its work once that is known. Only while it does not wait for a slot."""
+        if self._gate is not None:
+            self._gate.correct_cost(self, cost)
+        self.cost = cost
+
     def take_slot(self) -> None:
         """For the gate: the place holds a slot from now on."""
         self._slot.set()
@@ -293,6 +299,11 @@ class FairGate:
         if queue:  # the user's next turn comes after those of all others
             self._users[user_id] = self._users.pop(user_id)
         self._give(following)
+
+    def correct_cost(self, holder: Place, cost: float) -> None:
+        """Called by `Place.correct_cost`."""
+        assert holder in self._holders
+        self._held_cost += cost - holder.cost
 
     def _give(self, place: Place) -> None:
         self._rate.begin(self._now())

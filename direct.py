@@ -11,7 +11,7 @@ import base64
 import logging
 from typing import TYPE_CHECKING, Final
 
-from admission import Place
+from admission import Place, cost_of
 from contract import CocoRle, Failure
 from contract.direct import DirectAnswer, DirectInstance
 from contract.options import PromptOptions, TaskOptions
@@ -20,6 +20,7 @@ from observability.metrics import DIRECT_REQUESTS
 from outputs.coco_rle import coco_rle
 from outputs.mask_png import encode_png
 from sam3_runner import InferenceFailed
+from sam3_runner.images.tiles import max_tiles
 from sam3_runner.instances import PredictResult, packed_union
 from sam3_runner.metrics import collect_request_s
 from sam3_runner.prompts import VISUAL
@@ -83,7 +84,8 @@ class DirectPath:
     ) -> DirectAnswer:
         pipeline, stages_s = self._pipeline, collect_request_s()
         texts = {} if request.prompt is None else {"prompt": request.prompt}
-        place = Place(USER, pipeline.deadline_s(deadline_ms))
+        cost = cost_of(1, max_tiles(request.tiles))
+        place = Place(USER, pipeline.deadline_s(deadline_ms), cost=cost)
         await pipeline.admit(texts, place)
         pipeline.admission.begin(place)
         try:
@@ -102,7 +104,7 @@ class DirectPath:
             image_height=result.image_height,
             model=model_facts(pipeline.known_status, self._version),
             timings_ms={name: round(seconds * 1000, 1) for name, seconds in stages_s.items()},
-            settings=settings_of(query.options, 1),
+            settings=settings_of(query.options, 1, found.tiles),
         )
 
     async def _find(self, query: Query, image: bytes, place: Place, request_id: str) -> Found:
@@ -114,6 +116,7 @@ class DirectPath:
             if file.is_heavy:
                 place.join(self._pipeline.heavy_turn)
                 await place.wait()
+            place.correct_cost(cost_of(1, segmenter.tiles_of(file, query)))
             read = await segmenter.decode(file, sha256, query)
             outcome = "late"
             fields = {"request_id": request_id, "task_id": "-"}

@@ -21,6 +21,7 @@ from observability.metrics import OVERLOAD_REFUSALS, TASKS, TASKS_IN_FLIGHT
 from rendering import OutputFile, Renderer
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
 from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped
+from sam3_runner.images.tiles import max_tiles
 from sam3_runner.metrics import collect_request_s, stage
 from segmentation import Query, Segmenter, query_of, sha256_of
 from storage import StorageUnavailable, mask_key
@@ -177,7 +178,8 @@ class Pipeline:
         with log_ids(request_id=attempt.request_id, task_id=attempt.task.task_id):
             # It has waited: before the new ones of its user, and without their deadline.
             deadline_s = time.monotonic() + self._settings.request_timeout_s
-            cost = cost_of(len(attempt.task.prompts))
+            tiles = max_tiles(TaskOptions.from_text(attempt.task.options).tiles)
+            cost = cost_of(len(attempt.task.prompts), tiles)
             place = Place(attempt.task.user_id, deadline_s, cost=cost, order_s=0.0)
             work = self._start(self._attempt(attempt, place), place)
         return await asyncio.shield(work)
@@ -219,7 +221,9 @@ class Pipeline:
 
     def _new_place(self, request: PredictRequest | BatchRequest, deadline_ms: int | None) -> Place:
         deadline_s = self.deadline_s(deadline_ms)
-        return Place(request.user_id, deadline_s, cost=cost_of(len(request.labels_of_prompts)))
+        # The image's size is not known yet, and so not how many tiles `auto` is.
+        cost = cost_of(len(request.labels_of_prompts), max_tiles(request.tiles))
+        return Place(request.user_id, deadline_s, cost=cost)
 
     async def _check_capacity(self, place: Place) -> None:
         """Refuse before anything is claimed, so that the row stays as it is for the next attempt."""
@@ -387,7 +391,7 @@ class Pipeline:
         files = await self._renderer.files(found, options, file_name)
         segmentations = await self._renderer.segmentations(found.results, options)
         keys, urls = await self._store(attempt, files)
-        facts = Facts(model, self._model_version, run.stages_s, found.inference_ms)
+        facts = Facts(model, self._model_version, run.stages_s, found.inference_ms, found.tiles)
         response = build_answer(
             task, options, found.results, urls=urls, segmentations=segmentations, facts=facts
         )
@@ -439,6 +443,7 @@ class Pipeline:
                 await self._wait(place)
                 with place.paused():
                     file, sha256 = await self._fetch(attempt.task, run.query)
+        place.correct_cost(cost_of(len(run.query.prompts), self.segmenter.tiles_of(file, run.query)))
         await self._begin_work(run, file, sha256)
         return await self.segmenter.decode(file, sha256, run.query)
 

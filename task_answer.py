@@ -53,13 +53,15 @@ class Facts:
     Attributes:
         model: that answered.
         stages_s: times of the request's stages.
-        inference_ms: of the model's pass.
+        inference_ms: of the model's pass, or of all passes of an image with tiles.
+        tiles: that were segmented besides the whole image.
     """
 
     model: EngineStatus
     version: str
     stages_s: Mapping[str, float]
     inference_ms: float
+    tiles: int = 0
 
 
 def build_answer(
@@ -95,7 +97,7 @@ def build_answer(
         outputs=_output_urls(urls),
         model=model_facts(facts.model, facts.version),
         timings_ms={name: round(seconds * 1000, 1) for name, seconds in facts.stages_s.items()},
-        settings=settings_of(options, len(results)),
+        settings=settings_of(options, len(results), facts.tiles),
         left_out=["segmentation"] if is_cut else None,
     )
 
@@ -203,13 +205,14 @@ def model_facts(status: EngineStatus, version: str) -> ModelFacts | None:
     return ModelFacts(checkpoint=status.checkpoint, sha256=status.weights_sha256, version=version)
 
 
-def settings_of(options: TaskOptions, prompts: int) -> SettingsModel:
-    """The settings that applied to an answer."""
+def settings_of(options: TaskOptions, prompts: int, tiles: int) -> SettingsModel:
+    """The settings that applied to an answer of so many prompts and tiles."""
     own = [options.threshold_of(index) for index in range(prompts)]
     thresholds = [SCORE_THRESHOLD if each is None else each for each in own]
     request = SCORE_THRESHOLD if options.score_threshold is None else options.score_threshold
     return SettingsModel(
         outputs=["mask", *(name for name in options.outputs if name != "mask")],
+        tiles=tiles or None,
         score_threshold=request,
         score_thresholds=thresholds if {*thresholds} != {request} else None,
         nms_iou=options.nms_iou,

@@ -79,6 +79,7 @@ class SettingsModel(BaseModel):
     """The settings that applied; those that are off are left out."""
 
     outputs: list[Output]
+    tiles: int | Present = Field(None, description="tiles that were segmented besides the whole image")
     score_threshold: float
     score_thresholds: list[float] | Present = Field(None, description="of each prompt, where they differ")
     nms_iou: float | Present = None

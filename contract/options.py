@@ -8,8 +8,17 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+from sam3_runner.images.tiles import MAX_TILES_A_SIDE, Tiles
 from sam3_runner.instances import SCORE_THRESHOLD
 from sam3_runner.prompts import MAX_BOXES
 
@@ -129,9 +138,34 @@ class ExemplarFields(BaseModel):
         return found | ({"labels": self.labels} if self.labels and 0 in self.labels else {})
 
 
-class RefinementFields(BaseModel):
-    """What is kept of what the model finds, in the order in which it applies."""
+def _checked_tiles(value: object) -> object:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TILES_A_SIDE
+    if value != "auto" and not is_count:
+        raise ValueError(f'must be "auto" or a whole number from 1 to {MAX_TILES_A_SIDE}')
+    return value
 
+
+TilesField = Annotated[
+    Tiles,
+    BeforeValidator(_checked_tiles),
+    # Of a union, errors would name its parts.
+    WithJsonSchema(
+        {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": MAX_TILES_A_SIDE}]}
+    ),
+    Field(
+        description="for small things in large images: overlapping tiles are segmented besides the whole "
+        "image. n: a grid of n x n; auto: as many as the model sees at about their own resolution, at most "
+        f"{MAX_TILES_A_SIDE} a side; 1: none. Each tile costs as much as an image. Exemplars count in the "
+        "tiles that contain them",
+        examples=["auto"],
+    ),
+]
+
+
+class RefinementFields(BaseModel):
+    """How an image is searched, and what is kept of what is found, in the order in which it applies."""
+
+    tiles: TilesField = 1
     score_threshold: Annotated[Threshold | None, NotNull] = LEFT_OUT
     fill_holes: int = Field(
         0,
@@ -256,7 +290,7 @@ class TaskOptions(RefinementFields, FormFields):
     @property
     def needs_masks(self) -> bool:
         """Whether the mask of each instance is needed, not only their union."""
-        return self.refines or self.segmentation is not None or self.needs_files
+        return self.refines or self.tiles != 1 or self.segmentation is not None or self.needs_files
 
     @property
     def needs_files(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from outputs.overlap import MaskWords, rectangles_of, shared_px, words_of
 from outputs.rings import Ring, ring_area, trace
 from sam3_runner.instances import MaskCrop
 
@@ -135,25 +135,12 @@ def _crop(mask: Mask, left: int, top: int) -> MaskCrop:
     return MaskCrop(left, top, width, height, np.packbits(aligned, axis=1).tobytes())
 
 
-class _Words(NamedTuple):
-    """A mask in words of 64 px of the image's rows, so that two masks are compared word by word.
-
-    Attributes:
-        top, left: row and word of the image where it begins.
-        words: (rows, words) uint64.
-    """
-
-    top: int
-    left: int
-    words: npt.NDArray[np.uint64]
-
-
 def _suppress(found: Sequence[Sequence[Instance]], nms_iou: float) -> list[list[Instance]]:
     """Greedy non-maximum suppression over all groups; of equal scores the first instance wins."""
     instances = list(chain.from_iterable(found))
     areas = np.array([instance.area_px for instance in instances], dtype=np.int64)
-    corners = np.array([_rectangle(instance.mask) for instance in instances]).reshape(-1, 2, 2)
-    words = [_words(instance.mask) for instance in instances]
+    corners = rectangles_of([instance.mask for instance in instances])
+    words = [words_of(instance.mask) for instance in instances]
     is_kept = np.zeros(len(instances), np.bool_)
     for index in sorted(range(len(instances)), key=lambda index: instances[index].score, reverse=True):
         better = np.flatnonzero(is_kept)
@@ -161,9 +148,9 @@ def _suppress(found: Sequence[Sequence[Instance]], nms_iou: float) -> list[list[
         sides = np.minimum(corners[better, 1], corners[index, 1]) - np.maximum(
             corners[better, 0], corners[index, 0]
         )
-        shared_px = np.minimum(sides.clip(min=0).prod(axis=1), np.minimum(areas[better], areas[index]))
+        most_px = np.minimum(sides.clip(min=0).prod(axis=1), np.minimum(areas[better], areas[index]))
         total_px = areas[better] + areas[index]
-        near = better[shared_px > nms_iou * (total_px - shared_px)]
+        near = better[most_px > nms_iou * (total_px - most_px)]
         is_kept[index] = not any(
             _iou(words[index], words[other], int(areas[index] + areas[other])) > nms_iou for other in near
         )
@@ -171,25 +158,7 @@ def _suppress(found: Sequence[Sequence[Instance]], nms_iou: float) -> list[list[
     return [[instance for instance in group if next(kept)] for group in found]
 
 
-def _rectangle(mask: MaskCrop) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (mask.left, mask.top), (mask.left + mask.width, mask.top + mask.height)
-
-
-def _words(mask: MaskCrop) -> _Words:
-    packed, first_byte = mask.packed(), mask.packed_window[1].start
-    before = first_byte % 8
-    aligned = np.pad(packed, ((0, 0), (before, -(before + packed.shape[1]) % 8)))
-    return _Words(mask.top, first_byte // 8, aligned.view(np.uint64))
-
-
-def _iou(one: _Words, other: _Words, total_px: int) -> float:
+def _iou(one: MaskWords, other: MaskWords, total_px: int) -> float:
     """Intersection over union of two masks, of which the areas add up to `total_px` > 0; exact."""
-    top, left = max(one.top, other.top), max(one.left, other.left)
-    bottom = min(one.top + one.words.shape[0], other.top + other.words.shape[0])
-    right = min(one.left + one.words.shape[1], other.left + other.words.shape[1])
-    shared = (
-        one.words[top - one.top : bottom - one.top, left - one.left : right - one.left]
-        & other.words[top - other.top : bottom - other.top, left - other.left : right - other.left]
-    )
-    shared_px = int(np.bitwise_count(shared).sum())
-    return shared_px / (total_px - shared_px)
+    both_px = shared_px(one, other)
+    return both_px / (total_px - both_px)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.instances import Results
+    from sam3_runner.instances import Results, Window
     from sam3_runner.prompts import ConceptPrompt
     from sam3_runner.serving.engine import EngineStatus
 
@@ -80,6 +80,13 @@ class Decoders(Protocol):
 
     async def decode(self, file: ImageFile, max_stored_px: int) -> DecodedImage:
         """The pixels of a file: as stored if there are at most `max_stored_px`, or the model's square.
+
+        Raises UnsupportedImage, DecoderFailed.
+        """
+        ...
+
+    async def decode_windows(self, file: ImageFile, windows: Sequence[Window]) -> list[DecodedImage]:
+        """The model's square of each window of a file, which is decoded once.
 
         Raises UnsupportedImage, DecoderFailed.
         """

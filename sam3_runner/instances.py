@@ -18,6 +18,26 @@ SCORE_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """A part of an image, in px of the image as a viewer shows it."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        """Its first column outside."""
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> int:
+        """Its first row outside."""
+        return self.top + self.height
+
+
+@dataclass(frozen=True, slots=True)
 class MaskCrop:
     """A binary mask, stored as the bits of its bounding rectangle.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 STAGES: Final = (
-    *("claim", "wait", "fetch", "decode", "preview", "segment", "refine"),  # in an API worker
+    *("claim", "wait", "fetch", "decode", "preview", "segment", "merge_tiles", "refine"),  # in an API worker
     *("encode_masks", "render", "store", "settle"),
     *("queue", "encode_image", "encode_text", "decode_prompts", "draw_masks"),  # in the runner
 )

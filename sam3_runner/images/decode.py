@@ -14,8 +14,12 @@ from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.image_file import damaged
 from sam3_runner.images.square import oriented, resize_to, stored_or_square
+from sam3_runner.images.tiles import stored_window
+from sam3_runner.instances import Window
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from sam3_runner.images.image_file import ImageFile
 
 
@@ -60,6 +64,21 @@ def decode_preview(file: ImageFile, max_side_px: int) -> LocalImage:
     return LocalImage(np.ascontiguousarray(oriented(pixels, file.orientation)), *size)
 
 
+def decode_windows(file: ImageFile, side_px: int, windows: Sequence[Window]) -> Iterator[LocalImage]:
+    """Decode a file once; each window of it as the model's square, one after another.
+
+    Raises:
+        UnsupportedImage: its pixels are damaged.
+    """
+    image = decode(file)
+    size = viewed_size((file.width, file.height), file.orientation)
+    for window in windows:
+        stored = _scaled(stored_window(window, size, file.orientation), file, image)
+        square = resize_to(image, (side_px, side_px), file.icc_profile, stored)
+        pixels = np.ascontiguousarray(oriented(square, file.orientation))
+        yield LocalImage(pixels, window.width, window.height)
+
+
 def decode(file: ImageFile, max_side_px: int | None = None) -> Image.Image:
     """The pixels as stored, as an image of Pillow. Raises `UnsupportedImage`, `MemoryError`.
 
@@ -73,6 +92,15 @@ def decode(file: ImageFile, max_side_px: int | None = None) -> Image.Image:
         raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and others
         raise damaged("its pixels cannot be decoded") from error
+
+
+def _scaled(window: Window, file: ImageFile, image: Image.Image) -> Window:
+    """A window of the file in px of `image`, which may be decoded at half its size."""
+    across, down = image.width / file.width, image.height / file.height
+    left, top = int(window.left * across), int(window.top * down)
+    right = min(image.width, max(left + 1, round(window.right * across)))
+    bottom = min(image.height, max(top + 1, round(window.bottom * down)))
+    return Window(left, top, right - left, bottom - top)
 
 
 def _decode_plain_jpeg(file: ImageFile) -> LocalImage | None:

@@ -12,6 +12,8 @@ from sam3_runner.images.pixel_file import HeldPixels, PixelFile
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from sam3_runner.instances import Window
+
 MAX_STORED_PX = 2**23
 """Images of at most so many px are resized on a GPU; larger ones, over 25 MB, where they are decoded."""
 
@@ -23,10 +25,17 @@ class DecodeTask:
     Attributes:
         purpose: pixels for the model, or a preview for people.
         limit_px: for the model, images of so many px stay as stored; of a preview, its longest side.
+        windows: for the model, squares of these in place of the whole image; empty: the whole image.
     """
 
     purpose: Literal["model", "preview"]
     limit_px: int
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def images(self) -> int:
+        """How many images it makes of a file."""
+        return len(self.windows) or 1
 
 
 @dataclass(frozen=True, slots=True)

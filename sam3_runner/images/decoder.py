@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image
 
 from sam3_runner.errors import UnsupportedImage
-from sam3_runner.images.decode import decode_image, decode_preview
+from sam3_runner.images.decode import decode_image, decode_preview, decode_windows
 from sam3_runner.images.image_file import LENGTH, MAX_DECODE_BYTES
 
 if TYPE_CHECKING:
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from sam3_runner.images.image_file import ImageFile
     from sam3_runner.images.pixel_file import PixelFile
 
+    _Message = tuple[ImageFile, DecodeTask, list[PixelFile | None]]
+
 PIPE_BYTES = 2**20
 """The largest pipe that Linux grants to an unprivileged process."""
 
 MAX_CPU_S = 5.0
 """For one image, over all threads. A photo of 50 megapixels takes 0.8 to 2 s of a server's core."""
+MAX_TILES_CPU_S = 10.0
+"""The same with tiles, which are resized besides."""
 MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
 """Private memory as the kernel counts it: libraries and threads reserve more than they use."""
 
@@ -53,30 +57,43 @@ def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool
     if message is None:
         return False
     file, task, shared = message
+    facts: list[dict[str, object]] = []
+    unshared: list[LocalImage] = []
     try:
-        with _limited_time():
-            image = (
-                decode_preview(file, task.limit_px)
-                if task.purpose == "preview"
-                else decode_image(file, side_px, task.limit_px)
-            )
+        with _limited_time(MAX_TILES_CPU_S if task.windows else MAX_CPU_S):
+            # Each is written before the next one is made: one at a time is in this memory.
+            for image, target in zip(_decode(file, task, side_px), shared, strict=True):
+                is_shared = target is not None and _write(target, image)
+                facts.append(_facts_of(image, is_shared=is_shared))
+                unshared += [] if is_shared else [image]
     except UnsupportedImage as refusal:
         _send_head(output, refusal=str(refusal))
     except MemoryError:
         _send_head(output, refusal="the image takes too much memory to decode")
     else:
-        is_shared = shared is not None and _write(shared, image)
-        _send_head(
-            output,
-            width=image.width,
-            height=image.height,
-            orientation=image.orientation,
-            shape=image.shape,
-            is_shared=is_shared,
-        )
-        if not is_shared:
+        _send_head(output, images=facts)
+        for image in unshared:
             _send(output, image.pixels.data)
     return True
+
+
+def _decode(file: ImageFile, task: DecodeTask, side_px: int) -> Iterator[LocalImage]:
+    if task.windows:
+        yield from decode_windows(file, side_px, task.windows)
+    elif task.purpose == "preview":
+        yield decode_preview(file, task.limit_px)
+    else:
+        yield decode_image(file, side_px, task.limit_px)
+
+
+def _facts_of(image: LocalImage, *, is_shared: bool) -> dict[str, object]:
+    return {
+        "width": image.width,
+        "height": image.height,
+        "orientation": image.orientation,
+        "shape": image.shape,
+        "is_shared": is_shared,
+    }
 
 
 def _write(shared: PixelFile, image: LocalImage) -> bool:
@@ -88,12 +105,12 @@ def _write(shared: PixelFile, image: LocalImage) -> bool:
     return True
 
 
-def _receive(stream: BinaryIO) -> tuple[ImageFile, DecodeTask, PixelFile | None] | None:
-    """The next file, and what to do with it; None at the end of the input."""
+def _receive(stream: BinaryIO) -> _Message | None:
+    """The next file, what to do with it, and where the pixels go; None at the end of the input."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
-    message: tuple[ImageFile, DecodeTask, PixelFile | None] = pickle.loads(  # noqa: S301 - from our own API worker
+    message: _Message = pickle.loads(  # noqa: S301 - from our own API worker
         stream.read(*LENGTH.unpack(head))
     )
     return message
@@ -126,12 +143,12 @@ def _widen_pipes() -> None:
 
 
 @contextlib.contextmanager
-def _limited_time() -> Iterator[None]:
-    """End the process by SIGPROF, which has no handler here, after `MAX_CPU_S` of CPU time."""
+def _limited_time(max_cpu_s: float) -> Iterator[None]:
+    """End the process by SIGPROF, which has no handler here, after `max_cpu_s` of CPU time."""
     if not hasattr(signal, "setitimer"):  # Windows
         yield
         return
-    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
+    signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
     try:
         yield
     finally:

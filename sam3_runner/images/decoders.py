@@ -29,11 +29,13 @@ from sam3_runner.serving.cpu_share import cpu_share
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
     from sam3_runner.images.image_file import ImageFile
-    from sam3_runner.images.pixel_file import PixelFile
+    from sam3_runner.images.pixel_file import HeldFile, PixelFile
+    from sam3_runner.instances import Window
 
     _Pixels = npt.NDArray[np.uint8] | HeldPixels
 
@@ -85,15 +87,20 @@ class ImageDecoders:
             UnsupportedImage: the pixels are damaged, take too much time or memory, or crash a decoder.
             DecoderFailed: the decoder cannot work, whatever the file.
         """
-        head, pixels = await self._run(file, DecodeTask("model", max_stored_px))
-        return DecodedImage(pixels, head["width"], head["height"], head["orientation"])
+        [(facts, pixels)] = await self._run(file, DecodeTask("model", max_stored_px))
+        return DecodedImage(pixels, facts["width"], facts["height"], facts["orientation"])
+
+    async def decode_windows(self, file: ImageFile, windows: Sequence[Window]) -> list[DecodedImage]:
+        """The model's square of each window of a file, which is decoded once. Raises as `decode`."""
+        made = await self._run(file, DecodeTask("model", 0, tuple(windows)))
+        return [DecodedImage(pixels, facts["width"], facts["height"]) for facts, pixels in made]
 
     async def preview(self, file: ImageFile, max_side_px: int) -> npt.NDArray[np.uint8]:
         """A file as a viewer shows it, (rows, columns, 3) uint8 sRGB, no side longer than `max_side_px`.
 
         Raises as `decode`.
         """
-        _, pixels = await self._run(file, DecodeTask("preview", max_side_px))
+        [(_, pixels)] = await self._run(file, DecodeTask("preview", max_side_px))
         if not isinstance(pixels, HeldPixels):
             return pixels
         copy = np.empty(pixels.shape, np.uint8)
@@ -103,7 +110,7 @@ class ImageDecoders:
             pixels.close(is_read=True)
         return copy
 
-    async def _run(self, file: ImageFile, task: DecodeTask) -> tuple[dict[str, Any], _Pixels]:
+    async def _run(self, file: ImageFile, task: DecodeTask) -> list[tuple[dict[str, Any], _Pixels]]:
         async with self._slots:
             try:
                 return await self._run_once(file, task)
@@ -126,16 +133,15 @@ class ImageDecoders:
         while self._idle:
             await _end(self._idle.pop())
 
-    async def _run_once(self, file: ImageFile, task: DecodeTask) -> tuple[dict[str, Any], _Pixels]:
+    async def _run_once(self, file: ImageFile, task: DecodeTask) -> list[tuple[dict[str, Any], _Pixels]]:
         # A heavy image has its own process: memory of earlier images does not add to its own, and all of it
         # is returned to the host.
         process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
-        held = self._files.take() if SHARES_MEMORY else None
+        held = [self._files.take() if SHARES_MEMORY else None for _ in range(task.images)]
         try:
-            head, pixels = await _exchange(process, file, task, held.file if held else None)
+            head, sent = await _exchange(process, file, task, [each.file if each else None for each in held])
         except BaseException as error:  # cancellation above all: the decoding must not continue
-            if held is not None:
-                held.close()  # the error's traceback would keep it
+            _close(held)  # the error's traceback would keep them
             if not isinstance(error, asyncio.IncompleteReadError | ConnectionError):
                 await _end(process)
                 raise
@@ -147,19 +153,30 @@ class ImageDecoders:
             await _end(process)
         else:
             self._idle.append(process)
-        if held is not None and not head.get("is_shared"):  # refused, or sent through the pipe
-            self._files.give_back(held)
-            held = None
         if "refusal" in head:
+            for each in held:
+                if each is not None:
+                    self._files.give_back(each)
             raise UnsupportedImage(head["refusal"])
-        rows, columns, channels = head["shape"]
+        try:
+            return [
+                (facts, self._pixels_of(facts, each, pixels))
+                for facts, each, pixels in zip(head["images"], held, sent, strict=True)
+            ]
+        except BaseException:
+            _close(held)
+            raise
+
+    def _pixels_of(self, facts: dict[str, Any], held: HeldFile | None, sent: bytes) -> _Pixels:
+        rows, columns, channels = facts["shape"]
         shape = rows, columns, channels
-        if held is not None and rows * columns * channels > held.size_bytes:
-            held.close()
+        if held is None or not facts["is_shared"]:  # sent through the pipe
+            if held is not None:
+                self._files.give_back(held)
+            return np.frombuffer(sent, np.uint8).reshape(shape)
+        if rows * columns * channels > held.size_bytes:
             raise DecoderFailed("a decoder process has written fewer pixels than it says")
-        if held is None:
-            return head, np.frombuffer(pixels, np.uint8).reshape(shape)
-        return head, HeldPixels(held, self._files, shape)
+        return HeldPixels(held, self._files, shape)
 
     def _idle_process(self) -> Process | None:
         """An idle process that is still alive."""
@@ -192,13 +209,20 @@ class _DecoderKilled(Exception):
 
 
 async def _exchange(
-    process: Process, file: ImageFile, task: DecodeTask, shared: PixelFile | None
-) -> tuple[dict[str, Any], bytes]:
-    """The process' answer for a file, and the pixels unless it refuses the file or they are shared."""
+    process: Process, file: ImageFile, task: DecodeTask, shared: list[PixelFile | None]
+) -> tuple[dict[str, Any], list[bytes]]:
+    """The process' answer for a file, and each image's pixels, empty where they are shared."""
     packed = pickle.dumps((file, task, shared))
     await _send(process, LENGTH.pack(len(packed)), packed)
     head: dict[str, Any] = json.loads(await _receive(process))
-    return head, b"" if head.get("is_shared") or "refusal" in head else await _receive(process)
+    images = head.get("images", [])  # none of a file that is refused
+    return head, [b"" if each["is_shared"] else await _receive(process) for each in images]
+
+
+def _close(held: Sequence[HeldFile | None]) -> None:
+    for each in held:
+        if each is not None:
+            each.close()
 
 
 async def _send(process: Process, *parts: bytes) -> None:

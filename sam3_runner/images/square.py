@@ -13,6 +13,7 @@ from PIL import Image
 from sam3_runner.images.colour import grey_scale_of, is_srgb, on_white, to_srgb
 from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.exif import EXIF_PREFIX, orientation_of, viewed_size
+from sam3_runner.instances import Window
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -84,35 +85,38 @@ def oriented_square(
     return LocalImage(np.ascontiguousarray(oriented(square, orientation)), width=width, height=height)
 
 
-def resize_to(image: Image.Image, size: tuple[int, int], icc_profile: bytes) -> Pixels:
-    """The image on white in sRGB, resized to `size` (width, height): (height, width, 3)."""
-    return to_srgb(_resize(image, size), icc_profile)
+def resize_to(
+    image: Image.Image, size: tuple[int, int], icc_profile: bytes, window: Window | None = None
+) -> Pixels:
+    """The image or its window on white in sRGB, resized to `size` (width, height): (height, width, 3)."""
+    return to_srgb(_resize(image, size, window or Window(0, 0, *image.size)), icc_profile)
 
 
-def _resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
+def _resize(image: Image.Image, size: tuple[int, int], window: Window) -> Pixels:
     """Resize to (height, width, channels): bilinear with antialias, in floating point, rounded once.
 
     The official processor does the same on a GPU. Pillow's 8-bit resize also rounds between its two passes,
     which changes one value in five by 1. Works in bands, so that memory does not grow with the image.
     """
     image.load()
-    bands = max(THREADS, ceil(image.width * image.height / BAND_PX))
+    bands = max(THREADS, ceil(window.width * window.height / BAND_PX))
     edges = np.linspace(0, size[1], min(bands, size[1]) + 1).astype(int).tolist()
-    resize_band = partial(_resize_band, image, size, grey_scale_of(image))
+    resize_band = partial(_resize_band, image, size, window, grey_scale_of(image))
     return np.concatenate(list(_bands.map(resize_band, edges[:-1], edges[1:])))
 
 
-def _resize_band(
-    image: Image.Image, size: tuple[int, int], grey_scale: float, first: int, last: int
+def _resize_band(  # noqa: PLR0917 - the first four are the same for all bands
+    image: Image.Image, size: tuple[int, int], window: Window, grey_scale: float, first: int, last: int
 ) -> Pixels:
     """Rows `first` to `last` of the result, (last - first, width, channels)."""
-    px_per_row = image.height / size[1]
+    px_per_row = window.height / size[1]
     # The triangle filter reads one row of the result to either side, and at least one px.
     reach = ceil(max(px_per_row, 1.0)) + 1
     top = max(0, floor(first * px_per_row) - reach)
-    bottom = min(image.height, ceil(last * px_per_row) + reach)
-    band = on_white(image.crop((0, top, image.width, bottom)), grey_scale)
-    box = (0, first * px_per_row - top, image.width, min(last * px_per_row - top, bottom - top))
+    bottom = min(window.height, ceil(last * px_per_row) + reach)
+    part = image.crop((window.left, window.top + top, window.right, window.top + bottom))
+    band = on_white(part, grey_scale)
+    box = (0, first * px_per_row - top, window.width, min(last * px_per_row - top, bottom - top))
     planes = [
         plane.convert("F").resize((size[0], last - first), Image.Resampling.BILINEAR, box)
         for plane in band.split()

@@ -25,7 +25,7 @@ from pipeline import Pipeline
 from recovery import Recovery
 from results import Claim, Outbox, SqliteResults, StoredResult, Task, open_outbox
 from sam3_runner.images.decoded import DecodedImage, LocalImage
-from sam3_runner.instances import FoundInstance, Instance, MaskCrop, PredictResult, UnionResult
+from sam3_runner.instances import FoundInstance, Instance, MaskCrop, PredictResult, UnionResult, Window
 from sam3_runner.serving.engine import EngineStatus
 from settings import Settings
 from storage import LocalFolder
@@ -220,6 +220,7 @@ class Model:
     deadlines_s: list[float] = field(default_factory=list)
 
     max_stored_px: int = 0
+    input_side_px: int = 1008
 
     @property
     def is_ready(self) -> bool:
@@ -234,6 +235,7 @@ class Model:
             state=self.state,  # type: ignore[arg-type]
             detail=self.detail,
             checkpoint="demo",
+            input_side_px=self.input_side_px,
             weights_sha256="0" * 64,
         )
 
@@ -285,6 +287,12 @@ class Squares:
             assert file.data
             assert max_stored_px >= 0
             return LocalImage(np.zeros((2, 2, 3), dtype=np.uint8), width=16, height=12)
+
+    async def decode_windows(self, file: ImageFile, windows: Sequence[Window]) -> list[DecodedImage]:
+        async with self.stages.call("decode"):
+            assert file.data
+            pixels = np.zeros((2, 2, 3), dtype=np.uint8)
+            return [LocalImage(pixels, window.width, window.height) for window in windows]
 
     async def preview(self, file: ImageFile, max_side_px: int) -> npt.NDArray[np.uint8]:
         async with self.stages.call("preview"):
