@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from contract.answers import CocoRle, ModelFacts, SettingsModel, StageName
-from contract.options import LEFT_OUT, ExemplarFields, FieldError, Labels, NotNull, RefinementFields
+from contract.options import (
+    LEFT_OUT,
+    ExemplarFields,
+    FieldError,
+    Labels,
+    NotNull,
+    RefinementFields,
+    describe_as_not_null,
+    text_or_boxes,
+)
 from contract.prompts import Prompt  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
@@ -21,11 +30,15 @@ LISTS: Final = {"boxes", "box_labels"}
 class DirectRequest(RefinementFields, ExemplarFields):
     """The fields beside the file `image`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra=text_or_boxes("prompt", labels_field="box_labels")
+    )
     labels_field: ClassVar[str] = "box_labels"
 
     prompt: Annotated[Prompt | None, NotNull] = LEFT_OUT
-    labels: Annotated[Labels | None, NotNull] = Field(None, alias="box_labels")
+    labels: Annotated[Labels | None, NotNull] = Field(
+        None, alias="box_labels", json_schema_extra=describe_as_not_null
+    )
     mask_format: Literal["png", "rle"] = Field(
         "png",
         description="png: base64 of a PNG of the image's size, 255 inside; rle: COCO's run lengths",

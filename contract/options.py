@@ -52,7 +52,7 @@ def _not_null(value: object) -> object:
     return value
 
 
-def _describe_as_not_null(schema: dict[str, Any]) -> None:
+def describe_as_not_null(schema: dict[str, Any]) -> None:
     inner = next(each for each in schema.pop("anyOf") if each.get("type") != "null")
     schema.pop("default", None)
     schema.update({name: value for name, value in inner.items() if name not in schema})
@@ -60,7 +60,7 @@ def _describe_as_not_null(schema: dict[str, Any]) -> None:
 
 NotNull = BeforeValidator(_not_null)
 """For a field that may be left out, but not be null."""
-LEFT_OUT: Final[Any] = Field(None, json_schema_extra=_describe_as_not_null)
+LEFT_OUT: Final[Any] = Field(None, json_schema_extra=describe_as_not_null)
 """Its default."""
 
 
@@ -71,7 +71,21 @@ def _checked_box(box: tuple[float, float, float, float]) -> tuple[float, float, 
     return box
 
 
-Coordinate = Annotated[float, Field(allow_inf_nan=False)]
+def text_or_boxes(text_field: str, labels_field: str = "labels") -> dict[str, Any]:
+    """For the JSON schema of a prompt: it has a text, boxes, or both, and labels with boxes alone."""
+    return {
+        "anyOf": [{"required": [text_field]}, {"required": ["boxes"]}],
+        "dependentRequired": {labels_field: ["boxes"]},
+    }
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+"""For a strict int: 5.0 is a whole number of JSON too."""
+Coordinate = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Boxes = Annotated[
     list[tuple[Coordinate, Coordinate, Coordinate, Coordinate]],
     Field(
@@ -83,7 +97,7 @@ Boxes = Annotated[
     ),
 ]
 Labels = Annotated[
-    list[Annotated[int, Field(strict=True, ge=0, le=1)]],
+    list[Annotated[int, Field(strict=True, ge=0, le=1), Whole]],
     Field(
         min_length=1,
         max_length=MAX_BOXES,
@@ -94,6 +108,7 @@ Labels = Annotated[
 Threshold = Annotated[
     float,
     Field(
+        strict=True,
         ge=0,
         le=1,
         allow_inf_nan=False,
@@ -167,7 +182,7 @@ class RefinementFields(BaseModel):
 
     tiles: TilesField = 1
     score_threshold: Annotated[Threshold | None, NotNull] = LEFT_OUT
-    fill_holes: int = Field(
+    fill_holes: Annotated[int, Whole] = Field(
         0,
         strict=True,
         ge=0,
@@ -175,7 +190,7 @@ class RefinementFields(BaseModel):
         description="holes of at most so many px in an instance's mask are filled; 0: none",
         examples=[100],
     )
-    remove_islands: int = Field(
+    remove_islands: Annotated[int, Whole] = Field(
         0,
         strict=True,
         ge=0,
@@ -183,7 +198,7 @@ class RefinementFields(BaseModel):
         description="separate parts of at most so many px are removed from an instance's mask; 0: none",
         examples=[100],
     )
-    min_area: int = Field(
+    min_area: Annotated[int, Whole] = Field(
         0,
         strict=True,
         ge=0,
@@ -193,6 +208,7 @@ class RefinementFields(BaseModel):
     )
     nms_iou: float | None = Field(
         None,
+        strict=True,
         ge=0,
         le=1,
         allow_inf_nan=False,
@@ -210,6 +226,7 @@ class RefinementFields(BaseModel):
                 description="of each prompt, the instances with the best scores. Default: all",
                 examples=[50],
             ),
+            Whole,
         ]
         | None,
         NotNull,
@@ -236,6 +253,7 @@ class FormFields(BaseModel):
     )
     polygon_tolerance: float = Field(
         0.0,
+        strict=True,
         ge=0,
         le=MAX_TOLERANCE_PX,
         allow_inf_nan=False,

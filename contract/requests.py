@@ -17,6 +17,7 @@ from contract.options import (
     RefinementFields,
     Threshold,
     canonical_text,
+    text_or_boxes,
 )
 from contract.prompts import Prompt
 from sam3_runner.prompts import MAX_PROMPTS, VISUAL
@@ -91,13 +92,10 @@ DeadlineMs = Annotated[
 ]
 
 
-_TEXT_OR_BOXES: Final[Any] = {"anyOf": [{"required": ["text_prompt"]}, {"required": ["boxes"]}]}
-
-
 class PredictRequest(_Request, ExemplarFields):
     """One image, one prompt: a text, boxes, or both."""
 
-    model_config = ConfigDict(json_schema_extra=_TEXT_OR_BOXES)
+    model_config = ConfigDict(json_schema_extra=text_or_boxes("text_prompt"))
 
     text_prompt: Annotated[Prompt | None, NotNull] = LEFT_OUT
 
@@ -126,9 +124,7 @@ class PredictRequest(_Request, ExemplarFields):
 class PromptItem(ExemplarFields):
     """One prompt of a batch: a text, boxes, or both, and a threshold of its own."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["boxes"]}]}
-    )
+    model_config = ConfigDict(extra="forbid", json_schema_extra=text_or_boxes("text"))
 
     text: Annotated[Prompt | None, NotNull] = LEFT_OUT
     score_threshold: Annotated[Threshold | None, NotNull] = LEFT_OUT

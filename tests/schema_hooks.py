@@ -1,8 +1,12 @@
-"""Hooks for schemathesis: provide an existing image, and two rules that the schema cannot express."""
+"""Hooks for schemathesis: provide an existing image, and the rules that the schema cannot express.
+
+Only what matches the schema is changed, so that the server can serve it.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from typing import Any
@@ -10,10 +14,14 @@ from uuid import uuid4
 
 import schemathesis
 from pydantic import TypeAdapter, ValidationError
+from schemathesis.transport.serialization import Binary
 
 from contract import Prompt
+from contract.options import Boxes, Labels
 from sam3_runner.prompts import CONTEXT_TOKENS, PromptTokenizer
 from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
+from tests.drawn import scene
+from tests.edge import png_bytes
 
 IMAGE_KEY = os.environ["TEST_IMAGE_KEY"]
 """The key of an image in the server's store."""
@@ -24,7 +32,14 @@ UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}
 DEADLINE_MS = re.compile(r"[1-9][0-9]{0,4}")
 USER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+IMAGE = png_bytes(scene(100).image)
+"""For the form: any file matches its schema."""
+SIDE_PX = 336
+"""Of both images."""
+
 prompts = TypeAdapter[str](Prompt)
+boxes = TypeAdapter[Any](Boxes)
+labels = TypeAdapter[Any](Labels)
 tokenizer = PromptTokenizer(CLIP_TOKENIZER_FILE)
 numbers = itertools.count()
 
@@ -41,10 +56,8 @@ def before_call(
     if not isinstance(case.body, dict):
         return
     body: dict[str, Any] = dict(case.body)
-    if "text_prompt" in body:
-        body["text_prompt"] = _with_few_tokens(body["text_prompt"])
-    if isinstance(body.get("prompts"), list):
-        body["prompts"] = [_with_few_tokens(text) for text in body["prompts"]]
+    for prompt in (body, *_prompts_of(body)):
+        _fit_prompt(prompt)
     # Schemathesis repeats ids, but each task is done once.
     if _fits(UUID, body.get("task_id")):
         body["task_id"] = str(uuid4())
@@ -52,7 +65,51 @@ def before_call(
     if _fits(USER_ID, body.get("user_id")) and _is_image_url(body.get("image_url")):
         exists = next(numbers) % CASES_PER_INFERENCE == 0
         body |= {"user_id": USER, "image_url": IMAGE_KEY if exists else f"uploads/{USER}/none"}
+    has_file = isinstance(body.get("image"), Binary | bytes)
+    if has_file:
+        body["image"] = IMAGE
     case.body = body
+    if has_file:
+        # Else it would judge the changed body anew, and a body with a file always as an invalid one.
+        case._record_starting_state()
+
+
+def _prompts_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The prompts of a batch that are objects, each a copy that is in the body; texts are shortened."""
+    if not isinstance(body.get("prompts"), list):
+        return []
+    body["prompts"] = [
+        dict(each) if isinstance(each, dict) else _with_few_tokens(each) for each in body["prompts"]
+    ]
+    return [each for each in body["prompts"] if isinstance(each, dict)]
+
+
+def _fit_prompt(prompt: dict[str, Any]) -> None:
+    """Shorten its text, put its boxes into the image, and give each box one label."""
+    for name in ("text_prompt", "prompt", "text"):
+        if name in prompt:
+            prompt[name] = _with_few_tokens(prompt[name])
+    if not _matches(boxes, prompt.get("boxes")):
+        return
+    prompt["boxes"] = [_box_inside(*box) for box in prompt["boxes"]]
+    for name in ("labels", "box_labels"):
+        if _matches(labels, prompt.get(name)):
+            count = len(prompt["boxes"])
+            prompt[name] = [*prompt[name], *[1] * count][:count]
+
+
+def _box_inside(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    half_px = SIDE_PX // 2
+    return [abs(x0) % half_px, abs(y0) % half_px, half_px + abs(x1) % half_px, half_px + abs(y1) % half_px]
+
+
+def _matches(adapter: TypeAdapter[Any], value: Any) -> bool:
+    """Whether a value has the form that the schema describes."""
+    try:
+        adapter.validate_json(json.dumps(value))
+    except (ValidationError, TypeError):
+        return False
+    return True
 
 
 def _with_few_tokens(prompt: Any) -> Any:
