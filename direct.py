@@ -104,9 +104,7 @@ class DirectPath:
             image_height=result.image_height,
             model=model_facts(pipeline.known_status, self._version),
             timings_ms={name: round(seconds * 1000, 1) for name, seconds in stages_s.items()},
-            settings=settings_of(
-                query.options.model_copy(update={"segmentation": None}), 1, found.tiles
-            ),
+            settings=settings_of(query.options.model_copy(update={"segmentation": None}), 1, found.tiles),
         )
 
     async def _find(self, query: Query, image: bytes, place: Place, request_id: str) -> Found:

@@ -93,19 +93,25 @@ class Edge:
         return self.http.post(BATCH if "prompts" in body else PREDICT, json=body)
 
     def ask(
-        self, image: str | bytes | Image.Image, prompt: str | list[str], task_id: str | None = None
+        self,
+        image: str | bytes | Image.Image,
+        prompt: str | list[str],
+        task_id: str | None = None,
+        **fields: Any,
     ) -> httpx.Response:
-        """Upload the image (or use its key), insert the row, and send the request."""
+        """Upload the image (or use its key), insert the row, and send the request with further fields."""
         if isinstance(image, Image.Image):
             image = png_bytes(image)
         key = self.upload(image) if isinstance(image, bytes) else image
-        body = self.body(key, prompt, task_id)
+        body = self.body(key, prompt, task_id) | fields
         self.insert_row(body)
         return self.send(body)
 
-    def answer(self, image: str | bytes | Image.Image, prompt: str | list[str]) -> dict[str, Any]:
+    def answer(
+        self, image: str | bytes | Image.Image, prompt: str | list[str], **fields: Any
+    ) -> dict[str, Any]:
         """Like `ask`, for a request that must succeed; returns the body."""
-        response = self.ask(image, prompt)
+        response = self.ask(image, prompt, **fields)
         assert response.status_code == httpx.codes.OK, response.text
         found: dict[str, Any] = response.json()
         return found

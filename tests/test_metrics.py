@@ -92,7 +92,10 @@ def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edg
 
 
 def test_every_stage_of_a_task_is_measured(server: LocalServer, edge: Edge) -> None:
-    """A task on a new picture adds one to each stage, including the runner's, and to the caches' counts."""
+    """A task on a new picture adds one to each stage, including the runner's, and to the caches' counts.
+
+    Tiles are images of their own, and so tested apart.
+    """
 
     def counted() -> dict[str, float]:
         stages = {stage: total(server, "sam3_stage_seconds_count", stage=stage) for stage in STAGES}
@@ -102,8 +105,12 @@ def test_every_stage_of_a_task_is_measured(server: LocalServer, edge: Edge) -> N
     image = png_bytes(scene(100).image)
     edge.answer(image, "circle")
     before = counted()
-    edge.answer(with_new_bytes(image), ["circle", f"number {uuid4().int % 10**6}"])
-    assert counted() == {name: count + 1 for name, count in before.items()}
+    prompts = ["circle", f"number {uuid4().int % 10**6}"]
+    edge.answer(with_new_bytes(image), prompts, outputs=["mask", "overlay"], min_area=1)
+    after = {name: count + 1 for name, count in before.items()}
+    assert counted() == after | {"merge_tiles": before["merge_tiles"]}
+    edge.answer(image, "circle", tiles=2)
+    assert counted()["merge_tiles"] == after["merge_tiles"]
 
 
 def test_tasks_are_counted_by_outcome(server: LocalServer, edge: Edge) -> None:
