@@ -11,6 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from contract import Failure
 from contract.direct import DirectRequest, read_fields
+from contract.options import describe_as_not_null
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -69,6 +70,7 @@ def form_schema() -> dict[str, Any]:
     """The request's body in the API description."""
     schema = DirectRequest.model_json_schema()
     image = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP, by its content"}
+    describe_as_not_null(schema["properties"]["nms_iou"])
     schema["properties"] = {"image": image, **schema["properties"]}
     schema["required"] = ["image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

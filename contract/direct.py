@@ -99,6 +99,7 @@ def _is_nested(value: list[Any]) -> bool:
 
 def _json_or_text(text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    return text if value is None else value  # a form has no null: fields are left out

@@ -93,6 +93,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"boxes": "[[1, 1, 2, 2]]", "box_labels": "[1, 0]"}, "box_labels"),
     "mask format": ({"prompt": "cat", "mask_format": "svg"}, "mask_format"),
     "threshold": ({"prompt": "cat", "score_threshold": "2"}, "score_threshold"),
+    "boolean": ({"prompt": "cat", "score_threshold": "true"}, "score_threshold"),
+    "null": ({"prompt": "cat", "nms_iou": "null"}, "nms_iou"),
+    "labels alone": ({"prompt": "cat", "box_labels": "[1]"}, "box_labels"),
     "instances": ({"prompt": "cat", "max_instances": "many"}, "max_instances"),
 }
 

@@ -52,6 +52,30 @@ async def test_unreferenced_masks_are_to_be_deleted(host: Host, end: str) -> Non
     assert host.count_rows("unneeded_masks") == 0
 
 
+@pytest.mark.parametrize("answer", ["its own", "another attempt's"])
+async def test_files_named_only_in_the_stored_answer_are_kept(host: Host, answer: str) -> None:
+    """A row that names the attempt's stored answer needs all of its files: the answer names the others."""
+    outbox, task = host.process(), new_task()
+    attempt = await record_and_claim(outbox, task)
+    stored = {"masks/0-mask.png", "masks/instance-1-a.png", "masks/answer-a.json"}
+    await outbox.begin_storing(attempt, sorted(stored))
+    key = "masks/answer-a.json" if answer == "its own" else "masks/answer-b.json"
+    elsewhere = await host.take_over(task)
+    await elsewhere.update_result(
+        *(task.task_id, "https://x/masks/0-mask.png", [], {"answer_url": f"https://x/{key}"}),
+        attempt_id="elsewhere",
+    )
+    await elsewhere.close()
+    await requeue_for_r2(outbox, attempt)
+    assert await outbox.claim(attempt) is not None
+    host.now_s += DELETE_AFTER_S
+    found = set()
+    while (unneeded := await outbox.acquire_unneeded_mask()) is not None:
+        found.add(unneeded)
+        await outbox.remove_unneeded_mask(unneeded)
+    assert found == (set() if answer == "its own" else stored - {"masks/0-mask.png"})
+
+
 async def test_mask_that_could_not_be_deleted_is_due_again(host: Host) -> None:
     """A mask is due again after a pause until it is removed from the list."""
     outbox = host.process()
