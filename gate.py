@@ -23,7 +23,7 @@ from observability.log_lines import log_ids
 from observability.tracing import root_span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,6 +63,7 @@ class Gate:
         body_timeout_s: so are bodies that take longer.
         large_bodies: limits in bytes of bodies by the paths that have their own. An API worker holds
             `MAX_LARGE_BODIES` of them at once.
+        absent: paths that are answered as unknown ones, before their bodies are read.
         find_refusal: by the path of a POST to `/api/`, its header X-Deadline-Ms and its body, why the server
             is too busy for it; None: it is not.
     """
@@ -76,6 +77,7 @@ class Gate:
         max_body_bytes: int,
         body_timeout_s: float = BODY_TIMEOUT_S,
         large_bodies: Mapping[str, int] = MappingProxyType({}),
+        absent: Collection[str] = (),
         find_refusal: Callable[[str, str | None, bytes], Failure | None] = lambda *_: None,
     ) -> None:
         self._app = app
@@ -84,6 +86,7 @@ class Gate:
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
         self._large_bodies = large_bodies
+        self._absent = absent
         self._large_in_flight = 0
         self._find_refusal = find_refusal
 
@@ -141,7 +144,10 @@ class Gate:
             await answer.fail(Failure.of(error))
 
     def _check_access(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raise `Failure` where the caller may not read the path: every path is closed unless it is open."""
+        """Raise `Failure` where the caller may not read the path, or it is absent.
+
+        Every path is closed unless it is open.
+        """
         path = scope["path"]
         if path.startswith(KEYED):
             # Browsers send preflights without a key.
@@ -152,6 +158,8 @@ class Gate:
             scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             token = bearer.strip() if scheme.lower() == b"bearer" else None
             self._check_key(headers.get(b"x-api-key", token), "X-API-Key or Authorization: Bearer")
+        if path in self._absent:
+            raise framework_failure(HTTPStatus.NOT_FOUND, None)
 
     def _is_open_to(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
         return self._access == "open" or (

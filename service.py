@@ -328,8 +328,6 @@ class SegmentationService:
     )
     async def segment_directly(self, request: Request, deadline_ms: DeadlineHeader = None) -> DirectAnswer:
         """Find every instance of one concept in the image of the body; nothing is stored."""
-        if not settings.serves_direct_api:
-            raise framework_failure(HTTPStatus.NOT_FOUND, None)
         form, image = await read_form(request, settings.max_image_bytes)
         return await self._direct.run(form, image, request.state.request_id, deadline_ms)
 
@@ -379,9 +377,8 @@ SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
     api_keys=settings.api_keys,
     access=settings.metrics_and_docs_access,
     max_body_bytes=settings.max_body_bytes,
-    large_bodies={DIRECT_PATH: settings.max_image_bytes + MAX_FORM_BYTES}
-    if settings.serves_direct_api
-    else {},
+    large_bodies={DIRECT_PATH: settings.max_image_bytes + MAX_FORM_BYTES},
+    absent=() if settings.serves_direct_api else (DIRECT_PATH,),
     find_refusal=overload.find_refusal,
 )
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.server
 
 CASES = 2000
 EXAMPLES_PER_ROUTE = "950"
-"""Two of the four routes have no parameters, and so only a few cases."""
+"""Two of the five routes have no parameters, and so only a few cases."""
 TIMEOUT_S = 900
 
 
@@ -57,5 +57,5 @@ def test_server_conforms_to_its_description(edge: Edge, tmp_path: Path) -> None:
     assert (report["failures"], report["errors"]) == ([], [])
     assert report["test_cases"]["generated"] >= CASES
     # Not all requests were refused: the model ran too.
-    for route in ("POST /api/v1/predict", "POST /api/v1/predict/batch"):
+    for route in ("POST /api/v1/predict", "POST /api/v1/predict/batch", "POST /v1/images/segmentations"):
         assert report["valid_rates"][route]["fuzzing"]["accepted"] > 0

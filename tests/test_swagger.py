@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from commands.local_server import ROOT
+from contract.requests import EXAMPLES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -22,6 +25,7 @@ ROUTES = {
     ("get", "/health"),
     ("post", "/api/v1/predict"),
     ("post", "/api/v1/predict/batch"),
+    ("post", "/v1/images/segmentations"),
     ("get", "/api/v1/model/info"),
 }
 ERRORS = ("400", "401", "403", "404", "409", "413", "415", "429", "500", "502", "503", "504")
@@ -72,7 +76,7 @@ def operation(page: Page, method: str, path: str) -> Locator:
 
 
 def test_all_routes_are_shown(page: Page, faults: list[str], tmp_path: Path) -> None:
-    """The page at / shows the four routes and no others."""
+    """The page at / shows the demo's five routes and no others."""
     shown = {
         (
             block.locator(".opblock-summary-method").inner_text().lower(),
@@ -111,18 +115,60 @@ def test_page_sends_requests_only_to_the_server(page: Page, requested: list[str]
     assert {urlsplit(url).hostname for url in requested if not url.startswith("data:")} == {"127.0.0.1"}
 
 
+def authorize(page: Page, server: LocalServer) -> None:
+    """Enter the key at Authorize."""
+    page.locator("button.authorize").first.click()
+    page.locator(".auth-container input").fill(server.api_key)
+    page.locator(".auth-container button.authorize").click()
+    page.locator(".auth-container button.btn-done").click()
+
+
+def opened(page: Page, method: str, path: str) -> Locator:
+    """The block of one route, ready to be tried out."""
+    block = operation(page, method, path)
+    block.locator(".opblock-summary-control").click()
+    block.get_by_role("button", name="Try it out").click()
+    return block
+
+
+def execute(block: Locator, status: str) -> Locator:
+    """Send the request as it is filled in; returns the answer, which has this status."""
+    clear = block.get_by_role("button", name="Clear", exact=True)
+    if clear.count():
+        clear.click()
+        expect(block.locator(".live-responses-table")).to_have_count(0)
+    block.get_by_role("button", name="Execute").click()
+    answer = block.locator(".live-responses-table .response")
+    expect(answer.locator(".response-col_status")).to_contain_text(status)
+    return answer
+
+
+@pytest.mark.parametrize("path", ["/api/v1/predict", "/api/v1/predict/batch"])
+def test_every_example_works_as_prefilled(page: Page, server: LocalServer, path: str) -> None:
+    """Each example is answered with instances, and again when it is sent a second time."""
+    authorize(page, server)
+    block = opened(page, "post", path)
+    names = block.locator(".opblock-section-request-body .examples-select option").all_inner_texts()
+    assert len(names) == len(EXAMPLES[path])
+    for index in range(len(names)):
+        block.locator(".opblock-section-request-body .examples-select select").select_option(index=index)
+        for _ in range(2):
+            expect(execute(block, "200")).to_contain_text('"number": 1')
+
+
+def test_direct_route_works_with_a_file(page: Page, server: LocalServer) -> None:
+    """With a picture chosen, the form is answered as it is prefilled, repeatedly."""
+    authorize(page, server)
+    block = opened(page, "post", "/v1/images/segmentations")
+    block.locator("input[type=file]").set_input_files(ROOT / "examples" / "sample.jpg")
+    for _ in range(2):
+        expect(execute(block, "200")).to_contain_text('"presence"')
+
+
 @pytest.mark.parametrize("authorized", [True, False])
 def test_try_it_out_needs_the_key(page: Page, server: LocalServer, *, authorized: bool) -> None:
     """With the key entered at Authorize a route answers 200, without it 401."""
     if authorized:
-        page.locator("button.authorize").first.click()
-        page.locator(".auth-container input").fill(server.api_key)
-        page.locator(".auth-container button.authorize").click()
-        page.locator(".auth-container button.btn-done").click()
-    block = operation(page, "get", "/api/v1/model/info")
-    block.locator(".opblock-summary-control").click()
-    block.get_by_role("button", name="Try it out").click()
-    block.get_by_role("button", name="Execute").click()
-    answer = block.locator(".live-responses-table .response")
-    expect(answer.locator(".response-col_status")).to_contain_text("200" if authorized else "401")
+        authorize(page, server)
+    answer = execute(opened(page, "get", "/api/v1/model/info"), "200" if authorized else "401")
     expect(answer).to_contain_text("SAM3" if authorized else "AUTH_REQUIRED")

@@ -62,7 +62,7 @@ async def bench(tmp_path: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Ben
 
 
 @asynccontextmanager
-async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(bench: Bench, *, with_direct: bool = True) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the routes, which run on the bench's pipeline behind the gate."""
     set_current_service(
         SimpleNamespace(
@@ -77,6 +77,7 @@ async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
         access="open",
         max_body_bytes=MAX_BODY_BYTES,
         large_bodies={DIRECT_PATH: 100_000},
+        absent=() if with_direct else (DIRECT_PATH,),
         find_refusal=overload.find_refusal,
     )
     async with httpx.AsyncClient(
@@ -87,8 +88,7 @@ async def client_of(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def http(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the routes, the direct one included."""
-    monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"direct_api": True}))
     async with client_of(bench) as client:
         yield client

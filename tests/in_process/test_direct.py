@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import service
 from direct_form import PATH
 from tests.edge import error_of
-from tests.in_process.bench import HEAVY_IMAGE, SMALL_IMAGE
+from tests.in_process.bench import HEAVY_IMAGE, SMALL_IMAGE, in_time, opened_bench
+from tests.in_process.conftest import client_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import httpx
 
+    from sam3_runner.prompts import PromptTokenizer
     from tests.in_process.bench import Bench
 
 pytestmark = pytest.mark.anyio
@@ -150,11 +154,46 @@ async def test_heavy_image_takes_its_turn(bench: Bench, http: httpx.AsyncClient)
     assert bench.pipeline.admission.gate.has_free_slot
 
 
-async def test_route_that_is_off_is_not_found(
-    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without DIRECT_API the path is answered as an unknown one."""
-    off = service.settings.model_copy(update={"direct_api": False})
-    monkeypatch.setattr(service, "settings", off)
-    status, code, message = error_of(await post(http, prompt="cat"))
-    assert (status, code, message) == (404, "NOT_FOUND", "there is nothing at this path")
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT"])
+async def test_route_that_is_off_is_not_found(bench: Bench, method: str) -> None:
+    """Without DIRECT_API the path is answered as an unknown one, also for a long body; it needs the key."""
+    async with client_of(bench, with_direct=False) as http:
+        for path in (PATH, "/v1/other"):
+            found = await http.request(method, path)
+            assert found.status_code == 404
+            if method != "HEAD":
+                assert error_of(found) == (404, "NOT_FOUND", "there is nothing at this path")
+            refused = await http.request(method, path, headers={"X-API-Key": "wrong"})
+            assert refused.status_code == 401
+        long = await post(http, b"x" * 70_000, prompt="cat")
+        assert error_of(long)[:2] == (404, "NOT_FOUND")
+
+
+# Overload.
+
+
+async def test_direct_requests_are_refused_under_overload(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """A full worker refuses a direct request as it refuses others, and works nothing for it."""
+    async with opened_bench(tmp_path, tokenizer, max_in_flight=1) as bench, client_of(bench) as http:
+        bench.stages.hold("segment")
+        caller = bench.call()
+        await bench.stages.entry_of("segment")
+        response = await post(http, prompt="cat")
+        assert error_of(response)[:2] == (429, "OVERLOADED")
+        assert int(response.headers["Retry-After"]) >= 1
+        assert bench.stages.entered["decode"] == 1
+        bench.stages.release("segment")
+        await in_time(caller)
+        assert (await post(http, prompt="cat")).status_code == 200
+
+
+async def test_direct_request_counts_as_one_in_progress(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """While a direct request is in progress, a full worker refuses a task."""
+    async with opened_bench(tmp_path, tokenizer, max_in_flight=1) as bench, client_of(bench) as http:
+        bench.stages.hold("segment")
+        direct = asyncio.create_task(post(http, prompt="cat"))
+        await bench.stages.entry_of("segment")
+        assert (await bench.failure()).code == "OVERLOADED"
+        bench.stages.release("segment")
+        assert (await in_time(direct)).status_code == 200
+        await bench.send()

@@ -507,6 +507,29 @@ async def test_overload(full: Bench, path: str) -> None:
         assert (await http.get("/health")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt", "cost"),
+    [
+        (PREDICT, {"text_prompt": ..., "boxes": [[0, 0, 5, 5]]}, 1.0),
+        (BATCH, {"prompts": ["star", {"boxes": [[0, 0, 5, 5]]}, {"text": "circle"}]}, 1.2),
+    ],
+)
+async def test_requests_with_boxes_under_overload(
+    full: Bench, monkeypatch: pytest.MonkeyPatch, path: str, prompt: dict[str, Any], cost: float
+) -> None:
+    """They are refused before their route reads them; each prompt costs, whatever it is."""
+    places = []
+    check = full.pipeline.admission.check
+    monkeypatch.setattr(
+        full.pipeline.admission, "check", lambda place: places.append(place.cost) or check(place)
+    )
+    async with client_of(full) as http:
+        response = await http.post(path, json=body_of(full, path, **prompt))
+        assert error_of(response)[:2] == (429, "OVERLOADED")
+    assert places == pytest.approx([cost])
+    assert not full.stages.entered["check"]  # the route's own refusal asks the model first
+
+
 async def test_order_of_errors_under_overload(full: Bench) -> None:
     """An overloaded server still names a wrong key, body and deadline, but counts no tokens."""
     async with client_of(full) as http:
