@@ -1,4 +1,4 @@
-"""The Bento: the four routes, and how the parts of the server are connected.
+"""The Bento: the routes, and how the parts of the server are connected.
 
 The path of a request through them: docs/architecture.md.
 """
