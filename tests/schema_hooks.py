@@ -65,11 +65,9 @@ def before_call(
     if _fits(USER_ID, body.get("user_id")) and _is_image_url(body.get("image_url")):
         exists = next(numbers) % CASES_PER_INFERENCE == 0
         body |= {"user_id": USER, "image_url": IMAGE_KEY if exists else f"uploads/{USER}/none"}
-    if not isinstance(body.get("box_labels", []), list):
-        body["box_labels"] = "no label"  # in a form a label alone is a list of one
     has_file = isinstance(body.get("image"), Binary | bytes)
     if has_file:
-        body["image"] = IMAGE
+        body |= {"image": IMAGE, **_wrong_lists(body)}
     case.body = body
     if has_file:
         # Else it would judge the changed body anew, and a body with a file always as an invalid one.
@@ -84,6 +82,12 @@ def _prompts_of(body: dict[str, Any]) -> list[dict[str, Any]]:
         dict(each) if isinstance(each, dict) else _with_few_tokens(each) for each in body["prompts"]
     ]
     return [each for each in body["prompts"] if isinstance(each, dict)]
+
+
+def _wrong_lists(form: dict[str, Any]) -> dict[str, Any]:
+    """Lists that break the schema, but not in a form: an empty one is left out, a label alone is a list."""
+    wrong = {name: "no list" for name in ("boxes", "box_labels") if form.get(name) == []}
+    return wrong if isinstance(form.get("box_labels", []), list) else {**wrong, "box_labels": "no list"}
 
 
 def _fit_prompt(prompt: dict[str, Any]) -> None:
