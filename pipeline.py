@@ -25,7 +25,7 @@ from sam3_runner.images.tiles import max_tiles
 from sam3_runner.metrics import collect_request_s, stage
 from segmentation import Query, Segmenter, query_of, sha256_of
 from storage import StorageUnavailable, mask_key
-from task_answer import ANSWER, Facts, build_answer, fit_metadata, mask_url_of, metadata_of, read_answer
+from task_answer import ANSWER, Facts, build_answer, fitted_metadata, mask_url_of, read_answer
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
@@ -395,9 +395,8 @@ class Pipeline:
         response = build_answer(
             task, options, found.results, urls=urls, segmentations=segmentations, facts=facts
         )
-        metadata = metadata_of(response, task, self._model_version)
-        if fit_metadata(metadata):
-            document = response.model_dump_json(exclude_none=True).encode()
+        metadata, document = fitted_metadata(response, task, self._model_version)
+        if document is not None:
             further, answer = await self._store(attempt, [OutputFile(ANSWER, document, "json")])
             metadata["answer_url"] = answer[ANSWER]
             keys += further

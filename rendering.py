@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 LARGE_MASK_PX = 2**24
 """Larger masks are encoded one at a time in a worker: each needs 1.3 bytes a pixel and the file."""
 MAX_INLINE_BYTES = 4 * 2**20
-"""Of all masks inside one answer, as JSON: more are left out. Their JSON takes 0.1 s of the event loop."""
+"""Of all masks inside one answer, as JSON: more are left out. As polygons they take 0.1 s of the event loop
+twice, for the stored answer and for the HTTP one; as RLE 6 ms and less (4.8 and 4.1 MiB, 2 x AMD EPYC)."""
 
 UNION = "union"
 

@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from storage import ObjectStore
 
 MAX_METADATA_BYTES: Final = 256 * 1024
-"""Of a row's metadata, as JSON. 200 instances take 24 KB; a message of Supabase Realtime holds 1 MB."""
+"""Of a row's metadata, as JSON. 200 instances take 23 KB, with a PNG each 66 KB; ten such prompts 234 and
+667 KB. A message of Supabase Realtime holds 1 MB."""
 MAX_ANSWER_BYTES: Final = 32 * 2**20
 """Of a stored answer: far more than the longest one."""
+MASKS: Final[Any] = {"results": {"__all__": {"instances": {"__all__": {"segmentation"}}}}}
+"""The masks inside an answer, for pydantic's `exclude`."""
 ANSWER: Final = "answer"
 """Name of the file of an answer that does not fit into its row."""
 
@@ -107,9 +110,32 @@ def mask_url_of(response: BatchResponse, urls: Mapping[str, str]) -> str:
     return urls[UNION] if UNION in urls else response.results[0].mask_url
 
 
-def metadata_of(response: BatchResponse, task: Task, version: str) -> dict[str, object]:
-    """The row's metadata with the whole answer."""
-    answer = response.model_dump(mode="json", exclude_none=True)
+def fitted_metadata(
+    response: BatchResponse, task: Task, version: str
+) -> tuple[dict[str, object], bytes | None]:
+    """The row's metadata, below `MAX_METADATA_BYTES`, and the whole answer as JSON unless all of it fits."""
+    has_masks = any(found.segmentation is not None for each in response.results for found in each.instances)
+    document = _json_of(response) if has_masks else None
+    if document is not None and len(document) > MAX_METADATA_BYTES:
+        # Megabytes of masks are not converted only to be left out: it would take a second of the event loop.
+        left_out = [*(response.left_out or ()), "segmentation"]
+        metadata = _metadata_of(response, task, version, exclude=MASKS) | {"left_out": left_out}
+        _fit(metadata)
+        return metadata, document
+    metadata = _metadata_of(response, task, version)
+    if not _fit(metadata):
+        return metadata, None
+    return metadata, document or _json_of(response)
+
+
+def _json_of(response: BatchResponse) -> bytes:
+    return response.model_dump_json(exclude_none=True).encode()
+
+
+def _metadata_of(
+    response: BatchResponse, task: Task, version: str, exclude: Mapping[str, Any] | None = None
+) -> dict[str, object]:
+    answer = response.model_dump(mode="json", exclude_none=True, exclude=exclude)
     facts: dict[str, object] = {name: answer[name] for name in FACTS if name in answer}
     return {
         _VERSION: version,
@@ -122,7 +148,7 @@ def metadata_of(response: BatchResponse, task: Task, version: str) -> dict[str, 
     }
 
 
-def fit_metadata(metadata: dict[str, object]) -> bool:
+def _fit(metadata: dict[str, object]) -> bool:
     """Leave out of a row's metadata what exceeds `MAX_METADATA_BYTES`, and name it. False: all of it fits.
 
     First the masks inside the answer are left out, then the instances.
