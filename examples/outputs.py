@@ -1,4 +1,5 @@
-"""Finds objects with the demo checkpoint, in Python, and writes the answer in each form that is a picture.
+"""Finds objects with the demo checkpoint, in Python, and writes the answer in each form that is a picture,
+and a pair of pictures for each control.
 
 It makes the pictures of docs/outputs.md.
 
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from examples.control_pictures import PAIRS, drawn_scene, pair_picture, pair_results
 from outputs.instance_png import instance_png
 from outputs.label_map import label_map_png
 from outputs.overlay import overlay_jpeg
@@ -53,6 +55,14 @@ def main() -> None:
     if found := results[0].instances:
         write(folder / "instance.png", instance_png(found[0].mask))
         sys.stdout.write(f"instance.png starts at px {found[0].mask.left}, {found[0].mask.top}\n")
+
+    scene = drawn_scene()
+    for name, pair in PAIRS.items():
+        both = pair_results(predictor, scene, pair)
+        pair_picture(scene, both).save(folder / f"control-{name}.jpg", quality=85)
+        counts = [[len(result.instances) for result in results] for results in both]
+        areas = [[each.area_px for result in results for each in result.instances] for results in both]
+        sys.stdout.write(f"control-{name}.jpg: instances of each prompt {counts}, areas {areas}\n")
 
 
 def coloured_label_map(path: Path) -> Image.Image:
