@@ -33,9 +33,7 @@ PIPE_BYTES = 2**20
 """The largest pipe that Linux grants to an unprivileged process."""
 
 MAX_CPU_S = 5.0
-"""For one image, over all threads. A photo of 50 megapixels takes 0.8 to 2 s of a server's core."""
-MAX_TILES_CPU_S = 10.0
-"""The same with tiles, which are resized besides."""
+"""For one image, over all threads. A photo of 50 megapixels takes 0.8 to 2 s of a server's core, 1.7 times that with 16 tiles."""
 MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
 """Private memory as the kernel counts it: libraries and threads reserve more than they use."""
 
@@ -60,7 +58,7 @@ def _decode_next(input_stream: BinaryIO, output: BinaryIO, side_px: int) -> bool
     facts: list[dict[str, object]] = []
     unshared: list[LocalImage] = []
     try:
-        with _limited_time(MAX_TILES_CPU_S if task.windows else MAX_CPU_S):
+        with _limited_time():
             # Each is written before the next one is made: one at a time is in this memory.
             for image, target in zip(_decode(file, task, side_px), shared, strict=True):
                 is_shared = target is not None and _write(target, image)
@@ -143,12 +141,12 @@ def _widen_pipes() -> None:
 
 
 @contextlib.contextmanager
-def _limited_time(max_cpu_s: float) -> Iterator[None]:
-    """End the process by SIGPROF, which has no handler here, after `max_cpu_s` of CPU time."""
+def _limited_time() -> Iterator[None]:
+    """End the process by SIGPROF, which has no handler here, after `MAX_CPU_S` of CPU time."""
     if not hasattr(signal, "setitimer"):  # Windows
         yield
         return
-    signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
+    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
     try:
         yield
     finally:

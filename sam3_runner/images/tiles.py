@@ -9,7 +9,7 @@ from sam3_runner.instances import Window
 MAX_TILES_A_SIDE: Final = 4
 """16 tiles: of a picture of 4000 x 3000 px, SAM 3 sees 12 at about their own resolution."""
 OVERLAP_SHARE: Final = 1 / 8
-"""Of a tile's side: objects up to this size are whole in one tile at least."""
+"""Of a tile's side: objects up to this size, less 7 px, are whole in one tile at least."""
 MIN_TILE_PX: Final = 64
 """Of a side: smaller images get fewer tiles."""
 ALIGNMENT_PX: Final = 8
