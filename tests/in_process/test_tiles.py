@@ -198,8 +198,9 @@ async def test_tiles_cost_as_much_as_images(bench: Bench) -> None:
 def test_boxes_count_where_they_are_whole() -> None:
     """A box is moved to the windows that contain it; a prompt without text needs a positive one."""
     inside, across = (110.0, 20.0, 130.0, 40.0), (90.0, 20.0, 130.0, 40.0)
-    window = Window(104, 0, 96, 96)
-    text = ConceptPrompt("cat", (inside, across), (True, False))
+    beyond = (140.0, 20.0, 160.0, 40.0)
+    window = Window(104, 0, 48, 96)
+    text = ConceptPrompt("cat", (inside, across, beyond), (True, False, True))
     boxes = ConceptPrompt(None, (inside, across), (True, True), 0.3)
     negative = ConceptPrompt(None, (inside, across), (False, True))
     found = prompts_in(window, (200, 96), [text, boxes, negative])
