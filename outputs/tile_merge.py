@@ -12,6 +12,8 @@ from outputs.overlap import MaskWords, rectangles_of, shared_px, words_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
     from sam3_runner.instances import Instance, PredictResult, Window
 
 MAX_INSTANCES: Final = 200
@@ -25,6 +27,10 @@ MIN_AREA_RATIO: Final = 0.25
 """A mask that lies in another is the same object, seen more coarsely, unless it is smaller than this part:
 then it is an object of its own, as a window in a house."""
 
+PART_IOU: Final = 0.7
+"""A mask of a tile that lies in one of the whole image with a lower IoU and a better score is a part of it:
+the model may end the mask of a cut object before the border."""
+
 _WHOLE: Final = -1
 """The whole image, among the numbers of tiles."""
 
@@ -35,7 +41,8 @@ class _Candidate:
 
     Attributes:
         source: number of the tile; `_WHOLE`.
-        is_cut: it touches a border of its tile that lies inside the image.
+        is_cut: it is a part of an object: it touches a border of its tile that lies inside the image, or the
+            whole image shows more of it.
     """
 
     instance: Instance
@@ -56,8 +63,9 @@ def merge(whole: PredictResult, tiles: Sequence[tuple[Window, PredictResult]]) -
     - Two instances of different sources are the same object when their masks' IoU is `SAME_IOU`, or
       `CONTAINED_SHARE` of the smaller mask lies in the larger one, and it is not much smaller. Of these
       the one of a tile is kept, with the better of both scores.
-    - An instance that touches an inner border of its tile is a part of something larger. It is dropped where
-      `CONTAINED_SHARE` of it lies in an instance that is kept; else it is kept.
+    - An instance that touches an inner border of its tile is a part of something larger, and so is one that
+      lies in an instance of the whole image with a better score and an IoU below `PART_IOU`. It is dropped
+      where `CONTAINED_SHARE` of it lies in an instance that is kept; else it is kept.
     - Instances of one source are never merged: the model says that they are two.
 
     At most `MAX_INSTANCES` remain, best score first; of equal scores those of the whole image first.
@@ -106,14 +114,19 @@ def _each_once(candidates: list[_Candidate]) -> list[Instance]:
     """The instances that are kept, in the order of the candidates."""
     corners = rectangles_of([each.instance.mask for each in candidates])
     words = [words_of(each.instance.mask) for each in candidates]
+    whole = np.array([index for index, each in enumerate(candidates) if each.source == _WHOLE], np.int64)
+    candidates = [
+        replace(
+            each,
+            is_cut=each.is_cut
+            or any(_is_part(candidates, words, index, other) for other in _near(corners, index, whole)),
+        )
+        for index, each in enumerate(candidates)
+    ]
     is_kept = np.zeros(len(candidates), np.bool_)
     scores = [each.instance.score for each in candidates]
     for index in sorted(range(len(candidates)), key=lambda index: candidates[index].order):
-        better = np.flatnonzero(is_kept)
-        near = better[
-            (corners[better, 0] < corners[index, 1]).all(axis=1)
-            & (corners[index, 0] < corners[better, 1]).all(axis=1)
-        ].tolist()
+        near = _near(corners, index, np.flatnonzero(is_kept))
         same = [other for other in near if _is_dropped_for(candidates, words, index, other)]
         is_kept[index] = not same
         if not candidates[index].is_cut:
@@ -124,6 +137,27 @@ def _each_once(candidates: list[_Candidate]) -> list[Instance]:
         for each, score, kept in zip(candidates, scores, is_kept.tolist(), strict=True)
         if kept
     ]
+
+
+def _near(corners: npt.NDArray[np.int64], index: int, others: npt.NDArray[np.int64]) -> list[int]:
+    """Those of the others whose rectangles share a px with that of `index`."""
+    found: list[int] = others[
+        (corners[others, 0] < corners[index, 1]).all(axis=1)
+        & (corners[index, 0] < corners[others, 1]).all(axis=1)
+    ].tolist()
+    return found
+
+
+def _is_part(candidates: list[_Candidate], words: list[MaskWords], index: int, other: int) -> bool:
+    """Whether a tile shows a part of an object that the whole image shows better."""
+    part, whole = candidates[index], candidates[other]
+    if part.source == _WHOLE or part.instance.score >= whole.instance.score:
+        return False
+    part_px, whole_px = part.instance.area_px, whole.instance.area_px
+    if not MIN_AREA_RATIO * whole_px <= part_px < whole_px:
+        return False
+    both_px = shared_px(words[index], words[other])
+    return CONTAINED_SHARE * part_px <= both_px < PART_IOU * (part_px + whole_px - both_px)
 
 
 def _is_dropped_for(candidates: list[_Candidate], words: list[MaskWords], index: int, other: int) -> bool:

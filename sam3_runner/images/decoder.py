@@ -33,8 +33,8 @@ PIPE_BYTES = 2**20
 """The largest pipe that Linux grants to an unprivileged process."""
 
 MAX_CPU_S = 5.0
-"""For one image, over all threads. A photo of 50 megapixels takes 0.8 to 2 s of a server's core; 16 tiles take
-70 % more."""
+"""For one image, over all threads. A photo of 50 megapixels takes 0.8 to 2 s of a server's core, and with 16
+tiles 70 % more."""
 MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
 """Private memory as the kernel counts it: libraries and threads reserve more than they use."""
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from admission import Place, Refusal
     from sam3_runner.prompts import PromptTokenizer
     from tests.in_process.bench import Bench
 
@@ -518,11 +519,14 @@ async def test_requests_with_boxes_under_overload(
     full: Bench, monkeypatch: pytest.MonkeyPatch, path: str, prompt: dict[str, Any], cost: float
 ) -> None:
     """They are refused before their route reads them; each prompt costs, whatever it is."""
-    places = []
+    places: list[float] = []
     check = full.pipeline.admission.check
-    monkeypatch.setattr(
-        full.pipeline.admission, "check", lambda place: places.append(place.cost) or check(place)
-    )
+
+    def checked(place: Place) -> Refusal | None:
+        places.append(place.cost)
+        return check(place)
+
+    monkeypatch.setattr(full.pipeline.admission, "check", checked)
     async with client_of(full) as http:
         response = await http.post(path, json=body_of(full, path, **prompt))
         assert error_of(response)[:2] == (429, "OVERLOADED")

@@ -105,23 +105,26 @@ def test_parts_are_kept_without_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("small", "kept"),
+    ("found", "score", "kept"),
     [
-        (rectangle(102, 102, 16, 16), 1),  # IoU 0.64
-        (rectangle(101, 101, 12, 12), 1),  # inside, 0.36 of its area
-        (rectangle(101, 101, 9, 9), 2),  # inside, 0.2 of its area
-        (rectangle(112, 100, 20, 20), 2),  # IoU 0.25, beside
+        (rectangle(101, 101, 18, 18), 0.6, "found"),  # IoU 0.81
+        (rectangle(102, 102, 16, 16), 0.95, "found"),  # IoU 0.64, the better score
+        (rectangle(102, 102, 16, 16), 0.6, "coarse"),  # the worse score: a part
+        (rectangle(101, 101, 12, 12), 0.95, "found"),  # inside, 0.36 of its area
+        (rectangle(101, 101, 12, 12), 0.6, "coarse"),
+        (rectangle(101, 101, 9, 9), 0.6, "both"),  # inside, 0.2 of its area
+        (rectangle(112, 100, 20, 20), 0.6, "both"),  # IoU 0.25, beside
     ],
 )
-def test_what_is_the_same_object(small: Mask, kept: int) -> None:
-    """A finer mask of a tile replaces the whole image's, with the better score; another object does not."""
+def test_what_is_the_same_object(found: Mask, score: float, kept: str) -> None:
+    """A finer mask of a tile replaces the whole image's; a part or another object does not."""
     (window,) = [each for each in tile_windows(WIDTH, HEIGHT, 2, 100) if each.left == 0 == each.top]
     coarse = rectangle(100, 100, 20, 20)
-    merged = merge(result((coarse, 0.9)), [seen_in(window, (small, 0.6))])
-    assert len(merged.instances) == kept
-    if kept == 1:
-        assert merged.instances[0].score == 0.9
-        assert np.array_equal(masks_of(merged)[0], small)
+    merged = merge(result((coarse, 0.9)), [seen_in(window, (found, score))])
+    assert len(merged.instances) == (2 if kept == "both" else 1)
+    if kept != "both":
+        assert merged.instances[0].score == max(score, 0.9)
+        assert np.array_equal(masks_of(merged)[0], {"found": found, "coarse": coarse}[kept])
 
 
 def test_two_of_one_source_stay_two() -> None:

@@ -62,7 +62,10 @@ async def test_files_named_only_in_the_stored_answer_are_kept(host: Host, answer
     key = "masks/answer-a.json" if answer == "its own" else "masks/answer-b.json"
     elsewhere = await host.take_over(task)
     await elsewhere.update_result(
-        *(task.task_id, "https://x/masks/0-mask.png", [], {"answer_url": f"https://x/{key}"}),
+        task.task_id,
+        "https://x/masks/0-mask.png",
+        [],
+        {"answer_url": f"https://x/{key}"},
         attempt_id="elsewhere",
     )
     await elsewhere.close()
