@@ -86,11 +86,12 @@ class User:
         content = png_bytes(PICTURE.image) if data is None else data
         return self.http.post("/images", content=content, headers={"Content-Type": content_type})
 
-    def begin(self, via: str, *prompts: str, image_key: str | None = None) -> str:
+    def begin(self, via: str, *prompts: str, image_key: str | None = None, **fields: Any) -> str:
         """Create a task, by default for a new upload of the image; returns its id."""
         image_key = image_key or self.upload_key()
-        prompt_fields = {"text_prompt": prompts[0]} if len(prompts) == 1 else {"prompts": prompts}
-        response = self.http.post("/tasks", json={"image_key": image_key, "via": via, **prompt_fields})
+        if prompts:
+            fields |= {"text_prompt": prompts[0]} if len(prompts) == 1 else {"prompts": prompts}
+        response = self.http.post("/tasks", json={"image_key": image_key, "via": via, **fields})
         assert response.status_code == httpx.codes.ACCEPTED, response.text
         task_id: str = response.json()["task_id"]
         return task_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from uuid import uuid4
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from commands.local_server import local_server, reserved_ports
 from tests.drawn import iou
@@ -141,6 +143,26 @@ def test_user_gets_the_mask(sign_in: Callable[..., User], via: str, prompts: lis
     assert iou(user.mask(task_id), truth(*prompts)) >= 0.9
 
 
+@pytest.mark.parametrize("via", ["waitUntil", "queue"])
+def test_user_gets_what_a_box_finds(sign_in: Callable[..., User], via: str) -> None:
+    """A box without a text finds its object; overlay and label map come back as files."""
+    user = sign_in()
+    rows, columns = np.nonzero(truth(PROMPT))
+    box = [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+    task_id = user.begin(via, box=box, outputs=["overlay", "label_map"])
+    task = user.ended(task_id)
+    assert (task["status"], task["labels"]) == ("done", ["visual"])
+    mask = user.mask(task_id)
+    assert mask[truth(PROMPT)].mean() >= 0.9
+
+    overlay = user.http.get(f"/tasks/{task_id}/overlay")
+    assert overlay.headers["Content-Type"] == "image/jpeg"
+    with Image.open(io.BytesIO(overlay.content)) as picture:
+        assert (picture.format, picture.size) == ("JPEG", PICTURE.image.size)
+    with Image.open(io.BytesIO(user.http.get(f"/tasks/{task_id}/label_map").content)) as numbers:
+        assert np.array_equal(np.asarray(numbers) > 0, mask)
+
+
 def test_other_users_data_is_not_accessible(worker: Worker, sign_in: Callable[..., User]) -> None:
     """A user cannot read another user's row, mask or image, even with a forged row."""
     user, other = sign_in(), sign_in()
@@ -148,7 +170,9 @@ def test_other_users_data_is_not_accessible(worker: Worker, sign_in: Callable[..
     task_id = user.begin("waitUntil", PROMPT, image_key=image_key)
     assert user.ended(task_id)["status"] == "done"
 
-    for path in (f"/tasks/{task_id}", f"/tasks/{task_id}/mask"):
+    not_asked_for = user.http.get(f"/tasks/{task_id}/overlay")
+    assert not_asked_for.status_code == httpx.codes.NOT_FOUND
+    for path in (f"/tasks/{task_id}", f"/tasks/{task_id}/mask", f"/tasks/{task_id}/overlay"):
         assert other.http.get(path).status_code == httpx.codes.NOT_FOUND
 
     theft = other.begin("waitUntil", PROMPT, image_key=image_key)
@@ -162,8 +186,10 @@ def test_other_users_data_is_not_accessible(worker: Worker, sign_in: Callable[..
     )
     key = {"apikey": worker.database.publishable_key, "Authorization": f"Bearer {other.token}"}
     rows = f"{worker.database.url}/rest/v1/segmentation_results?id=eq.{theft}"
-    httpx.patch(rows, headers=key, json={"mask_image_url": mask_url, "status": "done"}).raise_for_status()
-    assert other.http.get(f"/tasks/{theft}/mask").status_code == httpx.codes.NOT_FOUND
+    forged = {"mask_image_url": mask_url, "status": "done", "metadata": {"outputs": {"overlay": mask_url}}}
+    httpx.patch(rows, headers=key, json=forged).raise_for_status()
+    for name in ("mask", "overlay"):
+        assert other.http.get(f"/tasks/{theft}/{name}").status_code == httpx.codes.NOT_FOUND
 
 
 def test_invalid_tokens_are_refused(worker: Worker, sign_in: Callable[..., User]) -> None:
@@ -244,6 +270,11 @@ def test_invalid_requests_are_refused_immediately(worker: Worker, sign_in: Calla
         {"image_key": "k", "text_prompt": " "},
         {"image_key": "k", "text_prompt": "\u200b\u3000"},
         {"image_key": "k", "text_prompt": "circle\n"},
+        {"image_key": "k", "box": [5, 0, 5, 9]},
+        {"image_key": "k", "box": [0, 0, 5]},
+        {"image_key": "k", "prompts": ["circle", "star"], "box": [0, 0, 5, 9]},
+        {"image_key": "k", "text_prompt": "circle", "outputs": ["masks"]},
+        {"image_key": "k", "text_prompt": "circle", "outputs": ["overlay", "overlay"]},
     ):
         assert user.http.post("/tasks", json=body).status_code == httpx.codes.BAD_REQUEST
     assert user.http.get(f"/tasks/{uuid4()}").status_code == httpx.codes.NOT_FOUND

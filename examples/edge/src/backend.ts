@@ -20,9 +20,12 @@ const MAX_QUEUE_DELAY_S = 12 * 3600;
 
 /** Can be repeated: the backend does the work for a task_id once, and answers repeats from the row. Never throws. */
 export async function callBackend(env: Env, task: Task, timeoutMs: number): Promise<Outcome> {
-  const { task_id, user_id, image_key, prompts } = task;
+  const { task_id, user_id, image_key, prompts, box, outputs } = task;
+  // JSON leaves out what is undefined, so a task without a box or outputs sends what it always sent.
   const [route, promptFields] =
-    prompts.length === 1 ? ["predict", { text_prompt: prompts[0] }] : ["predict/batch", { prompts }];
+    prompts.length > 1
+      ? ["predict/batch", { prompts }]
+      : ["predict", { text_prompt: prompts[0], boxes: box && [box] }];
   try {
     const response = await fetch(`${env.BACKEND_URL}/api/v1/${route}`, {
       method: "POST",
@@ -32,7 +35,7 @@ export async function callBackend(env: Env, task: Task, timeoutMs: number): Prom
         "X-Request-ID": task_id, // identifies the task in the backend's log
         "X-Deadline-Ms": String(timeoutMs), // a busy backend answers 429 at once if it cannot be done in this time
       },
-      body: JSON.stringify({ image_url: image_key, user_id, task_id, ...promptFields }),
+      body: JSON.stringify({ image_url: image_key, user_id, task_id, outputs, ...promptFields }),
       signal: AbortSignal.timeout(timeoutMs),
     });
     const text = await response.text();

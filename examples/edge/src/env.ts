@@ -11,10 +11,21 @@ export interface Env {
   R2_PUBLIC_BASE_URL: string;
 }
 
+/** x0, y0, x1, y1 in px of the image as a viewer shows it. */
+export type Box = [number, number, number, number];
+
+/** Files that the backend can store beside the mask; the example asks for two of its five `outputs`. */
+export const OUTPUTS = ["overlay", "label_map"] as const;
+export type Output = (typeof OUTPUTS)[number];
+
 /** One task, as sent to the queue. Its row in segmentation_results has the same id. */
 export interface Task {
   task_id: string;
   user_id: string;
   image_key: string;
+  /** Empty where the box alone is the prompt. */
   prompts: string[];
+  /** An exemplar: find more like what is in it. */
+  box?: Box;
+  outputs?: Output[];
 }

@@ -2,7 +2,7 @@
 import { Hono } from "hono";
 import { HTTPException } from "hono/http-exception";
 import { callAfterAnswer, deliver, enqueue, giveUp } from "./delivery";
-import type { Env, Task } from "./env";
+import { type Box, type Env, type Output, OUTPUTS, type Task } from "./env";
 import { refuseIfFailed, signedIn, type SignedIn, TABLE, UUID } from "./supabase";
 
 const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
@@ -28,16 +28,19 @@ app.post("/images", async (c) => {
   return c.json({ image_key }, 201);
 });
 
-/** Creates a task: {image_key, text_prompt | prompts, via?: "waitUntil" | "queue"}. Its row gets the result. */
+/**
+ * Creates a task: {image_key, text_prompt | prompts | box, outputs?, via?: "waitUntil" | "queue"}; a box may be sent
+ * with a text_prompt too. Its row gets the result.
+ */
 app.post("/tasks", async (c) => {
-  const { image_key, prompts, via } = parseTask(await c.req.json().catch(() => null));
-  const task: Task = { task_id: crypto.randomUUID(), user_id: c.var.userId, image_key, prompts };
+  const { via, ...fields } = parseTask(await c.req.json().catch(() => null));
+  const task: Task = { task_id: crypto.randomUUID(), user_id: c.var.userId, ...fields };
   // The row comes first, because the backend claims rows and inserts none.
   const { error } = await c.var.rows.from(TABLE).insert({
     id: task.task_id,
     user_id: task.user_id,
-    source_image_url: image_key,
-    text_prompt: prompts.join(", "),
+    source_image_url: task.image_key,
+    text_prompt: task.prompts.join(", ") || "visual", // the backend's name for a box without a text
   });
   refuseIfFailed(error);
   // The backend refuses a key that is not below uploads/{user_id}/, and writes the error to the row.
@@ -51,20 +54,21 @@ app.get("/tasks/:id", async (c) => {
   return c.json({ task_id: id, status, labels, metadata });
 });
 
-/** The mask, read from the bucket, which need not be public. */
-app.get("/tasks/:id/mask", async (c) => {
-  const row = await rowOf(c.var, c.req.param("id"));
+/** The mask, or one of the task's outputs, read from the bucket, which need not be public. */
+app.get("/tasks/:id/:file{mask|overlay|label_map}", async (c) => {
+  const { id, file } = c.req.param();
+  const row = await rowOf(c.var, id);
   // Users can edit their rows: a URL outside their own folder must not give access.
   const prefix = `${c.env.R2_PUBLIC_BASE_URL}/masks/${c.var.userId}/${row.id}/`;
-  const url: string = row.mask_image_url ?? "";
-  if (!url.startsWith(prefix)) refuse(404, "this task has no mask");
-  const mask = await c.env.IMAGES.get(url.slice(c.env.R2_PUBLIC_BASE_URL.length + 1));
-  if (!mask) refuse(404, "this task's mask no longer exists");
-  return c.body(mask.body, 200, {
-    "Content-Type": "image/png",
-    "Content-Length": String(mask.size),
+  const url: unknown = file === "mask" ? row.mask_image_url : row.metadata?.outputs?.[file];
+  if (typeof url !== "string" || !url.startsWith(prefix)) refuse(404, `this task has no ${file}`);
+  const stored = await c.env.IMAGES.get(url.slice(c.env.R2_PUBLIC_BASE_URL.length + 1));
+  if (!stored) refuse(404, `this task's ${file} no longer exists`);
+  return c.body(stored.body, 200, {
+    "Content-Type": file === "overlay" ? "image/jpeg" : "image/png",
+    "Content-Length": String(stored.size),
     "Cache-Control": "private, max-age=31536000, immutable",
-    ETag: mask.httpEtag,
+    ETag: stored.httpEtag,
   });
 });
 
@@ -87,15 +91,30 @@ async function rowOf({ rows }: SignedIn["Variables"], id: string) {
   return data ?? refuse(404, "no such task");
 }
 
-function parseTask(body: unknown): { image_key: string; prompts: string[]; via: string } {
-  const { image_key, text_prompt, prompts = [text_prompt], via = "waitUntil" } = Object(body);
+function parseTask(body: unknown): Omit<Task, "task_id" | "user_id"> & { via: string } {
+  const { image_key, text_prompt, box, outputs, via = "waitUntil", ...rest } = Object(body);
+  const { prompts = box !== undefined && text_prompt === undefined ? [] : [text_prompt] } = rest;
   if (!isText(image_key, KEY)) refuse(400, "image_key: send the one from the answer of POST /images");
-  const fits = Array.isArray(prompts) && prompts.length >= 1 && prompts.length <= MAX_PROMPTS;
+  const fits = Array.isArray(prompts) && prompts.length >= (isBox(box) ? 0 : 1) && prompts.length <= MAX_PROMPTS;
   if (!fits || !prompts.every((prompt) => isText(prompt, PROMPT))) {
     refuse(400, `text_prompt, or 1 to ${MAX_PROMPTS} prompts: 1 to 200 characters each`);
   }
+  if (box !== undefined && !(isBox(box) && prompts.length <= 1)) {
+    refuse(400, "box: [x0, y0, x1, y1] in px, x0 < x1 and y0 < y1, with one text_prompt at most");
+  }
+  if (outputs !== undefined && !areOutputs(outputs)) refuse(400, `outputs: of ${OUTPUTS.join(", ")}, each once`);
   if (via !== "waitUntil" && via !== "queue") refuse(400, 'via: "waitUntil" or "queue"');
-  return { image_key, prompts, via };
+  return { image_key, prompts, box, outputs, via };
+}
+
+function isBox(value: unknown): value is Box {
+  if (!Array.isArray(value) || value.length !== 4 || !value.every(Number.isFinite)) return false;
+  const [x0, y0, x1, y1] = value as Box;
+  return x0 < x1 && y0 < y1;
+}
+
+function areOutputs(value: unknown): value is Output[] {
+  return Array.isArray(value) && new Set(value).size === value.length && value.every((each) => OUTPUTS.includes(each));
 }
 
 function isText(value: unknown, shape: RegExp): value is string {
