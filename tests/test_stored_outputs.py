@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from tests.services.database import Database
     from tests.services.objects import S3Service
 
-pytestmark = pytest.mark.server
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 DRAWN = scene(7, 1280, 960)
 PROMPT = DRAWN.names[0]
@@ -141,7 +144,7 @@ def test_every_output_is_stored_with_its_type_and_content(deployed: Deployment) 
 
 def test_long_answer_is_replayed_from_its_file(deployed: Deployment) -> None:
     """An answer over the row's limit is stored as a file, from which a repeat is answered."""
-    image = DRAWN.image.resize((3840, 2880))
+    image = DRAWN.image.resize((3840, 2880), Image.Resampling.NEAREST)
     body = deployed.new_task(image, LONG_PROMPTS, segmentation="polygons")
     answer = deployed.answer(body)
     assert "left_out" not in answer

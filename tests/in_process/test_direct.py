@@ -178,7 +178,7 @@ async def test_direct_requests_are_refused_under_overload(tmp_path: Path, tokeni
         bench.stages.hold("segment")
         caller = bench.call()
         await bench.stages.entry_of("segment")
-        response = await post(http, prompt="cat")
+        response = await in_time(post(http, prompt="cat"))
         assert error_of(response)[:2] == (429, "OVERLOADED")
         assert int(response.headers["Retry-After"]) >= 1
         assert bench.stages.entered["decode"] == 1
