@@ -61,6 +61,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "min_area": areas,
     "fill_holes": areas,
     "remove_islands": areas,
+    "tiles": st.sampled_from([1, "auto"]),  # of so small an image one: test_tiles.py has more
 }
 options = st.fixed_dictionaries({}, optional=OPTIONS)
 
@@ -105,6 +106,7 @@ BROKEN: dict[str, list[Any]] = {
     "remove_islands": [-1, 2**26 + 1, 1.5, None],
     "boxes": [[], None, [[0, 0, 1]], [[5, 0, 5, 9]], [[0, 9, 5, 1]], [[0, 0, 5, "x"]], [[0, 0, 1, 1]] * 33],
     "labels": [[2], [True, 0, 1] * 20, None, [], ["1"], [0.5]],
+    "tiles": [0, 5, "all", None, 1.5, True],
     "unknown": [1, None],
 }
 
