@@ -20,6 +20,7 @@ PATH: Final = "/v1/images/segmentations"
 MAX_FORM_BYTES: Final = 64 * 1024
 """Of all fields beside the image, with the form's own lines."""
 MAX_FIELDS: Final = 100
+EXAMPLE_PROMPT: Final = "triangles"
 
 
 class _Parser(MultiPartParser):
@@ -71,6 +72,11 @@ def form_schema() -> dict[str, Any]:
     schema = DirectRequest.model_json_schema()
     image = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP, by its content"}
     describe_as_not_null(schema["properties"]["nms_iou"])
+    # What Swagger's page fills in.
+    for prefilled in schema["properties"].values():
+        if "default" in prefilled:
+            prefilled["example"] = prefilled["default"]
+    schema["properties"]["prompt"]["example"] = EXAMPLE_PROMPT
     schema["properties"] = {"image": image, **schema["properties"]}
     schema["required"] = ["image"]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -20,7 +20,7 @@ from contract import (
 )
 from rendering import UNION
 from sam3_runner.instances import SCORE_THRESHOLD, Instance
-from storage import ObjectNotFound, ObjectTooLarge
+from storage import ImageUrlForbidden, ObjectNotFound, ObjectTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,7 +182,7 @@ async def read_answer(stored: StoredResult, task: Task, objects: ObjectStore) ->
         raise TaskMismatchError("this task is done already, with other options")
     try:
         response = await _stored_answer(stored, task, objects)
-    except (ValidationError, ObjectNotFound, ObjectTooLarge):
+    except (ValidationError, ImageUrlForbidden, ObjectNotFound, ObjectTooLarge):
         response = None
     if response is None or not _is_ours(response, stored.mask_url, task, objects):
         raise TaskMismatchError("this task is done already, but its row no longer holds the result")

@@ -78,10 +78,12 @@ def read_fields(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """The text fields of a form as values for `DirectRequest`, which refuses what does not fit.
 
     Lists are JSON text, or fields that are repeated with an item each. Of other repeated fields the
-    last counts.
+    last counts. Empty texts count as left out: browsers send the fields that nobody filled in.
     """
     read: dict[str, Any] = {}
     for name, text in fields:
+        if not text:
+            continue
         if name in LISTS:
             value = _json_or_text(text)
             is_whole = isinstance(value, list) and (name != "boxes" or _is_nested(value))
