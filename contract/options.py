@@ -154,6 +154,7 @@ class ExemplarFields(BaseModel):
 
 
 def _checked_tiles(value: object) -> object:
+    value = _whole(value)
     is_count = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TILES_A_SIDE
     if value != "auto" and not is_count:
         raise ValueError(f'must be "auto" or a whole number from 1 to {MAX_TILES_A_SIDE}')
