@@ -85,6 +85,7 @@ def _whole(value: object) -> object:
 
 Whole = BeforeValidator(_whole)
 """For a strict int: 5.0 is a whole number of JSON too."""
+AreaPx = Annotated[int, Field(strict=True, ge=0, le=MAX_AREA_PX), Whole]
 Coordinate = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Boxes = Annotated[
     list[tuple[Coordinate, Coordinate, Coordinate, Coordinate]],
@@ -183,27 +184,18 @@ class RefinementFields(BaseModel):
 
     tiles: TilesField = 1
     score_threshold: Annotated[Threshold | None, NotNull] = LEFT_OUT
-    fill_holes: Annotated[int, Whole] = Field(
+    fill_holes: AreaPx = Field(
         0,
-        strict=True,
-        ge=0,
-        le=MAX_AREA_PX,
         description="holes of at most so many px in an instance's mask are filled; 0: none",
         examples=[100],
     )
-    remove_islands: Annotated[int, Whole] = Field(
+    remove_islands: AreaPx = Field(
         0,
-        strict=True,
-        ge=0,
-        le=MAX_AREA_PX,
         description="separate parts of at most so many px are removed from an instance's mask; 0: none",
         examples=[100],
     )
-    min_area: Annotated[int, Whole] = Field(
+    min_area: AreaPx = Field(
         0,
-        strict=True,
-        ge=0,
-        le=MAX_AREA_PX,
         description="instances of fewer px are left out",
         examples=[400],
     )
