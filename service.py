@@ -242,9 +242,7 @@ class SegmentationService:
     @staticmethod
     def prepare() -> None:
         """Before any process starts."""
-        prepare_deployment(runner_count, RUNNER_SERVICE)
-        for file in runner_files:  # of an earlier server
-            file.unlink(missing_ok=True)
+        prepare_deployment(runner_files, RUNNER_SERVICE)
 
     async def __is_ready__(self) -> bool:
         return (await self._runner.status()).state == "ok"

@@ -16,13 +16,14 @@ from observability.metrics import PROCESS_STARTS
 from observability.tracing import trace_to
 from processes import data_lock, identity
 from processes.lifecycle import end_server, end_with_supervisor
-from processes.volumes import check_writable
+from processes.volumes import check_writable, unwritable
 from results import ResultsError, salvage_attempts
 from sam3_runner import WeightsError
 from sam3_runner.errors import DeviceUnavailable
 from sam3_runner.prompts import PromptTokenizer
 from sam3_runner.serving.cpu_share import cpu_share
 from sam3_runner.serving.gpu import count_gpus, take_gpu
+from sam3_runner.serving.liveness import reserve
 from sam3_runner.weights.checkpoint import Checkpoint, HubSource, find_checkpoint, is_missing
 from sam3_runner.weights.header import check_header
 from settings import (
@@ -42,6 +43,8 @@ from stores import open_results, open_storage, open_tasks, outbox_path, storage_
 from version import VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from results import ResultStore
     from storage import ObjectStore
 
@@ -106,21 +109,23 @@ def begin_on_gpu(settings: Settings, index: int) -> None:
         take_gpu(index, named_gpus())
 
 
-def prepare_deployment(runners: int, runner_service: str) -> None:
+def prepare_deployment(runner_files: Sequence[Path], runner_service: str) -> None:
     """Check settings, device, weights and stores once, before the first process starts; log what is used.
 
     It also holds the lock of DATA_DIR for the life of this process, takes over the attempts that an earlier
     server left, and patches the supervisor. What is wrong ends the process with a sentence.
 
     Args:
-        runners: of `count_runners`.
+        runner_files: one for each of `count_runners`, in DATA_DIR: which process has the model.
         runner_service: begins the names of their services.
     """
+    runners = len(runner_files)
     _set_up_log()
     try:
         settings = freeze_settings(runners)
         _check_device(settings)
         data_lock.hold(settings.data_dir)
+        _reserve(runner_files)
         checkpoint = _check_weights(settings)
         asyncio.run(_prepare_stores(settings))
     except WeightsError as error:
@@ -153,6 +158,15 @@ def _set_up_log() -> None:
     with contextlib.suppress(SettingsError):  # the loading of all settings reports it
         if load_log_settings().logs_json:
             log_as_json()
+
+
+def _reserve(runner_files: Sequence[Path]) -> None:
+    """Make the files now, so that a disk that is full later keeps no runner from starting."""
+    for file in runner_files:
+        try:
+            reserve(file)
+        except OSError as error:
+            raise unwritable("DATA_DIR", file, error) from None
 
 
 def _check_device(settings: Settings) -> None:

@@ -36,7 +36,10 @@ def check_writable(variable: str, folder: Path) -> None:
 
 def unwritable(variable: str, path: Path, error: OSError) -> SettingsError:
     """The error for a folder, or a file in one, that could not be written."""
-    mend = "mount it writable" if error.errno == errno.EROFS else _how_to_own(path)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        mend = "free some space there"
+    else:
+        mend = "mount it writable" if error.errno == errno.EROFS else _how_to_own(path)
     reason = error.strerror or error
     return SettingsError(f"{variable}: {path} cannot be written ({reason}): {mend}, or name another folder")
 

@@ -129,18 +129,33 @@ def test_files_of_another_user_are_refused(volumes: Volumes) -> None:
     assert f"`chown -R {volumes.uid} {volumes.own}`" in message
 
 
-def test_read_only_volume_is_refused(tmp_path: Path) -> None:
-    """The error for a read-only mount proposes no change of owner."""
-    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+@pytest.mark.parametrize(
+    ("mount", "reason", "mend"),
+    [
+        (
+            'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"',
+            "Read-only file system",
+            "mount it writable",
+        ),
+        (
+            'mount -t tmpfs -o size=64k tmpfs "$0" && (cat /dev/zero >"$0"/filler; true) 2>/dev/null',
+            "No space left on device",
+            "free some space there",
+        ),
+    ],
+    ids=["read-only", "full"],
+)
+def test_volume_without_room_is_refused(tmp_path: Path, mount: str, reason: str, mend: str) -> None:
+    """The error for a read-only mount, or a full disk, proposes no change of owner."""
+    mount += ' && exec "$@"'
     under = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path))
     if not can_run(*under):
         pytest.skip("nothing can be mounted here")
     with tempfile.TemporaryDirectory() as home:
         refusal = refused_start(tmp_path, {"BENTOML_HOME": home}, under=under)
-    assert sentence_of(refusal, "cannot start: ") == (
-        f"DATA_DIR: {tmp_path} cannot be written (Read-only file system): mount it writable, or name another "
-        "folder"
-    )
+    sentence = sentence_of(refusal, "cannot start: ")
+    assert sentence.startswith(f"DATA_DIR: {tmp_path}")
+    assert sentence.endswith(f" cannot be written ({reason}): {mend}, or name another folder")
 
 
 def has_driver() -> bool:

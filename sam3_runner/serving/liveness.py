@@ -19,23 +19,38 @@ logger = logging.getLogger(__name__)
 
 FAILED = "failed"
 """In place of an identity: the process has ended, and is not started again."""
+ROOM_BYTES = 128
+"""The size of the file; an identity has about 44."""
 CACHE_TIME_S = 0.1
 """A process that was seen alive counts as alive for so long."""
 DYING_TIME_S = 3.0
 """A process that broke off a call counts as dead for so long: with a GPU's memory it takes seconds to end."""
 
 
+def reserve(path: Path) -> None:
+    """Make the file for `write_identity`, or the one of an earlier server blank: it names no process.
+
+    Raises:
+        OSError: it cannot be written; a file that exists can be even on a full disk.
+    """
+    _overwrite(path, "", os.O_CREAT)
+
+
 def write_identity(path: Path, identity: str) -> None:
-    """Write to `path` which process the runner is. A reader sees the old text or the new one."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    """Write which process the runner is to a file of `reserve`, in place: this also works on a full disk.
+
+    A reader may see a part of the old text and a part of the new one, for a moment. This names no process: an
+    identity has the time of the process's start.
+    """
+    _overwrite(path, identity)
+
+
+def _overwrite(path: Path, text: str, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
     try:
-        unfinished.write_text(identity)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        # On a full disk a text of the old one's size can still be written in its place.
-        with path.open("r+") as file:
-            file.write(identity.ljust(len(path.read_text())))
+        os.write(descriptor, text.ljust(ROOM_BYTES).encode())
+    finally:
+        os.close(descriptor)
 
 
 def pids_in(paths: Iterable[Path]) -> set[int]:

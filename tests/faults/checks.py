@@ -32,12 +32,13 @@ SAME = 0.99
 TOO_LATE = ("the request took too long", "the model's process took too long", "waited too long")
 TIMED_OUT = "timed out while a store or a process hung, without a retrying caller"
 KILLED_TOO_LATE = "poison that was done, because its kill came too late"
-EXPECTED_TRACEBACKS: dict[str, str] = {
-    "No space left on device": "no runner starts while DATA_DIR is full",
-}
+EXPECTED_TRACEBACKS: dict[str, str] = {}
 """Exceptions that may be logged with a traceback, and why."""
 
-_LINE_OF_ERROR = re.compile(r"^[\w.]+(Error|Exception|Exit|Interrupt|Cancelled\w*|Failure)\b.*")
+_MARGIN = re.compile(r"^ *\| ")
+"""Before each line of a traceback that is part of an exception group."""
+_LINE_OF_ERROR = re.compile(r"[A-Za-z_][\w.]*(:|$)")
+"""Not indented: frames and source lines are. Log records begin with a date."""
 
 
 @dataclass
@@ -203,15 +204,17 @@ def _keys_of(row: Row) -> list[str]:
 
 
 def _tracebacks(log: str) -> Counter[str]:
-    """The exceptions that were logged with a traceback, by their last line."""
+    """The exceptions that were logged with a traceback, by their last line.
+
+    One without a last line is not counted: its process was killed while it wrote.
+    """
     found: Counter[str] = Counter()
     inside = False
     for line in log.splitlines():
+        text = _MARGIN.sub("", line)
         if "Traceback (most recent call last)" in line:
             inside = True
-        elif inside and _LINE_OF_ERROR.match(line.strip(" |")):
-            found[line.strip(" |")[:200]] += 1
+        elif inside and _LINE_OF_ERROR.match(text):
+            found[text[:200]] += 1
             inside = False
-    if inside:
-        found["(cut off)"] += 1
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,6 @@ from settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 KEY = "0123456789abcdef0123456789abcdef"
 SECRET = "hush-hush-0123456789abcdef"
@@ -65,7 +65,7 @@ def _demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def refusal() -> str:
     """The message of a refused start."""
     with pytest.raises(SystemExit) as ended:
-        startup.prepare_deployment(1, "sam3_runner_")
+        startup.prepare_deployment([Path(os.environ["DATA_DIR"], "runner_0.pid")], "sam3_runner_")
     sentence = str(ended.value.code)
     assert sentence.startswith("cannot start: ")
     assert "\n" not in sentence

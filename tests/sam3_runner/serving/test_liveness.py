@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sam3_runner.serving import liveness
-from sam3_runner.serving.liveness import RunnerLiveness, pids_in, write_identity
+from sam3_runner.serving.liveness import RunnerLiveness, pids_in, reserve, write_identity
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+ON_A_SMALL_DISK = (
+    *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c"),
+    'mount -t tmpfs -o size=16k tmpfs "$0" && exec "$@"',
+)
+START_ON_A_FULL_DISK = """
+import pathlib, sys
+from sam3_runner.serving.liveness import reserve, write_identity
+file = pathlib.Path(sys.argv[1], "runner.pid")
+reserve(file)
+try:
+    file.with_name("filler").write_bytes(bytes(1 << 20))
+except OSError:
+    print("disk full")
+for identity in ("7:first", "71:second"):
+    write_identity(file, identity)
+    print(file.read_text())
+"""
 
 
 @pytest.fixture
@@ -22,8 +43,10 @@ def living() -> set[str]:
 
 @pytest.fixture
 def identity_file(tmp_path: Path) -> Path:
-    """The file that the runner writes its identity to."""
-    return tmp_path / "runner.pid"
+    """The file that the runner writes its identity to, as a server makes it before its runner starts."""
+    path = tmp_path / "runner.pid"
+    reserve(path)
+    return path
 
 
 @pytest.fixture
@@ -42,15 +65,32 @@ def test_pids_of_several_runners(tmp_path: Path) -> None:
 
 
 def test_start(runner: RunnerLiveness, identity_file: Path, living: set[str]) -> None:
-    """No file, then the identity of an earlier server's runner, then of this one's."""
+    """No identity, then that of a runner that has ended, then of the one that lives."""
     assert runner.find() is None
-    write_identity(identity_file, "earlier")
+    write_identity(identity_file, "ended, with a longer name")
     assert runner.find() is None
     assert runner.reason_absent == "the model's process is starting"
     living.add("first")
     write_identity(identity_file, "first")
     assert runner.find() == "first"
-    assert list(identity_file.parent.iterdir()) == [identity_file]
+
+
+def test_restart(runner: RunnerLiveness, identity_file: Path, living: set[str]) -> None:
+    """The runner of an earlier server, which may still be ending, is none of this server's."""
+    living.add("earlier")
+    write_identity(identity_file, "earlier")
+    reserve(identity_file)
+    assert runner.find() is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a mount namespace")
+def test_start_on_a_full_disk(tmp_path: Path) -> None:
+    """A runner that starts while the disk is full can say which process it is, as can the next one."""
+    if subprocess.run([*ON_A_SMALL_DISK, str(tmp_path), "true"], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    command = [*ON_A_SMALL_DISK, str(tmp_path), sys.executable, "-c", START_ON_A_FULL_DISK, str(tmp_path)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == ["disk", "full", "7:first", "71:second"]
 
 
 def test_death_and_successor(
