@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 # One thread each: on a busy core two OpenMP threads spin while they wait, which takes three times the CPU time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
 SOURCES := $(wildcard *.py) bentoml_patches commands contract observability outputs processes sam3_runner \
-	storage results training benchmarks deploy examples tests
+	storage results training benchmarks deploy examples sam3_client tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
 

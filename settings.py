@@ -45,6 +45,8 @@ MAX_GPUS = 64
 
 OWN_PREFIXES = ("SAM3_", "R2_", "SUPABASE_", "API_SECRET")
 """A variable with such a prefix that is no setting is taken for a misspelt one, and refused."""
+CLIENT_VARIABLES = {"SAM3_URL", "SAM3_API_KEY"}
+"""Of `sam3_client`, which tell it where a server is; a server that starts there ignores them."""
 
 MISSPELT_SIMILARITY = 0.85
 """difflib's ratio from which a variable of the host gets a warning as a misspelt setting. API_WORKER and
@@ -506,7 +508,7 @@ def _checked(kind: type[_Read], values: dict[str, str]) -> _Read:
 
 def _reject_unknown_variables(environment: Iterable[str], known: set[str]) -> None:
     for name in environment:
-        if name.startswith(OWN_PREFIXES) and name not in known:
+        if name.startswith(OWN_PREFIXES) and name not in known | CLIENT_VARIABLES:
             raise SettingsError(f"{name} is not a setting of this server{hint(name, known)}")
 
 

@@ -23,7 +23,9 @@ PACKAGES = ("sam3_runner", "storage", "results")
 """What the server is made of; they know nothing of each other."""
 FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "contract", "observability", "outputs", "processes")
 TOP_MODULES = {path.stem for path in ROOT.glob("*.py")}
-OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests"}
+CLIENT = "sam3_client"
+"""A package of its own, with its own pyproject.toml; it runs without the server's code."""
+OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests", CLIENT}
 SERVED = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 
 ALLOWED = {
@@ -153,13 +155,17 @@ def test_every_direct_import_is_declared() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
     served = names_of(declared["project"]["dependencies"])
     develop = served.union(*map(names_of, declared["dependency-groups"].values()))
+    of_client = tomllib.loads((ROOT / CLIENT / "pyproject.toml").read_text())["project"]
+    client = names_of(of_client["dependencies"]).union(
+        *map(names_of, of_client["optional-dependencies"].values())
+    )
     distributions = packages_distributions()
     tracked = subprocess.run(
         ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     missing = set()
     for path in (ROOT / name for name in tracked.stdout.split()):
-        allowed = served if path in SERVED else develop
+        allowed = served if path in SERVED else client if part_of(path) == CLIENT else develop
         tops = imports_of(path) - OURS - sys.stdlib_module_names - COMES_WITH_TORCH
         for top in (top for top in tops if not top.startswith("types_")):  # stubs, which only mypy reads
             names = {name.lower().replace("_", "-") for name in distributions.get(top, [])}
@@ -234,6 +240,18 @@ def test_api_workers_load_no_torch(tmp_path: Path) -> None:
         env={"SAM3_WEIGHTS_PATH": "demo", "BENTOML_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
     ).stdout
     assert printed.splitlines()[-1] == "[]"
+
+
+def test_client_needs_none_of_the_server() -> None:
+    """Importing the client loads nothing of the server, nor torch; its command line names our modules."""
+    server = (OURS | VENDORS.keys() | {"torch"}) - {CLIENT}
+    code = f"import sys, {CLIENT}; print(sorted({server} & sys.modules.keys()))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    assert printed.strip() == "[]"
+    for path in (ROOT / CLIENT).rglob("*.py"):
+        assert imports_of(path) & OURS <= {CLIENT} or "command_line" in path.parts, path
 
 
 def test_predictor_is_at_the_front_door() -> None:

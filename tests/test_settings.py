@@ -336,6 +336,11 @@ def test_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: str
     assert hint in sentence
 
 
+def test_variables_of_the_client_are_no_misspelt_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server starts in a shell that says where the client finds one."""
+    load(monkeypatch, SAM3_URL="http://127.0.0.1:3000", SAM3_API_KEY=SECRET)
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [

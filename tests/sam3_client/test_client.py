@@ -1,0 +1,148 @@
+"""The Python client against the real server: what is found, and every way in which a call fails."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3_client import (
+    AsyncClient,
+    BadImage,
+    Client,
+    InvalidRequest,
+    Sam3Error,
+    ServerUnreachable,
+    Unauthorized,
+    UnsupportedImage,
+)
+from tests.drawn import Scene, iou, scene
+from tests.edge import image_bytes, png_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from commands.local_server import LocalServer
+    from sam3_client import Result
+
+    Segment = Callable[..., Result]
+
+pytestmark = pytest.mark.server
+
+SEED = 200
+README = Path(__file__).parents[2] / "README.md"
+NOBODY = {"url": "http://127.0.0.1:9", "max_wait_s": 0.3}
+
+
+@pytest.fixture(params=["sync", "async"])
+def segment(request: pytest.FixtureRequest, server: LocalServer) -> Segment:
+    """`segment(image, prompts, **options)` of a new client; `client` holds other arguments for that."""
+
+    def call(*args: Any, client: dict[str, Any] | None = None, **options: Any) -> Result:
+        settings = {"url": server.url, "key": server.api_key, **(client or {})}
+        if request.param == "sync":
+            with Client(**settings) as caller:
+                return caller.segment(*args, **options)
+        return asyncio.run(_awaited(settings, args, options))
+
+    return call
+
+
+async def _awaited(settings: dict[str, Any], args: tuple[Any, ...], options: dict[str, Any]) -> Result:
+    async with AsyncClient(**settings) as caller:
+        return await caller.segment(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Scene:
+    """A picture whose objects are known."""
+    return scene(SEED)
+
+
+def test_masks_of_several_prompts(segment: Segment, drawn: Scene) -> None:
+    """Each prompt has its objects in its place in the order, with masks that fit the drawn ones."""
+    prompts = [drawn.names[1], drawn.absent, drawn.names[0]]
+    result = segment(drawn.image, prompts)
+    assert result.prompts == prompts
+    assert (result.width, result.height) == drawn.image.size == result.image.size
+    assert set(result.labels) == {prompts[0], prompts[2]}
+    assert result.labels == sorted(result.labels, key=prompts.index)
+    assert result.masks.shape == (len(result.labels), *drawn.image.size[::-1])
+    for instance, mask in zip(result.instances, result.masks, strict=True):
+        assert instance.area == mask.sum()
+        assert max(iou(mask, thing.mask) for thing in drawn.named(instance.label)) > 0.7
+    assert result.presence[drawn.absent] < 0.5 < min(result.presence[name] for name in result.labels)
+    assert result.model is not None
+    assert result.model["checkpoint"] == "demo"
+    assert result.timings_ms["segment"] > 0
+
+
+def test_every_kind_of_image(segment: Segment, drawn: Scene, tmp_path: Path) -> None:
+    """A path, its text, bytes, an image and an array are the same picture."""
+    path = tmp_path / "picture.png"
+    drawn.image.save(path)
+    boxes = [
+        segment(image, drawn.names[0]).boxes.tolist()
+        for image in (path, str(path), path.read_bytes(), drawn.image, np.asarray(drawn.image))
+    ]
+    assert boxes[0]
+    assert boxes.count(boxes[0]) == len(boxes)
+
+
+def test_options_reach_the_server(segment: Segment, drawn: Scene) -> None:
+    """Boxes do without a prompt, 0 is a threshold, and a limit on instances holds."""
+    [box, *_] = segment(drawn.image, drawn.names[0]).boxes
+    by_box = segment(drawn.image, boxes=[box], box_labels=[1])
+    assert by_box.prompts == ["visual"]
+    assert by_box.labels
+    everything = segment(drawn.image, drawn.names[0], score_threshold=0)
+    assert everything.scores.min() < 0.5
+    assert len(segment(drawn.image, drawn.names[0], score_threshold=0, max_instances=2).instances) == 2
+    least = everything.instances[0].area
+    assert all(each.area >= least for each in segment(drawn.image, drawn.names[0], min_area=least).instances)
+
+
+def refused_file(fault: str, picture: Image.Image) -> bytes:
+    """A file that the server refuses."""
+    if fault == "cut":
+        return png_bytes(picture)[:2000]
+    if fault == "bmp":
+        return image_bytes(picture, "BMP")
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)
+    return png_bytes(Image.fromarray(noise), compress_level=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence", "changed"),
+    [
+        (Unauthorized, "SAM3_API_KEY", {"client": {"key": "k" * 32}}),
+        (ServerUnreachable, "nothing answers at http://127.0.0.1:9; start", {"client": NOBODY}),
+        (ServerUnreachable, "must be as in https://", {"client": {"url": "127.0.0.1:3000"}}),
+        (ServerUnreachable, "did not answer within 0.001 s", {"client": {"timeout_s": 0.001}}),
+        (BadImage, "README.md is no picture", {"image": README}),
+        (BadImage, "no-such.jpg cannot be read: No such file", {"image": Path("no-such.jpg")}),
+        (BadImage, r"\(4, 4\) of float64", {"image": np.zeros((4, 4))}),
+        (UnsupportedImage, "ends early", {"image": "cut"}),
+        (UnsupportedImage, "not a PNG, JPEG or WEBP", {"image": "bmp"}),
+        (UnsupportedImage, r"more than 10\d{6} bytes; pass a smaller picture", {"image": "large"}),
+        (InvalidRequest, "a prompt is empty", {"prompts": ["circle", " "]}),
+        (InvalidRequest, "give a prompt, or boxes", {"prompts": []}),
+        (InvalidRequest, "score_threshold: ", {"score_threshold": 2}),
+        (InvalidRequest, "prompt: has 62 tokens; the model reads 32", {"prompts": "a " * 60}),
+    ],
+)
+def test_errors_say_what_to_do(
+    segment: Segment, drawn: Scene, kind: type[Sam3Error], sentence: str, changed: dict[str, Any]
+) -> None:
+    """Each fault of the caller is an error of its own kind, whose sentence says what is wrong."""
+    call = {"image": drawn.image, "prompts": "circle"} | changed
+    if isinstance(call["image"], str):
+        call["image"] = refused_file(call["image"], drawn.image)
+    with pytest.raises(kind, match=sentence) as failed:
+        segment(call.pop("image"), call.pop("prompts"), **call)
+    assert failed.value.code
+    assert "k" * 32 not in str(failed.value)
