@@ -11,7 +11,7 @@ export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 TEST_WORKERS ?= 2
 # One thread each: on a busy core two OpenMP threads spin while they wait, which takes three times the CPU time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
-SOURCES := $(wildcard *.py) bentoml_patches commands contract observability outputs processes sam3_runner \
+SOURCES := $(wildcard *.py) bentoml_patches commands contract docs_site observability outputs processes sam3_runner \
 	storage results training benchmarks deploy examples sam3_client tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
@@ -41,7 +41,7 @@ given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one 
 vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in a separate environment
 
 .PHONY: test
-test: $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
+test: $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/docs/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
 	@echo "== the formats of answers, with the annotation tools that read them (20 s)"
 	$(VENV)/annotation/bin/python -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider \
 		tests/outputs/test_coco.py tests/outputs/test_converters.py
@@ -122,6 +122,17 @@ diagrams: ## Draw the pictures of docs/diagrams for light and dark pages (needs 
 	$(call draw,light,$(DIAGRAM_LIGHT))
 	$(call draw,dark,$(DIAGRAM_DARK))
 
+# Material's notice about MkDocs 2 is docs/decisions/docs.md's subject.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs
+
+.PHONY: docs
+docs: $(VENV)/docs/installed ## Build the documentation as a site into site/; a broken link or a page in no navigation fails
+	$(MKDOCS) build --strict --quiet
+
+.PHONY: docs-serve
+docs-serve: $(VENV)/docs/installed ## Serve the documentation on 127.0.0.1:8000 and follow its changes
+	$(MKDOCS) serve --dev-addr 127.0.0.1:8000
+
 .PHONY: train
 train: $(VENV)/dev ## Train the demo checkpoint from scratch (needs a GPU)
 	$(BIN)/python -m training.train
@@ -141,6 +152,9 @@ lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	$(BIN)/python -m dependency_groups annotation > annotation.in
 	$(PIP_COMPILE) --output-file tests/outputs/requirements.txt annotation.in
 	rm annotation.in
+	$(BIN)/python -m dependency_groups docs > docs.in
+	$(PIP_COMPILE) --generate-hashes --output-file docs_site/requirements.txt docs.in
+	rm docs.in
 	$(BIN)/python -m deploy.image.lock
 
 $(VENV)/run: requirements.lock
@@ -156,6 +170,12 @@ $(VENV)/dev: $(VENV)/run requirements-dev.lock
 $(VENV)/vastai/installed: deploy/vast/requirements.txt
 	$(PYTHON) -m venv $(VENV)/vastai
 	$(VENV)/vastai/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
+
+$(VENV)/docs/installed: docs_site/requirements.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	@# Not compiled, in a third of the time: most of it is never imported.
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r $<
 	touch $@
 
 $(VENV)/annotation/installed: tests/outputs/requirements.txt

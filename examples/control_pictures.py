@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from PIL import Image, ImageDraw
 
 from outputs.overlay import overlay_jpeg
+from outputs.polygons import polygons
 from outputs.refinement import Refinement, refine
 from sam3_runner.prompts import ConceptPrompt
 
 if TYPE_CHECKING:
     from sam3_runner import SAM3Predictor
-    from sam3_runner.instances import PredictResult
+    from sam3_runner.instances import Instance, PredictResult
 
 WIDTH_PX, HEIGHT_PX, OVERSAMPLING = 640, 360, 4
 GAP_PX: Final = 8
@@ -27,6 +28,9 @@ CIRCLES = (
 SQUARE, TRIANGLE = (520, 220, 600, 300), ((60, 320), (160, 320), (110, 225))
 BAR = (262, 190, 267, 310)
 """Of the background's colour: it divides a blue circle."""
+
+TOLERANCES_PX: Final = (0, 2)
+ZOOM, MARGIN_PX, POINT_PX = 6, 3, 3
 
 NONE = Refinement()
 TEXT, EITHER = ConceptPrompt("red circle"), ConceptPrompt("circles")
@@ -77,4 +81,24 @@ def pair_picture(scene: Image.Image, before_and_after: list[list[PredictResult]]
     for place, results in enumerate(before_and_after):
         with Image.open(BytesIO(overlay_jpeg(scene, results))) as overlay:
             both.paste(overlay, (place * (WIDTH_PX + GAP_PX), 0))
+    return both
+
+
+def polygon_pictures(scene: Image.Image, instance: Instance) -> Image.Image:
+    """An instance, enlarged, with the points of its polygons: exact, and with a tolerance beside it."""
+    mask = instance.mask
+    height, width = mask.array().shape
+    left, top = mask.left - MARGIN_PX, mask.top - MARGIN_PX
+    cut = scene.crop((left, top, mask.left + width + MARGIN_PX, mask.top + height + MARGIN_PX))
+    large = cut.resize((cut.width * ZOOM, cut.height * ZOOM), Image.Resampling.NEAREST)
+    both = Image.new("RGB", (2 * large.width + GAP_PX, large.height), (255, 255, 255))
+    for place, tolerance_px in enumerate(TOLERANCES_PX):
+        picture = large.copy()
+        draw = ImageDraw.Draw(picture)
+        for ring in (ring for part in polygons(mask, tolerance_px) for ring in part):
+            points = [((x - left) * ZOOM, (y - top) * ZOOM) for x, y in ring]
+            draw.polygon(points, outline=(0, 0, 0), width=2)
+            for point in points:
+                draw.circle(point, POINT_PX, fill=(255, 255, 255), outline=(0, 0, 0))
+        both.paste(picture, (place * (large.width + GAP_PX), 0))
     return both

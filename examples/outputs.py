@@ -1,10 +1,10 @@
 """Finds objects with the demo checkpoint, in Python, and writes the answer in each form that is a picture,
 and a pair of pictures for each control.
 
-It makes the pictures of docs/outputs.md.
+It makes the pictures of docs/outputs.md and docs/gallery.md.
 
     python -m examples.outputs                                   # to data/outputs
-    python -m examples.outputs --out docs/outputs                # the pictures of the page
+    python -m examples.outputs --out docs/outputs                # the pictures of the pages
     python -m examples.outputs --image my.jpg --prompt "stars"   # with another picture
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from examples.control_pictures import PAIRS, drawn_scene, pair_picture, pair_results
+from examples.control_pictures import PAIRS, TEXT, drawn_scene, pair_picture, pair_results, polygon_pictures
 from outputs.instance_png import instance_png
 from outputs.label_map import label_map_png
+from outputs.mask_png import encode_png
 from outputs.overlay import overlay_jpeg
 from outputs.palette import PALETTE
 from sam3_runner import SAM3Predictor
@@ -52,6 +53,7 @@ def main() -> None:
     write(folder / "overlay-one-prompt.jpg", overlay_jpeg(preview, results[:1]))
     write(folder / "label-map.png", label_map_png(results))
     coloured_label_map(folder / "label-map.png").save(folder / "label-map-coloured.png")
+    write(folder / "mask.png", encode_png(np.packbits(results[0].mask_array(), axis=1), image.width))
     if found := results[0].instances:
         write(folder / "instance.png", instance_png(found[0].mask))
         sys.stdout.write(f"instance.png starts at px {found[0].mask.left}, {found[0].mask.top}\n")
@@ -63,6 +65,8 @@ def main() -> None:
         counts = [[len(result.instances) for result in results] for results in both]
         areas = [[each.area_px for result in results for each in result.instances] for results in both]
         sys.stdout.write(f"control-{name}.jpg: instances of each prompt {counts}, areas {areas}\n")
+    smallest = min(predictor.predict_batch(scene, [TEXT])[0].instances, key=lambda each: each.area_px)
+    polygon_pictures(scene, smallest).save(folder / "polygon-tolerance.png", optimize=True)
 
 
 def coloured_label_map(path: Path) -> Image.Image:
