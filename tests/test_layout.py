@@ -25,7 +25,7 @@ FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "contract", "observability"
 TOP_MODULES = {path.stem for path in ROOT.glob("*.py")}
 CLIENT = "sam3_client"
 """A package of its own, with its own pyproject.toml; it runs without the server's code."""
-OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests", CLIENT}
+OURS = TOP_MODULES | set(FOLDERS) | {"adapters", "training", "benchmarks", "examples", "tests", CLIENT}
 SERVED = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 
 ALLOWED = {

@@ -1,0 +1,1 @@
+"""Connections to annotation tools and agents. Each calls a running server through `sam3_client`."""
