@@ -25,7 +25,9 @@ FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "contract", "observability"
 TOP_MODULES = {path.stem for path in ROOT.glob("*.py")}
 CLIENT = "sam3_client"
 """A package of its own, with its own pyproject.toml; it runs without the server's code."""
-OURS = TOP_MODULES | set(FOLDERS) | {"adapters", "training", "benchmarks", "examples", "tests", CLIENT}
+ADAPTERS = "adapters"
+"""Call a server; they run in the environments of the tools that they connect."""
+OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests", CLIENT, ADAPTERS}
 SERVED = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 
 ALLOWED = {
@@ -252,6 +254,14 @@ def test_client_needs_none_of_the_server() -> None:
     assert printed.strip() == "[]"
     for path in (ROOT / CLIENT).rglob("*.py"):
         assert imports_of(path) & OURS <= {CLIENT} or "command_line" in path.parts, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ADAPTERS).rglob("*.py")), ids=str)
+def test_adapters_call_a_server(path: Path) -> None:
+    """An adapter knows the client and the forms of answers, with their values, and nothing else of ours."""
+    assert imports_of(path) & OURS <= {ADAPTERS, CLIENT, "outputs", "sam3_runner"}
+    modules = {name for name in modules_imported_by(path) if name.startswith("sam3_runner")}
+    assert modules <= {"sam3_runner.instances"}
 
 
 def test_predictor_is_at_the_front_door() -> None:
