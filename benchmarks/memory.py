@@ -35,7 +35,7 @@ import aiohttp
 import psutil
 
 from benchmarks.pictures import FIRST_SEED, Scene
-from benchmarks.table import machine_name, record
+from benchmarks.table import add_settings, machine_name, record
 from commands.local_server import ROOT, local_server
 from storage import LocalFolder
 from version import VERSION
@@ -190,14 +190,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=2000, help="requests between two readings")
     parser.add_argument("--windows", type=int, default=8, help="how many")
     parser.add_argument("--clients", type=int, default=4, help="callers, each with one request at a time")
-    parser.add_argument(
-        "--setting",
-        nargs="+",
-        default=[],
-        type=lambda setting: tuple(setting.split("=", 1)),
-        metavar="NAME=VALUE",
-        help="of the environment of the server, for example MALLOC_ARENA_MAX=2",
-    )
+    add_settings(parser, "MALLOC_ARENA_MAX=2")
     parser.add_argument("--label", default=VERSION, help="name of this version in the table")
     parser.add_argument("--against", type=Path, help="folder of another checkout, measured after this")
     parser.add_argument("--against-label", default="other", help="name of the other version")

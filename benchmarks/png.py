@@ -13,7 +13,6 @@ phase of the machine meets all of them. isal and zlib-ng's own package are measu
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import itertools
@@ -23,7 +22,6 @@ import sys
 import time
 import zlib
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import imagecodecs
@@ -31,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
-from benchmarks.table import machine_name, record
+from benchmarks.table import machine_name, parse_out, record
 from outputs.mask_png import encode_png
 
 if TYPE_CHECKING:
@@ -237,7 +235,7 @@ def measure(mask: Mask) -> list[dict[str, object]]:
 
 def main() -> None:
     """Measure, print, and append to the CSV file if --out is given."""
-    arguments = _parse()
+    out = parse_out(__doc__)
     machine = machine_name()
     sys.stdout.write(f"{machine}, imagecodecs {imagecodecs.__version__}, zlib {zlib.ZLIB_RUNTIME_VERSION}\n")
     rows: list[dict[str, object]] = []
@@ -256,20 +254,12 @@ def main() -> None:
                 }
                 | row
             )
-    if arguments.out:
-        record(arguments.out, rows)
+    if out:
+        record(out, rows)
 
 
 def _line(cells: Iterable[object]) -> str:
     return "".join(f"{cell!s:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + "\n"
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="append to this CSV file")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

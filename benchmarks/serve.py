@@ -50,7 +50,7 @@ import psutil
 from benchmarks.load_client import COMMENT_BYTES, USER_ID, Kind, Measurement, Outcome, Plan, run_plan
 from benchmarks.load_figures import ServerMetrics, figures, latencies, read_metrics, resident_mb, timeline
 from benchmarks.pictures import FIRST_SEED, Scene, encode_jpeg
-from benchmarks.table import machine_name, record
+from benchmarks.table import add_settings, machine_name, record
 from commands.local_server import ROOT, SERVICE, local_server, reserved_ports, stop, wait_until_ready
 from storage import LocalFolder
 from version import VERSION
@@ -603,14 +603,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help="runs of each closed loop; default 1, with --against 2")
     parser.add_argument("--against", type=Path, help="folder of another checkout, measured in turn with this")
-    parser.add_argument(
-        "--setting",
-        nargs="+",
-        default=[],
-        type=lambda setting: tuple(setting.split("=", 1)),
-        metavar="NAME=VALUE",
-        help="settings of the servers, for example GPUS=2",
-    )
+    add_settings(parser, "GPUS=2")
     parser.add_argument("--label", help="name of this version in the table; default: its commit")
     parser.add_argument("--against-label", help="name of the other version")
     parser.add_argument("--peer-python", type=Path, help="interpreter that has LitServe: measures it too")
