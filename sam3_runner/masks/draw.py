@@ -24,14 +24,14 @@ from sam3_runner.masks.nvrtc import KernelsUnavailable
 from sam3_runner.masks.windows import BYTE_PX, EMPTY, windows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
     import torch
     from torch import Tensor
 
     from sam3_runner.instances import PackedMask
-    from sam3_runner.masks.windows import DrawnMask, Size, Window
+    from sam3_runner.masks.windows import DrawnMask, Size, United, Window
 
 logger = logging.getLogger(__name__)
 
@@ -92,31 +92,15 @@ def find_instances(
     pair_of = [pair for pair, count in enumerate(kept.counts) for _ in range(count)]
     sizes = np.array([kept.sizes[pair] for pair in pair_of], dtype=np.int64).reshape(-1, 2)
     positive = windows(ranges, (logits.shape[1], logits.shape[2]), sizes)
+    is_apart = [with_masks[pair] for pair in pair_of]
+    apart = [each for each in positive if is_apart[each.mask]]
+    together = [each for each in positive if not is_apart[each.mask]]
     if max_mask_bytes is not None:
-        _check_bytes((each for each in positive if with_masks[pair_of[each.mask]]), pair_of, max_mask_bytes)
-    boxes = (np.clip(kept.boxes, 0.0, 1.0) * np.tile(sizes, 2).astype(np.float32)).tolist()
-    drawn: dict[int, DrawnMask] = {}
-    areas_px: dict[int, int] = {}
-    unions: dict[int, PackedMask] = {}
-    if any(with_masks):
-        drawn = dict(form.draw(logits, [each for each in positive if with_masks[pair_of[each.mask]]]))
-    if not all(with_masks):
-        places = {pair: place for place, pair in enumerate(np.flatnonzero(~np.array(with_masks)).tolist())}
-        areas_px, masks = form.unite(
-            logits,
-            [each for each in positive if pair_of[each.mask] in places],
-            [places.get(pair, 0) for pair in pair_of],
-            [kept.sizes[pair] for pair in places],
-        )
-        unions = dict(zip(places, masks, strict=True))
-    instances = [
-        Instance(score, box, drawn.get(row, EMPTY).area_px, query, drawn.get(row, EMPTY).crop)
-        if with_masks[pair]
-        else FoundInstance(score, box, areas_px.get(row, 0), query)
-        for row, (pair, score, box, query) in enumerate(
-            zip(pair_of, kept.scores.tolist(), map(tuple, boxes), kept.queries, strict=True)
-        )
-    ]
+        _check_bytes(apart, pair_of, max_mask_bytes)
+    masks = dict(form.draw(logits, apart)) if apart else {}
+    united_sizes = {pair: kept.sizes[pair] for pair, has_masks in enumerate(with_masks) if not has_masks}
+    areas_px, unions = _unite(form.unite, logits, together, pair_of, united_sizes)
+    instances = _instances(kept, sizes, masks, areas_px, is_apart)
     ends = accumulate(kept.counts, initial=0)
     return [
         Found(
@@ -128,7 +112,44 @@ def find_instances(
     ]
 
 
-def _check_bytes(drawn: Iterable[Window], pair_of: Sequence[int], max_bytes: int) -> None:
+def _unite(
+    unite: Callable[..., United],
+    logits: Tensor,
+    together: list[Window],
+    pair_of: Sequence[int],
+    sizes: dict[int, Size],
+) -> tuple[dict[int, int], dict[int, PackedMask]]:
+    """The area of each mask in px, and the union of each pair that has a size in `sizes`."""
+    if not sizes:
+        return {}, {}
+    image_of = {pair: image for image, pair in enumerate(sizes)}
+    images = [image_of.get(pair, 0) for pair in pair_of]
+    areas_px, masks = unite(logits, together, images, list(sizes.values()))
+    return areas_px, dict(zip(sizes, masks, strict=True))
+
+
+def _instances(
+    kept: KeptMasks,
+    sizes: npt.NDArray[np.int64],
+    masks: dict[int, DrawnMask],
+    areas_px: dict[int, int],
+    is_apart: Sequence[bool],
+) -> list[FoundInstance]:
+    """All instances, in the order of `kept`; with their masks where they are apart."""
+    boxes = (np.clip(kept.boxes, 0.0, 1.0) * np.tile(sizes, 2).astype(np.float32)).tolist()
+    found: list[FoundInstance] = []
+    for row, (score, box, query) in enumerate(
+        zip(kept.scores.tolist(), map(tuple, boxes), kept.queries, strict=True)
+    ):
+        if is_apart[row]:
+            area_px, crop = masks.get(row, EMPTY)
+            found.append(Instance(score, box, area_px, query, crop))
+        else:
+            found.append(FoundInstance(score, box, areas_px.get(row, 0), query))
+    return found
+
+
+def _check_bytes(drawn: Sequence[Window], pair_of: Sequence[int], max_bytes: int) -> None:
     bytes_of: Counter[int] = Counter()
     for window in drawn:
         bytes_of[pair_of[window.mask]] += window.rows.px * window.columns.px // BYTE_PX
