@@ -24,6 +24,7 @@ from sam3_runner.images.decoded import LocalImage
 from sam3_runner.images.square import to_square
 from sam3_runner.masks import nvrtc
 from sam3_runner.network import operations
+from sam3_runner.prompts import MAX_BOXES, ConceptPrompt
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 from tests.concepts import concepts
 
@@ -105,6 +106,40 @@ def test_nothing_is_made_while_serving(engine: Engine, made: Counter[str]) -> No
                 masks += sum(len(result.instances) for result in outcome.results)
             assert made == {}, f"a batch of {batch} requests with {prompts} prompts each"
     assert masks, "no mask was drawn"
+
+
+def boxed(boxes: int, text: str | None) -> ConceptPrompt:
+    """A prompt with so many boxes, every second one negative; it keeps every query, to draw masks."""
+    corners = [(20.0 + 150 * (number % 8), 15.0 + 170 * (number // 8)) for number in range(boxes)]
+    return ConceptPrompt(
+        text,
+        tuple((x, y, x + 90, y + 80) for x, y in corners),
+        tuple(number % 2 == 0 for number in range(boxes)),
+        score_threshold=0.0,
+    )
+
+
+@pytest.mark.parametrize("texts", [0, 1, 5])
+@pytest.mark.parametrize("pairs", [1, 2, 3, 4, 5, 9])
+def test_nothing_is_made_for_boxes(engine: Engine, made: Counter[str], pairs: int, texts: int) -> None:
+    """Prompts with 1 to 32 boxes, with a text and without, alone and beside texts, in one request and two."""
+    pictures, new_texts = squares(), (f"boxed thing {number}" for number in count())
+    for boxes in (1, 4, 5, MAX_BOXES):
+        of_boxes = [
+            boxed(1 if pair % 3 == 2 else boxes, next(new_texts) if pair % 2 else None)
+            for pair in range(min(pairs, MAX_PROMPTS - texts))
+        ]
+        prompts = [*of_boxes, *concepts(*KNOWN[:texts])]
+        for batch, with_masks in ((1, False), (2, True)):
+            requests = [
+                SegmentRequest(picture, prompts, time.monotonic() + LOAD_TIMEOUT_S, with_masks=with_masks)
+                for picture in pictures[:batch]
+            ]
+            for outcome in engine.segment(requests):
+                assert outcome.results is not None, outcome.error
+                assert [result.prompt for result in outcome.results] == [each.model_text for each in prompts]
+                assert all(result.instances for result in outcome.results[: len(of_boxes)])
+            assert made == {}, f"{boxes} boxes, {batch} requests"
 
 
 def test_what_is_made_is_counted(made: Counter[str]) -> None:

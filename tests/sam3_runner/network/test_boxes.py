@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from transformers import Sam3Config, Sam3Model
+import torch.nn.functional as F  # noqa: N812 - torch's usual alias
+from transformers import AutoTokenizer, Sam3Config, Sam3Model, Sam3Processor
 from transformers.models.sam3 import modeling_sam3
 
+from sam3_runner.inference.loaded_model import Keeping, LoadedModel, ModelRequest
+from sam3_runner.inference.pass_clock import PassClock
+from sam3_runner.inference.staging import StagedImage
+from sam3_runner.instances import Instance
 from sam3_runner.network.masks import mask_logits
 from sam3_runner.network.model import SAM3Network
 from sam3_runner.network.roi import pool_boxes
+from sam3_runner.prompts import ConceptPrompt, PromptTokenizer
+from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 from sam3_runner.weights.load import to_transformers
 
 if TYPE_CHECKING:
@@ -32,6 +39,19 @@ BOXES = {
     "several": [[0.3, 0.4, 0.2, 0.3], [0.7, 0.6, 0.5, 0.7], [0.55, 0.2, 0.01, 0.02]],
     "borders": [[0.05, 0.05, 0.1, 0.1], [0.995, 0.5, 0.01, 1.0], [0.5, 0.5, 1.0, 1.0]],
 }
+SIZES = [(90, 60), (50, 70)]
+"""Width and height of two images, px."""
+PROMPTS = [
+    [
+        ConceptPrompt("cat", ((5, 6, 40, 50), (30.5, 1, 80, 59), (70, 40, 90, 60)), (True, False, True)),
+        ConceptPrompt(None, ((5, 6, 40, 50),), (True,)),
+    ],
+    [
+        ConceptPrompt(None, ((1, 2, 30, 69.5), (20, 20, 49, 33)), (True, False)),
+        ConceptPrompt("a red bus", ((20, 20, 49, 33),), (False,)),
+    ],
+]
+"""Of each image: text and boxes, and boxes alone; 3, 1, 2 and 1 boxes."""
 IDS = torch.randint(0, 49407, (2, 32), generator=torch.Generator().manual_seed(2))
 
 
@@ -134,10 +154,7 @@ def test_equals_transformers(models: tuple[Any, SAM3Network], pixels: Tensor, na
         input_boxes_labels=torch.where(used, labels.long(), -10),
     )
     image, text = network.encode_image(pixels), network.encode_text(IDS, valid)
-    padded = (
-        torch.nn.functional.pad(each, pad)
-        for each, pad in ((boxes, (0, 0, 0, 2)), (labels, (0, 2)), (used, (0, 2)))
-    )
+    padded = (F.pad(each, pad) for each, pad in ((boxes, (0, 0, 0, 2)), (labels, (0, 2)), (used, (0, 2))))
     geometry, geometry_valid = network.encode_boxes(image.coarse, *padded)
     found = network.decode(image.attended, geometry, text.tokens, text.valid, geometry_valid=geometry_valid)
     features = network.pixel_features(found.fused, found.prompt, found.prompt_valid, image.finer)
@@ -148,6 +165,52 @@ def test_equals_transformers(models: tuple[Any, SAM3Network], pixels: Tensor, na
     for row in range(2):
         masks = mask_logits(factors[row], offsets[row], features[row])
         torch.testing.assert_close(masks, expected.pred_masks[row], atol=1e-3, rtol=1e-3)
+
+
+def processed(prompts: list[ConceptPrompt], sizes: list[tuple[int, int]]) -> Any:
+    """What transformers' processor makes of one prompt an image: texts, and padded boxes in shares of it."""
+    processor: Any = Sam3Processor.__new__(Sam3Processor)  # its image processor needs torchvision
+    processor.tokenizer, processor.point_pad_value = (
+        AutoTokenizer.from_pretrained(CLIP_TOKENIZER_FILE.parent),
+        -10,
+    )
+    return processor(
+        original_sizes=[[height, width] for width, height in sizes],
+        text=[prompt.text for prompt in prompts],
+        input_boxes=[[[float(side) for side in box] for box in prompt.boxes] for prompt in prompts],
+        input_boxes_labels=[[int(label) for label in prompt.labels] for prompt in prompts],
+        return_tensors="pt",
+    )
+
+
+def test_requests_equal_transformers(models: tuple[Any, SAM3Network], pixels: Tensor) -> None:
+    """Boxes alone, and pairs of unlike numbers of boxes in one pass: all that serving makes of them."""
+    model, network = models
+    pairs = [(prompt, image) for image, prompts in enumerate(PROMPTS) for prompt in prompts]
+    inputs = processed([prompt for prompt, _ in pairs], [SIZES[image] for _, image in pairs])
+    del inputs["original_sizes"]
+    expected = model(pixel_values=pixels[[image for _, image in pairs]].float() / 127.5 - 1.0, **inputs)
+    presences = expected.presence_logits[:, 0].sigmoid()
+    requests = [
+        ModelRequest(StagedImage(square.permute(1, 2, 0).contiguous(), *size), prompts, with_masks=True)
+        for square, size, prompts in zip(pixels, SIZES, PROMPTS, strict=True)
+    ]
+    loaded = LoadedModel(network, PromptTokenizer(CLIP_TOKENIZER_FILE), 2)
+    results = loaded.segment(requests, Keeping(0.0), PassClock(torch.device("cpu")))
+    found = [pair for of_image in results for pair in of_image or []]
+    for row, ((_, image), pair) in enumerate(zip(pairs, found, strict=True)):
+        assert pair.presence == pytest.approx(float(presences[row]), abs=1e-5)
+        assert len(pair.found.instances) == expected.pred_logits.shape[1]
+        width, height = SIZES[image]
+        for instance in pair.found.instances:
+            assert isinstance(instance, Instance)
+            score = expected.pred_logits[row, instance.query].sigmoid() * presences[row]
+            assert instance.score == pytest.approx(float(score), abs=1e-5)
+            box = expected.pred_boxes[row, instance.query].clamp(0, 1) * torch.tensor([width, height] * 2)
+            assert instance.box == pytest.approx(box.tolist(), abs=0.01)
+            logits = expected.pred_masks[row, instance.query][None, None]
+            drawn = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0, 0] > 0
+            assert abs(instance.area_px - int(drawn.sum())) <= 0.001 * width * height
 
 
 def test_no_valid_box_equals_the_text_alone(models: tuple[Any, SAM3Network], pixels: Tensor) -> None:
