@@ -19,7 +19,6 @@ from observability.log_lines import log_ids
 from observability.metrics import DIRECT_REQUESTS
 from outputs.coco_rle import coco_rle
 from outputs.mask_png import encode_png
-from sam3_runner import InferenceFailed
 from sam3_runner.images.tiles import max_tiles
 from sam3_runner.instances import PredictResult, packed_union
 from sam3_runner.metrics import collect_request_s
@@ -28,11 +27,10 @@ from segmentation import query_of, with_masks
 from task_answer import BOX_DIGITS, SCORE_DIGITS, model_facts, settings_of
 
 if TYPE_CHECKING:
-    from admission import Outcome
     from contract.direct import DirectRequest
     from pipeline import Pipeline
     from sam3_runner.instances import Instance
-    from segmentation import Found, Query
+    from segmentation import Query, ReadImage
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +49,18 @@ class DirectPath:
     def __init__(self, pipeline: Pipeline, version: str) -> None:
         self._pipeline = pipeline
         self._version = version
+
+    def find_refusal(self, deadline_ms: int | None) -> Failure | None:
+        """What `run` would raise for every request, since this worker has too much to do; None if it has not.
+
+        Without an await, for before the body is read: the request counts as one without tiles.
+        """
+        overloaded = self._pipeline.find_overload(Place(USER, self._pipeline.deadline_s(deadline_ms)))
+        if overloaded is None:
+            return None
+        failure = Failure.of(overloaded)
+        DIRECT_REQUESTS.labels(failure.code).inc()
+        return failure
 
     async def run(
         self, request: DirectRequest, image: bytes, request_id: str, deadline_ms: int | None
@@ -82,17 +92,18 @@ class DirectPath:
     async def _run(
         self, request: DirectRequest, image: bytes, request_id: str, deadline_ms: int | None
     ) -> DirectAnswer:
-        pipeline, stages_s = self._pipeline, collect_request_s()
+        pipeline, segmenter, stages_s = self._pipeline, self._pipeline.segmenter, collect_request_s()
         texts = {} if request.prompt is None else {"prompt": request.prompt}
         cost = cost_of(1, max_tiles(request.tiles))
         place = Place(USER, pipeline.deadline_s(deadline_ms), cost=cost)
         await pipeline.admit(texts, place)
         pipeline.admission.begin(place)
         try:
-            query = _query_of(request)
+            query, log_fields = _query_of(request), {"request_id": request_id, "task_id": "-"}
             async with asyncio.timeout(pipeline.timeout_s):
-                found = await self._find(query, image, place, request_id)
-                found = await pipeline.segmenter.refine(found, query.options)
+                reading = self._read(query, image, place)
+                found = await segmenter.segment(reading, query, place, place.deadline_s, log_fields)
+                found = await segmenter.refine(found, query.options)
                 [result] = with_masks(found.results)
                 data = [await _instance(each, result, request.mask_format) for each in result.instances]
         finally:
@@ -107,27 +118,15 @@ class DirectPath:
             settings=settings_of(query.options.model_copy(update={"segmentation": None}), 1, found.tiles),
         )
 
-    async def _find(self, query: Query, image: bytes, place: Place, request_id: str) -> Found:
+    async def _read(self, query: Query, image: bytes, place: Place) -> ReadImage:
         segmenter = self._pipeline.segmenter
-        outcome: Outcome = "failed"
         await place.wait()
-        try:
-            file, sha256 = await segmenter.read_file(image, query)
-            if file.is_heavy:
-                place.join(self._pipeline.heavy_turn)
-                await place.wait()
-            place.correct_cost(cost_of(1, segmenter.tiles_of(file, query)))
-            read = await segmenter.decode(file, sha256, query)
-            outcome = "late"
-            fields = {"request_id": request_id, "task_id": "-"}
-            found = await segmenter.segment(read, query, place.deadline_s, fields)
-            outcome = "done"
-        except InferenceFailed:
-            outcome = "done"  # the model has worked for it
-            raise
-        finally:
-            place.leave(outcome)
-        return found
+        file, sha256 = await segmenter.read_file(image, query)
+        if file.is_heavy:
+            place.join(self._pipeline.heavy_turn)
+            await place.wait()
+        place.correct_cost(cost_of(1, segmenter.tiles_of(file, query)))
+        return await segmenter.decode(file, sha256, query)
 
 
 def _query_of(request: DirectRequest) -> Query:

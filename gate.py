@@ -64,8 +64,9 @@ class Gate:
         large_bodies: limits in bytes of bodies by the paths that have their own. An API worker holds
             `MAX_LARGE_BODIES` of them at once.
         absent: paths that are answered as unknown ones, before their bodies are read.
-        find_refusal: by the path of a POST to `/api/`, its header X-Deadline-Ms and its body, why the server
-            is too busy for it; None: it is not.
+        find_refusal: by the path of a POST that needs a key, its header X-Deadline-Ms and its body, why the
+            server is too busy for it; None: it is not. Asked twice: before the body is read, with None in
+            its place, and after.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Gate:
         body_timeout_s: float = BODY_TIMEOUT_S,
         large_bodies: Mapping[str, int] = MappingProxyType({}),
         absent: Collection[str] = (),
-        find_refusal: Callable[[str, str | None, bytes], Failure | None] = lambda *_: None,
+        find_refusal: Callable[[str, str | None, bytes | None], Failure | None] = lambda *_: None,
     ) -> None:
         self._app = app
         self._access = access
@@ -134,7 +135,11 @@ class Gate:
         self, scope: Scope, receive: Receive, headers: dict[bytes, bytes], answer: _Answer
     ) -> None:
         try:
-            body = await self._read_body(scope, receive)
+            max_bytes = self._large_bodies.get(scope["path"], self._max_body_bytes)
+            _refuse_encodings(scope)
+            _refuse_length(headers, max_bytes)
+            self._refuse_overload(scope, headers, None)
+            body = await self._read_body(scope, receive, max_bytes)
             self._refuse_overload(scope, headers, body)
             await self._app(_with_get_for_head(scope), _replay(body, receive), answer.send)
         except Failure as failure:
@@ -172,7 +177,7 @@ class Gate:
         if not any(hmac.compare_digest(given, key) for key in self._api_keys):
             raise Failure("AUTH_INVALID", f"the key in {header} is not valid")
 
-    def _refuse_overload(self, scope: Scope, headers: dict[bytes, bytes], body: bytes) -> None:
+    def _refuse_overload(self, scope: Scope, headers: dict[bytes, bytes], body: bytes | None) -> None:
         if scope["method"] == "POST" and scope["path"].startswith(KEYED):
             deadline_ms = headers.get(b"x-deadline-ms")
             text = None if deadline_ms is None else deadline_ms.decode("latin-1")
@@ -180,13 +185,8 @@ class Gate:
             if refusal is not None:
                 raise refusal
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read_body(self, scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         """The body, read up to the limits of size and time."""
-        _refuse_encodings(scope)
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        max_bytes = self._large_bodies.get(scope["path"], self._max_body_bytes)
-        if length.isdigit() and int(length) > max_bytes:
-            raise _too_large(max_bytes)
         timeout_s = LARGE_BODY_TIMEOUT_S if scope["path"] in self._large_bodies else self._body_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -194,6 +194,12 @@ class Gate:
         except TimeoutError as error:
             late = f"the body did not arrive within {timeout_s:g} s"
             raise Failure("INVALID_REQUEST", late) from error
+
+
+def _refuse_length(headers: dict[bytes, bytes], max_bytes: int) -> None:
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
 
 
 async def _collect(receive: Receive, max_bytes: int) -> bytes:

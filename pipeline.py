@@ -20,7 +20,7 @@ from observability.log_lines import log_ids
 from observability.metrics import OVERLOAD_REFUSALS, TASKS, TASKS_IN_FLIGHT
 from rendering import OutputFile, Renderer
 from results import GIVEN_UP_MESSAGE, AttemptLost, Task, TaskNotFound
-from sam3_runner import InferenceFailed, ModelNotLoaded, RunnerStopped
+from sam3_runner import ModelNotLoaded, RunnerStopped
 from sam3_runner.images.tiles import max_tiles
 from sam3_runner.metrics import collect_request_s, stage
 from segmentation import Query, Segmenter, query_of, sha256_of
@@ -30,7 +30,6 @@ from task_answer import ANSWER, Facts, build_answer, fitted_metadata, mask_url_o
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
 
-    from admission import Outcome
     from contract import BatchRequest, BatchResponse, PredictRequest
     from results import Attempt, Outbox, StoredResult
     from sam3_runner.base import Decoders, Runner
@@ -168,10 +167,15 @@ class Pipeline:
 
         Without an await, for the server's own check before a request is read by its route.
         """
-        if not self._runner.is_ready:
-            return None  # `run` says why
-        overloaded = self._find_overload(self._new_place(request, deadline_ms))
+        overloaded = self.find_overload(self._new_place(request, deadline_ms))
         return None if overloaded is None else _refused(Failure.of(overloaded))
+
+    def find_overload(self, place: Place) -> OverloadedError | None:
+        """Why a request must not begin, since this worker has too much to do; None where it may.
+
+        None too while the model is not ready: `admit` says why. Without an await.
+        """
+        return self._find_overload(place) if self._runner.is_ready else None
 
     async def run_again(self, attempt: Attempt) -> BatchResponse:
         """Begin an attempt again that was kept. Raises `Failure`, and nothing else."""
@@ -370,21 +374,11 @@ class Pipeline:
         return back if kept else None
 
     async def _work(self, run: _Run, reading: asyncio.Task[ReadImage]) -> _Result:
-        attempt, query, place = run.attempt, run.query, run.place
+        attempt, query = run.attempt, run.query
         task, options = attempt.task, query.options
         deadline_s = time.monotonic() + self._settings.request_timeout_s
-        outcome: Outcome = "failed"
-        try:
-            read = await reading
-            outcome = "late"
-            log_fields = {"request_id": attempt.request_id, "task_id": task.task_id}
-            found = await self.segmenter.segment(read, query, min(deadline_s, place.deadline_s), log_fields)
-            outcome = "done"
-        except InferenceFailed:
-            outcome = "done"  # the model has worked for it
-            raise
-        finally:
-            place.leave(outcome)
+        log_fields = {"request_id": attempt.request_id, "task_id": task.task_id}
+        found = await self.segmenter.segment(reading, query, run.place, deadline_s, log_fields)
         model = self._runner.known_status
         found = await self.segmenter.refine(found, options)
         file_name = self._objects.key_of(task.source_image_url, task.user_id).rpartition("/")[2]

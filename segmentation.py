@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from contract import BoxRefusedError
 from outputs.refinement import Refinement, refine
 from outputs.tile_merge import merge
-from sam3_runner import BoxOutsideImage, FeaturesNotHeld
+from sam3_runner import BoxOutsideImage, FeaturesNotHeld, InferenceFailed
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.images.exif import viewed_size
 from sam3_runner.images.read import read_image_file
@@ -23,11 +23,12 @@ from sam3_runner.metrics import stage
 from sam3_runner.prompts import VISUAL, ConceptPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
+    from admission import Outcome, Place
     from contract.options import TaskOptions
     from sam3_runner.base import Decoders, Runner
     from sam3_runner.images.image_file import ImageFile
@@ -203,24 +204,36 @@ class Segmenter:
         return len(self._views(file, "", query)) - 1
 
     async def segment(
-        self, read: ReadImage, query: Query, deadline_s: float, log_ids: Mapping[str, str]
+        self,
+        reading: Awaitable[ReadImage],
+        query: Query,
+        place: Place,
+        deadline_s: float,
+        log_ids: Mapping[str, str],
     ) -> Found:
-        """Run the model, and decode the preview of an overlay meanwhile. `refine` follows.
+        """Run the model on an image once it is read; then `place` gives its slot back. `refine` follows.
 
-        Raises what the runner and the decoders raise.
+        Args:
+            reading: waits for the slot, and decodes the image.
+            query: what to find.
+            place: whose slot is used. Its rate learns how that ended.
+            deadline_s: of the model's answer, on the clock of `time.monotonic`.
+            log_ids: fields for log lines about the request.
+
+        Raises what `reading`, the runner and the decoders raise.
         """
-        preview: asyncio.Task[Pixels] | None = None
-        if query.options.asks_for("overlay"):
-            assert read.file is not None
-            preview = asyncio.create_task(self._preview(read.file))
+        outcome: Outcome = "failed"
         try:
-            found = await self._find(read, query, deadline_s, log_ids)
-            return found if preview is None else replace(found, preview=await preview)
+            read = await reading
+            outcome = "late"
+            found = await self._find_with_preview(read, query, min(deadline_s, place.deadline_s), log_ids)
+            outcome = "done"
+        except InferenceFailed:
+            outcome = "done"  # the model has worked for it
+            raise
         finally:
-            if preview is not None:
-                preview.cancel()
-                # Of two errors the model's is raised; asyncio logs one that nobody has read.
-                await asyncio.gather(preview, return_exceptions=True)
+            place.leave(outcome)
+        return found
 
     async def refine(self, found: Found, options: TaskOptions) -> Found:
         """Refine the instances as the options say. Needs no slot of the model."""
@@ -253,6 +266,23 @@ class Segmenter:
             if prompts:
                 views.append(View(image, prompts, window))
         return views
+
+    async def _find_with_preview(
+        self, read: ReadImage, query: Query, deadline_s: float, log_ids: Mapping[str, str]
+    ) -> Found:
+        """Run the model, and decode the preview of an overlay meanwhile."""
+        preview: asyncio.Task[Pixels] | None = None
+        if query.options.asks_for("overlay"):
+            assert read.file is not None
+            preview = asyncio.create_task(self._preview(read.file))
+        try:
+            found = await self._find(read, query, deadline_s, log_ids)
+            return found if preview is None else replace(found, preview=await preview)
+        finally:
+            if preview is not None:
+                preview.cancel()
+                # Of two errors the model's is raised; asyncio logs one that nobody has read.
+                await asyncio.gather(preview, return_exceptions=True)
 
     async def _find(
         self, read: ReadImage, query: Query, deadline_s: float, log_ids: Mapping[str, str]

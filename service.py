@@ -229,8 +229,8 @@ class SegmentationService:
             model_version=VERSION,
             runners=runner_count,
         )
-        overload.pipeline = self._pipeline
         self._direct = DirectPath(self._pipeline, VERSION)
+        overload.pipeline, overload.direct = self._pipeline, self._direct
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 
     def _client_of(self, index: int) -> RunnerClient:

@@ -44,14 +44,14 @@ ALLOWED = {
     "gate": {"contract", "observability"},
     "connections": {"contract", "gate"},
     "stores": {"processes", "results", "settings", "storage", "version"},
-    "segmentation": {"contract", "outputs", "sam3_runner"},
+    "segmentation": {"admission", "contract", "outputs", "sam3_runner"},
     "rendering": {"contract", "outputs", "sam3_runner", "segmentation"},
     "task_answer": {"contract", "rendering", *PACKAGES},
     "pipeline": {
         *("admission", "contract", "observability", "rendering", "segmentation", "settings", "task_answer"),
         *PACKAGES,
     },
-    "overload": {"contract", "pipeline"},
+    "overload": {"contract", "direct", "direct_form", "pipeline"},
     "direct": {
         *("admission", "contract", "observability", "outputs", "pipeline", "sam3_runner", "segmentation"),
         "task_answer",

@@ -218,6 +218,8 @@ class Model:
     tasks: list[str] = field(default_factory=list)
     """Ids of the tasks that it got, in their order."""
     deadlines_s: list[float] = field(default_factory=list)
+    calls: list[tuple[DecodedImage, Sequence[ConceptPrompt]]] = field(default_factory=list)
+    """The images that it got, with their prompts."""
 
     max_stored_px: int = 0
     input_side_px: int = 1008
@@ -225,6 +227,11 @@ class Model:
     @property
     def is_ready(self) -> bool:
         return self.state == "ok"
+
+    @property
+    def prompts(self) -> list[ConceptPrompt]:
+        """All that it got, in their order."""
+        return [prompt for _, prompts in self.calls for prompt in prompts]
 
     def may_hold(self, _key: str) -> bool:
         return False
@@ -260,6 +267,7 @@ class Model:
         assert log_ids.keys() == {"request_id", "task_id"}
         self.tasks.append(log_ids["task_id"])
         self.deadlines_s.append(deadline_s)
+        self.calls.append((image, prompts))
         async with self.stages.call("segment"):
             size = image.width, image.height
             if with_masks:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from sam3_runner.prompts import ConceptPrompt
     from tests.in_process.bench import Bench
 
 pytestmark = pytest.mark.anyio
@@ -35,19 +34,6 @@ def path_of(bench: Bench, url: str) -> Path:
     folder = (bench.folder / "objects").resolve()
     assert url.startswith(folder.as_uri() + f"/masks/{USER}/")
     return folder / url.removeprefix(folder.as_uri() + "/")
-
-
-def asked_prompts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[ConceptPrompt]:
-    """The prompts that the model gets."""
-    seen: list[ConceptPrompt] = []
-    segment = bench.model.segment
-
-    async def spy(image: Any, prompts: Any, *rest: Any, **named: Any) -> Any:
-        seen.extend(prompts)
-        return await segment(image, prompts, *rest, **named)
-
-    monkeypatch.setattr(bench.model, "segment", spy)
-    return seen
 
 
 def find_many(bench: Bench, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -70,16 +56,11 @@ def find_many(bench: Bench, monkeypatch: pytest.MonkeyPatch, count: int) -> None
     monkeypatch.setattr(bench.model, "segment", segment)
 
 
-async def test_exemplars_reach_the_model(
-    bench: Bench,
-    http: httpx.AsyncClient,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_exemplars_reach_the_model(bench: Bench, http: httpx.AsyncClient) -> None:
     """Boxes, labels and thresholds reach the model; boxes alone are named visual."""
-    prompts = asked_prompts(bench, monkeypatch)
     body = body_of(bench, text_prompt=..., boxes=[BOX, [0, 0, 99, 5]], labels=[1, 0], score_threshold=0)
     answer = (await http.post(PREDICT, json=body)).json()
-    [prompt] = prompts
+    [prompt] = bench.model.prompts
     assert (prompt.text, prompt.labels, prompt.score_threshold) == (None, (True, False), 0.0)
     assert prompt.boxes == ((1.0, 1.0, 7.0, 7.0), (0.0, 0.0, 99.0, 5.0))
     assert (answer["labels"], answer["settings"]["score_threshold"]) == (["visual"], 0.0)
@@ -88,18 +69,13 @@ async def test_exemplars_reach_the_model(
     assert row.metadata["prompts"] == ["visual"]
 
 
-async def test_items_of_a_batch_have_options_of_their_own(
-    bench: Bench,
-    http: httpx.AsyncClient,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_items_of_a_batch_have_options_of_their_own(bench: Bench, http: httpx.AsyncClient) -> None:
     """An item is a text, or an object with boxes and a threshold; the request's threshold is the default."""
-    prompts = asked_prompts(bench, monkeypatch)
     items = ["star", {"text": "circle", "score_threshold": 0.2}, {"boxes": [BOX]}]
     body = body_of(bench, BATCH, prompts=items, score_threshold=0.7)
     answer = (await http.post(BATCH, json=body)).json()
-    assert [prompt.text for prompt in prompts] == ["star", "circle", None]
-    assert [prompt.score_threshold for prompt in prompts] == [0.7, 0.2, 0.7]
+    assert [prompt.text for prompt in bench.model.prompts] == ["star", "circle", None]
+    assert [prompt.score_threshold for prompt in bench.model.prompts] == [0.7, 0.2, 0.7]
     assert answer["settings"]["score_thresholds"] == [0.7, 0.2, 0.7]
     assert [result["labels"] for result in answer["results"]] == [["star"], ["circle"], ["visual"]]
 

@@ -6,18 +6,21 @@ import asyncio
 import base64
 import io
 import json
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from direct_form import PATH
+from observability.metrics import DIRECT_REQUESTS
 from tests.edge import error_of
 from tests.in_process.bench import HEAVY_IMAGE, SMALL_IMAGE, in_time, opened_bench
 from tests.in_process.conftest import client_of
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     import httpx
@@ -64,21 +67,13 @@ async def test_masks_as_png(bench: Bench, http: httpx.AsyncClient) -> None:
     ],
 )
 async def test_boxes_as_text_or_repeated(
-    bench: Bench, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+    bench: Bench, http: httpx.AsyncClient, fields: dict[str, Any]
 ) -> None:
     """Boxes and labels are JSON text, or repeated fields; a prompt is not needed beside them."""
-    seen: list[Any] = []
-    segment = bench.model.segment
-
-    async def spy(image: Any, prompts: Any, *rest: Any, **named: Any) -> Any:
-        seen.extend(prompts)
-        return await segment(image, prompts, *rest, **named)
-
-    monkeypatch.setattr(bench.model, "segment", spy)
     response = await post(http, mask_format="rle", score_threshold="0", model="sam3", **fields)
     [found] = response.json()["data"]
     assert found["mask"]["size"] == [12, 16]
-    [prompt] = seen
+    [prompt] = bench.model.prompts
     assert (prompt.text, prompt.labels, prompt.score_threshold) == (None, (True, False), 0.0)
     check_untouched(bench)
 
@@ -172,19 +167,75 @@ async def test_route_that_is_off_is_not_found(bench: Bench, method: str) -> None
 # Overload.
 
 
-async def test_direct_requests_are_refused_under_overload(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
-    """A full worker refuses a direct request as it refuses others, and works nothing for it."""
-    async with opened_bench(tmp_path, tokenizer, max_in_flight=1) as bench, client_of(bench) as http:
+@asynccontextmanager
+async def full_bench(folder: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Bench]:
+    """A bench with as many requests in progress as it may have: one, which waits for the model."""
+    async with opened_bench(folder, tokenizer, max_in_flight=1) as bench:
         bench.stages.hold("segment")
         caller = bench.call()
         await bench.stages.entry_of("segment")
-        response = await in_time(post(http, prompt="cat"))
+        yield bench
+        bench.stages.release()
+        await in_time(caller)
+
+
+class Body:
+    """A form that is sent piece by piece."""
+
+    headers: ClassVar = {"Content-Type": "multipart/form-data; boundary=x"}
+
+    def __init__(self) -> None:
+        self.pieces_read = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in (b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\ncat\r\n', b"--x--\r\n"):
+            self.pieces_read += 1
+            yield piece
+
+
+async def test_direct_requests_are_refused_under_overload(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """A full worker refuses a direct request before its body is read, and counts it."""
+    async with full_bench(tmp_path, tokenizer) as bench, client_of(bench) as http:
+        before, body = DIRECT_REQUESTS.labels("OVERLOADED")._value.get(), Body()
+        response = await in_time(http.post(PATH, content=body, headers=body.headers))
         assert error_of(response)[:2] == (429, "OVERLOADED")
         assert int(response.headers["Retry-After"]) >= 1
+        assert body.pieces_read == 0
+        assert DIRECT_REQUESTS.labels("OVERLOADED")._value.get() == before + 1
         assert bench.stages.entered["decode"] == 1
         bench.stages.release("segment")
-        await in_time(caller)
+        await bench.ended_row()
         assert (await post(http, prompt="cat")).status_code == 200
+
+
+async def test_direct_request_is_refused_for_its_tiles(bench: Bench, http: httpx.AsyncClient) -> None:
+    """Where only a request without tiles could be done in time, one with tiles is refused, once read."""
+    bench.stages.hold("segment")
+    holder = bench.call()
+    await bench.stages.entry_of("segment")
+    bench.pipeline.admission.gate.expected_s = lambda place: 100.0 * (place.cost > 1)  # type: ignore[method-assign]
+    assert error_of(await post(http, prompt="cat", tiles="3"))[:2] == (429, "OVERLOADED")
+    bench.stages.release("segment")
+    assert (await post(http, prompt="cat")).status_code == 200
+    await in_time(holder)
+
+
+async def test_order_of_errors_under_overload(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
+    """An overloaded worker still names a wrong key, length, encoding or deadline, or a missing model."""
+    async with full_bench(tmp_path, tokenizer) as bench, client_of(bench) as http:
+
+        async def code_of(**headers: str) -> tuple[int, str]:
+            body, named = Body(), {name.replace("_", "-"): value for name, value in headers.items()}
+            return error_of(await http.post(PATH, content=body, headers=body.headers | named))[:2]
+
+        assert await code_of(X_Deadline_Ms="60000") == (429, "OVERLOADED")
+        assert await code_of(X_API_Key="wrong") == (401, "AUTH_INVALID")
+        assert await code_of(Content_Length="100001") == (413, "FILE_TOO_LARGE")
+        assert await code_of(Content_Encoding="gzip") == (415, "UNSUPPORTED_MEDIA_TYPE")
+        assert await code_of(X_Deadline_Ms="0") == (400, "INVALID_REQUEST")
+        bench.model.state = "error"
+        assert error_of(await post(http, prompt="cat"))[:2] == (503, "MODEL_NOT_LOADED")
+        bench.model.state = "ok"
 
 
 async def test_direct_request_counts_as_one_in_progress(tmp_path: Path, tokenizer: PromptTokenizer) -> None:

@@ -46,19 +46,6 @@ async def bench(tmp_path: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Ben
         yield opened
 
 
-def seen_images(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[DecodedImage, Any]]:
-    """The images and prompts that the model gets."""
-    seen: list[tuple[DecodedImage, Any]] = []
-    segment = bench.model.segment
-
-    async def spy(image: DecodedImage, prompts: Any, *rest: Any, **named: Any) -> Any:
-        seen.append((image, prompts))
-        return await segment(image, prompts, *rest, **named)
-
-    monkeypatch.setattr(bench.model, "segment", spy)
-    return seen
-
-
 async def test_tiles_are_merged_and_counted(bench: Bench, http: httpx.AsyncClient) -> None:
     """A square in the corner of the whole image and of each tile: four are left, and the cost is said."""
     body = body_of(bench, tiles=2)
@@ -122,9 +109,8 @@ async def test_one_tile_is_no_option(bench: Bench, http: httpx.AsyncClient) -> N
 
 async def test_held_features_need_no_pixels(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repeat of tiles whose features are held decodes nothing; those that are not are decoded at once."""
-    seen = seen_images(bench, monkeypatch)
     await bench.send(bench.request(tiles=2))
-    keys = {image.key for image, _ in seen}
+    keys = {image.key for image, _ in bench.model.calls}
     assert len(keys) == 5
     monkeypatch.setattr(bench.model, "may_hold", keys.__contains__)
     await bench.send(bench.request(tiles=2))
@@ -214,13 +200,12 @@ def test_boxes_count_where_they_are_whole() -> None:
     assert whole == {0: replace(out, boxes=((0.0, 0.0, 9.0, 9.0),))}
 
 
-async def test_boxes_alone_skip_other_tiles(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_boxes_alone_skip_other_tiles(bench: Bench) -> None:
     """Boxes without a text: only tiles with a box are segmented."""
-    seen = seen_images(bench, monkeypatch)
     boxes = [[20, 20, 60, 60]]
     request = PredictRequest(image_url=bench.image, user_id=USER, task_id=uuid4(), boxes=boxes, tiles=2)
     answer = await bench.send(request)
-    assert [image.width == WIDTH for image, _ in seen] == [True, False]
+    assert [image.width == WIDTH for image, _ in bench.model.calls] == [True, False]
     assert answer.settings is not None
     assert answer.settings.tiles == 1
 

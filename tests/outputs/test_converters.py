@@ -94,6 +94,12 @@ def test_cvat_mask(mask: Mask) -> None:
     assert np.array_equal(decoded, mask)
 
 
+def test_cvat_mask_of_no_px() -> None:
+    """One px that is not set, as of CVAT's SDK; of one px that is set, a run of none before it."""
+    assert cvat_mask_points(crop_of(NOTHING)) == [1, 0, 0, 0, 0]
+    assert cvat_mask_points(crop_of(mask_of("... ..# ..."))) == [0, 1, 2, 1, 2, 1]
+
+
 @given(mask=drawn_masks())
 @settings(max_examples=200, deadline=None)
 def test_cvat_mask_equals_its_sdk(mask: Mask) -> None:
@@ -121,6 +127,73 @@ def test_label_studio_polygons(mask: Mask) -> None:
         ]
         filled |= even_odd(points, mask.shape)
     assert np.array_equal(filled, mask)
+
+
+def test_label_studio_regions() -> None:
+    """A region has the names of its tags, the image's size, its instance's label and score."""
+    results = [
+        result_of(RING, NOTHING, prompt="cat", scores=[0.75, 0.5]),
+        result_of(RING[::-1], prompt="dog"),
+    ]
+    height, width = RING.shape
+    for form in ("polygon", "brush"):
+        prediction = label_studio_prediction(
+            results, form, from_name="label", to_name="image", model_version="sam3"
+        )
+        assert (prediction["model_version"], prediction["score"]) == ("sam3", 0.9)
+        regions = prediction["result"]
+        shared = {"from_name": "label", "to_name": "image", "type": f"{form}labels", "image_rotation": 0}
+        shared |= {"original_width": width, "original_height": height}
+        assert all(region | shared == region for region in regions)
+        labels = [region["value"][f"{form}labels"] for region in regions]
+        scores = [region["score"] for region in regions]
+        if form == "brush":
+            assert (labels, scores) == ([["cat"], ["dog"]], [0.75, 0.9])
+            assert all(region["value"]["format"] == "rle" for region in regions)
+        else:
+            assert (labels, scores) == ([["cat"]] * 2 + [["dog"]] * 2, [0.75] * 2 + [0.9] * 2)
+            assert all(region["value"]["closed"] for region in regions)
+    nothing = label_studio_prediction(
+        [result_of(NOTHING)], "brush", from_name="a", to_name="b", model_version=""
+    )
+    assert nothing["result"] == []
+
+
+def brush_values(rle: list[int]) -> list[int]:
+    """The values of a brush's bit stream, read as its description says; checks that no byte is left."""
+    bits, place = "".join(f"{byte:08b}" for byte in rle), 0
+
+    def number(size: int) -> int:
+        nonlocal place
+        place += size
+        return int(bits[place - size : place], 2)
+
+    total, value_bits = number(32), number(5) + 1
+    sizes, values = [number(4) + 1 for _ in range(4)], list[int]()
+    while len(values) < total:
+        assert number(1) == 1
+        length = number(sizes[number(2)]) + 1
+        values += [number(value_bits)] * length
+    assert len(values) == total
+    assert len(bits) - place < 8
+    return values
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=100, deadline=None)
+def test_label_studio_brush(mask: Mask) -> None:
+    """The stream has each px four times, 0 or 255, row by row over the whole image."""
+    height, width = mask.shape
+    values = brush_values(label_studio_brush_rle(crop_of(mask), width, height))
+    assert values == np.where(mask, 255, 0).repeat(4).tolist()
+
+
+@pytest.mark.parametrize("set_px", [0, 16_384, 16_385, 40_000])
+def test_label_studio_brush_of_long_runs(set_px: int) -> None:
+    """Runs of more than 2^16 values are several; one of just as many is one."""
+    mask = (np.arange(80_000) < set_px).reshape(200, 400)
+    values = brush_values(label_studio_brush_rle(crop_of(mask), 400, 200))
+    assert values == np.where(mask, 255, 0).repeat(4).tolist()
 
 
 def test_label_studio_brush_bytes() -> None:
@@ -175,11 +248,38 @@ def test_geojson(mask: Mask) -> None:
             assert shapely.is_ccw(shapely.LinearRing(ring)) == (index == 0)
 
 
+def test_geojson_features() -> None:
+    """Ids are the numbers of instances over all prompts; the facts of each are its properties."""
+    document = geojson([result_of(RING, NOTHING, scores=[0.75, 0.5]), result_of(RING, prompt="dog")])
+    assert document["type"] == "FeatureCollection"
+    facts = [(each["type"], each["id"], *each["properties"].values()) for each in document["features"]]
+    box, area_px = [0.25, 0.5, 3.75, 4.5], int(RING.sum())
+    assert facts == [
+        ("Feature", 1, "cat", 0.75, box, area_px),
+        ("Feature", 2, "cat", 0.5, box, 0),
+        ("Feature", 3, "dog", 0.9, box, area_px),
+    ]
+
+
+def test_tolerance_leaves_points_out() -> None:
+    """Each converter of polygons simplifies by the given tolerance."""
+    y, x = np.ogrid[:100, :100]
+    results = [result_of(np.hypot(x - 50, y - 50) < 40)]
+
+    def points(tolerance_px: float) -> list[int]:
+        [region] = label_studio_prediction(
+            *(results, "polygon"), from_name="a", to_name="b", model_version="1", tolerance_px=tolerance_px
+        )["result"]
+        [feature] = geojson(results, tolerance_px)["features"]
+        [[ring]] = feature["geometry"]["coordinates"]
+        return [len(region["value"]["points"]), len(ring), len(yolo_seg(results, tolerance_px).split())]
+
+    assert all(simple < exact / 4 for simple, exact in zip(points(2.0), points(0.0), strict=True))
+
+
 def test_geojson_is_accepted_by_its_library() -> None:
-    """The library geojson finds no fault; ids are the numbers of instances over all prompts."""
+    """The library geojson finds no fault."""
     library = pytest.importorskip("geojson")
     document = geojson([result_of(RING, RING), result_of(RING, prompt="dog")])
     collection = library.loads(json.dumps(document))
     assert collection.is_valid, collection.errors()
-    assert [feature["id"] for feature in collection["features"]] == [1, 2, 3]
-    assert [feature["properties"]["label"] for feature in collection["features"]] == ["cat", "cat", "dog"]
