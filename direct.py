@@ -1,7 +1,7 @@
 """The path of a direct request: an image in its body, the answer in its answer; no store, no row.
 
-It passes the same admission, decoders and model as tasks do. It is not in the file of attempts: when a
-process dies under it, it is answered with 503 and not tried again.
+It passes the same admission, decoders and model as tasks do. It is no attempt: when a process dies under it,
+it is answered with 503 and not tried again. It does not run beside a suspect, whose deaths are counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import time
 from typing import TYPE_CHECKING, Final
+from uuid import uuid4
 
 from admission import Place, cost_of
 from contract import CocoRle, Failure
@@ -29,6 +31,7 @@ from task_answer import BOX_DIGITS, SCORE_DIGITS, model_facts, settings_of
 if TYPE_CHECKING:
     from contract.direct import DirectRequest
     from pipeline import Pipeline
+    from results import Outbox
     from sam3_runner.instances import Instance
     from segmentation import Query, ReadImage
 
@@ -43,11 +46,13 @@ class DirectPath:
 
     Args:
         pipeline: whose admission, decoders and model they use.
+        outbox: of the tasks.
         version: of the server, for the answer.
     """
 
-    def __init__(self, pipeline: Pipeline, version: str) -> None:
+    def __init__(self, pipeline: Pipeline, outbox: Outbox, version: str) -> None:
         self._pipeline = pipeline
+        self._outbox = outbox
         self._version = version
 
     def find_refusal(self, deadline_ms: int | None) -> Failure | None:
@@ -95,19 +100,20 @@ class DirectPath:
         pipeline, segmenter, stages_s = self._pipeline, self._pipeline.segmenter, collect_request_s()
         texts = {} if request.prompt is None else {"prompt": request.prompt}
         cost = cost_of(1, max_tiles(request.tiles))
-        place = Place(USER, pipeline.deadline_s(deadline_ms), cost=cost)
+        place, work_id = Place(USER, pipeline.deadline_s(deadline_ms), cost=cost), str(uuid4())
         await pipeline.admit(texts, place)
         pipeline.admission.begin(place)
         try:
             query, log_fields = _query_of(request), {"request_id": request_id, "task_id": "-"}
             async with asyncio.timeout(pipeline.timeout_s):
-                reading = self._read(query, image, place)
+                reading = self._read(query, image, place, work_id)
                 found = await segmenter.segment(reading, query, place, place.deadline_s, log_fields)
                 found = await segmenter.refine(found, query.options)
                 [result] = with_masks(found.results)
                 data = [await _instance(each, result, request.mask_format) for each in result.instances]
         finally:
             pipeline.admission.end(place)
+            await self._outbox.end_other_work(work_id)
         return DirectAnswer(
             data=data,
             presence=round(result.presence, SCORE_DIGITS),
@@ -118,7 +124,7 @@ class DirectPath:
             settings=settings_of(query.options.model_copy(update={"segmentation": None}), 1, found.tiles),
         )
 
-    async def _read(self, query: Query, image: bytes, place: Place) -> ReadImage:
+    async def _read(self, query: Query, image: bytes, place: Place, work_id: str) -> ReadImage:
         segmenter = self._pipeline.segmenter
         await place.wait()
         file, sha256 = await segmenter.read_file(image, query)
@@ -126,6 +132,9 @@ class DirectPath:
             place.join(self._pipeline.heavy_turn)
             await place.wait()
         place.correct_cost(cost_of(1, segmenter.tiles_of(file, query)))
+        # From here to the masks, an image may kill a process.
+        async with asyncio.timeout(place.deadline_s - time.monotonic()):
+            await self._outbox.begin_other_work(work_id)
         return await segmenter.decode(file, sha256, query)
 
 

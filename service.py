@@ -229,7 +229,7 @@ class SegmentationService:
             model_version=VERSION,
             runners=runner_count,
         )
-        self._direct = DirectPath(self._pipeline, VERSION)
+        self._direct = DirectPath(self._pipeline, outbox, VERSION)
         overload.pipeline, overload.direct = self._pipeline, self._direct
         self._recovery = Recovery(outbox, objects, self._runner, self._pipeline)
 

@@ -119,8 +119,8 @@ class AttemptFile:
         """Record that the work that may kill a process begins; False: it may not begin yet, ask again.
 
         Work never begins for an attempt that this process does not own. A suspect works exclusively: it
-        begins when no other work is in progress, and none begins beside it. No other work begins while a
-        suspect waits for that either, so the suspect does not starve.
+        begins when no other work is in progress, and none begins beside it, that of no task included. No
+        other work begins while a suspect waits for that either, so the suspect does not starve.
         """
         if not attempt.suspect:
             statement = f"""UPDATE attempts SET begun = {_SHARED}
@@ -130,6 +130,7 @@ class AttemptFile:
         else:
             statement = f"""UPDATE attempts SET image_sha256 = :image_sha256, begun = CASE
                 WHEN EXISTS (SELECT 1 FROM attempts WHERE begun = {_SHARED})
+                    OR EXISTS (SELECT 1 FROM other_work)
                 THEN {_WAITS_FOR_EXCLUSIVE} ELSE {_EXCLUSIVE} END
                 WHERE attempt_id = :attempt_id AND owner = :owner AND outcome IS NULL
                 AND NOT EXISTS (SELECT 1 FROM attempts
@@ -146,6 +147,23 @@ class AttemptFile:
             WHERE attempt_id = :attempt_id""",
             attempt_id=attempt_id,
             keys=json.dumps(mask_keys),
+        )
+
+    async def begin_other_work(self, work_id: str) -> bool:
+        """Record that work begins that is no attempt's and may kill a process; False: not yet, ask again."""
+        rows = await self._execute(
+            f"""INSERT INTO other_work (work_id, owner) SELECT :work_id, :owner
+            WHERE NOT EXISTS (SELECT 1 FROM attempts WHERE begun >= {_WAITS_FOR_EXCLUSIVE}) RETURNING 1""",
+            work_id=work_id,
+        )
+        return bool(rows)
+
+    async def end_other_work(self, work_ids: Iterable[str]) -> None:
+        """Record that all such work of this process is over, but for `work_ids`."""
+        await self._execute(
+            """DELETE FROM other_work
+            WHERE owner = :owner AND work_id NOT IN (SELECT value FROM json_each(:work_ids))""",
+            work_ids=json.dumps(list(work_ids)),
         )
 
     async def requeue_after_death(self, attempt_id: str) -> bool:
@@ -281,7 +299,9 @@ class AttemptFile:
                 AND attempt_id NOT IN (SELECT value FROM json_each(:active)) RETURNING 1""",
             active=json.dumps(list(active)),
         )
-        owners = await self._execute("SELECT DISTINCT owner FROM attempts WHERE owner IS NOT NULL")
+        owners = await self._execute(
+            "SELECT owner FROM attempts WHERE owner IS NOT NULL UNION SELECT owner FROM other_work"
+        )
         dead = [owner for (owner,) in owners if owner != self._owner and not self._is_alive(owner)]
         for owner in dead:
             await self._file.run(partial(self._count_deaths, "owner", owner))
@@ -361,6 +381,8 @@ class AttemptFile:
         """Requeue attempts whose process died; the number of those that are given up for too many deaths."""
         given_up = 0
         with self._file.transaction():
+            if column == "owner":
+                self._file.db.execute("DELETE FROM other_work WHERE owner = ?", (value,))
             rows = self._file.db.execute(
                 f"""UPDATE attempts SET owner = NULL, due_s = :now, renew_at_s = :now,
                     deaths = deaths + (begun IN ({_SHARED}, {_EXCLUSIVE})),

@@ -69,4 +69,6 @@ MIGRATIONS: Final = (
                 AND json_type(task, '$.user_id') = 'text' END, 0) = 0""",
         "DROP TABLE attempts_1",
     ),
+    # Version 3: the work of requests that are no tasks.
+    ("CREATE TABLE other_work (work_id TEXT PRIMARY KEY, owner TEXT NOT NULL) STRICT",),
 )

@@ -85,6 +85,7 @@ class Outbox:
         # By attempt id: the number of its runs. A retry may start before the previous run is released.
         self._active_runs: Counter[str] = Counter()
         self._blocked: set[str] = set()
+        self._other_work: set[str] = set()
         # `requeue_abandoned` must not see an acquired attempt that is not in `_active_runs` yet.
         self._acquire_lock = asyncio.Lock()
         self._is_stopping, self._long_work_deadline_s = False, math.inf
@@ -146,6 +147,27 @@ class Outbox:
             # Not recorded: if this process is killed from now on, the death does not count.
             return not attempt.suspect and (not is_long or time.monotonic() < self._long_work_deadline_s)
         return True
+
+    async def begin_other_work(self, work_id: str) -> None:
+        """Wait until work that is no attempt's and may kill a process may begin; `end_other_work` follows.
+
+        It never runs beside a suspect's: a death is counted against the task whose work it was.
+        """
+        self._other_work.add(work_id)
+        # As in `begin_work`.
+        with contextlib.suppress(ResultsUnavailable):
+            while True:
+                if await self._attempts.begin_other_work(work_id):
+                    return
+                await asyncio.sleep(WORK_POLL_S)
+
+    async def end_other_work(self, work_id: str) -> None:
+        """Record that this work is over, whether it has begun or not."""
+        if work_id in self._other_work:
+            self._other_work.remove(work_id)
+            # What the file does not accept is repeated by `requeue_abandoned`.
+            with contextlib.suppress(ResultsUnavailable):
+                await self._attempts.end_other_work(self._other_work)
 
     async def begin_storing(self, attempt: Attempt, mask_keys: list[str]) -> None:
         """Record that this work is over, and which masks are stored next."""
@@ -218,6 +240,7 @@ class Outbox:
 
     async def requeue_abandoned(self) -> None:
         """Let the attempts wait that no process works on any more."""
+        await self._attempts.end_other_work(self._other_work)
         async with self._acquire_lock:
             requeued = await self._attempts.requeue_abandoned({*self._active_runs, *self._pending_writes})
         if requeued:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_PADDED_BYTES: Final = 1 << 30
-_TABLES: Final = ("attempts", "given_up", "unneeded_masks", "set_aside")
+_TABLES: Final = ("attempts", "given_up", "unneeded_masks", "set_aside", "other_work")
 
 
 def salvage_attempts(path: Path) -> None:

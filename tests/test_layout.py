@@ -53,8 +53,8 @@ ALLOWED = {
     },
     "overload": {"contract", "direct", "direct_form", "pipeline"},
     "direct": {
-        *("admission", "contract", "observability", "outputs", "pipeline", "sam3_runner", "segmentation"),
-        "task_answer",
+        *("admission", "contract", "observability", "outputs", "pipeline", "results", "sam3_runner"),
+        *("segmentation", "task_answer"),
     },
     "direct_form": {"contract"},
     "recovery": {"contract", "observability", "pipeline", *PACKAGES},

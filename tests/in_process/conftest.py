@@ -64,7 +64,7 @@ async def bench(tmp_path: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Ben
 @asynccontextmanager
 async def client_of(bench: Bench, *, with_direct: bool = True) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the routes, which run on the bench's pipeline behind the gate."""
-    direct = DirectPath(bench.pipeline, "1")
+    direct = DirectPath(bench.pipeline, bench.outbox, "1")
     set_current_service(SimpleNamespace(_pipeline=bench.pipeline, _runner=bench.model, _direct=direct))
     overload = OverloadCheck()
     overload.pipeline, overload.direct = bench.pipeline, direct

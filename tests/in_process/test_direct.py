@@ -15,8 +15,9 @@ from PIL import Image
 
 from direct_form import PATH
 from observability.metrics import DIRECT_REQUESTS
+from sam3_runner import RunnerStopped
 from tests.edge import error_of
-from tests.in_process.bench import HEAVY_IMAGE, SMALL_IMAGE, in_time, opened_bench
+from tests.in_process.bench import HEAVY_IMAGE, SMALL_IMAGE, in_time, opened_bench, wait_until
 from tests.in_process.conftest import client_of
 
 if TYPE_CHECKING:
@@ -162,6 +163,54 @@ async def test_route_that_is_off_is_not_found(bench: Bench, method: str) -> None
             assert refused.status_code == 401
         long = await post(http, b"x" * 70_000, prompt="cat")
         assert error_of(long)[:2] == (404, "NOT_FOUND")
+
+
+async def test_direct_request_does_not_run_beside_a_suspect(bench: Bench, http: httpx.AsyncClient) -> None:
+    """A task that is retried alone waits for a direct request, and the next one waits for the task."""
+    bench.stages.fail("segment", RunnerStopped("the model's process stopped"))
+    suspect = bench.request()
+    await bench.failure(suspect)
+    bench.stages.mend("segment")
+    bench.stages.hold("decode")
+    first = asyncio.create_task(post(http, prompt="cat"))
+    await bench.stages.entry_of("decode", calls=2)
+    again = bench.call(suspect)
+    await wait_until(lambda: bench.count(where="begun = 2") == 1)  # it waits to work alone
+    second = asyncio.create_task(post(http, prompt="dog"))
+    assert await bench.stages.stays_at("decode", 2)
+    bench.stages.release("decode")
+    answers = await in_time(asyncio.gather(first, second))
+    await in_time(again)
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert [prompt.text for prompt in bench.model.prompts] == ["red circle", "cat", "red circle", "dog"]
+    assert bench.stages.at_once["decode"] == bench.stages.at_once["segment"] == 1
+    assert bench.count("other_work") == 0
+
+
+async def test_direct_request_waits_for_a_suspect_until_its_deadline(
+    bench: Bench, http: httpx.AsyncClient
+) -> None:
+    """Behind a task that is retried alone a direct request ends with 504, its image not decoded."""
+    bench.stages.fail("segment", RunnerStopped("the model's process stopped"))
+    suspect = bench.request()
+    await bench.failure(suspect)
+    bench.stages.mend("segment")
+    bench.stages.hold("segment")
+    again = bench.call(suspect)
+    await bench.stages.entry_of("segment", calls=2)
+    response = await in_time(
+        http.post(
+            PATH,
+            data={"prompt": "cat"},
+            files={"image": ("a", SMALL_IMAGE)},
+            headers={"X-Deadline-Ms": "100"},
+        )
+    )
+    assert error_of(response)[:2] == (504, "DEADLINE_EXCEEDED")
+    assert bench.stages.entered["decode"] == 2
+    bench.stages.release("segment")
+    await in_time(again)
+    assert bench.count("other_work") == 0
 
 
 # Overload.

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-VERSION_1 = Path(__file__).parent / "files"
-"""Dumps of the files of server 0.1.0: seven tasks, in every state."""
+DUMPS = Path(__file__).parent / "files"
+"""Of files of version 1, by server 0.1.0: seven tasks, in every state; and of version 2: two tasks."""
 
 
 def load(path: Path, dump: str) -> None:
     with closing(sqlite3.connect(path)) as db:
-        db.executescript((VERSION_1 / dump).read_text())
+        db.executescript((DUMPS / dump).read_text())
 
 
 def version(path: Path) -> int:
@@ -89,6 +89,23 @@ async def test_files_of_version_1(tmp_path: Path) -> None:
         4: "file:///mask4",
     }
     await rows.close()
+
+
+async def test_attempts_of_version_2(tmp_path: Path) -> None:
+    """A suspect that waits, and a task that was in work when its server died, are retried as suspects."""
+    load(tmp_path / "outbox.sqlite", "outbox-2.sql")
+    outbox = outbox_of(tmp_path)
+    assert await outbox.reset_after_restart() == (0, 2)
+    await outbox.begin_other_work("direct")
+    await outbox.end_other_work("direct")
+    for _ in range(2):
+        attempt = await outbox.acquire_waiting()
+        assert attempt is not None
+        assert attempt.suspect
+        assert await outbox.claim(attempt) is None
+        assert await outbox.begin_work(attempt, "sha")
+        await outbox.update_result(attempt, "file:///new", ["cat"], {}, [])
+    await outbox.close()
 
 
 async def test_unreadable_attempts_of_version_1(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from results import ResultsUnavailable
+from results.attempt_file import AttemptFile
 from tests.results.outbox_host import (
     OUTAGE_LIMIT_S,
     acquired,
@@ -147,3 +149,47 @@ async def test_suspect_works_exclusively(host: Host) -> None:
     await first.begin_storing(suspect, [])
     await follower
     assert not second.has_blocked_attempts()
+
+
+async def test_other_work_is_never_beside_a_suspect(host: Host) -> None:
+    """A suspect waits for the work of no task in every process, and that waits for the suspect."""
+    first, second = host.process(), host.process()
+    await die_during_work(host, first, [await record_and_claim(first, new_task())], "runner")
+    await second.begin_other_work("direct")
+    suspect = await acquired(first)
+    beginning = await start_blocked_work(first, suspect)
+    follower = asyncio.create_task(second.begin_other_work("later"))
+    await asyncio.sleep(0)
+    assert not beginning.done()
+    await second.end_other_work("direct")
+    await beginning
+    assert not follower.done()  # the suspect had precedence, and works
+    await first.begin_storing(suspect, [])
+    await asyncio.wait_for(follower, 5)
+
+
+async def test_other_work_of_a_dead_process_is_over(host: Host) -> None:
+    """A suspect does not wait for the work of a process that has died."""
+    first, second = host.process(), host.process()
+    await second.begin_other_work("direct")
+    host.alive.remove("process 1")
+    await die_during_work(host, first, [await record_and_claim(first, new_task())], "runner")
+    await first.requeue_abandoned()
+    suspect = await acquired(first)
+    assert await asyncio.wait_for(first.begin_work(suspect, "sha"), 5)
+
+
+async def test_end_of_other_work_is_repeated(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the file did not accept, for instance since its disk was full, blocks no suspect for ever."""
+    outbox = host.process()
+    await outbox.begin_other_work("direct")
+
+    async def refuse(*_: object) -> None:
+        raise ResultsUnavailable("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(AttemptFile, "end_other_work", refuse)
+        await outbox.end_other_work("direct")
+    await outbox.requeue_abandoned()
+    await die_during_work(host, outbox, [await record_and_claim(outbox, new_task())], "runner")
+    assert await asyncio.wait_for(outbox.begin_work(await acquired(outbox), "sha"), 5)
