@@ -56,6 +56,15 @@ def test_yolo_seg_keeps_every_px(mask: Mask) -> None:
         assert np.array_equal(even_odd(points, mask.shape), mask)
 
 
+def test_yolo_seg_is_exact_in_large_images() -> None:
+    """On the longest side that is read, 65,535 px, a corner stays where it is."""
+    mask = np.zeros((1, 65_535), np.bool_)
+    mask[:, 65_001:65_022] = True
+    [line] = yolo_seg([result_of(mask)]).splitlines()
+    xs = [float(text) * 65_535 for text in line.split(" ")[1::2]]
+    assert sorted(xs) == pytest.approx([65_001, 65_001, 65_022, 65_022], abs=0.05)
+
+
 def test_yolo_seg_classes() -> None:
     """Classes are numbered by distinct prompts."""
     results = [result_of(RING, prompt="cat"), result_of(RING, prompt="dog"), result_of(RING, prompt="cat")]

@@ -160,3 +160,17 @@ def test_min_area_counts_the_refined_mask() -> None:
     assert [each.area_px for each in after.instances] == [9]
     (after,) = refine([result_of(ring, ring & ~ring)], Refinement(min_area_px=1))
     assert len(after.instances) == 1
+
+
+def test_duplicates_do_not_count_as_the_best() -> None:
+    """Duplicates are left out before the best are counted."""
+    one, other = HALVES[0], HALVES[2]
+    (after,) = refine([result_of(one, one, other)], Refinement(nms_iou=0.5, max_instances=2))
+    assert [each.query for each in after.instances] == [0, 2]
+
+
+def test_small_instances_suppress_nothing() -> None:
+    """What is too small is left out before duplicates are."""
+    part = HALVES[0] & HALVES[1]
+    (after,) = refine([result_of(part, HALVES[0])], Refinement(nms_iou=0.0, min_area_px=3))
+    assert [each.query for each in after.instances] == [1]
