@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import httpx
 
+    from contract import BatchResponse
     from sam3_runner.prompts import PromptTokenizer
     from tests.in_process.bench import Bench
 
@@ -217,13 +218,15 @@ async def test_direct_request_waits_for_a_suspect_until_its_deadline(
 
 
 @asynccontextmanager
-async def full_bench(folder: Path, tokenizer: PromptTokenizer) -> AsyncIterator[Bench]:
-    """A bench with as many requests in progress as it may have: one, which waits for the model."""
+async def full_bench(
+    folder: Path, tokenizer: PromptTokenizer
+) -> AsyncIterator[tuple[Bench, asyncio.Task[BatchResponse]]]:
+    """A bench with as many requests in progress as it may have: one, which waits for the model; its call."""
     async with opened_bench(folder, tokenizer, max_in_flight=1) as bench:
         bench.stages.hold("segment")
         caller = bench.call()
         await bench.stages.entry_of("segment")
-        yield bench
+        yield bench, caller
         bench.stages.release()
         await in_time(caller)
 
@@ -244,7 +247,7 @@ class Body:
 
 async def test_direct_requests_are_refused_under_overload(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     """A full worker refuses a direct request before its body is read, and counts it."""
-    async with full_bench(tmp_path, tokenizer) as bench, client_of(bench) as http:
+    async with full_bench(tmp_path, tokenizer) as (bench, caller), client_of(bench) as http:
         before, body = DIRECT_REQUESTS.labels("OVERLOADED")._value.get(), Body()
         response = await in_time(http.post(PATH, content=body, headers=body.headers))
         assert error_of(response)[:2] == (429, "OVERLOADED")
@@ -253,7 +256,7 @@ async def test_direct_requests_are_refused_under_overload(tmp_path: Path, tokeni
         assert DIRECT_REQUESTS.labels("OVERLOADED")._value.get() == before + 1
         assert bench.stages.entered["decode"] == 1
         bench.stages.release("segment")
-        await bench.ended_row()
+        await in_time(caller)
         assert (await post(http, prompt="cat")).status_code == 200
 
 
@@ -271,7 +274,7 @@ async def test_direct_request_is_refused_for_its_tiles(bench: Bench, http: httpx
 
 async def test_order_of_errors_under_overload(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     """An overloaded worker still names a wrong key, length, encoding or deadline, or a missing model."""
-    async with full_bench(tmp_path, tokenizer) as bench, client_of(bench) as http:
+    async with full_bench(tmp_path, tokenizer) as (bench, _), client_of(bench) as http:
 
         async def code_of(**headers: str) -> tuple[int, str]:
             body, named = Body(), {name.replace("_", "-"): value for name, value in headers.items()}
