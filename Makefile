@@ -129,7 +129,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs
 
 .PHONY: docs
 docs: $(VENV)/docs/installed ## Build the documentation as a site into site/; a broken link or a page in no navigation fails
-	$(MKDOCS) build --strict --quiet
+	$(MKDOCS) build --strict
 
 .PHONY: docs-serve
 docs-serve: $(VENV)/docs/installed ## Serve the documentation on 127.0.0.1:8000 and follow its changes

@@ -30,6 +30,7 @@ MKDOCS = ROOT / ".venv" / "docs" / "bin" / "python"
 NAV = re.compile(r"^nav:\n(?:[ ].*\n)+", re.MULTILINE)
 DESKTOP = {"width": 1280, "height": 1000}
 PHONE = {"width": 360, "height": 800}
+WAIT_MS = 30_000
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -75,6 +76,8 @@ def page(chromium: str, url: str) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         opened = browser.new_page(viewport=DESKTOP, color_scheme="light")  # type: ignore[arg-type]
+        opened.set_default_timeout(WAIT_MS)
+        expect.set_options(timeout=WAIT_MS)
         opened.on("request", lambda request: requested.append(request.url))
         opened.on("pageerror", lambda error: faults.append(str(error)))
         yield opened
@@ -97,9 +100,10 @@ def test_broken_links_and_pages_in_no_navigation_fail_the_build(tmp_path: Path) 
     (tmp_path / "docs" / "orphan.md").write_text("# Orphan\n")
     built = build(tmp_path, tmp_path / "site")
     assert built.returncode != 0
-    warnings = [line for line in built.stderr.splitlines() if line.startswith(("WARNING", "  - "))]
+    # What follows a level belongs to it, further lines too.
+    warnings = re.findall(r"^WARNING((?:.*\n)(?:[ ].*\n)*)", built.stderr, re.MULTILINE)
     for named in ("'docs/gone.md'", "'orphan.md#nowhere'", "'gone.csv'", "  - orphan.md"):
-        assert any(named in line for line in warnings), built.stderr
+        assert any(named in warning for warning in warnings), built.stderr
 
 
 @pytest.mark.browser
@@ -154,7 +158,7 @@ def test_dark_theme_follows_the_reader(page: Page, url: str, tmp_path: Path) -> 
 
 @pytest.mark.browser
 def test_lists_and_files_look_as_on_a_code_host(page: Page, url: str) -> None:
-    """Lists inside lists stay so; a link to a CSV shows its table, one to a source file its text."""
+    """Lists in lists stay so; a link to a CSV shows its table, one to a source its text; docstrings show."""
     page.goto(f"{url}/operations.html")
     expect(page.locator("article ol > li > ul > li", has_text="/etc/sam3/smoke.env")).to_have_count(1)
     page.goto(f"{url}/outputs.html")
@@ -163,6 +167,8 @@ def test_lists_and_files_look_as_on_a_code_host(page: Page, url: str) -> None:
     page.goto(f"{url}/outputs.html")
     page.get_by_role("link", name="examples/outputs.py").click()
     expect(page.locator("article pre")).to_contain_text("def main() -> None:")
+    page.goto(f"{url}/python-reference.html#sam3_client.Client.segment")
+    expect(page.locator("article li", has_text="score_threshold").first).to_contain_text("float | None")
 
 
 @pytest.mark.browser
