@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU that torch can use")
 
 DEVICE = "cuda"
-MAX_BOX_ERROR = 0.01
+MAX_BOX_ERROR = 0.002
 """Of the image's longer side."""
 TEXTS = ["purple circle", "triangles", "red shape"]
 
