@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.conformance import decode_folder, read_table, report
+from benchmarks.conformance import MAX_PIXELS, OTHER_FORMAT, decode_folder, read_table, report
+from sam3_runner import UnsupportedImage
+from sam3_runner.images.decode import decode_preview
+from sam3_runner.images.read import read_image_file
 from tests.tiers import need
 
 pytestmark = pytest.mark.slow
@@ -19,6 +22,7 @@ RECORDED = Path(__file__).parent / "conformance" / "pillow.csv"
 PILLOW = "13.0.0"
 """The version whose source distribution has the images of the table."""
 DOWNLOAD_TIMEOUT_S = 300
+PREVIEW_SIDE_PX = 100
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,24 @@ def test_every_file_has_its_recorded_result(corpus: Path) -> None:
     results = list(decode_folder(corpus))
     sys.stdout.write(report(results))
     assert {result.path: result.answer for result in results} == read_table(RECORDED)
+
+
+def preview_of(path: Path) -> str:
+    """As the table: `decoded` and the size of the image, or the message of the refusal."""
+    try:
+        preview = decode_preview(read_image_file(path.read_bytes(), max_pixels=MAX_PIXELS), PREVIEW_SIDE_PX)
+    except UnsupportedImage as refusal:
+        return str(refusal)
+    scale = min(1.0, PREVIEW_SIDE_PX / max(preview.width, preview.height))
+    sides = [max(1, round(side * scale)) for side in (preview.height, preview.width)]
+    assert list(preview.pixels.shape) == [*sides, 3], path
+    return f"decoded {preview.width}x{preview.height}"
+
+
+def test_every_preview_has_the_recorded_result(corpus: Path) -> None:
+    """The picture under an overlay has the size that a viewer shows; what the model refuses has none."""
+    recorded = {path: answer for path, answer in read_table(RECORDED).items() if answer != OTHER_FORMAT}
+    assert {path: preview_of(corpus / path) for path in recorded} == recorded
 
 
 def test_corpus_has_the_version_of_the_installed_pillow() -> None:
