@@ -16,7 +16,7 @@ from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from dotenv.parser import Original
@@ -47,33 +47,39 @@ class TextRefused(ValueError):
     """The message is the sentence to print."""
 
 
-def read_env_file(path: Path, known: Collection[str]) -> dict[str, str]:
-    """The values of a `.env`, empty ones included, under their names in capitals.
+def read_env_file(path: Path, known: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of a `.env`, empty ones included, by their names in capitals; and the errors of its lines.
 
     Of two lines with one name the last counts, as for every reader of such files.
 
     Args:
         path: of the file, which must be there.
-        known: names in capitals; any other is refused.
+        known: names in capitals; a line with any other is an error.
 
     Raises:
-        TextRefused: it cannot be read, is not UTF-8, or has a line that sets nothing that is known.
+        TextRefused: it cannot be read, or is not UTF-8.
     """
     text = _utf8(path)
+    values = {
+        name.upper(): value or ""
+        for name, value in dotenv_values(stream=io.StringIO(text)).items()
+        if name.upper() in known
+    }
+    return values, list(_line_errors(text, path, known))
+
+
+def _line_errors(text: str, path: Path, known: Collection[str]) -> Iterator[str]:
     for line in parse_stream(io.StringIO(text)):
         if line.error:
-            raise TextRefused(
-                f"{_place(path, line.original)} cannot be read: write NAME=value there, and close each quote"
-            )
-        if line.key is not None and line.key.upper() not in known:
+            place = _place(path, line.original)
+            yield f"{place} cannot be read: write NAME=value there, and close each quote"
+        elif line.key is not None and line.key.upper() not in known:
             # A text that is no variable's name may be a part of a secret with a line break.
             shown = f"{line.key} in " if _VARIABLE.fullmatch(line.key) and line.value is not None else ""
-            raise TextRefused(
+            yield (
                 f"{shown}{_place(path, line.original)} is not a setting of this server"
                 f"{hint(line.key.upper(), known)}"
             )
-    values = dotenv_values(stream=io.StringIO(text))
-    return {name.upper(): value or "" for name, value in values.items()}
 
 
 def hint(name: str, known: Collection[str]) -> str:

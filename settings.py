@@ -11,7 +11,7 @@ import re
 import secrets
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -30,7 +31,7 @@ from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, HubSource
 from setting_text import TextRefused, checked_url, cleaned, hint, read_env_file, rule, shown, split_list
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _Read = TypeVar("_Read", bound=BaseModel)
 
@@ -51,6 +52,8 @@ CLIENT_VARIABLES = {"SAM3_URL", "SAM3_API_KEY"}
 MISSPELT_SIMILARITY = 0.85
 """difflib's ratio from which a variable of the host gets a warning as a misspelt setting. API_WORKER and
 REQUEST_TIMEOUT reach it; XDG_DATA_DIRS, HF_TOKEN_PATH and Kubernetes' API_WORKERS_PORT do not."""
+
+_WORD = re.compile(r"\w+")
 
 
 class SettingsError(Exception):
@@ -287,34 +290,42 @@ class Settings(WeightsSettings, DataSettings, LogSettings):
         return value
 
     @model_validator(mode="after")
-    def _groups_are_whole(self) -> Settings:
+    def _fits_together(self, info: ValidationInfo) -> Settings:
+        """Raise the first error between fields, or add all of them to the list that is the context."""
+        for sentence in (*self._half_set_groups(), *self._missing_in_production(), *self._missing_key()):
+            if info.context is None:
+                raise ValueError(sentence)
+            info.context.append(sentence)
+        return self
+
+    def _half_set_groups(self) -> Iterator[str]:
         for group in (R2_REQUIRED, SUPABASE_REQUIRED):
             missing = [name for name in group if getattr(self, name) is None]
             if missing and len(missing) < len(group):
-                raise ValueError(
+                yield (
                     f"{_variables(missing)} missing beside {_variables(set(group) - set(missing))}: "
                     "set all of them, or none to use the embedded default"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _production_is_real(self) -> Settings:
-        if self.app_env == "production":
-            for part, real, group in (
-                ("storage", self.uses_r2, R2_REQUIRED),
-                ("results", self.uses_supabase, SUPABASE_REQUIRED),
-            ):
-                if not real and part not in self.embedded_parts:
-                    raise ValueError(
-                        f"{_variables(group)} must be set when APP_ENV=production; "
-                        f"EMBEDDED_PARTS={part} asks for the embedded one"
-                    )
+    def _missing_in_production(self) -> Iterator[str]:
+        if self.app_env != "production":
+            return
+        for part, real, group in (
+            ("storage", self.uses_r2, R2_REQUIRED),
+            ("results", self.uses_supabase, SUPABASE_REQUIRED),
+        ):
+            if not real and part not in self.embedded_parts:
+                yield (
+                    f"{_variables(group)} must be set when APP_ENV=production; "
+                    f"EMBEDDED_PARTS={part} asks for the embedded one"
+                )
+
+    def _missing_key(self) -> Iterator[str]:
         if not self.api_keys and not self.is_demo:
-            raise ValueError(
+            yield (
                 "API_SECRET_KEY must be set: `openssl rand -hex 32` makes one. "
                 "Only the embedded demo (SAM3_WEIGHTS_PATH=demo, no R2_*, no SUPABASE_*) starts without"
             )
-        return self
 
     @property
     def api_worker_count(self) -> int:
@@ -460,30 +471,78 @@ def make_demo_key() -> str:
     return key
 
 
+def inspect_settings() -> tuple[Settings, list[str]]:
+    """The settings, and every error in them, a sentence each; a wrong value counts as not given.
+
+    For a report. What serves calls `load_settings`, which refuses the first error.
+    """
+    values, errors = _read_all()
+    wrong = {name for name, _ in errors}
+    sentences = [sentence for _, sentence in errors]
+    between_fields: list[str] = []
+    while True:
+        between_fields.clear()
+        try:
+            settings = Settings.model_validate(_of_kind(Settings, values), context=between_fields)
+            break
+        except ValidationError as error:
+            for each in _details(error):
+                sentences.append(_sentence(each, values))
+                wrong.add(name := str(each["loc"][0]).upper())
+                del values[name]
+    # What names a variable whose value is wrong may only follow from that.
+    if "ENV_FILE" not in wrong:
+        sentences += [each for each in between_fields if wrong.isdisjoint(_WORD.findall(each))]
+    return settings, sentences
+
+
+def choose_demo_by_default() -> None:
+    """Choose the embedded demo, for this process and its children, where no weights are named.
+
+    Neither in the environment nor in the file: what the file names still counts.
+    """
+    values, errors = _read_all()
+    if "SAM3_WEIGHTS_PATH" not in {*values, *(name for name, _ in errors)}:
+        os.environ["SAM3_WEIGHTS_PATH"] = DEMO
+
+
 def _load(kind: type[_Read]) -> _Read:
     return _checked(kind, _read())
 
 
 def _read() -> dict[str, str]:
     """The values of the environment and the file, cleaned, under names in capitals; no empty ones."""
+    values, errors = _read_all()
+    if errors:
+        raise SettingsError(errors[0][1])
+    return values
+
+
+def _read_all() -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """As `_read`, with every error: the name of the variable, or an empty one, and a sentence."""
     known = _names()
     # Windows and Compose files may spell names in small letters; of two spellings that in capitals counts.
     by_spelling = sorted(os.environ.items(), key=lambda variable: variable[0].isupper())
     environment = {name.upper(): value for name, value in by_spelling}
-    _reject_unknown_variables(environment, known)
+    errors = [("", sentence) for sentence in _unknown_variables(environment, known)]
     given = {name: value for name, value in environment.items() if name in known and value.strip()}
+    in_file: dict[str, str] = {}
     try:
-        found = _read_file(environment.get("ENV_FILE", "").strip(), known) | given
-        return {
-            name: cleaned(name, value, secret=_is_secret(name))
-            for name, value in found.items()
-            if value.strip()
-        }
+        in_file, line_errors = _read_file(environment.get("ENV_FILE", "").strip(), known)
+        errors += [("", sentence) for sentence in line_errors]
     except TextRefused as error:
-        raise SettingsError(str(error)) from None
+        errors.append(("ENV_FILE", str(error)))
+    values = {}
+    for name, value in (in_file | given).items():
+        try:
+            if value.strip():
+                values[name] = cleaned(name, value, secret=_is_secret(name))
+        except TextRefused as error:
+            errors.append((name, str(error)))
+    return values, errors
 
 
-def _read_file(chosen: str, known: set[str]) -> dict[str, str]:
+def _read_file(chosen: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
     path = _expanded(Path(chosen or ".env"))
     try:
         is_there = path.exists()
@@ -492,34 +551,39 @@ def _read_file(chosen: str, known: set[str]) -> dict[str, str]:
     if is_there:
         return read_env_file(path, known)
     if chosen:
-        raise SettingsError(f"ENV_FILE {path} is not there: correct the path, or unset ENV_FILE")
-    return {}
+        raise TextRefused(f"ENV_FILE {path} is not there: correct the path, or unset ENV_FILE")
+    return {}, []
 
 
 def _checked(kind: type[_Read], values: dict[str, str]) -> _Read:
-    of_kind = {name.lower(): value for name, value in values.items() if name.lower() in kind.model_fields}
     try:
-        return kind.model_validate(of_kind)
+        return kind.model_validate(_of_kind(kind, values))
     except ValidationError as error:
-        raise SettingsError(
-            _sentence(error, values)
-        ) from None  # the original holds values, secrets among them
+        sentence = _sentence(_details(error)[0], values)
+        raise SettingsError(sentence) from None  # the original holds values, secrets among them
 
 
-def _reject_unknown_variables(environment: Iterable[str], known: set[str]) -> None:
+def _of_kind(kind: type[BaseModel], values: dict[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in values.items() if name.lower() in kind.model_fields}
+
+
+def _unknown_variables(environment: Iterable[str], known: set[str]) -> Iterator[str]:
     for name in environment:
         if name.startswith(OWN_PREFIXES) and name not in known | CLIENT_VARIABLES:
-            raise SettingsError(f"{name} is not a setting of this server{hint(name, known)}")
+            yield f"{name} is not a setting of this server{hint(name, known)}"
 
 
-def _sentence(error: ValidationError, values: dict[str, str]) -> str:
-    first = error.errors(include_input=False, include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
+def _details(error: ValidationError) -> Sequence[Mapping[str, Any]]:
+    return error.errors(include_input=False, include_url=False)
+
+
+def _sentence(error: Mapping[str, Any], values: dict[str, str]) -> str:
+    reason: str = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
         return reason
-    field = str(first["loc"][0])
+    field = str(error["loc"][0])
     name = field.upper()
-    if first["type"] == "value_error":
+    if error["type"] == "value_error":
         return f"{name} {reason}"
     return f"{name} must be {rule(name, Settings.model_fields[field])}{shown(values[name])}"
 

@@ -82,7 +82,7 @@ ALLOWED = {
         ),
         *("processes", "recovery", "sam3_runner", "startup", "stores", "version"),
     },
-    "commands": {"results", "sam3_runner", "settings"},
+    "commands": {"commands", "processes", "results", "sam3_runner", "settings", "storage", "stores"},
 }
 """Our modules that each part may import."""
 

@@ -12,7 +12,9 @@ import pytest
 from settings import (
     Settings,
     SettingsError,
+    choose_demo_by_default,
     freeze_settings,
+    inspect_settings,
     load_settings,
     load_weights_settings,
     make_demo_key,
@@ -559,3 +561,36 @@ def test_settings_are_immutable(monkeypatch: pytest.MonkeyPatch) -> None:
     read = load(monkeypatch)
     with pytest.raises(ValueError, match="frozen"):
         setattr(read, "api_workers", 3)  # noqa: B010 - mypy refuses the assignment too
+
+
+def test_every_error_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An inspection has all errors, without what only follows from another; `load_settings` has its first."""
+    (tmp_path / ".env").write_text("MAX_IN_FLIHGT=5\n'\nR2_ENDPOINT=https://a.example.com\nSAM3_DTYPE=int8\n")
+    given = {
+        "API_SECRET_KEY": "too-short",
+        "R2_ACCESS_KEY_ID": SECRET,
+        "R2_SECRET_ACCESS_KEY": "<your secret>",
+        "SUPABASE_SERVICE_KEY": SECRET,
+        "SAM3_DEVICE": "tpu",
+        "SAM3_WEIGHT": "x",
+        "API_WORKERS": "3",
+    }
+    with pytest.raises(SettingsError) as refused:
+        load(monkeypatch, **given)
+    settings, errors = inspect_settings()
+    assert errors[0] == str(refused.value)
+    assert [error.split(" ")[0] for error in errors] == [
+        *("SAM3_WEIGHT", "MAX_IN_FLIHGT", ".env,", "R2_SECRET_ACCESS_KEY", "API_SECRET_KEY", "SAM3_DEVICE"),
+        *("SAM3_DTYPE", "SUPABASE_URL"),
+    ]
+    assert not any(secret in error for error in errors for secret in (SECRET, "too-short", "your secret"))
+    assert (settings.api_workers, settings.sam3_dtype) == (3, "auto")
+
+
+@pytest.mark.usefixtures("_environment_is_restored")
+@pytest.mark.parametrize(("in_file", "chosen"), [("", "demo"), ("SAM3_WEIGHTS_PATH=mine.pt", "mine.pt")])
+def test_demo_is_chosen_where_no_weights_are_named(tmp_path: Path, in_file: str, chosen: str) -> None:
+    """The demo is the default of a command, and what `.env` names comes before it."""
+    (tmp_path / ".env").write_text(in_file)
+    choose_demo_by_default()
+    assert load_weights_settings().sam3_weights_path == chosen
