@@ -33,7 +33,7 @@ SITE_ONLY: Final = "docs_site/pages/"
 """Pages that only the site has: what plugins fill in would be empty on a code host."""
 
 FENCED: Final = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
-LINK: Final = re.compile(r"\]\((?P<link>[^)\s]+)\)")
+LINK: Final = re.compile(r'(?P<before>\]\(|<img [^>]*src=")(?P<link>[^)"\s]+)')
 PICTURE: Final = re.compile(
     r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">\s*'
     r'<img alt="(?P<alt>[^"]*)" src="(?P<light>[^"]+)">\s*</picture>'
@@ -76,7 +76,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if "```mermaid" in markdown:
         # Material would load Mermaid's script from another host.
         raise PluginError(f"{path}: draw the diagram as an SVG; the site has no Mermaid")
-    parts = FENCED.split(_two_themes(markdown))
+    markdown = _two_themes(markdown)
+    if re.search(r"^\s*<picture", markdown, re.MULTILINE):
+        raise PluginError(f"{path}: write <picture> as README.md does, for the site to know its two themes")
+    parts = FENCED.split(markdown)
     parts[::2] = [LINK.sub(partial(_rewritten, path), part) for part in parts[::2]]
     # Python-Markdown wants a blank line before a list, and four spaces for each level.
     return str(mdformat.text("".join(parts), options={"number": True}, extensions={"mkdocs", "tables"}))
@@ -152,7 +155,7 @@ def _rewritten(page: str, match: re.Match[str]) -> str:
         return match[0]
     _, mark, anchor = link.partition("#")
     here = posixpath.dirname(site_path(page)) or os.curdir
-    return f"]({posixpath.relpath(site_path(path), here)}{mark}{anchor})"
+    return f"{match['before']}{posixpath.relpath(site_path(path), here)}{mark}{anchor}"
 
 
 def _two_themes(markdown: str) -> str:
