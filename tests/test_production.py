@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from commands.local_server import local_server
+from sam3_client import Client, DirectApiOff
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
 from tests.server_processes import API_WORKER, children_of, kill, refused_start, runner_of
@@ -58,6 +59,16 @@ def test_key_gives_access_in_both_headers(production: LocalServer, path: str) ->
 def test_probes_need_no_key(production: LocalServer, path: str) -> None:
     """The probes answer without a key."""
     assert httpx.get(f"{production.url}{path}").status_code == httpx.codes.OK
+
+
+def test_client_says_that_direct_requests_are_off(production: LocalServer) -> None:
+    """Where images are not taken directly, the Python client names the setting."""
+    with (
+        Client(production.url, production.api_key) as client,
+        pytest.raises(DirectApiOff, match="start it with DIRECT_API=true") as refused,
+    ):
+        client.segment(scene(101).image, "circle")
+    assert refused.value.code == "NOT_FOUND"
 
 
 def events(server: LocalServer) -> list[dict[str, Any]]:

@@ -24,37 +24,14 @@ from tests.drawn import Scene, iou, scene
 from tests.edge import image_bytes, png_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from commands.local_server import LocalServer
-    from sam3_client import Result
-
-    Segment = Callable[..., Result]
+    from tests.sam3_client.conftest import Segment
 
 pytestmark = pytest.mark.server
 
 SEED = 200
 README = Path(__file__).parents[2] / "README.md"
 NOBODY = {"url": "http://127.0.0.1:9", "max_wait_s": 0.3}
-
-
-@pytest.fixture(params=["sync", "async"])
-def segment(request: pytest.FixtureRequest, server: LocalServer) -> Segment:
-    """`segment(image, prompts, **options)` of a new client; `client` holds other arguments for that."""
-
-    def call(*args: Any, client: dict[str, Any] | None = None, **options: Any) -> Result:
-        settings = {"url": server.url, "key": server.api_key, **(client or {})}
-        if request.param == "sync":
-            with Client(**settings) as caller:
-                return caller.segment(*args, **options)
-        return asyncio.run(_awaited(settings, args, options))
-
-    return call
-
-
-async def _awaited(settings: dict[str, Any], args: tuple[Any, ...], options: dict[str, Any]) -> Result:
-    async with AsyncClient(**settings) as caller:
-        return await caller.segment(*args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +116,35 @@ def test_errors_say_what_to_do(
     segment: Segment, drawn: Scene, kind: type[Sam3Error], sentence: str, changed: dict[str, Any]
 ) -> None:
     """Each fault of the caller is an error of its own kind, whose sentence says what is wrong."""
-    call = {"image": drawn.image, "prompts": "circle"} | changed
+    call: dict[str, Any] = {"image": drawn.image, "prompts": "circle"} | changed
     if isinstance(call["image"], str):
         call["image"] = refused_file(call["image"], drawn.image)
     with pytest.raises(kind, match=sentence) as failed:
         segment(call.pop("image"), call.pop("prompts"), **call)
     assert failed.value.code
     assert "k" * 32 not in str(failed.value)
+
+
+def test_state_and_model(server: LocalServer) -> None:
+    """Both clients answer with the server's state and its model; the state needs no key."""
+    with Client(server.url) as client:
+        assert client.health()["status"] == "ok"
+        with pytest.raises(Unauthorized, match="is missing; pass key"):
+            client.model_info()
+
+    async def ask() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with AsyncClient(server.url, server.api_key) as client:
+            return await client.health(), await client.model_info()
+
+    health, info = asyncio.run(ask())
+    assert (health["status"], info["checkpoint"]) == ("ok", "demo")
+
+
+def test_url_and_key_of_the_environment(
+    server: LocalServer, drawn: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without arguments the client takes SAM3_URL and SAM3_API_KEY."""
+    monkeypatch.setenv("SAM3_URL", f"{server.url}/")
+    monkeypatch.setenv("SAM3_API_KEY", server.api_key)
+    with Client() as client:
+        assert client.segment(drawn.image, drawn.names[0]).labels
