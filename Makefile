@@ -45,7 +45,7 @@ test: $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/
 	@echo "== the formats of answers and the adapters, with the annotation tools that read and call them (a minute)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapters.with_server \
 		$(VENV)/annotation/bin/python -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider \
-		tests/outputs/test_coco.py tests/outputs/test_converters.py \
+		tests/outputs/test_coco.py tests/outputs/test_converters.py tests/sam3_client/test_supervision.py \
 		tests/adapters/test_label_studio.py tests/adapters/test_cvat.py
 	$(PYTEST)
 

@@ -27,14 +27,23 @@ def segment(request: pytest.FixtureRequest, server: LocalServer) -> Segment:
 
     def call(*args: Any, client: dict[str, Any] | None = None, **options: Any) -> Result:
         settings = {"url": server.url, "key": server.api_key, **(client or {})}
-        if request.param == "sync":
-            with Client(**settings) as caller:
-                return caller.segment(*args, **options)
-        return asyncio.run(_awaited(settings, args, options))
+        return CALLS[request.param](settings, *args, **options)
 
     return call
 
 
-async def _awaited(settings: dict[str, Any], args: tuple[Any, ...], options: dict[str, Any]) -> Result:
-    async with AsyncClient(**settings) as caller:
-        return await caller.segment(*args, **options)
+def _by_client(settings: dict[str, Any], *args: Any, **options: Any) -> Result:
+    with Client(**settings) as client:
+        return client.segment(*args, **options)
+
+
+def _by_async_client(settings: dict[str, Any], *args: Any, **options: Any) -> Result:
+    async def call() -> Result:
+        async with AsyncClient(**settings) as client:
+            return await client.segment(*args, **options)
+
+    return asyncio.run(call())
+
+
+CALLS = {"sync": _by_client, "async": _by_async_client}
+"""One call of `segment` by a new client, with that client's arguments before the others."""

@@ -22,6 +22,7 @@ from sam3_client import (
 from sam3_client.retries import Retries
 from tests.drawn import Scene, scene
 from tests.edge import wait_for
+from tests.sam3_client.conftest import CALLS
 from tests.server_processes import runner_of
 from tests.services.faults import fault_proxy
 
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
+SEED = 200
+
 
 @pytest.fixture(scope="module")
 def drawn() -> Scene:
     """A picture whose objects are known."""
-    return scene(200)
+    return scene(SEED)
 
 
 @pytest.fixture
@@ -106,12 +109,12 @@ def test_waits() -> None:
     ],
 )
 def test_answers_that_end_a_call(
-    segment: Segment, proxy: FaultProxy, drawn: Scene, kind: type[Sam3Error], sentence: str, answer: Any
+    segment: Segment, proxy: FaultProxy, kind: type[Sam3Error], sentence: str, answer: dict[str, Any]
 ) -> None:
     """What another server answers is an error at once, as is a wait beyond the patience."""
     proxy.fail_next(9, **answer)
     with pytest.raises(kind, match=sentence) as failed:
-        segment(drawn.image, "circle", client={"url": proxy.url, "max_wait_s": 20.0})
+        segment(scene(SEED).image, "circle", client={"url": proxy.url, "max_wait_s": 20.0})
     assert failed.value.code
     assert len(proxy.requests) == 1
 
@@ -166,13 +169,16 @@ def _until_refused(segment: Segment, held: Future[Any], drawn: Scene, here: dict
         segment(drawn.image, "ring", client=here | {"max_wait_s": 0.0})
 
 
-def test_restarting_server(segment: Segment, narrow: LocalServer, drawn: Scene) -> None:
-    """While the model is loaded again its absence is an error; a patient caller gets its masks."""
+def test_restarting_server(narrow: LocalServer, drawn: Scene) -> None:
+    """While the model is loaded again its absence is an error; patient callers get their masks."""
     here = {"url": narrow.url, "key": narrow.api_key}
     runner_of(narrow).kill()
     with Client(narrow.url) as client:
         wait_for(client.health, lambda health: health["status"] != "ok")
-    with pytest.raises(ModelLoading, match=r"try again when health\(\) says ok") as refused:
-        segment(drawn.image, "circle", client=here | {"max_wait_s": 0.0})
-    assert refused.value.code == "MODEL_NOT_LOADED"
-    assert segment(drawn.image, drawn.names[0], client=here).labels
+    for call in CALLS.values():
+        with pytest.raises(ModelLoading, match=r"try again when health\(\) says ok") as refused:
+            call(here | {"max_wait_s": 0.0}, drawn.image, "circle")
+        assert refused.value.code == "MODEL_NOT_LOADED"
+    with ThreadPoolExecutor(2) as callers:
+        patient = [callers.submit(call, here, drawn.image, drawn.names[0]) for call in CALLS.values()]
+    assert all(each.result().labels for each in patient)
