@@ -105,17 +105,18 @@ def _draw_mask(tints: Layer, lines: Layer, mask: Image.Image, colour: int, line_
 def _draw_labels(
     pen: ImageDraw.ImageDraw, drawn: Sequence[tuple[Rectangle, int, str]], size: tuple[int, int]
 ) -> None:
-    """Write a label at each box where one is free, those that come first at their best place."""
+    """Write a label at each box, where it hides no other label and as little of any box as can be."""
     font = ImageFont.load_default(min(max(min(size) / FONT_SIDE_PX, FONT_PX[0]), FONT_PX[1]))
     padding_px = 2
     height = int(font.getbbox("Ag")[3]) + 2 * padding_px
-    taken: list[Rectangle] = []
+    boxes = np.array([box for box, _, _ in drawn], np.int64).reshape(-1, 4)
+    taken = np.zeros((0, 4), np.int64)
     for box, colour, text in drawn:
         width = int(font.getlength(text)) + 1 + 2 * padding_px
-        places = _places(box, width, height, size)
-        label = next((each for each in places if not any(_overlap(each, other) for other in taken)), None)
-        if label is not None:
-            taken.append(label)
+        free = [each for each in _places(box, width, height, size) if not _shared_px(each, taken)]
+        if free:
+            label = min(free, key=lambda each: _shared_px(each, boxes))  # the first of equal ones
+            taken = np.vstack([taken, label])
             pen.rectangle((label[0], label[1], label[2] - 1, label[3] - 1), fill=_rgb(colour))
             pen.text((label[0] + padding_px, label[1] + padding_px), text, fill=(0, 0, 0), font=font)
 
@@ -129,8 +130,11 @@ def _places(box: Rectangle, width: int, height: int, size: tuple[int, int]) -> I
             yield left, top, left + width, top + height
 
 
-def _overlap(one: Rectangle, other: Rectangle) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _shared_px(rectangle: Rectangle, others: npt.NDArray[np.int64]) -> int:
+    """The px that a rectangle shares with each of the others, all together."""
+    starts = np.maximum(rectangle[:2], others[:, :2])
+    ends = np.minimum(rectangle[2:], others[:, 2:])
+    return int((ends - starts).clip(0).prod(axis=1).sum())
 
 
 def _rgb(colour: int) -> tuple[int, int, int]:

@@ -143,6 +143,19 @@ def test_labels_do_not_hide_each_other() -> None:
     assert (drawn[~is_label] != GREY).any()
 
 
+def test_label_stands_beside_its_neighbour(result: Result) -> None:
+    """No label hides a part of the object above its own."""
+    pair = [instance_of(rectangle(50, top, 150, top + 80), "cat", 0.9 - top / 1000) for top in (30, 112)]
+    both = Result(
+        Picture.of(result.image), width=WIDTH, height=HEIGHT, prompts=["cat"], presence={}, instances=pair
+    )
+    upper = both.filter(min_score=0.85)
+    drawn, alone = np.asarray(both.overlay()), np.asarray(upper.overlay())
+    assert np.array_equal(drawn[:110, 49:150], alone[:110, 49:150])
+    beside = np.r_[:49, 150:WIDTH]
+    assert (drawn[:, beside] != alone[:, beside]).any()
+
+
 def test_in_a_notebook(result: Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A notebook shows the overlay as a PNG; elsewhere a window does; a file has the format of its name."""
     with Image.open(io.BytesIO(result._repr_png_())) as shown:
