@@ -12,6 +12,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 VERSION = "2.80.0"
 """Of the server that the SDK supports."""
 TASK_ID = 7
+LABELS = {"disc": 31, "triangles": 32, "zebra": 33}
+"""Of the task: id by name."""
+DETECTION = Path(__file__).parents[2] / "adapters" / "cvat" / "detection.py"
 
 
 @dataclass
@@ -29,18 +33,25 @@ class CvatStandIn:
 
     Attributes:
         url: of the server.
-        labels: of the task: id by name.
         uploaded: bodies of the annotations that were sent.
     """
 
     url: str
-    labels: dict[str, int]
     uploaded: list[dict[str, Any]] = field(default_factory=list)
+
+    def arguments(self, *options: str) -> list[str]:
+        """Those of the command of docs/adapters/cvat.md."""
+        host, port = self.url.rsplit(":", 1)
+        return [
+            *("--server-host", host, "--server-port", port, "task", "auto-annotate", str(TASK_ID)),
+            *("--function-file", str(DETECTION), "-p", "labels=str:disc=purple circle,triangles,zebra"),
+            *options,
+        ]
 
 
 @contextmanager
 def cvat_stand_in(picture: bytes, labels: dict[str, int]) -> Iterator[CvatStandIn]:
-    """Serve a task with a picture and labels."""
+    """Serve a task with a picture and labels, whose ids are given by name."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -82,7 +93,7 @@ def cvat_stand_in(picture: bytes, labels: dict[str, int]) -> Iterator[CvatStandI
             """Nothing: the tests look at what was uploaded."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        server = CvatStandIn(f"http://127.0.0.1:{http.server_address[1]}", labels)
+        server = CvatStandIn(f"http://127.0.0.1:{http.server_address[1]}")
         thread = threading.Thread(target=http.serve_forever, args=(0.05,))
         thread.start()
         try:

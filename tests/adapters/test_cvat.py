@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.adapters.cvat_stand_in import TASK_ID, cvat_stand_in
+from tests.adapters.cvat_stand_in import LABELS, cvat_stand_in
 from tests.adapters.label_studio_files import CIRCLES, RADIUS_PX, SAMPLE, circles
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ from cvat_sdk.masks import decode_mask
 from sam3_client import Client
 
 ROOT = Path(__file__).parents[2]
-LABELS = {"disc": 31, "triangles": 32, "zebra": 33}
 
 
 @pytest.fixture
@@ -49,16 +48,6 @@ def cvat() -> Iterator[CvatStandIn]:
     """A server with the sample picture as a task."""
     with cvat_stand_in(SAMPLE.read_bytes(), LABELS) as server:
         yield server
-
-
-def arguments(cvat: CvatStandIn, *options: str) -> list[str]:
-    """Those of the command of docs/adapters/cvat.md."""
-    host, port = cvat.url.rsplit(":", 1)
-    return [
-        *("--server-host", host, "--server-port", port, "task", "auto-annotate", str(TASK_ID)),
-        *("--function-file", str(ROOT / "adapters" / "cvat" / "detection.py")),
-        *("-p", "labels=str:disc=purple circle,triangles,zebra", *options),
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +72,7 @@ def decoded(shape: dict[str, Any]) -> Mask:
 
 def test_a_task_gets_masks(cvat: CvatStandIn) -> None:
     """The uploaded shapes are the server's masks and scores, under the ids that the task's labels have."""
-    command = [str(Path(sys.executable).parent / "cvat-cli"), *arguments(cvat)]
+    command = [str(Path(sys.executable).parent / "cvat-cli"), *cvat.arguments()]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, check=True, timeout=120)
     [uploaded] = cvat.uploaded
     expected = [(31, each) for each in found("purple circle")] + [(32, each) for each in found("triangles")]
@@ -98,7 +87,7 @@ def test_a_task_gets_polygons_above_a_threshold(cvat: CvatStandIn) -> None:
     """`--conv-mask-to-poly` and `--conf-threshold`: the better instances, as polygons of the same px."""
     triangles = found("triangles")
     threshold = (triangles[-1].score + triangles[-2].score) / 2
-    assert cvat_cli(arguments(cvat, "--conv-mask-to-poly", "--conf-threshold", str(threshold))) == 0
+    assert cvat_cli(cvat.arguments("--conv-mask-to-poly", "--conf-threshold", str(threshold))) == 0
     shapes = [shape for shape in cvat.uploaded[0]["shapes"] if shape["label_id"] == LABELS["triangles"]]
     assert len(shapes) == len(triangles) - 1
     for shape, instance in zip(shapes, triangles, strict=False):
@@ -111,7 +100,7 @@ def test_a_server_that_is_away_uploads_nothing(cvat: CvatStandIn, monkeypatch: p
     """The command ends with a sentence, in the kind of error that CVAT's page shows."""
     monkeypatch.setenv("SAM3_URL", "http://127.0.0.1:9")
     with pytest.raises(cvataa.BadFunctionError, match=r"nothing answers at http://127\.0\.0\.1:9; start"):
-        cvat_cli(arguments(cvat))
+        cvat_cli(cvat.arguments())
     assert cvat.uploaded == []
 
 
