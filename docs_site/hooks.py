@@ -8,12 +8,13 @@ that MkDocs refuses it.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import posixpath
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import mdformat
 from mkdocs.exceptions import PluginError
@@ -111,7 +112,7 @@ def _add(files: Files, config: MkDocsConfig, path: str) -> None:
 
 
 def _shown(path: str) -> str:
-    """A page that shows a folder's names, a CSV's table, or a file's text."""
+    """A page that shows a folder's names, a notebook, a CSV's table, or a file's text."""
     file = ROOT / path
     title = f"# `{path}`\n\n"
     if file.is_dir():
@@ -119,11 +120,34 @@ def _shown(path: str) -> str:
             each.name + "/" * each.is_dir() for each in file.iterdir() if each.name != "__pycache__"
         )
         return title + "".join(f"- `{name}`\n" for name in names)
+    if file.suffix == ".ipynb":
+        return _notebook(path)
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".csv":
         head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in csv.reader(text.splitlines())]
         return title + "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
     return f"{title}`````{_language(file.name)}\n{text}\n`````\n"
+
+
+def _notebook(path: str) -> str:
+    """A notebook's cells, and the outputs that its file keeps."""
+    parts = []
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(LINK.sub(partial(_rewritten, path), source))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        parts += [_output(output) for output in cell["outputs"]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: dict[str, Any]) -> str:
+    """What a cell printed or answered; a picture is part of the page."""
+    data = output.get("data", {})
+    if "image/jpeg" in data:
+        return f"![The picture that the cell shows](data:image/jpeg;base64,{''.join(data['image/jpeg'].split())})"
+    return f"```text\n{''.join(data.get('text/plain', output.get('text', ())))}\n```"
 
 
 def _language(name: str) -> str:
