@@ -146,7 +146,8 @@ def _output(output: dict[str, Any]) -> str:
     """What a cell printed or answered; a picture is part of the page."""
     data = output.get("data", {})
     if "image/jpeg" in data:
-        return f"![The picture that the cell shows](data:image/jpeg;base64,{''.join(data['image/jpeg'].split())})"
+        encoded = "".join(data["image/jpeg"].split())
+        return f"![The picture that the cell shows](data:image/jpeg;base64,{encoded})"
     return f"```text\n{''.join(data.get('text/plain', output.get('text', ())))}\n```"
 
 

@@ -158,7 +158,7 @@ def test_dark_theme_follows_the_reader(page: Page, url: str, tmp_path: Path) -> 
 
 @pytest.mark.browser
 def test_lists_and_files_look_as_on_a_code_host(page: Page, url: str) -> None:
-    """Lists in lists stay so; a link to a CSV shows its table, one to a source its text; docstrings show."""
+    """Lists in lists stay so; links to a CSV, a source and a notebook show their content; docstrings show."""
     page.goto(f"{url}/operations.html")
     expect(page.locator("article ol > li > ul > li", has_text="/etc/sam3/smoke.env")).to_have_count(1)
     page.goto(f"{url}/outputs.html")
@@ -167,6 +167,10 @@ def test_lists_and_files_look_as_on_a_code_host(page: Page, url: str) -> None:
     page.goto(f"{url}/outputs.html")
     page.get_by_role("link", name="examples/outputs.py").click()
     expect(page.locator("article pre")).to_contain_text("def main() -> None:")
+    page.goto(url)
+    page.get_by_role("link", name="a notebook").click()
+    expect(page.locator("article h1")).to_contain_text("Masks in five minutes")
+    assert page.locator("article img").evaluate("image => image.naturalWidth") == 640
     page.goto(f"{url}/python-reference.html#sam3_client.Client.segment")
     expect(page.locator("article li", has_text="score_threshold").first).to_contain_text("float | None")
 
