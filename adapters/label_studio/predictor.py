@@ -93,7 +93,7 @@ class Predictor:
         first_error: AdapterError | Sam3Error | None = None
         for task in tasks:
             try:
-                if time.monotonic() > until_s:
+                if answers and time.monotonic() > until_s:
                     raise OutOfTime(
                         f"No time was left for this task ({self._options.time_limit_s:.0f} s a request); "
                         "retrieve the predictions of the remaining tasks again."

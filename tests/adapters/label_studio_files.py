@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample.jpg"
+PERSONAL_TOKEN = "header.personal.signature"
+SHORT_LIVED_TOKEN = "header.short-lived.signature"
+CLOUD_PATH = "/tasks/1/presign/?fileuri=czM6Ly9idWNrZXQvc2FtcGxlLmpwZw%3D%3D"
+"""For s3://bucket/sample.jpg; leads to another host."""
+ELSEWHERE_PATH = "/signed/sample.jpg"
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
 CIRCLES = {"red": [(100, 90), (330, 90), (210, 300)], "blue": [(480, 250)]}
 """Centres of the circles on `circles()`, in px, by their colour."""
@@ -47,16 +53,33 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 class _Files(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        if self.headers.get("Authorization") != f"Token {TOKEN}":
+        authorization = self.headers.get("Authorization")
+        if self.path == ELSEWHERE_PATH:  # must not learn the token
+            self._answer(SAMPLE.read_bytes()) if authorization is None else self.send_error(400)
+        elif authorization not in {f"Token {TOKEN}", f"Bearer {SHORT_LIVED_TOKEN}"}:
             self.send_error(401)
-        elif self.path not in FILES:
-            self.send_error(404)
-        else:
-            content = FILES[self.path]()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+        elif self.path == CLOUD_PATH:
+            self.send_response(302)
+            port = self.headers["Host"].rpartition(":")[2]
+            self.send_header("Location", f"http://localhost:{port}{ELSEWHERE_PATH}")
             self.end_headers()
-            self.wfile.write(content)
+        elif self.path in FILES:
+            self._answer(FILES[self.path]())
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if (self.path, body) == ("/api/token/refresh/", {"refresh": PERSONAL_TOKEN}):
+            self._answer(json.dumps({"access": SHORT_LIVED_TOKEN}).encode())
+        else:
+            self.send_error(401)
+
+    def _answer(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         """Nothing: the tests look at answers."""

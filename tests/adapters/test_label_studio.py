@@ -21,6 +21,7 @@ from tests.adapters.label_studio_files import (
     CIRCLES,
     CIRCLES_PATH,
     LARGE_PATH,
+    PERSONAL_TOKEN,
     RADIUS_PX,
     SAMPLE,
     SAMPLE_PATH,
@@ -42,8 +43,10 @@ if "SAM3_URL" not in os.environ:
 from label_studio_sdk.converter import Converter
 from label_studio_sdk.converter.brush import decode_from_annotation
 
-from adapters.label_studio.errors import UnsupportedInterface
+from adapters.label_studio.errors import ImageUnavailable, UnsupportedInterface
+from adapters.label_studio.images import ImageSource
 from adapters.label_studio.interface import Label, read_interface
+from adapters.label_studio.predictor import Options, Predictor
 from sam3_client import Client
 
 ROOT = Path(__file__).parents[2]
@@ -256,6 +259,25 @@ def test_a_server_that_is_away_and_a_wrong_password(label_studio: str, tmp_path:
         assert answer.status_code == 503
         assert "nothing answers at http://127.0.0.1:9" in answer.json()["error"]
         assert "nothing answers at http://127.0.0.1:9" in answer.reason_phrase
+
+
+def test_a_personal_token_and_an_image_in_cloud_storage(label_studio: str) -> None:
+    """The token is exchanged for one that Label Studio accepts; the storage that it leads to gets neither."""
+    images = ImageSource(label_studio, PERSONAL_TOKEN, max_bytes=1_000_000)
+    assert images.fetch("s3://bucket/sample.jpg", 1) == SAMPLE.read_bytes()
+    with pytest.raises(ImageUnavailable, match="refused LABEL_STUDIO_API_KEY"):
+        ImageSource(label_studio, "header.other.signature", max_bytes=1).fetch(SAMPLE_PATH, 1)
+
+
+def test_no_task_is_begun_after_the_time_limit(label_studio: str) -> None:
+    """The first has its prediction; the others are to be retrieved again."""
+    images = ImageSource(label_studio, TOKEN, max_bytes=1_000_000)
+    with Client() as client:
+        predictor = Predictor(client, client, images, Options(time_limit_s=0.0))
+        tasks = prediction_request(SAMPLE_PATH, SAMPLE_PATH)["tasks"]
+        first, second = predictor.predict(tasks, read_interface(CONFIG))
+    assert first["result"]
+    assert "No time was left for this task" in second["error"]
 
 
 def test_labels_and_their_texts() -> None:
