@@ -42,7 +42,7 @@ vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/va
 
 .PHONY: test
 test: $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/docs/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
-	@echo "== the formats of answers and the adapters, with the annotation tools that read and call them (a minute)"
+	@echo "== the formats of answers and the adapters, with the annotation tools that read and call them (40 s)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapters.with_server \
 		$(VENV)/annotation/bin/python -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider \
 		tests/outputs/test_coco.py tests/outputs/test_converters.py tests/sam3_client/test_supervision.py \
