@@ -1,4 +1,4 @@
-"""The pages of the annotation tools' adapters: what they say to install and to copy is what was tested."""
+"""The pages of the adapters: what they say to install and to copy is what was tested."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ ROOT = Path(__file__).parents[2]
 PIN = re.compile(r"^([a-z0-9-]+)==(\S+)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("adapter", ["label_studio", "cvat"])
-def test_packages_are_those_that_are_tested(adapter: str) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "lock"),
+    [
+        ("label_studio", "tests/outputs/requirements.txt"),
+        ("cvat", "tests/outputs/requirements.txt"),
+        ("mcp", "requirements-dev.lock"),
+    ],
+)
+def test_packages_are_those_that_are_tested(adapter: str, lock: str) -> None:
     """Each version in an adapter's requirements is that of the tests' environment."""
-    tested = dict(PIN.findall((ROOT / "tests" / "outputs" / "requirements.txt").read_text()))
+    tested = dict(PIN.findall((ROOT / lock).read_text()))
     pins = dict(PIN.findall((ROOT / "adapters" / adapter / "requirements.txt").read_text()))
     assert pins
     assert pins.items() <= tested.items()
