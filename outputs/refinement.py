@@ -123,10 +123,8 @@ def _inside(rings: Sequence[Ring]) -> tuple[tuple[slice, slice], Mask]:
 
 
 def _crop(mask: Mask, left: int, top: int) -> MaskCrop:
-    """The tight crop of the set px of `mask`, of which px (0, 0) is at `left`, `top` of the image."""
+    """The tight crop of the set px of `mask`, at least one; its px (0, 0) is at `left`, `top`."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return MaskCrop(left=0, top=0, width=0, height=0, bits=b"")
     tight = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = tight.shape
     left, top = left + int(columns[0]), top + int(rows[0])

@@ -71,12 +71,12 @@ async def test_exemplars_reach_the_model(bench: Bench, http: httpx.AsyncClient) 
 
 async def test_items_of_a_batch_have_options_of_their_own(bench: Bench, http: httpx.AsyncClient) -> None:
     """An item is a text, or an object with boxes and a threshold; the request's threshold is the default."""
-    items = ["star", {"text": "circle", "score_threshold": 0.2}, {"boxes": [BOX]}]
+    items = ["star", {"text": "circle", "score_threshold": 0}, {"boxes": [BOX]}]
     body = body_of(bench, BATCH, prompts=items, score_threshold=0.7)
     answer = (await http.post(BATCH, json=body)).json()
     assert [prompt.text for prompt in bench.model.prompts] == ["star", "circle", None]
-    assert [prompt.score_threshold for prompt in bench.model.prompts] == [0.7, 0.2, 0.7]
-    assert answer["settings"]["score_thresholds"] == [0.7, 0.2, 0.7]
+    assert [prompt.score_threshold for prompt in bench.model.prompts] == [0.7, 0.0, 0.7]
+    assert answer["settings"]["score_thresholds"] == [0.7, 0.0, 0.7]
     assert [result["labels"] for result in answer["results"]] == [["star"], ["circle"], ["visual"]]
 
 
@@ -151,6 +151,8 @@ async def test_refinement_changes_answer_and_mask(
     assert [len(result["instances"]) for result in batch["results"]] == [2, 2]
     one = (await http.post(BATCH, json=body | {"task_id": str(uuid4()), "nms_iou": 0.5})).json()
     assert sum(len(result["instances"]) for result in one["results"]) == 1
+    answer = (await http.post(PREDICT, json=body_of(bench, nms_iou=0))).json()
+    assert (len(answer["instances"]), answer["settings"]["nms_iou"]) == (1, 0.0)
 
 
 async def test_other_options_are_another_task(bench: Bench, http: httpx.AsyncClient) -> None:

@@ -189,11 +189,13 @@ def test_boxes_count_where_they_are_whole() -> None:
     text = ConceptPrompt("cat", (inside, across, beyond), (True, False, True))
     boxes = ConceptPrompt(None, (inside, across), (True, True), 0.3)
     negative = ConceptPrompt(None, (inside, across), (False, True))
-    found = prompts_in(window, (200, 96), [text, boxes, negative])
+    both = ConceptPrompt("dog", (across, inside, inside), (True, False, True))
+    found = prompts_in(window, (200, 96), [text, boxes, negative, both])
     moved = (6.0, 20.0, 26.0, 40.0)
     assert found == {
         0: ConceptPrompt("cat", (moved,), (True,)),
         1: ConceptPrompt(None, (moved,), (True,), 0.3),
+        3: ConceptPrompt("dog", (moved, moved), (False, True)),
     }
     out = ConceptPrompt("cat", ((-5.0, -5.0, 9.0, 9.0),), (True,))
     whole = prompts_in(Window(0, 0, 200, 96), (200, 96), [out])

@@ -38,7 +38,18 @@ def test_tolerance_keeps_parts_and_holes(mask: Mask, tolerance_px: float) -> Non
     for exact_part, simple_part in zip(exact, simple, strict=True):
         for exact_ring, simple_ring in zip(exact_part, simple_part, strict=True):
             assert set(simple_ring) <= set(exact_ring)
+            assert len(set(simple_ring)) == len(simple_ring)  # none repeats its first point
             assert shapely.is_ccw(shapely.LinearRing(simple_ring)) == (exact_ring is exact_part[0])
+
+
+def test_parts_that_interlock_do_not_cross() -> None:
+    """Two combs whose teeth lie between each other's: neither is simplified over the other."""
+    mask = np.zeros((20, 41), np.bool_)
+    mask[:2] = mask[-2:] = True
+    mask[:-4, ::4] = mask[4:, 2::4] = True
+    shape = shape_of(crop_of(mask), 3.0)
+    assert len(shape.geoms) == 2
+    assert shape.is_valid, shapely.is_valid_reason(shape)
 
 
 def test_tolerance_leaves_points_out() -> None:

@@ -65,10 +65,44 @@ def test_remove_islands(mask: Mask, max_px: int) -> None:
 
 
 def test_holes_before_islands() -> None:
-    """An island in a hole that is filled becomes part of the object."""
-    mask = mask_of("#####. #...#. #.#.#. #...#. #####. .....#")
-    after = refined(mask, Refinement(fill_holes_px=9, remove_islands_px=1))
-    assert np.array_equal(after, mask_of("#####. #####. #####. #####. #####. ......"))
+    """A part whose hole is filled counts as a whole among the islands."""
+    before, filled = (
+        mask_of("##### ##### ..... ###.. #.#.. ###.."),
+        mask_of("##### ##### ..... ###.. ###.. ###.."),
+    )
+    after = refined(before, Refinement(fill_holes_px=1, remove_islands_px=8))
+    assert np.array_equal(after, filled)
+
+
+def test_holes_of_every_part() -> None:
+    """A hole is filled in whichever part it is."""
+    after = refined(mask_of("###.### #.#.#.# ###.###"), Refinement(fill_holes_px=1))
+    assert np.array_equal(after, mask_of("###.### ###.### ###.###"))
+
+
+@pytest.mark.parametrize(
+    "island",
+    [
+        "##. #.# ###",  # its hole touches the outside in a point
+        "####. #.##. ##.#. #####",  # two holes touch
+    ],
+)
+def test_islands_with_holes(island: str) -> None:
+    """An island goes as a whole, whatever its form, and nothing else does."""
+    shape = mask_of(island)
+    mask = np.zeros((12, 20), np.bool_)
+    mask[1 : 1 + shape.shape[0], 1 : 1 + shape.shape[1]] = shape
+    rest = np.zeros_like(mask)
+    rest[6:11, 8:18] = True
+    assert np.array_equal(refined(mask | rest, Refinement(remove_islands_px=20)), rest)
+
+
+def test_object_inside_an_island_stays() -> None:
+    """Of a ring that is an island, the larger object inside is not a part."""
+    ring, inner = np.ones((11, 11), np.bool_), np.zeros((11, 11), np.bool_)
+    ring[1:10, 1:10] = False
+    inner[2:9, 2:9] = True
+    assert np.array_equal(refined(ring | inner, Refinement(remove_islands_px=40)), inner)
 
 
 def test_box_and_score_stay_the_decoders() -> None:
@@ -90,6 +124,13 @@ def test_nothing_asked_nothing_changed(masks: list[Mask]) -> None:
         assert all(
             before is after for before, after in zip(results, refine(results, refinement), strict=True)
         )
+
+
+def test_nothing_found_nothing_changed() -> None:
+    """A mask without a hole or an island is the same object."""
+    result = result_of(mask_of("##.. .##."))
+    (same,) = refine([result], Refinement(fill_holes_px=9, remove_islands_px=9))
+    assert same is result
 
 
 @st.composite
@@ -144,6 +185,14 @@ def test_limits_of_nms(nms_iou: float | None, kept: int) -> None:
     """An IoU equal to the limit is kept (the neighbours here have 1/3), 0 is a limit, None is none."""
     (after,) = refine([result_of(*HALVES)], Refinement(nms_iou=nms_iou))
     assert len(after.instances) == kept
+
+
+def test_limit_of_nms_between_masks() -> None:
+    """So it is where the rectangles share more px than the masks: 1 of 5."""
+    masks = mask_of("##. #.. ..."), mask_of(".## ..# ...")
+    for nms_iou, kept in ((0.2, 2), (0.19, 1)):
+        (after,) = refine([result_of(*masks)], Refinement(nms_iou=nms_iou))
+        assert len(after.instances) == kept
 
 
 @pytest.mark.parametrize(("max_instances", "kept"), [(None, [0, 1, 2]), (0, []), (1, [0]), (9, [0, 1, 2])])

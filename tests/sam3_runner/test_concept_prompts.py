@@ -125,6 +125,7 @@ def test_threshold_of_a_prompt(predictor: SAM3Predictor) -> None:
     assert not none.instances
     middle = (scores[2] + scores[3]) / 2
     assert len(keeping.predict(picture(), "triangles", score_threshold=middle).instances) == 3
+    assert len(keeping.predict(picture(), "triangles", score_threshold=0.0).instances) == len(scores)
 
 
 def test_held_features_serve_boxes(predictor: SAM3Predictor) -> None:
