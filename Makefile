@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 3000
-# npm packages: servers that the tests run against, and the example Edge.
-NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed
+# npm packages: servers that the tests run against, the example Edge, and what makes and checks the TypeScript client.
+NODE_MODULES := tests/services/node_modules/installed examples/edge/node_modules/installed \
+	typescript_client/node_modules/installed
 # Node.js trusts only its bundled certificates; a network's own ones are among the system's.
 export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 # Two workers on two cores: tests of servers mostly wait. tests/scheduling.py decides which tests may run in parallel.
@@ -58,6 +59,16 @@ check: $(VENV)/dev ## Check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
+
+# openapi() is what the server shows at /docs.json; .env is not read.
+.PHONY: types
+types: $(VENV)/dev $(NODE_MODULES) ## Generate the types of typescript_client from the server's API description
+	ENV_FILE=/dev/null SAM3_WEIGHTS_PATH=demo DIRECT_API=true $(BIN)/python -c \
+		'import json, service; print(json.dumps(service.app.openapi()))' > typescript_client/docs.json
+	tests/services/node_modules/.bin/node typescript_client/generate.mjs \
+		< typescript_client/docs.json > typescript_client/schema.new
+	mv typescript_client/schema.new typescript_client/src/schema.ts
+	rm typescript_client/docs.json
 
 .PHONY: bench
 bench: $(VENV)/dev ## Measure lone requests to the server on this machine
@@ -190,7 +201,7 @@ $(VENV)/annotation/installed: tests/outputs/requirements.txt
 %/node_modules/installed: %/package-lock.json
 	@if ! command -v npm >/dev/null; then \
 		echo "No npm here: tests that need $*/node_modules will be skipped"; \
-	elif echo "Installing $*/node_modules for the tests (about 15 s, some 300 MB)" && \
+	elif echo "Installing $*/node_modules for the tests (up to 15 s, 450 MB)" && \
 		npm ci --prefix $* --ignore-scripts --no-audit --no-fund --loglevel=error; then \
 		touch $@; \
 	elif [ "$$REQUIRE_ALL_TIERS" = 1 ]; then \

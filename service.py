@@ -50,6 +50,7 @@ from contract import (
     invalid_request,
     unreadable_body,
 )
+from contract.description import drop_titles_of_fields
 from contract.direct import DirectAnswer  # noqa: TC001 - FastAPI reads it
 from contract.requests import EXAMPLE_OWNER, EXAMPLES
 from direct import DirectPath
@@ -132,6 +133,8 @@ app = FastAPI(
     redoc_url=None,
     # A redirect from /health/ to /health would name this host, by http, behind any proxy.
     redirect_slashes=False,
+    # Generated clients name their operations by it.
+    generate_unique_id_function=lambda route: route.name,
 )
 
 route_metrics.patch(lambda: app.openapi()["paths"])
@@ -424,6 +427,7 @@ def _openapi() -> dict[str, Any]:
             name: {"value": {**EXAMPLE_OWNER, **fields, "task_id": str(uuid4())}}
             for name, fields in examples.items()
         }
+    drop_titles_of_fields(schema)
     return schema
 
 

@@ -25,6 +25,9 @@ StageName = Annotated[str, AfterValidator(_known_stage)]
 Present = SkipJsonSchema[None]
 """A field of this type is left out of the answer rather than null."""
 
+ALWAYS_PRESENT = ConfigDict(json_schema_serialization_defaults_required=True)
+"""For an answer whose defaults are sent: the description says that its fields are never left out."""
+
 
 class CocoRle(BaseModel):
     """A mask in COCO's compressed run lengths: column by column, zeros first."""
@@ -152,10 +155,10 @@ class RunnerState(BaseModel):
     """The state of one of the model's processes and of its GPU."""
 
     state: Literal["ok", "loading", "error"]
-    detail: str | None = Field(None, description="what is going on, or wrong, unless the state is ok")
-    gpu_name: str | None = None
-    vram_used_mb: int | None = None
-    vram_total_mb: int | None = None
+    detail: str | Present = Field(None, description="what is going on, or wrong, unless the state is ok")
+    gpu_name: str | Present = None
+    vram_used_mb: int | Present = None
+    vram_total_mb: int | Present = None
 
 
 class Health(BaseModel):
@@ -165,16 +168,18 @@ class Health(BaseModel):
 
     status: Literal["ok", "loading", "error"]
     model_loaded: bool
-    detail: str | None = Field(None, description="what is going on, or wrong, unless the status is ok")
+    detail: str | Present = Field(None, description="what is going on, or wrong, unless the status is ok")
     gpu_available: bool
-    gpu_name: str | None = None
-    vram_used_mb: int | None = None
-    vram_total_mb: int | None = None
+    gpu_name: str | Present = None
+    vram_used_mb: int | Present = None
+    vram_total_mb: int | Present = None
     runners: list[RunnerState] = Field(description="one for each process of the model, on a GPU of its own")
 
 
 class Limits(BaseModel):
     """What requests may hold."""
+
+    model_config = ALWAYS_PRESENT
 
     max_image_bytes: int
     max_image_pixels: int
@@ -187,7 +192,7 @@ class Limits(BaseModel):
 class ModelInfo(BaseModel):
     """What is loaded."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), **ALWAYS_PRESENT)
 
     model_name: Literal["SAM3"] = "SAM3"
     model_version: str = Field(description="of this server")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from contract.answers import CocoRle, ModelFacts, SettingsModel, StageName
+from contract.answers import CocoRle, ModelFacts, Present, SettingsModel, StageName
 from contract.options import (
     LEFT_OUT,
     ExemplarFields,
@@ -69,7 +69,7 @@ class DirectAnswer(BaseModel):
     presence: float = Field(description="probability that the concept is in the image at all")
     image_width: int
     image_height: int
-    model: ModelFacts | None = None
+    model: ModelFacts | Present = None
     timings_ms: dict[StageName, float]
     settings: SettingsModel
 

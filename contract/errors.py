@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 import results
 import sam3_runner
@@ -49,20 +49,6 @@ class TaskGivenUpError(Exception):
     """The server's processes died too often while they worked on this task; it is not tried again."""
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    code: str
-    message: str
-
-
-class ErrorResponse(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail
-    request_id: str
-
-
 STATUSES: dict[str, HTTPStatus] = {
     "INVALID_REQUEST": HTTPStatus.BAD_REQUEST,
     "AUTH_REQUIRED": HTTPStatus.UNAUTHORIZED,
@@ -88,6 +74,21 @@ STATUSES: dict[str, HTTPStatus] = {
     "DEADLINE_EXCEEDED": HTTPStatus.GATEWAY_TIMEOUT,
 }
 """The status of each code."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="later versions may add some", json_schema_extra={"enum": [*STATUSES]})
+    message: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+    request_id: str
+
 
 CODES: dict[type[Exception], str] = {
     BoxRefusedError: "INVALID_REQUEST",

@@ -1,4 +1,5 @@
 /** One call of the SAM3 backend, and the next step after its answer. */
+import { createClient, Sam3Error } from "sam3-client";
 import type { Env, Task } from "./env";
 
 /** `finished`: the row has the result. `refused`: a permanent error. `retry`: call again. */
@@ -8,7 +9,7 @@ export type Outcome =
   | { kind: "retry"; reason: string; delaySeconds?: number };
 
 /** Permanent errors. All others may be temporary: a busy or unavailable backend, a wrong key, a proxy's answer. */
-const PERMANENT_ERRORS = new Set([
+const PERMANENT_ERRORS: ReadonlySet<Sam3Error["code"]> = new Set([
   "INVALID_REQUEST",
   "FORBIDDEN",
   "IMAGE_NOT_FOUND",
@@ -21,47 +22,31 @@ const MAX_QUEUE_DELAY_S = 12 * 3600;
 /** Can be repeated: the backend does the work for a task_id once, and answers repeats from the row. Never throws. */
 export async function callBackend(env: Env, task: Task, timeoutMs: number): Promise<Outcome> {
   const { task_id, user_id, image_key, prompts, box, outputs } = task;
-  // JSON leaves out what is undefined, so a task without a box or outputs sends what it always sent.
-  const [route, promptFields] =
-    prompts.length > 1
-      ? ["predict/batch", { prompts }]
-      : ["predict", { text_prompt: prompts[0], boxes: box && [box] }];
+  const backend = createClient({ url: env.BACKEND_URL, key: env.BACKEND_API_KEY });
+  const common = { image_url: image_key, user_id, task_id, ...(outputs && { outputs }) };
+  // The queue retries. The id identifies the task in the backend's log.
+  const options = { deadlineMs: timeoutMs, retries: 0, requestId: task_id };
   try {
-    const response = await fetch(`${env.BACKEND_URL}/api/v1/${route}`, {
-      method: "POST",
-      headers: {
-        "Content-Type": "application/json",
-        "X-API-Key": env.BACKEND_API_KEY,
-        "X-Request-ID": task_id, // identifies the task in the backend's log
-        "X-Deadline-Ms": String(timeoutMs), // a busy backend answers 429 at once if it cannot be done in this time
-      },
-      body: JSON.stringify({ image_url: image_key, user_id, task_id, outputs, ...promptFields }),
-      signal: AbortSignal.timeout(timeoutMs),
-    });
-    const text = await response.text();
-    return response.ok ? { kind: "finished" } : outcomeOfError(response, text);
+    if (prompts.length > 1) await backend.predictBatch({ ...common, prompts }, options);
+    else await backend.predict({ ...common, ...promptOf(prompts[0], box) }, options);
+    return { kind: "finished" };
   } catch (error) {
-    // A timeout, or no connection. The backend may still be working on the task.
-    return { kind: "retry", reason: String(error) };
+    return outcomeOf(error);
   }
 }
 
-function outcomeOfError(response: Response, text: string): Outcome {
-  const { code, message } = errorIn(text);
+/** A text, a box, or both. */
+function promptOf(text: string | undefined, box: Task["box"]) {
+  if (!box) return { text_prompt: text ?? "" };
+  return { boxes: [box], ...(text !== undefined && { text_prompt: text }) };
+}
+
+function outcomeOf(error: unknown): Outcome {
+  if (!(error instanceof Sam3Error)) return { kind: "retry", reason: String(error) };
+  const { code, message, status, retryAfterS } = error;
   if (PERMANENT_ERRORS.has(code)) return { kind: "refused", code, message };
-  const retryAfterS = Number(response.headers.get("Retry-After"));
-  const reason = `${response.status} ${code}`;
-  if (!(retryAfterS > 0)) return { kind: "retry", reason };
+  // Without an answer the backend may still be working on the task.
+  const reason = `${status} ${code}`;
+  if (retryAfterS === undefined) return { kind: "retry", reason };
   return { kind: "retry", reason, delaySeconds: Math.min(Math.ceil(retryAfterS), MAX_QUEUE_DELAY_S) };
-}
-
-/** The backend's errors are {"error": {"code", "message"}, "request_id"}; those of a proxy differ. */
-function errorIn(text: string): { code: string; message: string } {
-  try {
-    const { code, message } = JSON.parse(text).error;
-    if (typeof code === "string" && typeof message === "string") return { code, message };
-  } catch {
-    // not the backend's answer
-  }
-  return { code: "", message: "" };
 }

@@ -1,4 +1,7 @@
-/** The Worker's bindings, from wrangler.jsonc and the secrets. */
+/** The Worker's bindings, and its message. */
+import type { Box, Output } from "sam3-client";
+
+/** From wrangler.jsonc and the secrets. */
 export interface Env {
   IMAGES: R2Bucket;
   TASKS: Queue<Task>;
@@ -11,12 +14,8 @@ export interface Env {
   R2_PUBLIC_BASE_URL: string;
 }
 
-/** x0, y0, x1, y1 in px of the image as a viewer shows it. */
-export type Box = [number, number, number, number];
-
 /** Files that the backend can store beside the mask; the example asks for two of its five `outputs`. */
-export const OUTPUTS = ["overlay", "label_map"] as const;
-export type Output = (typeof OUTPUTS)[number];
+export const OUTPUTS = ["overlay", "label_map"] as const satisfies Output[];
 
 /** One task, as sent to the queue. Its row in segmentation_results has the same id. */
 export interface Task {
@@ -27,5 +26,5 @@ export interface Task {
   prompts: string[];
   /** An exemplar: find more like what is in it. */
   box?: Box;
-  outputs?: Output[];
+  outputs?: (typeof OUTPUTS)[number][];
 }

@@ -1,8 +1,9 @@
 /** The Worker: stores images, creates tasks, sends them to the SAM3 backend, and returns rows and masks. */
 import { Hono } from "hono";
 import { HTTPException } from "hono/http-exception";
+import type { Box } from "sam3-client";
 import { callAfterAnswer, deliver, enqueue, giveUp } from "./delivery";
-import { type Box, type Env, type Output, OUTPUTS, type Task } from "./env";
+import { type Env, OUTPUTS, type Task } from "./env";
 import { refuseIfFailed, signedIn, type SignedIn, TABLE, UUID } from "./supabase";
 
 const IMAGE_TYPES = new Set(["image/png", "image/jpeg", "image/webp"]);
@@ -113,7 +114,7 @@ function isBox(value: unknown): value is Box {
   return x0 < x1 && y0 < y1;
 }
 
-function areOutputs(value: unknown): value is Output[] {
+function areOutputs(value: unknown): value is NonNullable<Task["outputs"]> {
   return Array.isArray(value) && new Set(value).size === value.length && value.every((each) => OUTPUTS.includes(each));
 }
 
