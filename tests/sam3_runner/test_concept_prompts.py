@@ -129,10 +129,10 @@ def test_threshold_of_a_prompt(predictor: SAM3Predictor) -> None:
 
 
 def test_held_features_serve_boxes(predictor: SAM3Predictor) -> None:
-    """A picture known by its key alone is searched with boxes as its pixels are."""
+    """A picture known by its key alone is searched with boxes as its pixels are; here one of a batch."""
     keeping = loaded(max_feature_bytes=2**30)
-    square = replace(to_square(picture(), SIDE_PX), key="a")
-    keeping.segment([(square, [PROMPTS[0]])])
+    squares = [replace(to_square(picture(flipped=key == "b"), SIDE_PX), key=key) for key in "ba"]
+    keeping.segment([(square, [PROMPTS[0]]) for square in squares])
     [found] = keeping.segment([(DecodedImage(None, WIDTH, HEIGHT, key="a"), PROMPTS[1:3])])
     for result, expected in zip(found, predictor.predict_batch(picture(), PROMPTS[1:3]), strict=True):
         check_same(result, expected)

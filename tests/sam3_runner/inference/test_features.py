@@ -182,7 +182,12 @@ def test_memory_is_bounded(tiny_checkpoint: Checkpoint, image_bytes: int) -> Non
         stored = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for row in held.values()
-            for tensor in (*row.batch.finer, row.batch.attended, row.batch.geometry_token)
+            for tensor in (
+                *row.batch.finer,
+                row.batch.attended,
+                row.batch.geometry_token,
+                row.batch.coarse,
+            )
         }
         assert sum(stored.values()) <= limit
         assert feature_bytes() <= limit
