@@ -17,7 +17,7 @@ from contract import BatchRequest, Failure
 from results import Claim, Task
 from sam3_runner import DeadlineExceeded, InferenceFailed, UnsupportedImage
 from sam3_runner.images.image_file import ImageFile
-from storage import ObjectNotFound
+from storage import ObjectNotFound, StorageUnavailable
 from tests.in_process.bench import (
     HEAVY_IMAGE,
     LEASE_S,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from admission import Outcome, Place
     from contract import PredictRequest
     from sam3_runner.prompts import PromptTokenizer
     from tests.in_process.bench import Bench
@@ -761,6 +762,32 @@ async def test_failures_before_the_model_are_not_measured(
         assert all(isinstance(each, Failure) for each in failed)
         bench.stages.mend(stage)
         assert await status_of_hurried_request(bench) == status
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "outcome"),
+    [
+        ("decode", UnsupportedImage("damaged"), "failed"),
+        ("segment", DeadlineExceeded("the deadline passed"), "late"),
+        ("segment", InferenceFailed("the model failed"), "done"),
+        ("upload", StorageUnavailable("the store does not answer"), "done"),
+    ],
+)
+async def test_outcome_of_a_slot(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, stage: str, error: Exception, outcome: str
+) -> None:
+    """The rate learns whether the model has worked, had no time to, or was not reached."""
+    outcomes, gate = [], bench.pipeline.admission.gate
+    leave = gate.exit
+
+    def spy(place: Place, *, held_slot: bool, outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        leave(place, held_slot=held_slot, outcome=outcome)
+
+    monkeypatch.setattr(gate, "exit", spy)
+    bench.stages.fail(stage, error)
+    await bench.failure()
+    assert outcomes == [outcome]
 
 
 async def test_replays_are_not_measured(
