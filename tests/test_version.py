@@ -1,4 +1,4 @@
-"""The version is defined only in version.py, and reported everywhere."""
+"""The version is defined in version.py, and reported everywhere; the Python client has the same."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import httpx
 import pytest
 from setuptools.config.pyprojecttoml import read_configuration
 
+import sam3_client
 from version import VERSION
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def test_package_has_the_version() -> None:
     pyproject = ROOT / "pyproject.toml"
     assert read_configuration(pyproject)["project"]["version"] == VERSION
     assert "version" not in tomllib.loads(pyproject.read_text())["project"]
+
+
+def test_client_has_the_version() -> None:
+    """The Python client is released with the server, under the same version."""
+    assert sam3_client.__version__ == VERSION
 
 
 @pytest.mark.server
