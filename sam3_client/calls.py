@@ -78,10 +78,10 @@ class Options:
     deadline_ms: int | None = None
 
     def fields(self) -> dict[str, str]:
-        """Those that are set, as texts of a form."""
-        lists = {
-            "boxes": None if self.boxes is None else [[float(side) for side in box] for box in self.boxes],
-            "box_labels": None if self.box_labels is None else [int(each) for each in self.box_labels],
+        """Those that are set, as texts of a form. Raises `InvalidRequest` for what is no list of numbers."""
+        lists: dict[str, list[Any] | None] = {
+            "boxes": None if self.boxes is None else [_numbers("boxes", box) for box in self.boxes],
+            "box_labels": None if self.box_labels is None else _numbers("box_labels", self.box_labels),
         }
         plain = {
             "score_threshold": self.score_threshold,
@@ -97,19 +97,36 @@ class Options:
         }
 
 
+def _numbers(field: str, values: Any) -> list[float]:
+    try:
+        return [float(each) for each in values]
+    except (TypeError, ValueError):
+        rule = {
+            "boxes": "boxes: must be a list of boxes, each [x0, y0, x1, y1] in px",
+            "box_labels": "box_labels: must be a list of 1 and 0, one a box",
+        }
+        raise _invalid(rule[field]) from None
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest(message, code="INVALID_REQUEST")
+
+
 def segment_calls(picture: Picture, prompts: str | Iterable[str], options: Options) -> dict[str, Call]:
     """A call for each distinct prompt, by the label of what it finds.
 
     Raises:
-        InvalidRequest: a prompt is empty, or there is neither a prompt nor a box.
+        InvalidRequest: a prompt is empty or no text, or there is neither a prompt nor a box.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if any(not text.strip() for text in texts):
-        raise InvalidRequest(
-            "a prompt is empty; name what to find, as in 'red circle'", code="INVALID_REQUEST"
+        raise _invalid("a prompt is empty; name what to find, as in 'red circle'")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise _invalid(
+            "a prompt holds half of a surrogate pair, which is no character; read its text as UTF-8"
         )
     if not texts and options.boxes is None:
-        raise InvalidRequest("there is nothing to find: give a prompt, or boxes", code="INVALID_REQUEST")
+        raise _invalid("there is nothing to find: give a prompt, or boxes")
     fields = {"mask_format": "rle", **options.fields()}
     headers = {} if options.deadline_ms is None else {"X-Deadline-Ms": str(options.deadline_ms)}
     by_label = {text: {"prompt": text} for text in texts} or {VISUAL: {}}
@@ -248,6 +265,17 @@ def base_url(text: str) -> httpx.URL:
             "the server's URL must be as in https://sam3.example.com; set url=... or SAM3_URL", code="BAD_URL"
         )
     return url
+
+
+def key_headers(key: str | None) -> dict[str, str]:
+    """The header with a key. Raises `Unauthorized` for a text that no header can hold."""
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise Unauthorized(
+            "the key holds a space, a line end or another character that no key has; check key=... or "
+            "SAM3_API_KEY",
+            code="BAD_KEY",
+        )
+    return {"X-API-Key": key} if key else {}
 
 
 def timeouts(timeout_s: float) -> httpx.Timeout:

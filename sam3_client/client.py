@@ -15,6 +15,7 @@ from sam3_client.calls import (
     Call,
     Options,
     base_url,
+    key_headers,
     read_answer,
     read_result,
     segment_calls,
@@ -45,13 +46,13 @@ class _Connection:
     """What both clients share: where the server is, and how an answer or its absence is read."""
 
     def __init__(self, url: str | None, key: str | None, timeout_s: float, max_wait_s: float) -> None:
-        key = key or os.environ.get("SAM3_API_KEY")
         self._max_wait_s = max_wait_s
         self._timeout_s = timeout_s
         self._was_answered = False
         self._settings: dict[str, Any] = {
             "base_url": base_url(url or os.environ.get("SAM3_URL") or DEFAULT_URL),
-            "headers": {"User-Agent": f"sam3-client/{VERSION}"} | ({"X-API-Key": key} if key else {}),
+            "headers": {"User-Agent": f"sam3-client/{VERSION}"}
+            | key_headers(key or os.environ.get("SAM3_API_KEY")),
             "timeout": timeouts(timeout_s),
         }
 
@@ -80,6 +81,7 @@ class Client(_Connection):
 
     Raises:
         ServerUnreachable: the URL is none.
+        Unauthorized: the key is none.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
+    import supervision
     from PIL import Image
 
     from sam3_client.coco_rle import CocoRle, Mask
@@ -190,17 +191,17 @@ class Result:
             ],
         }
 
-    def to_supervision(self) -> Any:
+    def to_supervision(self) -> supervision.Detections:
         """`supervision.Detections`: xyxy, mask, confidence, class_id (position in `prompts`), class_name.
 
         Raises:
             ImportError: supervision is not installed; `pip install "sam3-client[supervision]"`.
         """
         try:
-            import supervision  # noqa: PLC0415 - an extra, and slow
+            from supervision import Detections  # noqa: PLC0415 - an extra, and slow
         except ImportError as error:
             raise ImportError('supervision is missing: pip install "sam3-client[supervision]"') from error
-        return supervision.Detections(
+        return Detections(
             xyxy=self.boxes,
             mask=self.masks,
             confidence=self.scores,

@@ -98,6 +98,7 @@ def refused_file(fault: str, picture: Image.Image) -> bytes:
     ("kind", "sentence", "changed"),
     [
         (Unauthorized, "SAM3_API_KEY", {"client": {"key": "k" * 32}}),
+        (Unauthorized, "the key holds a space, a line end", {"client": {"key": f"{'k' * 32}\n"}}),
         (ServerUnreachable, "nothing answers at http://127.0.0.1:9; start", {"client": NOBODY}),
         (ServerUnreachable, "must be as in https://", {"client": {"url": "127.0.0.1:3000"}}),
         (BadImage, "README.md is no picture", {"image": ROOT / "README.md"}),
@@ -108,6 +109,9 @@ def refused_file(fault: str, picture: Image.Image) -> bytes:
         (UnsupportedImage, r"more than 10\d{6} bytes; pass a smaller picture", {"image": "large"}),
         (InvalidRequest, "a prompt is empty", {"prompts": ["circle", " "]}),
         (InvalidRequest, "give a prompt, or boxes", {"prompts": []}),
+        (InvalidRequest, "half of a surrogate pair", {"prompts": "caf\udce9"}),
+        (InvalidRequest, "each .x0, y0, x1, y1. in px", {"boxes": [10, 20, 30, 40]}),
+        (InvalidRequest, "box_labels", {"boxes": [[10, 20, 30, 40]], "box_labels": [0.5]}),
         (InvalidRequest, "score_threshold: ", {"score_threshold": 2}),
         (InvalidRequest, "prompt: has 62 tokens; the model reads 32", {"prompts": "a " * 60}),
     ],
