@@ -113,7 +113,10 @@ def test_readme_is_the_home_and_search_leads_to_a_page(page: Page, url: str, tmp
     expect(page.locator("article h1")).to_contain_text("SAM3 inference backend")
     picture = page.locator("article img").first
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
-    page.locator("input[name=query]").fill("exemplar")
+    search = page.locator("input[name=query]")
+    search.click()
+    expect(page.locator(".md-search-result__meta")).to_have_text("Type to start searching")  # index loaded
+    search.press_sequentially("exemplar")
     result = page.locator(".md-search-result__link").first
     expect(result).to_be_visible()
     page.screenshot(path=tmp_path / "search.png")
