@@ -162,7 +162,7 @@ async def test_other_work_is_never_beside_a_suspect(host: Host) -> None:
     await asyncio.sleep(0)
     assert not beginning.done()
     await second.end_other_work("direct")
-    await beginning
+    await asyncio.wait_for(beginning, 5)
     assert not follower.done()  # the suspect had precedence, and works
     await first.begin_storing(suspect, [])
     await asyncio.wait_for(follower, 5)
