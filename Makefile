@@ -23,16 +23,19 @@ help: ## List the commands
 
 .PHONY: demo
 demo: $(VENV)/run ## Serve a sample picture with the embedded demo checkpoint, end to end
-	@$(BIN)/python -m examples.demo
+	@$(BIN)/sam3 demo
 
 .PHONY: serve
 serve: $(VENV)/run ## Serve on 127.0.0.1:3000 (PORT=...) with the demo checkpoint, or the weights at SAM3_WEIGHTS_PATH
-	@SAM3_WEIGHTS_PATH="$${SAM3_WEIGHTS_PATH:-demo}" BENTOML_DO_NOT_TRACK=True \
-		exec $(BIN)/python -m bentoml serve service:SegmentationService --host 127.0.0.1 --port $(PORT)
+	@exec $(BIN)/sam3 serve --port $(PORT)
 
 .PHONY: weights
 weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs HF_TOKEN)
-	@$(BIN)/python -m commands.download_weights
+	@$(BIN)/sam3 weights
+
+.PHONY: doctor
+doctor: $(VENV)/run ## Check this machine and the server's settings, and say how to mend what is wrong
+	@$(BIN)/sam3 doctor --port $(PORT)
 
 .PHONY: given-up
 given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one to be retried
@@ -72,7 +75,7 @@ types: $(VENV)/dev $(NODE_MODULES) ## Generate the types of typescript_client fr
 
 .PHONY: bench
 bench: $(VENV)/dev ## Measure lone requests to the server on this machine
-	$(BIN)/python -m benchmarks.latency
+	$(BIN)/sam3 benchmark
 
 .PHONY: bench-load
 bench-load: $(VENV)/dev ## Measure the server under load on this machine (three minutes)
@@ -170,10 +173,12 @@ lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	rm docs.in
 	$(BIN)/python -m deploy.image.lock
 
-$(VENV)/run: requirements.lock
+$(VENV)/run: requirements.lock sam3_client/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Choose another with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@# The command sam3, whose code stays here.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable ./sam3_client
 	touch $@
 
 $(VENV)/dev: $(VENV)/run requirements-dev.lock
