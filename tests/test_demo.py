@@ -24,7 +24,7 @@ SAMPLE = ROOT / "examples" / "sample.jpg"
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "examples.demo", *arguments],
+        [sys.executable, "-m", "sam3_client", "demo", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
