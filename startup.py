@@ -138,8 +138,18 @@ def prepare_deployment(runner_files: Sequence[Path], runner_service: str) -> Non
     _limit_model_threads(settings, runners)
     _log_weights(settings, checkpoint)
     if not settings.api_keys:
-        # On stderr and not in the log: logs are shipped to other hosts, and this is a secret.
-        sys.stderr.write(f"embedded demo: X-API-Key for this run is {make_demo_key()}\n")
+        _print_demo_key(settings)
+
+
+def _print_demo_key(settings: Settings) -> None:
+    """Make the key of this run and print it, and the address of the page to try it on.
+
+    On stderr and not in the log: logs are shipped to other hosts, and this is a secret.
+    """
+    key, port = make_demo_key(), supervisor.named_port()
+    sys.stderr.write(f"embedded demo: X-API-Key for this run is {key}\n")
+    if settings.serves_direct_api and port is not None:
+        sys.stderr.write(f"embedded demo: try it at http://127.0.0.1:{port}/playground#key={key}\n")
 
 
 def hub_source(settings: Settings) -> HubSource | None:

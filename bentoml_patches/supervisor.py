@@ -175,10 +175,15 @@ def _handle_death(
         logger.warning("%s ended with status %s: it is restarted", process, exit_code)
 
 
+def named_port() -> int | None:
+    """The port that the command `bentoml serve` was given; None where no such command runs."""
+    command = click.get_current_context(silent=True)
+    return command.params.get("port") if command else None
+
+
 def _check_address(arbiter: bentoml_circus.Arbiter) -> None:
     """Try the address that the supervisor is about to listen on, with the same options."""
-    command = click.get_current_context(silent=True)
-    port = command.params.get("port") if command else None
+    port = named_port()
     if port is not None and not 0 <= port <= MAX_PORT:  # the system would take it modulo 65536
         arbiter.exit_stack.close()
         sys.exit(f"cannot start: --port (or BENTOML_PORT) must be at most {MAX_PORT}, not {port}")

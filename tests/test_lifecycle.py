@@ -219,6 +219,12 @@ def test_callers_get_503_while_the_weights_load(start: Start) -> None:
         assert start.edge.ask(start.key, "circle").status_code == httpx.codes.OK
 
 
+def test_demo_prints_where_to_try_it(start: Start) -> None:
+    """The demo prints the address of the page, with its port and its key."""
+    link = f"{start.server.url}/playground#key={start.server.api_key}\n"
+    assert f"embedded demo: try it at {link}" in start.server.log_path.read_text()
+
+
 def test_demo_generates_one_key_for_all_workers(start: Start) -> None:
     """The demo without API_SECRET_KEY prints a random key once; every worker accepts it and no other."""
     assert len(printed_keys(start.server.log_path)) == 1

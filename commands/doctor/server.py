@@ -118,7 +118,9 @@ def _weights(settings: Settings) -> Iterator[Check]:
             yield Check("weights", "ok", "the embedded demo checkpoint, which knows coloured shapes alone")
             return
         if is_missing(path):
-            yield Check("weights", "warning", f"{path} is missing: the start downloads it, or `sam3 weights`")
+            yield Check(
+                "weights", "warning", f"{path} is missing: `sam3 weights` downloads it, or else the start"
+            )
             yield from _token(settings)
             return
         check_header(checkpoint.weights_file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-EXTRA = {"typer", "rich", "filelock"}
+EXTRA = ("typer", "rich", "filelock")
 """What the extra `cli` installs."""
 
 
@@ -15,5 +15,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        sys.exit(f"sam3 needs {error.name}, which the client alone does not: pip install 'sam3-client[cli]'")
+        sys.exit(f"sam3 needs {error.name}, which the client alone does not: pip install {' '.join(EXTRA)}")
     app(prog_name="sam3")

@@ -177,13 +177,15 @@ def _ends_run(error: Sam3Error) -> bool:
 
 def _ending(error: Sam3Error) -> CommandError:
     """The sentence for an error that ends the run: the client's, in words of the command line."""
+    fault = str(error).partition(";")[0]  # what follows is advice for callers in Python
+    if error.code == "BAD_KEY":
+        return CommandError(f"{fault}: correct --key or SAM3_API_KEY", SERVER)
     if isinstance(error, Unauthorized):
         return CommandError(
             "the server refuses the key: give --key, or set SAM3_API_KEY, to a key of its API_SECRET_KEY "
             "(the embedded demo prints one at its start)",
             SERVER,
         )
-    fault = str(error).partition(";")[0]  # what follows is advice for callers in Python
     if error.code == "BAD_URL":
         return CommandError(f"{fault}: correct --url or SAM3_URL")
     if error.code == "TIMEOUT":

@@ -28,8 +28,11 @@ def show_summary(summary: Summary, run: Run) -> None:
         console.print(_failures(summary))
     if summary.found:
         console.print(_instances(summary))
-    counts = [f"{summary.done} of {summary.total} pictures done in {summary.time_s:.1f} s"]
-    if summary.kept:
+    if summary.kept == summary.total:
+        counts = [f"all {summary.total} pictures were done before"]
+    else:
+        counts = [f"{summary.done} of {summary.total} pictures done in {summary.time_s:.1f} s"]
+    if 0 < summary.kept < summary.total:
         counts.append(f"{summary.kept} were done before")
     if summary.failed:
         counts.append(f"{len(summary.failed)} failed")
@@ -37,7 +40,7 @@ def show_summary(summary: Summary, run: Run) -> None:
         counts.append(f"{summary.not_done} not done")
     if run.sources.left_out:
         counts.append(f"left out: {run.sources.left_out} with other endings than a picture's")
-    console.print(Text(f"{', '.join(counts)}. Outputs: {run.out.path}"), soft_wrap=True)
+    console.print(Text(f"{', '.join(counts)}. Outputs: {shown(str(run.out.path))}"), soft_wrap=True)
 
 
 def _instances(summary: Summary) -> Table:

@@ -123,8 +123,8 @@ def test_folder_with_a_broken_picture(
             assert mask.sum() == each["area"]
             assert max(iou(mask, thing.mask) for thing in drawn.named(each["label"])) > 0.8
         picture = np.asarray(drawn.image).astype(int)
-        changed = np.abs(pixels(out / f"{name}.overlay.jpg") - picture).max(axis=2) > 30
-        assert changed.any() == bool(found)
+        changed = np.abs(pixels(out / f"{name}.overlay.jpg") - picture).max(axis=2) > 15
+        assert not found or changed[union == 255].mean() > 0.8
     assert not [path for path in out.rglob("*") if "broken" in path.name or path.name.endswith(".unfinished")]
 
     scenes[0].image.save(folder / "broken.jpg")
@@ -235,7 +235,7 @@ def test_what_cannot_begin(sam3: Command, folder: Path, tmp_path: Path, refusal:
     first, *options = refusal.arguments
     pictures = first if first.startswith("-") else str(folder.parent / first)
     status, stdout, stderr = sam3(
-        "predict", pictures, *options, "--out", tmp_path / "out", **refusal.variables
+        "predict", pictures, *options, "--out", tmp_path / "out", "--max-wait", "0", **refusal.variables
     )
     assert status == refusal.status
     assert stderr.startswith("sam3: ")
