@@ -64,6 +64,7 @@ class Gate:
         large_bodies: limits in bytes of bodies by the paths that have their own. An API worker holds
             `MAX_LARGE_BODIES` of them at once.
         absent: paths that are answered as unknown ones, before their bodies are read.
+        open_paths: open to everyone besides the probes, whatever `access` is.
         find_refusal: by the path of a POST that needs a key, its header X-Deadline-Ms and its body, why the
             server is too busy for it; None: it is not. Asked twice: before the body is read, with None in
             its place, and after.
@@ -79,6 +80,7 @@ class Gate:
         body_timeout_s: float = BODY_TIMEOUT_S,
         large_bodies: Mapping[str, int] = MappingProxyType({}),
         absent: Collection[str] = (),
+        open_paths: Collection[str] = (),
         find_refusal: Callable[[str, str | None, bytes | None], Failure | None] = lambda *_: None,
     ) -> None:
         self._app = app
@@ -88,6 +90,7 @@ class Gate:
         self._body_timeout_s = body_timeout_s
         self._large_bodies = large_bodies
         self._absent = absent
+        self._open = PROBES.union(open_paths)
         self._large_in_flight = 0
         self._find_refusal = find_refusal
 
@@ -158,7 +161,7 @@ class Gate:
             # Browsers send preflights without a key.
             if scope["method"] != "OPTIONS":
                 self._check_key(headers.get(b"x-api-key"), "X-API-Key")
-        elif path not in PROBES and not self._is_open_to(scope, headers):
+        elif path not in self._open and not self._is_open_to(scope, headers):
             # Prometheus sends its key in this way.
             scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             token = bearer.strip() if scheme.lower() == b"bearer" else None

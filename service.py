@@ -60,6 +60,8 @@ from gate import Gate
 from observability.log_lines import escape_log_lines, log_info_of
 from overload import OverloadCheck
 from pipeline import Pipeline
+from playground import FILES_LABEL, Playground
+from playground import PATH as PLAYGROUND_PATH
 from processes import identity
 from processes.lifecycle import end_process_soon, end_server, on_stop_signal, outlive_siblings
 from recovery import Recovery
@@ -137,7 +139,13 @@ app = FastAPI(
     generate_unique_id_function=lambda route: route.name,
 )
 
-route_metrics.patch(lambda: app.openapi()["paths"])
+# The page is for people who send their own pictures: where that is off, there is no page.
+page = Playground() if settings.serves_direct_api else None
+if page is not None:
+    app.router.routes.extend(page.routes)
+page_labels = () if page is None else (PLAYGROUND_PATH, FILES_LABEL)
+
+route_metrics.patch(lambda: [*app.openapi()["paths"], *page_labels])
 
 # For the documentation; Gate checks the key.
 NEEDS_KEY = [Security(APIKeyHeader(name="X-API-Key", auto_error=False))]
@@ -380,6 +388,7 @@ SegmentationService.add_asgi_middleware(  # type: ignore[attr-defined]
     max_body_bytes=settings.max_body_bytes,
     large_bodies={DIRECT_PATH: settings.max_image_bytes + MAX_FORM_BYTES},
     absent=() if settings.serves_direct_api else (DIRECT_PATH,),
+    open_paths=() if page is None else page.paths,
     find_refusal=overload.find_refusal,
 )
 

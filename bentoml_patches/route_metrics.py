@@ -27,7 +27,8 @@ def patch(paths: Callable[[], Iterable[str]]) -> None:
     Call it before the service is served.
 
     Args:
-        paths: of the mounted application's routes; called once, at the first request.
+        paths: of the mounted application's routes; called once, at the first request. One that ends with
+            a slash stands for all paths below it.
     """
 
     class RouteMetrics(instruments.RunnerTrafficMetricsMiddleware):
@@ -59,8 +60,10 @@ def _with_original_scope(app: ASGIApp) -> ASGIApp:
 
 def _routes_of(routes: Iterable[object], paths: Iterable[str]) -> Callable[[str], str]:
     """The label of a path. A route with parameters is `other`: none of ours has any."""
-    known = {*paths, *(route.path for route in routes if isinstance(route, Route))}
-    folders = tuple(f"{route.path}/" for route in routes if isinstance(route, Mount) and route.path)
+    ours = [*paths]
+    known = {*ours, *(route.path for route in routes if isinstance(route, Route))}
+    mounted = (f"{route.path}/" for route in routes if isinstance(route, Mount) and route.path)
+    folders = (*(path for path in ours if path.endswith("/") and path != "/"), *mounted)
 
     def route_of(path: str) -> str:
         if path in known:

@@ -62,6 +62,7 @@ def test_bento_is_complete(bento: Path) -> None:
         "contract",
         "observability",
         "outputs",
+        "playground",
         "processes",
         "sam3_runner",
         "storage",

@@ -22,6 +22,7 @@ INFO = "/api/v1/model/info"
 SERVED = {
     **dict.fromkeys(("/", "/docs.json", "/health", "/livez", "/healthz", "/readyz", "/metrics"), "GET, HEAD"),
     **dict.fromkeys((INFO, "/schema.json", "/static_content/swagger-ui.css"), "GET, HEAD"),
+    **dict.fromkeys(("/playground", "/playground/app.js"), "GET, HEAD"),
     **dict.fromkeys((PREDICT, BATCH), "POST"),
 }
 """Every served path, and its methods."""

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sam3_runner", "storage", "results")
 """What the server is made of; they know nothing of each other."""
-FOLDERS = (*PACKAGES, "bentoml_patches", "commands", "contract", "observability", "outputs", "processes")
+FOLDERS = (
+    *PACKAGES,
+    "bentoml_patches",
+    "commands",
+    "contract",
+    "observability",
+    "outputs",
+    "playground",
+    "processes",
+)
 TOP_MODULES = {path.stem for path in ROOT.glob("*.py")}
 CLIENT = "sam3_client"
 """A package of its own, with its own pyproject.toml; it runs without the server's code."""
@@ -36,6 +45,7 @@ ALLOWED = {
     "setting_text": set(),
     "settings": {"sam3_runner", "setting_text"},
     "outputs": {"outputs", "sam3_runner"},
+    "playground": {"playground"},
     "processes": {"processes", "settings"},
     "observability": {"sam3_runner"},
     "bentoml_patches": {"bentoml_patches", "processes"},
@@ -79,6 +89,7 @@ ALLOWED = {
             "observability",
             "overload",
             "pipeline",
+            "playground",
         ),
         *("processes", "recovery", "sam3_runner", "startup", "stores", "version"),
     },
@@ -94,7 +105,7 @@ VENDORS = {
     "botocore": {"storage"},
     "sqlite3": {"results"},
     "fastapi": {"service", "direct_form", "bentoml_patches"},
-    "starlette": {"service", "gate", "direct_form", "bentoml_patches"},
+    "starlette": {"service", "gate", "direct_form", "playground", "bentoml_patches"},
     "uvicorn": {"connections", "bentoml_patches"},
     "bentoml": {"service", "bentoml_patches", "sam3_runner"},
     "_bentoml_impl": set(),

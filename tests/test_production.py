@@ -37,7 +37,7 @@ def production(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer
         yield running
 
 
-@pytest.mark.parametrize("path", [*CLOSED, "/nothing", "/static_content/nothing", "//metrics"])
+@pytest.mark.parametrize("path", [*CLOSED, "/nothing", "/static_content/nothing", "//metrics", "/playground"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
 def test_every_path_but_the_probes_needs_a_key(production: LocalServer, method: str, path: str) -> None:
     """Without a key every path but the probes answers 401, even unknown ones."""
@@ -53,6 +53,13 @@ def test_key_gives_access_in_both_headers(production: LocalServer, path: str) ->
     """A key in either header gives access to the metrics and the documentation."""
     for headers in (production.headers, {"Authorization": f"Bearer {production.api_key}"}):
         assert httpx.get(f"{production.url}{path}", headers=headers).status_code == httpx.codes.OK
+
+
+@pytest.mark.parametrize("path", ["/playground", "/playground/app.js"])
+def test_playground_is_absent(production: LocalServer, path: str) -> None:
+    """Without DIRECT_API there is no playground: with a key its paths are unknown ones."""
+    refused = httpx.get(f"{production.url}{path}", headers=production.headers)
+    assert error_of(refused)[:2] == (404, "NOT_FOUND")
 
 
 @pytest.mark.parametrize("path", PROBES)

@@ -177,6 +177,20 @@ async def test_probes_are_open(
     assert await status_of(application, access, path, {}, STRANGER) == HTTPStatus.OK
 
 
+@pytest.mark.parametrize("access", ["open", "key", "loopback"])
+async def test_paths_that_are_opened_need_no_key(
+    application: Application, access: Literal["open", "key", "loopback"]
+) -> None:
+    """A path that is opened by name needs no key in any access mode, and no path beside it is opened."""
+    options = {"access": access, "open_paths": ["/page", "/page/app.js"]}
+    async with caller(application, STRANGER, {}, **options) as reader:
+        for path in ("/page", "/page/app.js"):
+            assert (await reader.get(path)).status_code == HTTPStatus.OK
+        closed = HTTPStatus.OK if access == "open" else HTTPStatus.UNAUTHORIZED
+        for path in ("/page/", "/page/other", "/page/../metrics"):
+            assert (await reader.get(f"http://server{path}")).status_code == closed
+
+
 @pytest.mark.parametrize("path", CLOSED)
 async def test_open_needs_no_key(application: Application, path: str) -> None:
     """`open` gives everyone access to all but the API."""
