@@ -157,9 +157,9 @@ async def test_other_work_is_never_beside_a_suspect(host: Host) -> None:
     await die_during_work(host, first, [await record_and_claim(first, new_task())], "runner")
     for work_id in ("direct", "as well"):
         await second.begin_other_work(work_id)
+    await second.end_other_work("as well")
     suspect = await acquired(first)
     beginning = await start_blocked_work(first, suspect)
-    await second.end_other_work("as well")
     follower = asyncio.create_task(second.begin_other_work("later"))
     await asyncio.sleep(0)
     assert not beginning.done()
