@@ -1,14 +1,14 @@
-"""The Python client when the server is overloaded or restarts, and when connections fail."""
+"""The Python client when the server is overloaded or loads, and when connections fail."""
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from commands.local_server import LocalServer, local_server
 from sam3_client import (
     AsyncClient,
     Client,
@@ -23,13 +23,16 @@ from sam3_client.retries import Retries
 from tests.drawn import Scene, scene
 from tests.edge import wait_for
 from tests.sam3_client.conftest import CALLS
-from tests.server_processes import runner_of
+from tests.server_processes import RUNNER, children_of, started_server
 from tests.services.faults import fault_proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
+    from pathlib import Path
 
+    from commands.local_server import LocalServer
+    from sam3_client import Result
     from tests.sam3_client.conftest import Segment
     from tests.services.faults import FaultProxy
 
@@ -48,14 +51,6 @@ def drawn() -> Scene:
 def proxy(server: LocalServer) -> Iterator[FaultProxy]:
     """Stands before the server; each connection that fails does so there."""
     with fault_proxy(server.url) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A server that takes one request at a time."""
-    settings = {"MAX_IN_FLIGHT": "1", "API_WORKERS": "1", "SAM3_CPU_THREADS": "1"}
-    with local_server(tmp_path_factory.mktemp("narrow"), settings) as running:
         yield running
 
 
@@ -149,36 +144,43 @@ def test_requests_of_several_prompts(proxy: FaultProxy, server: LocalServer, dra
     wait_for(lambda: proxy.connections_open, lambda count: count == 0)
 
 
-def test_overloaded_server(segment: Segment, narrow: LocalServer, drawn: Scene) -> None:
-    """A full server is an error that says when to come back; a patient caller gets its masks."""
-    here = {"url": narrow.url, "key": narrow.api_key}
-    with ThreadPoolExecutor(1) as other:
-        held = other.submit(segment, drawn.image, "circle", tiles=4, client=here | {"max_wait_s": 60.0})
-        with pytest.raises(Overloaded, match="try again later") as refused:
-            _until_refused(segment, held, drawn, here)
-        assert refused.value.code == "OVERLOADED"
-        assert refused.value.request_id
-        assert refused.value.retry_after_s is not None
-        assert refused.value.retry_after_s >= 1
-        assert segment(drawn.image, drawn.names[0], client=here).labels
-        held.result()
+def test_server_that_loads_and_then_is_full(tmp_path: Path, drawn: Scene) -> None:
+    """Each is an error of its own at once; callers with patience get their masks, by both clients."""
+    settings = {"MAX_IN_FLIGHT": "1", "API_WORKERS": "1", "SAM3_CPU_THREADS": "1"}
+    with started_server(tmp_path, settings) as (server, _), ThreadPoolExecutor(2) as callers:
+        patient = {"url": server.url, "key": server.api_key}
+        at_once = patient | {"max_wait_s": 0.0}
+        [runner] = wait_for(lambda: children_of(server, RUNNER), bool)
+        runner.suspend()
+        wait_for(lambda: state_of(server), lambda state: state == "loading")
+        for call in CALLS.values():
+            with pytest.raises(ModelLoading, match=r"try again when health\(\) says ok") as loading:
+                call(at_once, drawn.image, "circle")
+            assert loading.value.code == "MODEL_NOT_LOADED"
+        waiting = [callers.submit(call, patient, drawn.image, drawn.names[0]) for call in CALLS.values()]
+        runner.resume()
+        assert all(each.result().labels for each in waiting)
+        for call in CALLS.values():
+            held = callers.submit(call, patient, drawn.image, "circle", tiles=3)
+            with pytest.raises(Overloaded, match="try again later") as refused:
+                call_while(held, partial(call, at_once, drawn.image, "ring"))
+            assert (refused.value.code, bool(refused.value.request_id)) == ("OVERLOADED", True)
+            assert refused.value.retry_after_s is not None
+            assert refused.value.retry_after_s >= 1
+            assert call(patient, drawn.image, drawn.names[0]).labels
+            held.result()
 
 
-def _until_refused(segment: Segment, held: Future[Any], drawn: Scene, here: dict[str, Any]) -> None:
+def state_of(server: LocalServer) -> str:
+    """The state that the server reports; "" while it does not listen."""
+    with Client(server.url) as client:
+        try:
+            return str(client.health()["status"])
+        except ServerUnreachable:
+            return ""
+
+
+def call_while(held: Future[Result], call: Callable[[], Result]) -> None:
+    """Repeat a call until it fails, or another one is done."""
     while not held.done():
-        segment(drawn.image, "ring", client=here | {"max_wait_s": 0.0})
-
-
-def test_restarting_server(narrow: LocalServer, drawn: Scene) -> None:
-    """While the model is loaded again its absence is an error; patient callers get their masks."""
-    here = {"url": narrow.url, "key": narrow.api_key}
-    runner_of(narrow).kill()
-    with Client(narrow.url) as client:
-        wait_for(client.health, lambda health: health["status"] != "ok")
-    for call in CALLS.values():
-        with pytest.raises(ModelLoading, match=r"try again when health\(\) says ok") as refused:
-            call(here | {"max_wait_s": 0.0}, drawn.image, "circle")
-        assert refused.value.code == "MODEL_NOT_LOADED"
-    with ThreadPoolExecutor(2) as callers:
-        patient = [callers.submit(call, here, drawn.image, drawn.names[0]) for call in CALLS.values()]
-    assert all(each.result().labels for each in patient)
+        call()
