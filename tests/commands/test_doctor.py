@@ -51,6 +51,7 @@ def test_nothing_is_wrong_with_the_demo(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_half_broken_settings(tmp_path: Path) -> None:
     """Every wrong setting has its line with its mend; the checks that do not need them go on; no secret."""
     weights = tmp_path / "sam3.pt"

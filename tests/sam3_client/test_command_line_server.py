@@ -58,6 +58,7 @@ def sam3(data_dir: Path, *arguments: str, **settings: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.slow
 def test_serve_starts_the_server(tmp_path: Path) -> None:
     """`sam3 serve` becomes the server, with its port and with the demo where nothing names weights."""
     status, printed = sam3(tmp_path, "serve", "--port", "70000", SAM3_WEIGHTS_PATH="", API_SECRET_KEY="")
