@@ -462,8 +462,12 @@ def test_pictures_are_pasted_dropped_and_turned(page: Page, server: LocalServer,
     wanted = asked(server, content.getvalue(), prompt="red circle")
     assert shown_names(page) == [described(n, "red circle", each) for n, each in enumerate(wanted, 1)]
     assert len(wanted) == 3
+    union = np.any([mask_of(each) for each in wanted], axis=0)
     with Image.open(saved(page, "Mask", tmp_path)) as mask:
-        assert np.array_equal(np.asarray(mask), np.any([mask_of(each) for each in wanted], axis=0) * 255)
+        assert np.array_equal(np.asarray(mask), union * 255)
+    with Image.open(saved(page, "Overlay", tmp_path)) as overlay:
+        red, green, _ = np.asarray(overlay.convert("RGB")).astype(int)[union].T
+    assert (red > green + 80).mean() > 0.9
 
 
 def test_bad_files_are_refused_in_a_sentence(page: Page) -> None:
