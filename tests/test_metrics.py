@@ -10,6 +10,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from direct_form import PATH as DIRECT
+from playground import FILES_LABEL
+from playground import PATH as PLAYGROUND
 from sam3_runner.metrics import STAGES
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
-OURS = {"/health", PREDICT, "/api/v1/predict/batch", "/api/v1/model/info"}
+PAGE = {PLAYGROUND, FILES_LABEL}
+OURS = {"/health", PREDICT, "/api/v1/predict/batch", "/api/v1/model/info", DIRECT, *PAGE}
 BENTOML = {"/", "/docs.json", "/schema.json", "/livez", "/readyz", "/healthz", "/static_content/"}
 RUNNER = {"/segment", "/status"}
 ALL = OURS | BENTOML | RUNNER | {"other"}
