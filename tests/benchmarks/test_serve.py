@@ -66,8 +66,7 @@ def test_scenarios_are_measured_on_the_real_server(tmp_path: Path) -> None:
 def test_two_checkouts_are_measured_in_turn(tmp_path: Path) -> None:
     """Both have the same rows, and the ratio of the first by the second is printed."""
     options = ("--scenarios", "closed", "--clients", "1", "--label", "one", "--against-label", "other")
-    options += ("--rounds", "1")
-    rows, printed = run(tmp_path / "serve.csv", *options, "--against", str(ROOT))
+    rows, printed = run(tmp_path / "serve.csv", *options, "--rounds", "1", "--against", str(ROOT))
     assert [row["version"] for row in rows] == ["one", "other"]
     assert {row["seconds"] for row in rows} == {"1.0"}
     ratio = float(rows[0]["throughput_per_s"]) / float(rows[1]["throughput_per_s"])
