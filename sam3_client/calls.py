@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
@@ -76,6 +76,10 @@ class Options:
     max_instances: int | None = None
     tiles: int | Literal["auto"] | None = None
     deadline_ms: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set, by their names."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def fields(self) -> dict[str, str]:
         """Those that are set, as texts of a form. Raises `InvalidRequest` for what is no list of numbers."""

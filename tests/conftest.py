@@ -23,6 +23,7 @@ from tests.tiers import need
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from playwright.sync_api import Browser
     from xdist.remote import Producer
 
     from sam3_runner.weights.checkpoint import Checkpoint
@@ -92,6 +93,20 @@ def chromium() -> str:
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     need("no Chromium on PATH (apt-get install chromium)" if path is None else None)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """A headless Chromium, shared by a module's tests."""
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - few tests need it
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="session")

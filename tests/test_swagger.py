@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from commands.local_server import ROOT
 from contract.requests import EXAMPLES
@@ -30,17 +30,6 @@ ROUTES = {
 }
 ERRORS = ("400", "401", "403", "404", "409", "413", "415", "429", "500", "502", "503", "504")
 WAIT_MS = 30_000
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from sam3_client.calls import Options
 from sam3_client.command_line.errors import CommandError, exit_codes
 from sam3_client.command_line.formats import FORMATS
 from sam3_client.command_line.out_folder import OutFolder
 from sam3_client.command_line.pictures import find_pictures
 from sam3_client.command_line.predict import Run, predict
-from sam3_client.command_line.segmenters import LocalSegmenter, Options, ServerSegmenter
+from sam3_client.command_line.segmenters import LocalSegmenter, ServerSegmenter
 from sam3_client.command_line.server_code import server_code
 from sam3_client.command_line.summary import show_checks, show_summary
 from sam3_client.version import VERSION
@@ -26,7 +27,7 @@ from sam3_client.version import VERSION
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sam3_client.command_line.segmenters import Box, Segmenter
+    from sam3_client.command_line.segmenters import Segmenter
 
 DEFAULT_PORT = 3000
 DEFAULT_FORMATS = "overlay,coco"
@@ -215,7 +216,7 @@ def _formats(given: list[str] | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _box(text: str) -> Box:
+def _box(text: str) -> tuple[float, float, float, float]:
     try:
         x0, y0, x1, y1 = (float(side) for side in text.split(","))
     except ValueError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from sam3_client import AsyncClient, BadImage, Instance, InvalidRequest, Result, Sam3Error, UnsupportedImage
 from sam3_client.calls import VISUAL
@@ -18,30 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from sam3_client.calls import Options
     from sam3_runner.instances import PredictResult
     from sam3_runner.predictor import SAM3Predictor
-
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What is searched for in each picture; as the arguments of `Client.segment`."""
-
-    boxes: list[Box] | None = None
-    box_labels: list[int] | None = None
-    score_threshold: float | None = None
-    fill_holes: int | None = None
-    remove_islands: int | None = None
-    min_area: int | None = None
-    nms_iou: float | None = None
-    max_instances: int | None = None
-    tiles: int | Literal["auto"] | None = None
-    deadline_ms: int | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Those that were given."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Segmenter(Protocol):
@@ -170,7 +148,7 @@ class LocalSegmenter:
     def _concepts(self) -> list[Any]:
         from sam3_runner.prompts import ConceptPrompt  # noqa: PLC0415
 
-        boxes = tuple(self._options.boxes or ())
+        boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in self._options.boxes or ())
         labels = tuple(bool(label) for label in self._options.box_labels or [1] * len(boxes))
         texts: list[str | None] = [*self._prompts] or [None]
         return [ConceptPrompt(text, boxes, labels, self._options.score_threshold) for text in texts]
