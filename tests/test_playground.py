@@ -172,6 +172,7 @@ def find(page: Page, *concepts: str, sample: str | None = "Circles") -> None:
     """Choose a sample and find these concepts; returns when all are answered."""
     if sample is not None:
         page.get_by_role("button", name=sample).click()
+        expect(page.locator("#canvas")).to_be_visible()
     for concept in concepts:
         concept_field(page).fill(concept)
         concept_field(page).press("Enter")
@@ -482,6 +483,21 @@ def test_bad_files_are_refused_in_a_sentence(page: Page) -> None:
     expect(error).to_contain_text("no file")
     expect(page.locator("#canvas")).to_be_visible()
     assert requests == []
+
+
+def test_bad_file_does_not_end_the_reading_of_a_picture(page: Page) -> None:
+    """A sample that arrives slowly is shown, though a file was refused meanwhile."""
+    held: list[Route] = []
+    page.route("**/playground/sample-stars.jpg", lambda route: held.append(route))
+    stars = page.get_by_role("button", name="Stars")
+    with page.expect_request("**/playground/sample-stars.jpg"):
+        stars.click()
+    drop(page, {"file.png": b"no picture at all"})
+    error = page.get_by_role("alert")
+    expect(error).to_contain_text("no picture that the server reads")
+    held.pop().continue_()
+    expect(page.locator("#canvas")).to_be_visible()
+    expect(error).to_contain_text("no picture that the server reads")
 
 
 def test_wrong_key_busy_server_and_cancel(browser: Browser, server: LocalServer) -> None:

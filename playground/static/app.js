@@ -27,8 +27,9 @@ new InstanceList(state);
 new BoxEditor(state);
 /** @type {{max_image_bytes: number, max_image_pixels: number}} */
 let limits = DEFAULT_LIMITS;
-/** Counts pictures being read: of two, the later one counts. */
-let readings = 0;
+/** Pictures are counted as they are chosen: of two that can be shown, the later one is. */
+let chosen = 0;
+let newestShown = 0;
 
 showSamples();
 connectPictures();
@@ -55,6 +56,7 @@ function connectPictures() {
   byId("other", HTMLElement).addEventListener("click", () => {
     finder.cancel();
     finder.hideError();
+    newestShown = ++chosen; // what is still being read is not wanted any more
     state.setPicture(null);
     requestAnimationFrame(() => byId("choose", HTMLElement).focus());
   });
@@ -95,18 +97,20 @@ function takeFiles(files) {
 
 /** Show a picture, once it is read. @param {() => Promise<Picture>} read */
 async function take(read) {
-  const reading = ++readings;
+  const number = ++chosen;
   finder.cancel();
   finder.hideError();
   try {
     const picture = await read();
-    if (reading !== readings) return;
+    if (number < newestShown) return;
+    newestShown = number;
     state.setPicture(picture);
     announce(`Picture ${picture.width} by ${picture.height} px. Now type what to find.`);
     byId("concept", HTMLElement).focus({ preventScroll: true });
   } catch (error) {
     if (!(error instanceof BadPicture)) throw error;
-    if (reading === readings) finder.showError(error.message);
+    // A file that cannot be used leaves an earlier choice, shown or still being read, as it is.
+    if (number > newestShown) finder.showError(error.message);
   }
 }
 
