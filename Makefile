@@ -12,8 +12,8 @@ export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 TEST_WORKERS ?= 2
 # One thread each: on a busy core two OpenMP threads spin while they wait, which takes three times the CPU time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
-SOURCES := $(wildcard *.py) adapters bentoml_patches commands contract docs_site observability outputs playground \
-	processes sam3_runner storage results training benchmarks deploy examples sam3_client tests
+SOURCES := $(wildcard *.py) adapters bentoml_patches bulk commands contract docs_site observability outputs \
+	playground processes sam3_runner storage results training benchmarks deploy examples sam3_client tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
 	--no-emit-index-url --no-emit-trusted-host
 

@@ -1,0 +1,1 @@
+"""Segments every picture of a bucket or a folder, on Ray Data."""
