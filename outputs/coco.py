@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from outputs.coco_rle import coco_rle
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from outputs.coco_rle import CocoRle
     from sam3_runner.instances import PredictResult
 
 IMAGE_ID = 1
+INFO = {"description": "Instances found by SAM 3"}
 
 
 def coco_document(results: Sequence[PredictResult], *, file_name: str) -> dict[str, Any]:
@@ -32,28 +34,66 @@ def coco_document(results: Sequence[PredictResult], *, file_name: str) -> dict[s
     if not results:
         raise ValueError("results is empty; give those of at least one prompt")
     width, height = results[0].image_width, results[0].image_height
-    prompts = dict.fromkeys(result.prompt for result in results)
-    category_ids = {prompt: number for number, prompt in enumerate(prompts, 1)}
+    categories = coco_categories(result.prompt for result in results)
+    category_ids = {category["name"]: category["id"] for category in categories}
     found = chain.from_iterable(
         ((category_ids[result.prompt], instance) for instance in result.instances) for result in results
     )
     return {
-        "info": {"description": "Instances found by SAM 3"},
+        "info": dict(INFO),
         "images": [{"id": IMAGE_ID, "file_name": file_name, "width": width, "height": height}],
-        "categories": [
-            {"id": number, "name": prompt, "supercategory": ""} for prompt, number in category_ids.items()
-        ],
+        "categories": categories,
         "annotations": [
-            {
-                "id": number,
-                "image_id": IMAGE_ID,
-                "category_id": category_id,
-                "bbox": [instance.mask.left, instance.mask.top, instance.mask.width, instance.mask.height],
-                "area": instance.area_px,
-                "iscrowd": 0,
-                "segmentation": coco_rle(instance.mask, width, height),
-                "score": instance.score,
-            }
+            coco_annotation(
+                number,
+                image_id=IMAGE_ID,
+                category_id=category_id,
+                box=(instance.mask.left, instance.mask.top, instance.mask.width, instance.mask.height),
+                area_px=instance.area_px,
+                rle=coco_rle(instance.mask, width, height),
+                score=instance.score,
+            )
             for number, (category_id, instance) in enumerate(found, 1)
         ],
+    }
+
+
+def coco_categories(prompts: Iterable[str]) -> list[dict[str, Any]]:
+    """One category for each distinct prompt, in their order, numbered from 1."""
+    return [
+        {"id": number, "name": prompt, "supercategory": ""}
+        for number, prompt in enumerate(dict.fromkeys(prompts), 1)
+    ]
+
+
+def coco_annotation(
+    number: int,
+    *,
+    image_id: int,
+    category_id: int,
+    box: Sequence[int],
+    area_px: int,
+    rle: CocoRle,
+    score: float,
+) -> dict[str, Any]:
+    """One instance, as `coco_document` has it.
+
+    Args:
+        number: the annotation's id, from 1.
+        image_id: of its picture.
+        category_id: of its prompt.
+        box: x, y, width and height of the mask's tight rectangle in px; all 0 for a mask without px.
+        area_px: of the mask.
+        rle: the mask.
+        score: of the instance.
+    """
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": list(box),
+        "area": area_px,
+        "iscrowd": 0,
+        "segmentation": rle,
+        "score": score,
     }

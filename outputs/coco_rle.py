@@ -6,13 +6,12 @@ other rules are in `outputs.converters`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-if TYPE_CHECKING:
-    from sam3_runner.instances import MaskCrop
+from sam3_runner.instances import MaskCrop
 
 
 class CocoRle(TypedDict):
@@ -42,3 +41,13 @@ def coco_rle(mask: MaskCrop, width: int, height: int) -> CocoRle:
         counts = counts[:-1]
     compressed = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return CocoRle(size=[height, width], counts=compressed["counts"].decode("ascii"))
+
+
+def mask_crop(rle: CocoRle) -> MaskCrop:
+    """The mask again, within its tight rectangle. It needs a byte of memory for each px of the image."""
+    left, top, width, height = (int(side) for side in coco_mask.toBbox(rle))
+    if not width:
+        return MaskCrop(0, 0, 0, 0, b"")
+    rows, columns = slice(top, top + height), slice(left // 8 * 8, left + width)
+    bits = np.packbits(coco_mask.decode(rle)[rows, columns], axis=1)
+    return MaskCrop(left, top, width, height, bits.tobytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from bulk.rows import (
     write_part,
 )
 from sam3_runner.instances import Instance, PredictResult
+from tests.bulk.made_rows import Refused, failed
 from tests.outputs.masks import crop_of, mask_of, result_of
 
 if TYPE_CHECKING:
@@ -38,14 +39,6 @@ MASK = mask_of("....... .####.. .#..#.. .####..")
 OTHER = mask_of("....... ......# ......# .......")
 FINISHED = datetime(2026, 11, 27, 6, 8, 55, 702999, tzinfo=timezone(timedelta(hours=2)))
 KEY = "ab" + "0" * 62
-
-
-@dataclass(frozen=True)
-class TooLarge:
-    """A failure."""
-
-    code: str = "TOO_LARGE"
-    message: str = "the object has 11 MB; 10 MB are allowed"
 
 
 def found(results: list[PredictResult]) -> PictureRow:
@@ -61,19 +54,12 @@ def found(results: list[PredictResult]) -> PictureRow:
     )
 
 
-def failed() -> PictureRow:
-    return error_row(
-        "/pictures/large.png",
-        TooLarge(),
-        timings_ms=TimingsMs(fetch=3.0),
-        model_sha256="d" * 64,
-        finished_at=FINISHED,
-    )
-
-
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     """Done and failed pictures, from bytes and from a file, of one shard and of several."""
-    rows = [found([result_of(MASK, OTHER), result_of(OTHER, prompt="dog")]), failed()] * BATCH_ROWS
+    rows = [
+        found([result_of(MASK, OTHER), result_of(OTHER, prompt="dog")]),
+        failed("/pictures/large.png"),
+    ] * BATCH_ROWS
     part = write_part(rows)
     (tmp_path / "00000.parquet").write_bytes(part)
     assert list(read_rows(part)) == rows
@@ -103,8 +89,8 @@ def test_a_row_says_what_was_found() -> None:
 
 def test_a_failed_picture_says_why() -> None:
     """The code and the sentence are in the row, and nothing that is not known."""
-    row = failed()
-    assert (row.status, row.error_code, row.error_message) == ("error", TooLarge.code, TooLarge.message)
+    row = failed("/pictures/large.png")
+    assert (row.status, row.error_code, row.error_message) == ("error", Refused.code, Refused.message)
     assert (row.width, row.height, row.key, row.prompts, row.instances) == (None, None, None, (), ())
     assert row.timings_ms == TimingsMs(fetch=3.0)
 
@@ -127,25 +113,25 @@ def test_no_digit_is_lost(score: int, corner: tuple[int, int], time: int) -> Non
 
 def test_a_file_has_the_schema_and_is_reproducible() -> None:
     """Other tools find the columns of SCHEMA, compressed with zstd; the same rows give the same file."""
-    part = write_part([found([result_of(MASK)]), failed()])
+    part = write_part([found([result_of(MASK)]), failed("/pictures/large.png")])
     metadata = pq.read_metadata(pa.BufferReader(part))
     assert metadata.schema.to_arrow_schema().equals(SCHEMA)
     assert metadata.row_group(0).column(0).compression == "ZSTD"
-    assert write_part([]) != part == write_part([found([result_of(MASK)]), failed()])
+    assert write_part([]) != part == write_part([found([result_of(MASK)]), failed("/pictures/large.png")])
 
 
 def test_a_row_without_its_picture_is_refused() -> None:
     """A column that is never null cannot be written as null."""
     without: str = None  # type: ignore[assignment]  # what a defect in the pipeline would give
     with pytest.raises(pa.ArrowInvalid, match="image"):
-        write_part([replace(failed(), image=without)])
+        write_part([replace(failed("/pictures/large.png"), image=without)])
 
 
 def test_a_time_without_a_zone_is_refused() -> None:
     with pytest.raises(ValueError, match="time zone"):
         error_row(
             "/a.png",
-            TooLarge(),
+            Refused(),
             timings_ms=TimingsMs(),
             model_sha256="d",
             finished_at=FINISHED.replace(tzinfo=None),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from pycocotools import mask as coco_mask
 
-from outputs.coco_rle import coco_rle
+from outputs.coco_rle import coco_rle, mask_crop
 from sam3_runner.instances import MaskCrop
 from tests.outputs.masks import crop_of, drawn_masks, mask_of
 
@@ -34,6 +34,14 @@ def test_equals_pycocotools(mask: Mask) -> None:
     encoded = coco_rle(crop_of(mask), width, height)
     assert encoded == encode(mask)
     assert np.array_equal(coco_mask.decode(encoded), mask)
+
+
+@given(mask=drawn_masks())
+@settings(max_examples=500, deadline=None)
+def test_back_to_a_crop(mask: Mask) -> None:
+    """The crop of the run lengths is the tight crop of the mask, bit by bit."""
+    height, width = mask.shape
+    assert mask_crop(coco_rle(crop_of(mask), width, height)) == crop_of(mask)
 
 
 @pytest.mark.parametrize(
