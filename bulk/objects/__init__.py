@@ -1,0 +1,58 @@
+"""Objects in a bucket or in a folder, with one set of methods."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from bulk.errors import PictureError, WrongUsage
+from bulk.objects.base import DEFAULT_MAX_WAIT_S, Objects, StoredObject
+from bulk.objects.folder import FolderObjects
+from bulk.objects.s3 import S3Objects
+
+__all__ = ["DEFAULT_MAX_WAIT_S", "Objects", "StoredObject", "open_objects", "read_uri"]
+
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def open_objects(uri: str, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> Objects:
+    """The objects below `s3://bucket`, `s3://bucket/prefix` or a folder. Sends nothing yet.
+
+    Args:
+        uri: a prefix ends where a slash follows: `s3://bucket/user-1` does not hold `user-10/cat.png`.
+        max_wait_s: how long the transient failures of one call are retried.
+
+    Raises:
+        WrongUsage: another scheme, no bucket, or no name at all.
+    """
+    if uri.startswith("s3://"):
+        bucket, prefix = _parts(uri)
+        return S3Objects(bucket, prefix.removesuffix("/"), max_wait_s)
+    if not uri or "\0" in uri or _SCHEME.match(uri):
+        raise WrongUsage(f"{uri!r} is not a place for objects: name s3://bucket/prefix or a folder")
+    return FolderObjects(str(Path(uri).resolve()))
+
+
+def read_uri(uri: str, max_bytes: int | None = None, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> bytes:
+    """A picture by its full URI: `s3://bucket/key` or an absolute path.
+
+    Raises:
+        PictureError: NOT_FOUND, TOO_LARGE or FORBIDDEN.
+        RunError: the store failed.
+    """
+    if uri.startswith("s3://"):
+        bucket, key = _parts(uri)
+        return S3Objects(bucket, "", max_wait_s).read(key, max_bytes)
+    folder, _, name = uri.rpartition("/")
+    if name in {"", ".", ".."} or "\0" in uri:
+        raise PictureError("NOT_FOUND", "no file is stored there")
+    return FolderObjects(folder or "/").read(name, max_bytes)
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    # Not a URL: keys are written as they are, with "?", "#" and "%".
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise WrongUsage(f"{uri!r} names no bucket: write s3://bucket/prefix")
+    return bucket, key
