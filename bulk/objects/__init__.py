@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from bulk.errors import PictureError, WrongUsage
 from bulk.objects.base import DEFAULT_MAX_WAIT_S, Objects, StoredObject
 from bulk.objects.folder import FolderObjects
 from bulk.objects.s3 import S3Objects
 
-__all__ = ["DEFAULT_MAX_WAIT_S", "Objects", "StoredObject", "open_objects", "read_uri"]
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+__all__ = ["DEFAULT_MAX_WAIT_S", "Objects", "StoredObject", "open_objects", "open_uri", "read_uri"]
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -41,13 +44,29 @@ def read_uri(uri: str, max_bytes: int | None = None, max_wait_s: float = DEFAULT
         PictureError: NOT_FOUND, TOO_LARGE or FORBIDDEN.
         RunError: the store failed.
     """
+    objects, name = _located(uri, max_wait_s)
+    return objects.read(name, max_bytes)
+
+
+def open_uri(uri: str, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> BinaryIO:
+    """A seekable file for a large object: `s3://bucket/key` or an absolute path.
+
+    Raises:
+        PictureError: NOT_FOUND or FORBIDDEN.
+        RunError: the store failed; reading the file may raise it too.
+    """
+    objects, name = _located(uri, max_wait_s)
+    return objects.open(name)
+
+
+def _located(uri: str, max_wait_s: float) -> tuple[Objects, str]:
     if uri.startswith("s3://"):
         bucket, key = _parts(uri)
-        return S3Objects(bucket, "", max_wait_s).read(key, max_bytes)
+        return S3Objects(bucket, "", max_wait_s), key
     folder, _, name = uri.rpartition("/")
     if name in {"", ".", ".."} or "\0" in uri:
         raise PictureError("NOT_FOUND", "no file is stored there")
-    return FolderObjects(folder or "/").read(name, max_bytes)
+    return FolderObjects(folder or "/"), name
 
 
 def _parts(uri: str) -> tuple[str, str]:

@@ -46,9 +46,10 @@ class Objects(Protocol):
         ...
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
-        """The objects whose names begin with `prefix`, in ascending order of the names' UTF-8 bytes.
+        """The objects whose names begin with `prefix`, fetched while the caller iterates.
 
-        They are fetched while the caller iterates. A place that does not exist has none.
+        They come in ascending order of the names' UTF-8 bytes, from every store that keeps to S3's order;
+        SeaweedFS lists `a/b` before `a.b`. A place that does not exist has none.
         """
         ...
 

@@ -45,13 +45,9 @@ class FolderObjects:
 
     def list(self, prefix: str = "") -> Iterator[StoredObject]:
         """See Objects. Lists one folder at a time."""
-        folder, _, _ = prefix.rpartition("/")
-        if folder:
-            _check_name(folder)
-        root = self._path(folder) if folder else self.uri
-        for found in _Walk(self.uri).files(root, f"{folder}/" if folder else ""):
-            if found.name.startswith(prefix):
-                yield found
+        folder, slash, start = prefix.rpartition("/")
+        root = self._path(folder) if slash else self.uri
+        yield from _Walk(self.uri).files(root, f"{folder}{slash}", start)
 
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """See Objects. Only regular files are objects."""
@@ -195,10 +191,10 @@ class _Walk:
         with suppress(OSError):
             self._is_new(self._root)
 
-    def files(self, folder: str, prefix: str) -> Iterator[StoredObject]:
-        """The files below `folder`, whose names begin with `prefix`."""
+    def files(self, folder: str, prefix: str, start: str) -> Iterator[StoredObject]:
+        """The files below `folder`, named from `prefix` on, of its entries that begin with `start`."""
         # A stack of folders, each with its entries that are left; a folder may lie thousands deep.
-        stack = [_Opened(folder, prefix, linked=False)]
+        stack = [_Opened(folder, prefix, start=start, linked=False)]
         while stack:
             opened = stack[-1]
             if not opened.entries:
@@ -242,11 +238,11 @@ class _Opened:
         entries: those that are left, the next one last.
     """
 
-    def __init__(self, path: str, prefix: str, *, linked: bool) -> None:
+    def __init__(self, path: str, prefix: str, *, start: str = "", linked: bool) -> None:
         self.path = path
         self.prefix = prefix
         self.linked = linked
-        self.entries = _entries(path)[::-1]
+        self.entries = [each for each in reversed(_entries(path)) if each[0].startswith(start)]
 
 
 def _entries(folder: str) -> list[tuple[str, os.DirEntry[str]]]:

@@ -107,7 +107,12 @@ class S3Objects:
             return _body(answer, max_bytes, until_s)
 
         with self._bulk_errors("read"):
-            return self._retried("read", get)
+            try:
+                return self._retried("read", get)
+            except S3Failure as failure:
+                if failure.code == "SignatureDoesNotMatch" and self._signs_correctly():
+                    raise PictureError("FORBIDDEN", "the store does not accept the key as it is") from None
+                raise
 
     def open(self, name: str) -> BinaryIO:
         """See Objects. Reading raises StoreUnavailable if the object is replaced meanwhile."""
@@ -189,6 +194,17 @@ class S3Objects:
 
         with self._bulk_errors("list"):
             return self._retried("list", list_page)
+
+    def _signs_correctly(self) -> bool:
+        """Whether the store knows the signature of a request without a key.
+
+        Some servers rewrite a key such as `a/../b` before they check its signature, which then differs.
+        """
+        try:
+            self._retried("list", lambda client: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
+        except S3Failure as failure:
+            return failure.code == "AccessDenied"
+        return True
 
     def _exists(self, key: str) -> bool:
         try:

@@ -92,7 +92,7 @@ class S3Failure(Exception):
         return PictureError("FORBIDDEN", f"the store refuses to give this object ({self})")
 
     def _refusal(self, action: Action, bucket: str) -> BulkError:
-        if self.status == HTTPStatus.NOT_FOUND:
+        if self.code == "NoSuchBucket":
             return WrongUsage(
                 f"the bucket {bucket} does not exist ({self}); correct its name, or AWS_ENDPOINT_URL_S3"
             )
