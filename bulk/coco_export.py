@@ -14,25 +14,14 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from pycocotools import mask as coco_mask
 
-from bulk.rows import read_parts
 from outputs.coco import INFO, coco_annotation, coco_categories
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
 
     from bulk.rows import PictureRow
-
-
-def export_coco(parts: Iterable[bytes | Path], path: Path, *, prompts: Sequence[str], source: str) -> None:
-    """Write the COCO file of a run whose rows are in `parts`, of which one is in memory at a time.
-
-    The arguments are those of `CocoFile`.
-    """
-    with CocoFile(path, prompts=prompts, source=source) as file:
-        for row in read_parts(parts):
-            file.add(row)
 
 
 class CocoFile:

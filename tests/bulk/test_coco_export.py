@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from bulk.coco_export import CocoFile, export_coco, file_name
-from bulk.rows import write_part
+from bulk.coco_export import CocoFile, file_name
+from bulk.rows import read_parts, write_part
 from outputs.coco import coco_document
 from sam3_runner.instances import PredictResult
 from tests.bulk.made_rows import done, failed
 from tests.outputs.masks import mask_of, result_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 # pycocotools 2.0.11 converts its arrays in the way of numpy 1.
@@ -51,8 +51,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "coco.json"
 
 
-def export(parts: list[bytes], path: Path) -> dict[str, Any]:
-    export_coco(parts, path, prompts=PROMPTS, source=SOURCE)
+def export(parts: Iterable[bytes], path: Path) -> dict[str, Any]:
+    with CocoFile(path, prompts=PROMPTS, source=SOURCE) as file:
+        for row in read_parts(parts):
+            file.add(row)
     document: dict[str, Any] = json.loads(path.read_bytes())
     return document
 
@@ -112,7 +114,7 @@ def test_an_interrupted_export_leaves_the_file_that_was_there(parts: list[bytes]
 
     path.write_text("earlier")
     with pytest.raises(ConnectionError):
-        export_coco(breaking(), path, prompts=PROMPTS, source=SOURCE)
+        export(breaking(), path)
     assert path.read_text() == "earlier"
     assert list(path.parent.iterdir()) == [path]
 

@@ -1,0 +1,106 @@
+"""When the pictures of a run were finished: counts in equal intervals, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import datetime
+
+WIDTHS_S = (1, 5, 15, 60, 300, 900, 3600, 21_600, 86_400)
+"""Of the intervals. Each divides the next one, so that counts can be added up."""
+MAX_INTERVALS = 1000
+PAUSE_S = 600
+PAUSE_INTERVALS = 10
+"""A time without pictures is a pause, not a low rate, when it has so many seconds and intervals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A time in which the run worked.
+
+    Attributes:
+        start_s: of its first interval, in s since 1970, UTC.
+        width_s: of an interval.
+        counts: pictures that were finished in each interval.
+    """
+
+    start_s: int
+    width_s: int
+    counts: list[int]
+
+    @property
+    def end_s(self) -> int:
+        """Of its last interval."""
+        return self.start_s + self.width_s * len(self.counts)
+
+
+class FinishedTimes:
+    """Counts pictures by the time when they were finished.
+
+    Intervals become wider when there are more than `MAX_INTERVALS` that have pictures. The order in which
+    times are added makes no difference.
+    """
+
+    def __init__(self) -> None:
+        self.width_s = WIDTHS_S[0]
+        self.counts: Counter[int] = Counter()
+        """By the number of the interval: its start divided by its width."""
+        self.first: datetime | None = None
+        self.last: datetime | None = None
+
+    def add(self, time: datetime) -> None:
+        """Count a picture."""
+        self.first = time if self.first is None else min(self.first, time)
+        self.last = time if self.last is None else max(self.last, time)
+        self.counts[int(time.timestamp()) // self.width_s] += 1
+        while len(self.counts) > MAX_INTERVALS and self.width_s < WIDTHS_S[-1]:
+            width_s = WIDTHS_S[WIDTHS_S.index(self.width_s) + 1]
+            self.counts, self.width_s = self._in_intervals(width_s), width_s
+
+    @property
+    def pictures(self) -> int:
+        """All that were counted."""
+        return self.counts.total()
+
+    @property
+    def worked_s(self) -> float:
+        """From the first picture to the last, without the pauses."""
+        if self.first is None or self.last is None:
+            return 0.0
+        stretches = list(_stretches(self.counts, self.width_s))
+        pauses_s = sum(after.start_s - before.end_s for before, after in pairwise(stretches))
+        return (self.last - self.first).total_seconds() - pauses_s
+
+    def stretches(self, max_intervals: int) -> list[Stretch]:
+        """What is between the pauses, in the narrowest intervals of which there are at most `max_intervals`.
+
+        Intervals have two pictures or more on average, so that a chart of them shows a rate.
+        """
+        limit = min(max_intervals, max(10, self.pictures // 2))
+        found: list[Stretch] = []
+        for width_s in WIDTHS_S[WIDTHS_S.index(self.width_s) :]:
+            found = list(_stretches(self._in_intervals(width_s), width_s))
+            if sum(len(each.counts) for each in found) <= limit:
+                break
+        return found
+
+    def _in_intervals(self, width_s: int) -> Counter[int]:
+        wider: Counter[int] = Counter()
+        for number, count in self.counts.items():
+            wider[number * self.width_s // width_s] += count
+        return wider
+
+
+def _stretches(counts: Counter[int], width_s: int) -> Iterator[Stretch]:
+    longest = max(PAUSE_S // width_s, PAUSE_INTERVALS)
+    numbers = sorted(counts)
+    ends = [index for index, (one, other) in enumerate(pairwise(numbers), 1) if other - one > longest]
+    for start, end in pairwise([0, *ends, len(numbers)]):
+        if start < end:
+            first, last = numbers[start], numbers[end - 1]
+            yield Stretch(first * width_s, width_s, [counts[number] for number in range(first, last + 1)])
