@@ -11,6 +11,7 @@ BulkError
         CredentialsRefused      3: credentials are missing, wrong or expired
         StoreRefused            3: the store refuses what the run needs, such as listing or writing
         StoreFull               3: the store has no space left, or is read-only
+        ModelUnavailable        3: the model cannot be loaded
         ClusterUnavailable      3: Ray cannot run the work
 
 All of them can be pickled, since they cross processes.
@@ -110,6 +111,10 @@ class StoreRefused(_UnavailableError):
 
 class StoreFull(_UnavailableError):
     """The store has no space left, its quota is used up, or it is read-only."""
+
+
+class ModelUnavailable(_UnavailableError):
+    """The model cannot be loaded on a machine of the cluster."""
 
 
 class ClusterUnavailable(_UnavailableError):

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from sam3_client.calls import Options
+from sam3_client.command_line.bulk import BULK_HELP, bulk
 from sam3_client.command_line.errors import CommandError, exit_codes
 from sam3_client.command_line.formats import FORMATS
 from sam3_client.command_line.out_folder import OutFolder
@@ -47,7 +48,7 @@ app = typer.Typer(
 )
 
 
-class _PredictCommand(TyperCommand):
+class _PromptsCommand(TyperCommand):
     """Takes several values after one --prompts."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -83,7 +84,10 @@ def _all_commands(
     pass
 
 
-@app.command("predict", cls=_PredictCommand, help=PREDICT_HELP, no_args_is_help=True)
+app.command("bulk", cls=_PromptsCommand, help=BULK_HELP, no_args_is_help=True)(bulk)
+
+
+@app.command("predict", cls=_PromptsCommand, help=PREDICT_HELP, no_args_is_help=True)
 def _predict(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")],
     sources: Annotated[

@@ -1,0 +1,108 @@
+"""The stages as one streaming dataset of Ray Data: shards in, their outcomes out as they end."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from bulk.errors import ClusterUnavailable, RunError
+from bulk.stages.blocks import SHARD, outcome_of
+from bulk.stages.prepare import Prepare
+from bulk.stages.segment import Segment
+from bulk.stages.write import Write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from bulk.cluster import Sizes
+    from bulk.plan import Plan
+    from bulk.settings import Run
+    from bulk.stages.blocks import ShardOutcome
+
+WAVE_SHARDS = 10_000
+"""Of one dataset: Ray's driver keeps some KB for each block."""
+MAX_BLOCK_BYTES = 2**31
+"""Above ours, so that Ray never splits a shard."""
+
+
+def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> Iterator[ShardOutcome]:
+    """Segment shards, and yield the outcome of each when its rows are stored.
+
+    A process that dies is started anew, and its shard is done again. What it had stored stays as it is.
+
+    Args:
+        run: what to do.
+        plan: of the run.
+        todo: the shards.
+        sizes: of the stages.
+
+    Raises:
+        RunError: a stage has raised it, or Ray has failed.
+    """
+    context = DataContext.get_current()
+    context.target_max_block_size = MAX_BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for start in range(0, len(todo), WAVE_SHARDS):
+        wave = todo[start : start + WAVE_SHARDS]
+        try:
+            for row in _dataset(run, plan, wave, sizes).iter_rows():
+                yield outcome_of(row)
+        except RayError as error:
+            raise _run_error(error) from error
+
+
+def _dataset(run: Run, plan: Plan, wave: Sequence[int], sizes: Sizes) -> ray.data.Dataset:
+    # Blocks that exist already: a stage that reads would need a CPU of its own, and might never get one.
+    shards = ray.data.from_arrow([pa.table({SHARD: [shard]}) for shard in wave])
+    squares = _stage(shards, Prepare, (run, plan), sizes.prepare, num_cpus=sizes.stage_cpus)
+    found = _stage(
+        squares,
+        Segment,
+        (run,),
+        sizes.models,
+        fixed=True,
+        num_cpus=sizes.model_cpus,
+        num_gpus=sizes.model_gpus,
+    )
+    return _stage(found, Write, (run, plan), sizes.write, num_cpus=sizes.stage_cpus)
+
+
+def _stage(
+    dataset: ray.data.Dataset,
+    stage: type,
+    arguments: tuple[Any, ...],
+    most: int,
+    *,
+    fixed: bool = False,
+    num_cpus: float,
+    num_gpus: int | None = None,
+) -> ray.data.Dataset:
+    """A stage with one to `most` processes, each with one block at work and the next one ready."""
+    return dataset.map_batches(
+        stage,
+        batch_size=None,
+        batch_format="numpy",
+        fn_constructor_args=arguments,
+        compute=ActorPoolStrategy(
+            min_size=most if fixed else 1, max_size=most, max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+    )
+
+
+def _run_error(error: BaseException) -> RunError:
+    """The RunError that a stage has raised, or one that says that Ray has failed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RunError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return ClusterUnavailable(f"Ray has failed: {type(error).__name__}")

@@ -1,0 +1,106 @@
+"""What the stages hand on: one block a shard, one row a picture, Python values pickled in a column.
+
+Ray Data splits a block that is too large, which would break a shard apart: `pipeline.py` sets its limit above
+ours.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from bulk.errors import PictureError
+    from bulk.rows import PictureRow
+    from bulk.sources import Picture
+    from sam3_runner.instances import PredictResult
+
+Block = dict[str, "npt.NDArray[Any]"]
+
+SHARD, PICTURE, SQUARE, OUTCOME = "shard", "picture", "square", "outcome"
+
+
+@dataclass(slots=True)
+class PictureState:
+    """One picture on its way through the stages.
+
+    Attributes:
+        size_bytes, sha256: of the object that was read.
+        width, height: px, as a viewer shows it.
+        error: why it becomes an error row.
+        results: one a prompt.
+        timings_ms: by stage; of the model's pass, the picture's share.
+    """
+
+    picture: Picture
+    size_bytes: int | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    error: PictureError | None = None
+    results: Sequence[PredictResult] = ()
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+def block_of(
+    shard: int, states: Sequence[PictureState], squares: npt.NDArray[np.uint8] | None = None
+) -> Block:
+    """One block of a shard; `squares` is (pictures, side, side, 3)."""
+    pickled = np.empty(len(states), dtype=object)
+    pickled[:] = [pickle.dumps(state, pickle.HIGHEST_PROTOCOL) for state in states]
+    block: Block = {SHARD: np.full(len(states), shard, np.int64), PICTURE: pickled}
+    return block if squares is None else block | {SQUARE: squares}
+
+
+def states_of(block: Block) -> list[PictureState]:
+    """The pictures of a block. Only our own stages write blocks."""
+    return [pickle.loads(data) for data in block[PICTURE]]  # noqa: S301 - from our own processes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOutcome:
+    """What the command counts of a shard whose rows are stored.
+
+    Attributes:
+        is_new: this run has stored them, and not another one at the same time or a try before.
+        inference_s: time in which the model's device had this shard's work.
+        errors: how many pictures have each code.
+    """
+
+    shard: int
+    pictures: int
+    instances: int
+    is_new: bool
+    inference_s: float
+    errors: dict[str, int]
+
+    @classmethod
+    def of(cls, shard: int, rows: Sequence[PictureRow], *, is_new: bool) -> ShardOutcome:
+        """The outcome of a shard's rows."""
+        return cls(
+            shard,
+            len(rows),
+            sum(len(row.instances) for row in rows),
+            is_new,
+            sum(row.timings_ms.inference or 0.0 for row in rows) / 1000,
+            dict(Counter(row.error_code for row in rows if row.error_code is not None)),
+        )
+
+
+def outcome_block(outcome: ShardOutcome) -> Block:
+    """A block of one row."""
+    return {OUTCOME: np.array([pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)], dtype=object)}
+
+
+def outcome_of(row: dict[str, Any]) -> ShardOutcome:
+    """What `outcome_block` has written."""
+    outcome: ShardOutcome = pickle.loads(row[OUTCOME])  # noqa: S301 - from our own processes
+    return outcome
