@@ -33,6 +33,8 @@ MAX_INTERVALS = 120
 """Of the chart of the rate."""
 MAX_CHARTS = 24
 """Histograms of scores: those of the prompts with the most instances."""
+MAX_PROMPTS = 8
+"""Of a sample, those with the most instances."""
 SCORE_START = 0.5
 """Where the axis of scores begins, unless there are lower ones."""
 
@@ -86,7 +88,7 @@ def report_html(run: RunDescription, summary: Summary, samples: Sequence[Sample]
             _samples(run, samples),
             _scores(summary),
             _rate(summary.finished),
-            _times(summary),
+            _time_and_size(summary),
             _failed(run, summary),
             _most_instances(run, summary),
             _settings(run, summary),
@@ -153,38 +155,55 @@ def _samples(run: RunDescription, samples: Sequence[Sample]) -> Element:
 
 
 def _legend(prompts: Sequence[str]) -> Element:
+    """The colours of the overlays; ten colours repeat."""
     items = []
     for number, prompt in enumerate(prompts, 1):
         colour = PALETTE[colour_of(number, number, len(prompts))]
         swatch = element("span", class_="swatch", style=f"background: rgb{colour}")
         items.append(element("li", swatch, element("bdi", prompt)))
-    return element("ul", *items, class_="legend")
+    return element("ul", *items, class_="prompts legend")
 
 
 def _sample(run: RunDescription, sample: Sample) -> Element:
     row = sample.row
-    counts = Counter(each.prompt for each in row.instances)
-    found = ", ".join(f"{prompt} × {count}" for prompt, count in counts.items())
+    counts = Counter(each.prompt for each in row.instances).most_common()
     name = file_name(row.image, run.source)
-    facts = [f"{row.width} x {row.height} px"]
-    if row.instances:
-        scores = [each.score for each in row.instances]
-        facts.append(f"scores {min(scores):.2f} to {max(scores):.2f}")
+    found = [f"{prompt} {_times(count)}" for prompt, count in counts] or ["nothing found"]
     image = element(
         "img",
         src=f"data:image/jpeg;base64,{base64.b64encode(sample.jpeg).decode()}",
-        alt=f"Overlay of {name}: {found or 'nothing found'}",
+        alt=f"Overlay of {name}: {', '.join(found)}",
         width=str(row.width),
         height=str(row.height),
     )
+    facts = f"{row.width} x {row.height} px"
+    if row.instances:
+        scores = [each.score for each in row.instances]
+        facts += f", scores {min(scores):.2f} to {max(scores):.2f}"
     caption = element(
         "figcaption",
         element("span", sample.why, class_="why"),
         element("p", _name(name)),
-        element("p", element("bdi", found)) if found else None,
-        element("p", ", ".join(facts)),
+        _found(counts) if counts else None,
+        element("p", facts),
     )
     return element("figure", image, caption, class_="card")
+
+
+def _found(counts: Sequence[tuple[str, int]]) -> Element:
+    """How many instances of which prompts, the most first."""
+    items = [
+        element("li", element("bdi", prompt), element("span", _times(count)))
+        for prompt, count in counts[:MAX_PROMPTS]
+    ]
+    more = len(counts) - len(items)
+    return element(
+        "ul", *items, element("li", f"and {more} more prompts") if more else None, class_="prompts"
+    )
+
+
+def _times(count: int) -> str:
+    return f"× {count}"
 
 
 def _scores(summary: Summary) -> Element:
@@ -310,7 +329,7 @@ def _rate_chart(stretches: Sequence[Stretch], intervals: Sequence[tuple[int, int
     return bar_chart(bars, labels, description=description, marks=marks)
 
 
-def _times(summary: Summary) -> Element:
+def _time_and_size(summary: Summary) -> Element:
     stages = [
         [
             stage,
@@ -373,7 +392,7 @@ def _settings(run: RunDescription, summary: Summary) -> Element:
     facts: list[tuple[str, Child]] = [
         ("source", _name(run.source)),
         ("results", _name(run.out)),
-        ("prompts", element("ul", *(element("li", element("bdi", prompt)) for prompt in run.prompts))),
+        ("prompts", _list_of(run.prompts)),
         *run.settings.items(),
         ("model", run.model),
         ("sha256 of the weights", element("code", run.model_sha256)),
@@ -399,6 +418,10 @@ def _section(title: str, *parts: Child) -> Element:
 def _cards(*tables: Element, kind: str = "") -> Element:
     """Tables beside each other where there is room."""
     return element("div", *(element("div", each, class_=f"card {kind}") for each in tables), class_="tables")
+
+
+def _list_of(prompts: Sequence[str]) -> Element:
+    return element("ul", *(element("li", element("bdi", prompt)) for prompt in prompts), class_="prompts")
 
 
 def _note(text: str) -> Element:

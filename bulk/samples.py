@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from bisect import insort
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     """The bytes of a picture by its full URI; raises `PictureError`."""
 
 SAMPLES = 12
-SPARE = 2
-"""Each kind keeps so many times the pictures that it shows, for those that cannot be read any more."""
+KEPT = 2 * SAMPLES
+"""Of each kind: more than are shown, for those that another kind shows or that cannot be read any more."""
 SIDES_PX = (640, 480, 320, 160)
 """Longest side of an overlay: the first one at which its file is small enough."""
 MAX_JPEG_BYTES = 150_000
@@ -77,7 +78,9 @@ class Samples:
 
         A picture that is gone, or that has changed since the run, is left out; another takes its place.
         """
-        return asyncio.run(self._draw(read_picture))
+        # The caller's thread may have an event loop of its own, as in a notebook.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self._draw(read_picture)).result()
 
     async def _draw(self, read_picture: ReadPicture) -> list[Sample]:
         decoders = ImageDecoders(side_px=SIDES_PX[0], count=1)
@@ -117,7 +120,7 @@ class _Kind:
 
     def add(self, row: PictureRow) -> None:
         insort(self._best, (self._rank(row), _digest(row.image), row), key=lambda each: each[:2])
-        del self._best[self.count * SPARE :]
+        del self._best[KEPT:]
 
     def __iter__(self) -> Iterator[PictureRow]:
         return (row for _, _, row in self._best)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -100,6 +100,7 @@ def test_a_failed_picture_says_why() -> None:
     corner=st.tuples(st.integers(0, 6_553_600), st.integers(0, 6_553_600)),
     time=st.integers(0, 6_000_000),
 )
+@settings(deadline=None)
 def test_no_digit_is_lost(score: int, corner: tuple[int, int], time: int) -> None:
     """float32 has all digits that the server shows, for pictures of up to 65,536 px and for ten minutes."""
     box = corner[0] / 100, corner[1] / 100, 65536.0, 65536.0
