@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _UNFINISHED_PREFIX: Final = ".sam3-"
 _UNFINISHED_SUFFIX: Final = ".unfinished"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_MISPLACED: Final = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
 _REFUSED: Final = frozenset({errno.EACCES, errno.EPERM})
 # The errors of an open when no file has this name, or none can have it.
 _ABSENT: Final = frozenset(
@@ -136,6 +137,10 @@ class FolderObjects:
                 ) from None
             if error.errno in _REFUSED:
                 raise StoreRefused(f"this user may not write to {self.uri}") from None
+            if error.errno in _MISPLACED:
+                raise StoreRefused(
+                    f"in {self.uri} a file lies where a folder is needed, or a folder where a file is"
+                ) from None
             raise _unavailable(self.uri, error) from None
 
 

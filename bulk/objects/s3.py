@@ -216,14 +216,21 @@ class S3Objects:
         return True
 
     def _size_and_etag(self, key: str) -> tuple[int, str]:
-        """Asks by GET and leaves the body: a refusal of HEAD has no code."""
+        """Asks for one byte by GET: a refusal of HEAD has no code."""
 
         def get(client: S3Client) -> tuple[int, str]:
-            answer = client.get_object(Bucket=self.bucket, Key=key)
+            answer = client.get_object(Bucket=self.bucket, Key=key, Range="bytes=0-0")
             answer["Body"].close()
-            return answer["ContentLength"], answer["ETag"]
+            # "bytes 0-0/1234"; there is none where a server does not know ranges.
+            size = answer.get("ContentRange", "").rpartition("/")[2]
+            return int(size or answer["ContentLength"]), answer["ETag"]
 
-        return self._retried("read", get)
+        try:
+            return self._retried("read", get)
+        except S3Failure as failure:
+            if failure.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                raise
+            return 0, ""  # an empty object has no first byte
 
     def _retried(self, action: Action, work: Callable[[S3Client], _T], *, tries_of_requests: int = 1) -> _T:
         """The result of `work`. Raises the last try's S3Failure."""
@@ -304,6 +311,10 @@ class _Parts(io.RawIOBase):
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}[whence]
         self._position = max(0, start + offset)
         return self._position
+
+    def readall(self) -> bytes:
+        # The inherited one reads 8 KiB at a time.
+        return b"".join(iter(lambda: self.read(_PART_BYTES) or b"", b""))
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer).cast("B")
