@@ -37,6 +37,9 @@ weights: $(VENV)/run ## Download the gated weights to SAM3_WEIGHTS_PATH (needs H
 doctor: $(VENV)/run ## Check this machine and the server's settings, and say how to mend what is wrong
 	@$(BIN)/sam3 doctor --port $(PORT)
 
+.PHONY: bulk
+bulk: $(VENV)/bulk ## Install what `.venv/bin/sam3 bulk` needs: runs over a bucket or a folder, on Ray
+
 .PHONY: given-up
 given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one to be retried
 	@$(BIN)/python -m commands.given_up_tasks $(TASK)
@@ -170,6 +173,9 @@ lock: $(VENV)/dev ## Compile pyproject.toml into the lock files, the image's too
 	(echo '-c requirements.lock'; $(BIN)/python -m dependency_groups dev) > dev.in
 	$(PIP_COMPILE) --output-file requirements-dev.lock dev.in
 	rm dev.in
+	(echo '-c requirements.lock'; $(BIN)/python -m dependency_groups bulk) > bulk.in
+	$(PIP_COMPILE) --output-file requirements-bulk.lock bulk.in
+	rm bulk.in
 	$(BIN)/python -m dependency_groups annotation > annotation.in
 	$(PIP_COMPILE) --output-file tests/outputs/requirements.txt annotation.in
 	rm annotation.in
@@ -188,6 +194,10 @@ $(VENV)/run: requirements.lock sam3_client/pyproject.toml
 
 $(VENV)/dev: $(VENV)/run requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+$(VENV)/bulk: $(VENV)/run requirements-bulk.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bulk.lock
 	touch $@
 
 $(VENV)/vastai/installed: deploy/vast/requirements.txt
