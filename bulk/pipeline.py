@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from bulk.errors import ClusterUnavailable, RunError
 from bulk.stages.blocks import SHARD, outcome_of
@@ -48,7 +48,8 @@ def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> I
     context.target_max_block_size = MAX_BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends the run is raised as well
     for start in range(0, len(todo), WAVE_SHARDS):
         wave = todo[start : start + WAVE_SHARDS]
         try:
@@ -98,11 +99,10 @@ def _stage(
     )
 
 
-def _run_error(error: BaseException) -> RunError:
+def _run_error(error: RayError) -> RunError:
     """The RunError that a stage has raised, or one that says that Ray has failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, RunError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
+    # Ray's error is an instance of its cause's class too, with a traceback as its message.
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RunError):
+        return cause
     return ClusterUnavailable(f"Ray has failed: {type(error).__name__}")
