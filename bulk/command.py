@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import sys
 from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bulk.errors import SOME_FAILED, RunError, WrongUsage
+from bulk.errors import SOME_FAILED, UNAVAILABLE, RunError, WrongUsage
 from bulk.objects import open_objects
 from bulk.progress import RunMetrics, display_of
 from bulk.run import bulk_run
@@ -29,9 +33,13 @@ from sam3_runner.prompts import PromptTokenizer, clean_prompt
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from bulk.run import Ended
 
 INTERRUPTED = 130
+CHILD_END_S = 30.0
+"""For Ray to end its processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,47 @@ class Arguments:
 
 
 def run_command(arguments: Arguments) -> int:
-    """Run, print, and return the exit code: see `bulk.errors`; 130 after Ctrl-C."""
+    """Run, print, and return the exit code: see `bulk.errors`; 130 after Ctrl-C or SIGTERM.
+
+    Ray ends the process that uses it without a word when its own processes are gone, so that is a child.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_run_in_child, args=(arguments, sender), name="sam3 bulk")
+    child.start()
+    sender.close()
+
+    def interrupt(*_: object) -> None:
+        os.kill(child.pid or 0, signal.SIGINT)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        exit_code: int = receiver.recv()
+    except EOFError:
+        sys.stderr.write("sam3: Ray has ended unexpectedly; the same command goes on from here\n")
+        return UNAVAILABLE
+    child.join(CHILD_END_S)
+    child.kill()  # Ray's threads may hold it; what counts is stored
+    return exit_code
+
+
+def _run_in_child(arguments: Arguments, sender: Connection) -> None:
+    # A terminal's Ctrl-C reaches the parent alone, which sends it on once.
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(UNAVAILABLE)
+
+    Thread(target=end_with_parent, daemon=True).start()
+    sender.send(_run_to_exit_code(arguments))
+
+
+def _run_to_exit_code(arguments: Arguments) -> int:
     try:
         weights_path = _weights_path(arguments.weights)
         checkpoint = _checkpoint(weights_path)

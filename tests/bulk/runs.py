@@ -171,6 +171,12 @@ class BulkProcess:
         """Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
 
+    def kill_ray(self) -> None:
+        """Kill Ray's raylet, which manages its other processes."""
+        self.workers()
+        [raylet] = [each for each in self._seen.values() if each.name() == "raylet"]
+        raylet.kill()
+
     def workers(self, stage: str = "") -> list[psutil.Process]:
         """The processes of Ray's that run this stage, or any."""
         try:

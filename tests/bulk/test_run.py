@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import zlib
-from collections import Counter
 from itertools import count
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -20,16 +22,20 @@ from pycocotools.coco import COCO
 from bulk.samples import results_of
 from commands.local_server import reserved_ports
 from sam3_runner import SAM3Predictor
-from tests.bulk.runs import PROMPTS, BulkRuns, picture
+from tests.bulk.runs import PROMPTS, ROOT, BulkRuns, picture
 from tests.services.faults import fault_proxy
-from tests.services.processes import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.services.objects import S3Service
 
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.slow,
+    # pycocotools' decode.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 GOOD = 288
 EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>expired</Message></Error>"
@@ -145,38 +151,69 @@ def _check_results(runs: BulkRuns) -> None:
     assert found_any
 
 
-def test_expired_credentials_end_the_run_which_goes_on_with_new_ones(
-    seaweedfs: S3Service, tmp_path: Path
-) -> None:
-    """What is refused is no error row: the run ends with exit code 3, and the next command does the rest."""
+def test_run_goes_on_after_each_way_to_end(seaweedfs: S3Service, tmp_path: Path) -> None:
+    """Ray's end, refused credentials, Ctrl-C and a busy store: a sentence, an exit code, and no error row."""
     with fault_proxy(seaweedfs.endpoint) as proxy:
         runs = BulkRuns(seaweedfs, f"bulk-{uuid4()}", proxy.url, tmp_path)
-        runs.put_drawn(60)
+        runs.put_drawn(108)
         with runs.command("--no-masks") as command:
             runs.wait_for_rows(1, command)
+            command.kill_ray()
+            assert command.exit_code() == 3
+        assert command.output().endswith(
+            "sam3: Ray has ended unexpectedly; the same command goes on from here\n"
+        )
+
+        with runs.command("--no-masks") as command:
+            runs.wait_for_rows(len(runs.stored("rows/")) + 1, command)
             proxy.fail_next(10**6, status=400, body=EXPIRED, headers={"Content-Type": "application/xml"})
             assert command.exit_code() == 3
-            assert "credentials" in command.output()
-            assert "Traceback" not in command.output()
         proxy.heal()
-        assert 0 < len(runs.rows()) < 60
-        assert all(row.status == "done" for row in runs.rows())
-        # 429 and 500 for a while are waited for.
-        proxy.fail_next(20, status=429, body=b"", when=lambda seen: "/in/" in seen.path)
-        proxy.fail_next(20, status=500, body=b"", when=lambda seen: seen.method == "PUT")
+        assert re.search(r"\nsam3: the credentials for s3://\S+ have expired .*\n$", command.output())
+        assert "Traceback" not in command.output()
+
+        with runs.command("--no-masks") as command:
+            runs.wait_for_rows(len(runs.stored("rows/")) + 1, command)
+            command.interrupt()
+            assert command.exit_code() == 130
+        assert command.output().endswith("sam3: interrupted; the same command goes on from here\n")
+        assert 0 < len(runs.rows()) < 108
+
+        proxy.fail_next(20, status=429, when=lambda seen: "/in/" in seen.path)
+        proxy.fail_next(5, status=500, when=lambda seen: seen.method == "PUT")
         with runs.command("--no-masks") as command:
             assert command.exit_code() == 0, command.output()
-        runs.check_each_picture_once()
-        assert Counter(row.status for row in runs.rows()) == {"done": 60}
+    runs.check_each_picture_once()
+    assert all(row.status == "done" for row in runs.rows())
+    assert not runs.stored("masks/")
 
 
-def test_ctrl_c_ends_the_run_with_a_sentence(runs: BulkRuns) -> None:
-    """Exit code 130; what is stored stays."""
-    runs.put_drawn(60)
-    with runs.command("--no-masks") as command:
-        runs.wait_for_rows(1, command)
-        command.interrupt()
-        assert command.exit_code() == 130
-        assert command.output().endswith("sam3: interrupted; the same command goes on from here\n")
-        wait_until(lambda: not command.workers(), 60)
-    assert 0 < len(runs.rows()) < 60
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"--images": "nowhere"}, "nowhere does not exist"),
+        ({"--images": "s3://"}, "names no bucket"),
+        ({"--prompts": " "}, "a prompt of --prompts is empty"),
+        ({"--prompts": "circle " * 40}, "tokens"),
+        ({"--weights": "no/such/weights.pt"}, "no weights at"),
+        ({"--shard-pictures": "1000"}, "it must be 1 to 256"),
+        ({}, "no picture in"),
+    ],
+)
+def test_wrong_usage_is_a_sentence(tmp_path: Path, options: dict[str, str], sentence: str) -> None:
+    """Exit code 2, before Ray starts."""
+    (tmp_path / "empty").mkdir()
+    given = {"--images": "empty", "--prompts": "star", "--out": "out", "--weights": "demo"} | options
+    ended = subprocess.run(
+        [sys.executable, "-m", "sam3_client", "bulk", *[text for pair in given.items() for text in pair]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "starting Ray" not in ended.stderr
