@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 BLOCKS_A_MODEL = 8
 """Blocks of squares that may wait for one model, by their bytes."""
 LEAST_STORE_BYTES = 160 * 2**20
+START_ATTEMPTS = 3
 PREPARE_SHARE = 0.75
 """Of the CPUs beside the models: decoding takes three times as long as the masks and rows."""
 CPUS_A_MODEL = 4
@@ -95,21 +96,34 @@ def ray_session(run: Run) -> Iterator[Sizes]:
 def _init(run: Run, log: Path) -> None:
     import ray  # noqa: PLC0415 - see above
 
-    try:
-        if run.ray_address is None:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=max(LEAST_STORE_BYTES, BLOCKS_A_MODEL * run.block_bytes),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            _init_once(run)
+        except Exception as error:  # Ray raises bare Exception too, after 30 s on a busy machine
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                where = "on this machine" if run.ray_address is None else f"at {run.ray_address}"
+                reason = str(error).partition("\n")[0]
+                raise ClusterUnavailable(
+                    f"Ray cannot be used {where}: {reason} ({log} has its log)"
+                ) from error
         else:
-            ray.init(address=run.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = "on this machine" if run.ray_address is None else f"at {run.ray_address}"
-        reason = str(error).partition("\n")[0]
-        raise ClusterUnavailable(f"Ray cannot be used {where}: {reason} ({log} has its log)") from error
+            return
+
+
+def _init_once(run: Run) -> None:
+    import ray  # noqa: PLC0415 - see above
+
+    if run.ray_address is not None:
+        ray.init(address=run.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=max(LEAST_STORE_BYTES, BLOCKS_A_MODEL * run.block_bytes),
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 @contextmanager
