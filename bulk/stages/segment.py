@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 LOADING_POLL_S = 0.05
 NO_DEADLINE_S = float("inf")
 DEVICE_LOST_EXIT_CODE = 3
+SPIN_COUNT = "2000"
+"""As in the server's runner."""
 
 
 class Segment:
@@ -42,6 +44,8 @@ class Segment:
     def __init__(self, run: Run) -> None:
         if run.background:
             yield_to_others()
+        # Read when torch is loaded: on a CPU, threads that wait soon sleep, and leave it to the other stages.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         self._run = run
         threshold = run.settings.score_threshold
         self._prompts = [ConceptPrompt(text, score_threshold=threshold) for text in run.settings.prompts]
