@@ -34,15 +34,10 @@ _SCHEMA = pa.schema([("image", pa.string()), ("size_bytes", pa.int64()), ("etag"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The frozen list: how many pictures, and how many of them each shard has but the last.
-
-    Attributes:
-        skipped: objects that were listed, and are no pictures by their names.
-    """
+    """The frozen list: how many pictures, and how many of them each shard has but the last."""
 
     pictures: int
     shard_pictures: int
-    skipped: int = 0
 
     @property
     def shards(self) -> int:

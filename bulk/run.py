@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bulk.cluster import ray_session
 from bulk.objects import open_objects, read_uri
 from bulk.plan import JSON, done_shards, make_plan, read_if_there, read_plan, rows_file
-from bulk.progress import RunState
+from bulk.progress import LINE_INTERVAL_S, RunState
 from bulk.report import RunDescription
 from bulk.run_results import COCO, REPORT, SUMMARY, write_results
 from bulk.sources import Skipped, list_pictures
@@ -33,7 +34,6 @@ RUN = "run.json"
 RESULT_TYPES = {COCO: JSON, SUMMARY: JSON, REPORT: "text/html; charset=utf-8"}
 READS_AHEAD = 16
 """Of rows, while the results are made: one read of a bucket takes tens of ms."""
-LISTED_LINE_PICTURES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,12 @@ def _list(run: Run, folder: Objects, display: Display) -> Plan:
     display.say(f"listing {run.images}")
     skipped = Skipped()
 
+    said_s = time.monotonic()
+
     def report(pictures: int) -> None:
-        if pictures % LISTED_LINE_PICTURES < run.shard_pictures:
+        nonlocal said_s
+        if time.monotonic() - said_s >= LINE_INTERVAL_S:
+            said_s = time.monotonic()
             display.say(f"{pictures:,} pictures listed")
 
     pictures = list_pictures(run.images, exclude=run.out, skipped=skipped, max_wait_s=run.max_wait_s)
