@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,17 +11,18 @@ from bulk import errors
 from bulk.errors import BulkError, PictureError, RunError
 from sam3_client.command_line import errors as of_command_line
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SENTENCES: list[Callable[[str], RunError]] = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, RunError) and kind is not RunError
+]
 ALL = [
     PictureError("NOT_FOUND", "no object has this key"),
     RunError("The sentence.", 7),
-    *(
-        kind("The sentence.")
-        for kind in (
-            *(errors.WrongUsage, errors.NoPictures, errors.BadManifest, errors.OtherRun),
-            *(errors.StoreUnavailable, errors.CredentialsRefused, errors.StoreRefused, errors.StoreFull),
-            errors.ClusterUnavailable,
-        )
-    ),
+    *(kind("The sentence.") for kind in SENTENCES),
 ]
 
 
