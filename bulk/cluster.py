@@ -51,7 +51,7 @@ class Sizes:
 
     def __str__(self) -> str:
         device = "GPU" if self.model_gpus else "CPU"
-        return f"{self.models} on {device}; up to {self.prepare} processes decode, and {self.write} write"
+        return f"{self.models} on {device}, up to {self.prepare} decoding, {self.write} writing"
 
     @classmethod
     def of(cls, cpus: float, gpus: float) -> Sizes:
