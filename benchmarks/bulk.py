@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -148,6 +149,7 @@ def _weights(name: str, folder: Path) -> str:
 
 def _draw(options: Options, folder: Path) -> None:
     folder.mkdir()
+    torch.set_num_threads(1)  # a second thread takes longer here: the operations are small
     width, height = options.size
     for start in tqdm(range(0, options.pictures, DRAWN_AT_ONCE), "drawing", unit_scale=DRAWN_AT_ONCE):
         _, scenes = draw_scenes(DRAWN_AT_ONCE, FIRST_SEED + start, width=width, height=height)
@@ -177,8 +179,6 @@ def _stored(options: Options, folder: Path, drawn: Path, stack: ExitStack) -> tu
 def _bare_rate(folder: Path, weights: str) -> float:
     """Pictures a second of the bare loop; the best of its arrangements."""
     cores = cpu_share().threads
-    import torch  # noqa: PLC0415 - of no use to the other processes
-
     arrangements = [(1, 1)] if torch.cuda.is_available() else [(1, cores), (cores, 1)]
     rates = []
     for processes, threads in dict.fromkeys(arrangements):
@@ -194,8 +194,6 @@ def _bare_rate(folder: Path, weights: str) -> float:
 
 def _bare_loop(folder: Path, weights: str, threads: int, processes: int, number: int) -> float:
     """Pictures a second of one process, which takes every n-th file."""
-    import torch  # noqa: PLC0415 - in a process of its own
-
     from sam3_runner import SAM3Predictor  # noqa: PLC0415
     from sam3_runner.images.decode import decode_square  # noqa: PLC0415
     from sam3_runner.images.read import read_image_file  # noqa: PLC0415
