@@ -36,7 +36,9 @@ CLIENT = "sam3_client"
 """A package of its own, with its own pyproject.toml; it runs without the server's code."""
 ADAPTERS = "adapters"
 """Call a server; they run in the environments of the tools that they connect."""
-OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests", CLIENT, ADAPTERS}
+BULK = "bulk"
+"""Runs over many pictures without a server; it has requirements of its own."""
+OURS = TOP_MODULES | set(FOLDERS) | {"training", "benchmarks", "examples", "tests", CLIENT, ADAPTERS, BULK}
 SERVED = sorted([*ROOT.glob("*.py"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))])
 
 ALLOWED = {
@@ -112,6 +114,9 @@ VENDORS = {
     "_bentoml_sdk": set(),
     "circus": {"bentoml_patches"},
     "opentelemetry": {"observability", "sam3_runner"},
+    "ray": {BULK},
+    "pyarrow": {BULK},
+    "pandas": {BULK},
 }
 """The only parts that may know each of these."""
 
@@ -273,6 +278,15 @@ def test_adapters_call_a_server(path: Path) -> None:
     assert imports_of(path) & OURS <= {ADAPTERS, CLIENT, "outputs", "sam3_runner"}
     modules = {name for name in modules_imported_by(path) if name.startswith("sam3_runner")}
     assert modules <= {"sam3_runner.instances"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / BULK).rglob("*.py")), ids=str)
+def test_bulk_runs_know_the_model_and_the_outputs(path: Path) -> None:
+    """A bulk run uses the predictor and the forms of answers, nothing of the server; one file knows boto3."""
+    imported = imports_of(path)
+    assert imported & OURS <= {BULK, "outputs", "sam3_runner", "version"}
+    assert not imported & {"boto3", "botocore"} or path == ROOT / BULK / "objects" / "s3.py"
+    assert not imported & (VENDORS.keys() - {"ray", "pyarrow", "pandas", "boto3", "botocore"})
 
 
 def test_predictor_is_at_the_front_door() -> None:
