@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from bulk.charts import Bar, Label, bar_chart
 from bulk.coco_export import file_name
 from bulk.markup import document, element
+from bulk.samples import NOTHING_FOUND
 from bulk.summary import SCORE_BINS
 from outputs.palette import PALETTE, colour_of
 
@@ -168,7 +169,7 @@ def _sample(run: RunDescription, sample: Sample) -> Element:
     row = sample.row
     counts = Counter(each.prompt for each in row.instances).most_common()
     name = file_name(row.image, run.source)
-    found = [f"{prompt} {_times(count)}" for prompt, count in counts] or ["nothing found"]
+    found = [f"{prompt} {_times(count)}" for prompt, count in counts] or [NOTHING_FOUND]
     image = element(
         "img",
         src=f"data:image/jpeg;base64,{base64.b64encode(sample.jpeg).decode()}",
@@ -180,6 +181,8 @@ def _sample(run: RunDescription, sample: Sample) -> Element:
     if row.instances:
         scores = [each.score for each in row.instances]
         facts += f", scores {min(scores):.2f} to {max(scores):.2f}"
+    elif sample.why != NOTHING_FOUND:
+        facts += f", {NOTHING_FOUND}"
     caption = element(
         "figcaption",
         element("span", sample.why, class_="why"),

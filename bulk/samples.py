@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     """The bytes of a picture by its full URI; raises `PictureError`."""
 
 SAMPLES = 12
+NOTHING_FOUND = "nothing found"
+"""Why one of them is shown."""
 KEPT = 2 * SAMPLES
 """Of each kind: more than are shown, for those that another kind shows or that cannot be read any more."""
 SIDES_PX = (640, 480, 320, 160)
@@ -61,7 +63,7 @@ class Samples:
         self._kinds = [
             _Kind("most instances", 4, lambda row: -len(row.instances)),
             _Kind("lowest scores", 3, lambda row: min(each.score for each in row.instances)),
-            _Kind("nothing found", 1, lambda _: 0.0),
+            _Kind(NOTHING_FOUND, 1, lambda _: 0.0),
             _Kind("drawn at random", SAMPLES, lambda _: 0.0),
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,7 +84,7 @@ def test_a_row_says_what_was_found() -> None:
     assert (part.prompt, part.score, part.box, part.area_px) == ("beetle", 0.9123, (0.13, 1.0, 5.0, 4.0), 10)
     assert np.array_equal(coco_mask.decode(part.coco_rle), MASK)
     assert (row.status, row.width, row.height, row.error_code) == ("done", 7, 4, None)
-    assert row.finished_at == datetime(2026, 11, 27, 4, 8, 55, 702000, tzinfo=UTC)
+    assert row.finished_at.isoformat() == "2026-11-27T04:08:55.702000+00:00"
 
 
 def test_a_failed_picture_says_why() -> None:

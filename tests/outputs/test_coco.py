@@ -45,6 +45,7 @@ def test_document(results: list[PredictResult]) -> None:
     assert [each["category_id"] for each in annotations] == [1, 1, 2, 1]
     assert [each["bbox"] for each in annotations] == [[3, 2, 4, 3], [3, 2, 5, 4], [3, 2, 5, 4], [0, 0, 0, 0]]
     assert [each["area"] for each in annotations] == [10, 3, 3, 0]
+    assert [each["iscrowd"] for each in annotations] == [0, 0, 0, 0]
     assert [each["score"] for each in annotations] == [0.9, 0.8, 0.9, 0.9]
 
 
