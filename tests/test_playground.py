@@ -488,7 +488,11 @@ def test_bad_files_are_refused_in_a_sentence(page: Page) -> None:
 def test_bad_file_does_not_end_the_reading_of_a_picture(page: Page) -> None:
     """A sample that arrives slowly is shown, though a file was refused meanwhile."""
     held: list[Route] = []
-    page.route("**/playground/sample-stars.jpg", lambda route: held.append(route))
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/playground/sample-stars.jpg", hold)
     stars = page.get_by_role("button", name="Stars")
     with page.expect_request("**/playground/sample-stars.jpg"):
         stars.click()
