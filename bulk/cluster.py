@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BLOCKS_A_MODEL = 8
 """Blocks of squares that may wait for one model, by their bytes."""
 LEAST_STORE_BYTES = 160 * 2**20
-START_ATTEMPTS = 3
+START_ATTEMPTS = 5
 PREPARE_SHARE = 0.75
 """Of the CPUs beside the models: decoding takes three times as long as the masks and rows."""
 CPUS_A_MODEL = 4

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.services,
     pytest.mark.slow,
+    # Ray's start fails where one of its processes takes longer than 15 s to begin.
+    pytest.mark.alone,
     # pycocotools' decode.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
