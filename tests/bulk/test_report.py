@@ -261,7 +261,9 @@ def test_the_rate_has_a_bar_for_each_interval(page: Page, run: Run, tmp_path: Pa
     assert page.get_by_text("1 pause is left out (dashed).").is_visible()
     assert chart.locator("line.mark").count() == 1
     heights = [float(str(bar.get_attribute("height"))[:-1]) for bar in chart.locator("rect").all()]
+    assert chart.locator("text.end").all_text_contents()[:4] == ["0", "5", "10", "15"]
     ten = len(heights) // 10
+    assert heights[ten] == pytest.approx(100 * 12 / 15)  # one picture in 5 s
     assert heights[ten] == pytest.approx(3 * heights[5 * ten], abs=0.01)
     assert heights[-ten] == pytest.approx(heights[ten], abs=0.01)
 
