@@ -181,8 +181,8 @@ def test_run_goes_on_after_each_way_to_end(seaweedfs: S3Service, tmp_path: Path)
         assert command.output().endswith("sam3: interrupted; the same command goes on from here\n")
         assert 0 < len(runs.rows()) < 108
 
-        proxy.fail_next(20, status=429, when=lambda seen: "/in/" in seen.path)
-        proxy.fail_next(5, status=500, when=lambda seen: seen.method == "PUT")
+        proxy.fail_next(4, status=429, when=lambda seen: "/in/" in seen.path)
+        proxy.fail_next(2, status=500, when=lambda seen: seen.method == "PUT")
         with runs.command("--no-masks") as command:
             assert command.exit_code() == 0, command.output()
     runs.check_each_picture_once()
