@@ -64,6 +64,11 @@ def calls_of(server: LocalServer, runner: str) -> float:
     return total(server, "bentoml_service_request_total", runner_name=runner, endpoint="/segment")
 
 
+def in_progress(server: LocalServer, runner: str) -> float:
+    """How many requests a runner is answering."""
+    return total(server, "bentoml_service_request_in_progress", runner_name=runner, endpoint="/segment")
+
+
 def test_both_runners_work(edge: Edge) -> None:
     """Concurrent requests go to both runners, and all are answered."""
     keys = [new_image(edge) for _ in range(4 * CALLERS)]
@@ -92,6 +97,8 @@ def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
             lambda: total(server, "sam3_stage_seconds_count", stage="decode"),
             lambda count: count == decoded + len(bodies),
         )
+        # While the other one has as many, the next request may be sent to this one.
+        wait_for(lambda: in_progress(server, RUNNER), lambda count: count == 0)
         assert edge.ask(new_image(edge), "circle").status_code == httpx.codes.OK
         attempts = [attempt_of(edge, body) for body in bodies]
         kill(dying)
