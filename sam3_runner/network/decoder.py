@@ -10,7 +10,15 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import Tensor, nn
 
 from sam3_runner.network import operations
-from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear, Perceptron, project_all
+from sam3_runner.network.layers import (
+    Attention,
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    Perceptron,
+    project_all,
+)
 from sam3_runner.network.positions import cells, sine_periods
 
 if TYPE_CHECKING:
@@ -99,9 +107,9 @@ class Decoder(nn.Module):
         self.layers: Any = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.output_layer_norm = LayerNorm(width)
         self.box_head = Perceptron(width, width, width, 4)
-        self.query_embed = nn.Embedding(config.num_queries, width)
-        self.reference_points = nn.Embedding(config.num_queries, 4)
-        self.presence_token = nn.Embedding(1, width)
+        self.query_embed = Embedding(config.num_queries, width)
+        self.reference_points = Embedding(config.num_queries, 4)
+        self.presence_token = Embedding(1, width)
         self.presence_head = Perceptron(width, width, width, 1)
         self.presence_layer_norm = LayerNorm(width)
         self.ref_point_head = Perceptron(2 * width, width, width)

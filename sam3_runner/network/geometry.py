@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
 from sam3_runner.network import operations
-from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear, project_all
+from sam3_runner.network.layers import Attention, Embedding, FeedForward, LayerNorm, Linear, project_all
 from sam3_runner.network.positions import sine_of_centres, sine_periods
 from sam3_runner.network.roi import pool_boxes
 
@@ -52,8 +52,8 @@ class GeometryEncoder(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         width = config.hidden_size
-        self.label_embed = nn.Embedding(2, width)
-        self.cls_embed = nn.Embedding(1, width)
+        self.label_embed = Embedding(2, width)
+        self.cls_embed = Embedding(1, width)
         self.boxes_direct_project = nn.Linear(4, width)
         self.boxes_pool_project = nn.Conv2d(width, width, config.roi_size)
         self.boxes_pos_enc_project = nn.Linear(width + 2, width)

@@ -32,6 +32,15 @@ class Linear(nn.Linear):
         return operations.linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors. On the meta device it has no values to begin with."""
+
+    def reset_parameters(self) -> None:
+        """Draw the values. For a draw on the meta device torch would load its compiler: seconds of a core."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class LayerNorm(nn.LayerNorm):
     """A norm in fp32."""
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import nn
 
-from sam3_runner.network.layers import Attention, FeedForward, LayerNorm, Linear
+from sam3_runner.network.layers import Attention, Embedding, FeedForward, LayerNorm, Linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,8 @@ class TextTransformer(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.embeddings: Any = nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embeddings.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embeddings.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
         self.encoder: Any = nn.Module()
         self.encoder.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

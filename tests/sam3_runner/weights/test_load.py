@@ -406,7 +406,7 @@ model, _ = load_network(Checkpoint(path, CLIP_TOKENIZER_FILE, CONFIG, "middle"),
 sum(float(parameter.sum()) for parameter in model.parameters())  # reads every page
 # Not ru_maxrss, which a child inherits from its parent.
 peak_kb = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
-print(int(peak_kb) * 1024 - before)
+print(int(peak_kb) * 1024 - before, "torch._dynamo" in sys.modules)
 """
 
 
@@ -414,19 +414,23 @@ print(int(peak_kb) * 1024 - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize("write", [lambda state, to: in_pt(official_file(state), to), in_safetensors])
 def test_host_memory(tmp_path: Path, write: Write) -> None:
-    """Loading takes at most 1.3 times the file's size in memory, with all of its pages read."""
+    """Loading takes at most 1.3 times the file's size in memory, with all of its pages read.
+
+    It leaves out torch's compiler, whose import takes two seconds of a core.
+    """
     model: Any = Sam3Model(Sam3Config.from_dict(MIDDLE))
     path = write(model.state_dict(), tmp_path)
     size_bytes = path.stat().st_size
     del model
     code = PEAK.replace("CONFIG", repr(MIDDLE))
-    printed = subprocess.run(
+    peak_bytes, has_compiler = subprocess.run(
         [sys.executable, "-c", code, str(path)],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
         timeout=300,
-    ).stdout
+    ).stdout.split()
     assert size_bytes > 200e6
-    assert int(printed) < 1.3 * size_bytes
+    assert int(peak_bytes) < 1.3 * size_bytes
+    assert has_compiler == "False"
