@@ -33,6 +33,9 @@ WAIT_S = 60.0
 SERVER_TIMEOUT_S = 150
 """REQUEST_TIMEOUT_S of the server that the tests share."""
 
+MIN_PAUSE_S, MAX_PAUSE_S = 0.02, 0.1
+"""Between two readings of what a test waits for."""
+
 T = TypeVar("T")
 
 
@@ -150,10 +153,12 @@ class Edge:
 
 def wait_for(read: Callable[[], T], condition: Callable[[T], object], timeout_s: float = WAIT_S) -> T:
     """Call `read` until `condition` is true of its result, and return that; fails after `timeout_s`."""
-    until_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     while not condition(value := read()):
-        assert time.monotonic() < until_s, f"still {value!r} after {timeout_s:.0f} s"
-        time.sleep(0.02)
+        waited_s = time.monotonic() - began_s
+        assert waited_s < timeout_s, f"still {value!r} after {timeout_s:.0f} s"
+        # Less often the longer it takes: reading competes with what is waited for.
+        time.sleep(min(MAX_PAUSE_S, max(MIN_PAUSE_S, waited_s / 20)))
     return value
 
 

@@ -24,6 +24,7 @@ from commands.local_server import (
     server_command,
     stop,
 )
+from tests import new_connection
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def wait_until_all_workers_are_ready(server: LocalServer, timeout_s: float = REA
         checks = 6 * len(children_of(server, API_WORKER))
         try:
             # A new connection each: any worker may accept it.
-            return {httpx.get(f"{server.url}/health").json()["status"] for _ in range(checks)}
+            return {new_connection.get(f"{server.url}/health").json()["status"] for _ in range(checks)}
         except httpx.TransportError:
             return set()
 

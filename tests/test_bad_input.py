@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from commands.local_server import LocalServer, local_server
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, USER, Edge, error_of, image_bytes, png_bytes
 from tests.image_files import png_chunk, png_of, with_chunks, with_scans, with_segments
@@ -52,7 +53,7 @@ def _processes_survive(server: LocalServer) -> Iterator[None]:
     before = service_pids(server)
     yield
     assert service_pids(server) == before
-    assert httpx.get(f"{server.url}/readyz").status_code == httpx.codes.OK
+    assert new_connection.get(f"{server.url}/readyz").status_code == httpx.codes.OK
 
 
 def service_pids(server: LocalServer) -> set[int]:
@@ -79,7 +80,7 @@ def test_similar_keys_are_refused(edge: Edge) -> None:
     """A prefix of the key, the key with one more character, in upper case or twice is refused."""
     key = edge.server.api_key
     for wrong in (key[:-1], key + "0", key.upper(), f"{key},{key}"):
-        response = httpx.get(f"{edge.server.url}/api/v1/model/info", headers={"X-API-Key": wrong})
+        response = new_connection.get(f"{edge.server.url}/api/v1/model/info", headers={"X-API-Key": wrong})
         assert error_of(response)[:2] == (401, "AUTH_INVALID")
 
 
@@ -94,7 +95,7 @@ def test_prompts_in_any_script_are_accepted(edge: Edge, good_key: str, prompt: s
 def test_unknown_route_is_not_found(edge: Edge) -> None:
     """An unknown path below /api gives 404 with our error body, and needs the key too."""
     assert error_of(edge.http.get("/api/v1/anything"))[:2] == (404, "NOT_FOUND")
-    assert error_of(httpx.get(f"{edge.server.url}/api/v1/anything"))[:2] == (401, "AUTH_REQUIRED")
+    assert error_of(new_connection.get(f"{edge.server.url}/api/v1/anything"))[:2] == (401, "AUTH_REQUIRED")
 
 
 def head(edge: Edge, *lines: str) -> bytes:

@@ -10,6 +10,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from tests import new_connection
 from tests.edge import BATCH, PREDICT, error_of, wait_for
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def test_path_cannot_forge_log_lines(edge: Edge) -> None:
     """A path with line breaks and terminal commands is logged in one line, with its percent escapes."""
     mark = uuid4().hex
     forged = f"/api/{mark}%0d%0a2026-01-01T00:00:00+0000%20forged{mark}%1b%5b2K%e2%80%ae%20200"
-    httpx.get(f"{edge.server.url}{forged}")
+    new_connection.get(f"{edge.server.url}{forged}")
     [line] = lines_with(edge, mark)
     assert f"GET {forged} 401 " in line
     assert line.isascii()

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from commands.local_server import ROOT, LocalServer, clean_environment, local_server
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
 from tests.image_files import with_new_bytes
@@ -64,7 +65,9 @@ def is_in_progress(server: LocalServer, task_id: str) -> bool:
 def send_and_disconnect(edge: Edge, body: dict[str, Any]) -> None:
     """Send a request, and disconnect before the answer."""
     with contextlib.suppress(httpx.ReadTimeout):
-        httpx.post(f"{edge.server.url}{PREDICT}", json=body, headers=edge.server.headers, timeout=0.5)
+        new_connection.post(
+            f"{edge.server.url}{PREDICT}", json=body, headers=edge.server.headers, timeout=0.5
+        )
 
 
 def test_tasks_of_a_dead_runner_are_done_without_their_callers(edge: Edge) -> None:

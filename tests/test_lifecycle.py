@@ -17,6 +17,7 @@ from PIL import Image
 
 from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S, LocalServer
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.server_processes import (
@@ -114,7 +115,7 @@ def test_invalid_address_is_refused(tmp_path: Path, arguments: tuple[str, str], 
 def get(server: LocalServer, path: str) -> httpx.Response | None:
     """The answer, or None while the server does not listen."""
     try:
-        return httpx.get(f"{server.url}{path}", headers=server.headers, timeout=10)
+        return new_connection.get(f"{server.url}{path}", headers=server.headers, timeout=10)
     except httpx.TransportError:
         return None
 
@@ -230,9 +231,9 @@ def test_demo_generates_one_key_for_all_workers(start: Start) -> None:
     assert len(printed_keys(start.server.log_path)) == 1
     url = f"{start.server.url}/api/v1/model/info"
     for _ in range(12):  # new connections, so that both workers answer
-        assert httpx.get(url, headers=start.server.headers).status_code == httpx.codes.OK
-        assert error_of(httpx.get(url, headers={"X-API-Key": API_KEY}))[:2] == (401, "AUTH_INVALID")
-        assert error_of(httpx.get(url, headers={"X-API-Key": ""}))[:2] == (401, "AUTH_INVALID")
+        assert new_connection.get(url, headers=start.server.headers).status_code == httpx.codes.OK
+        assert error_of(new_connection.get(url, headers={"X-API-Key": API_KEY}))[:2] == (401, "AUTH_INVALID")
+        assert error_of(new_connection.get(url, headers={"X-API-Key": ""}))[:2] == (401, "AUTH_INVALID")
 
 
 def test_stop_ends_all_processes_and_answers_every_caller(stop: Stop) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from commands.local_server import LocalServer, local_server
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, SERVER_TIMEOUT_S, Edge, error_of, png_bytes, wait_for
 from tests.image_files import with_new_bytes
@@ -56,7 +57,7 @@ def send_together(
 
 def batches(server: LocalServer) -> tuple[float, float]:
     """Number of the model's batches so far: of one request, and of any size."""
-    buckets = dict(BATCH_BUCKET.findall(httpx.get(f"{server.url}/metrics").text))
+    buckets = dict(BATCH_BUCKET.findall(new_connection.get(f"{server.url}/metrics").text))
     return float(buckets["1.0"]), float(buckets["+Inf"])
 
 

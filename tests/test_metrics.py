@@ -14,6 +14,7 @@ from direct_form import PATH as DIRECT
 from playground import FILES_LABEL
 from playground import PATH as PLAYGROUND
 from sam3_runner.metrics import STAGES
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
 from tests.image_files import with_new_bytes
@@ -35,7 +36,7 @@ ALL = OURS | BENTOML | RUNNER | {"other"}
 
 
 def scrape(server: LocalServer) -> str:
-    return httpx.get(f"{server.url}/metrics", timeout=60).raise_for_status().text
+    return new_connection.get(f"{server.url}/metrics", timeout=60).raise_for_status().text
 
 
 def samples(server: LocalServer, name: str) -> list[tuple[dict[str, str], float]]:
@@ -89,7 +90,7 @@ def test_requests_are_counted_by_route_and_status(server: LocalServer, edge: Edg
     before = [total(server, count, **good), total(server, count, **refused), total(server, duration, **good)]
     batches_before = total(server, batches)
     edge.answer(png_bytes(scene(100).image), "circle")
-    httpx.post(f"{server.url}{PREDICT}", json={})
+    new_connection.post(f"{server.url}{PREDICT}", json={})
     after = [total(server, count, **good), total(server, count, **refused), total(server, duration, **good)]
     assert after == [value + 1 for value in before]
     assert total(server, batches) > batches_before
@@ -155,7 +156,7 @@ def test_requests_of_a_killed_worker_are_not_in_progress(tmp_path: Path) -> None
             yield b"}"
 
         with pytest.raises(httpx.TransportError):
-            httpx.post(f"{server.url}{PREDICT}", content=half_a_body(), headers=server.headers)
+            new_connection.post(f"{server.url}{PREDICT}", content=half_a_body(), headers=server.headers)
         wait_for(lambda: _is_ready(server), bool)
         assert total(server, name, endpoint=PREDICT) == 0
         assert edge.send(body).status_code == httpx.codes.OK
@@ -163,6 +164,6 @@ def test_requests_of_a_killed_worker_are_not_in_progress(tmp_path: Path) -> None
 
 def _is_ready(server: LocalServer) -> bool:
     try:
-        return httpx.get(f"{server.url}/readyz", timeout=60).status_code == httpx.codes.OK
+        return new_connection.get(f"{server.url}/readyz", timeout=60).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from commands.local_server import ROOT, LocalServer, local_server, reserved_ports
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import WAIT_S, Edge, png_bytes
 from tests.services.prometheus import Prometheus, missing, prometheus
@@ -125,7 +126,7 @@ def test_every_metric_is_documented(healthy: LocalServer) -> None:
     """The guide names each of the server's own metrics."""
     with Edge(healthy) as edge:
         edge.answer(png_bytes(scene(100).image), "circle")
-    scraped = httpx.get(f"{healthy.url}/metrics", headers=healthy.headers, timeout=60).text
+    scraped = new_connection.get(f"{healthy.url}/metrics", headers=healthy.headers, timeout=60).text
     ours = set(re.findall(r"^# TYPE (sam3_\w+)", scraped, re.MULTILINE))
     assert len(ours) > 10
     assert ours <= set(re.findall(r"`(sam3_\w+)", GUIDE.read_text()))

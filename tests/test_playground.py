@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 
 from commands.local_server import ROOT
 from playground.files import FOLDER, TYPES
+from tests import new_connection
 from tests.edge import error_of
 from tests.services import node
 from tests.tiers import need
@@ -67,7 +68,7 @@ PATHS: Final = [
 @pytest.mark.parametrize("path", PATHS)
 def test_file_is_served_with_strict_headers(server: LocalServer, path: str) -> None:
     """Each file needs no key, forbids what is not from this host, and is asked for again after a change."""
-    answer = httpx.get(f"{server.url}{path}")
+    answer = new_connection.get(f"{server.url}{path}")
     assert answer.status_code == 200
     policy = answer.headers["Content-Security-Policy"]
     wanted = {"default-src 'none'", "script-src 'self'", "style-src 'self'", "frame-ancestors 'none'"}
@@ -76,9 +77,9 @@ def test_file_is_served_with_strict_headers(server: LocalServer, path: str) -> N
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Cache-Control"] == "no-cache"
     tag = answer.headers["ETag"]
-    kept = httpx.get(f"{server.url}{path}", headers={"If-None-Match": f'"other", W/{tag}'})
+    kept = new_connection.get(f"{server.url}{path}", headers={"If-None-Match": f'"other", W/{tag}'})
     assert (kept.status_code, kept.content) == (304, b"")
-    assert httpx.get(f"{server.url}{path}", headers={"If-None-Match": '"other"'}).status_code == 200
+    assert new_connection.get(f"{server.url}{path}", headers={"If-None-Match": '"other"'}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,10 @@ def test_types_of_the_scripts_fit() -> None:
 def test_requests_are_counted_under_two_labels(server: LocalServer) -> None:
     """The metrics name the page and its files together, whatever is asked for below it."""
     for path in ("/playground", "/playground/app.js", "/playground/made-up"):
-        httpx.get(f"{server.url}{path}")
-    endpoints = set(re.findall(r'endpoint="(/playground[^"]*)"', httpx.get(f"{server.url}/metrics").text))
+        new_connection.get(f"{server.url}{path}")
+    endpoints = set(
+        re.findall(r'endpoint="(/playground[^"]*)"', new_connection.get(f"{server.url}/metrics").text)
+    )
     assert endpoints == {"/playground", "/playground/"}
 
 
@@ -186,7 +189,7 @@ def set_threshold(page: Page, value: str) -> None:
 
 def asked(server: LocalServer, image: bytes, **fields: str) -> list[dict[str, Any]]:
     """The server's own answer to a request."""
-    answer = httpx.post(
+    answer = new_connection.post(
         f"{server.url}{SEGMENT}",
         headers=server.headers,
         files={"image": image},

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from safetensors import safe_open
 
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
+from tests import new_connection
 from tests.drawn import iou, scene
 from tests.edge import BATCH, PREDICT, SERVER_TIMEOUT_S, USER, Edge, error_of, image_bytes, png_bytes
 
@@ -372,7 +373,7 @@ def test_request_id_is_generated(edge: Edge, given: str | None) -> None:
 
 def test_health_needs_no_key(edge: Edge) -> None:
     """Without a key /health reports the state of the model and the GPU."""
-    response = httpx.get(f"{edge.server.url}/health")
+    response = new_connection.get(f"{edge.server.url}/health")
     assert response.status_code == httpx.codes.OK
     health = response.json()
     assert (health["status"], health["model_loaded"]) == ("ok", True)
@@ -408,7 +409,7 @@ def test_model_info_describes_the_checkpoint(edge: Edge) -> None:
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
 def test_probes_need_no_key(edge: Edge, path: str) -> None:
     """In development the probes and the metrics need no key."""
-    assert httpx.get(f"{edge.server.url}{path}").status_code == httpx.codes.OK
+    assert new_connection.get(f"{edge.server.url}{path}").status_code == httpx.codes.OK
 
 
 def test_keys_are_never_logged(edge: Edge) -> None:

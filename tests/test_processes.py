@@ -15,6 +15,7 @@ import pytest
 
 from commands.local_server import READY_TIMEOUT_S, STOP_TIMEOUT_S
 from processes.lifecycle import EXIT_UNRECOVERABLE
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.faults.clock import Clock
@@ -74,7 +75,7 @@ class Probes:
 
     def _get(self, path: str) -> httpx.Response:
         asked_s = time.monotonic()
-        answer = httpx.get(f"{self.server.url}{path}", timeout=READY_TIMEOUT_S)
+        answer = new_connection.get(f"{self.server.url}{path}", timeout=READY_TIMEOUT_S)
         self.slowest_s = max(self.slowest_s, time.monotonic() - asked_s)
         return answer
 
@@ -84,7 +85,10 @@ def wait_until_ready(server: LocalServer) -> None:
 
     def is_ready() -> bool:
         try:
-            return httpx.get(f"{server.url}/readyz", timeout=READY_TIMEOUT_S).status_code == httpx.codes.OK
+            return (
+                new_connection.get(f"{server.url}/readyz", timeout=READY_TIMEOUT_S).status_code
+                == httpx.codes.OK
+            )
         except httpx.TransportError:
             return False
 
@@ -175,7 +179,7 @@ def test_killed_api_worker_is_restarted(running: Running) -> None:
         lambda count: count == initialized + 1,
     )
     for _ in range(8):  # new connections, so that both workers answer
-        assert httpx.get(f"{running.server.url}/health").json()["status"] == "ok"
+        assert new_connection.get(f"{running.server.url}/health").json()["status"] == "ok"
 
 
 def test_second_server_on_the_same_folder_is_refused(running: Running) -> None:
@@ -260,8 +264,11 @@ def test_restarted_processes_keep_the_checked_settings(tmp_path: Path, after: st
         assert {child.pid for child in children_of(server, API_WORKER)}.isdisjoint({old[0].pid})
         assert edge.ask(png_bytes(scene(300).image), "circle").status_code == httpx.codes.OK
         info = f"{server.url}/api/v1/model/info"
-        assert error_of(httpx.get(info))[:2] == (401, "AUTH_REQUIRED")
-        assert error_of(httpx.get(info, headers={"X-API-Key": "x" * 20}))[:2] == (401, "AUTH_INVALID")
+        assert error_of(new_connection.get(info))[:2] == (401, "AUTH_REQUIRED")
+        assert error_of(new_connection.get(info, headers={"X-API-Key": "x" * 20}))[:2] == (
+            401,
+            "AUTH_INVALID",
+        )
         large = edge.http.post("/api/v1/predict", content=b" " * 3000)
         assert error_of(large)[:2] == (413, "FILE_TOO_LARGE")
 

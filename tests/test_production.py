@@ -13,6 +13,7 @@ import pytest
 
 from commands.local_server import local_server
 from sam3_client import Client, DirectApiOff
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
 from tests.server_processes import API_WORKER, children_of, kill, refused_start, runner_of
@@ -41,7 +42,7 @@ def production(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
 def test_every_path_but_the_probes_needs_a_key(production: LocalServer, method: str, path: str) -> None:
     """Without a key every path but the probes answers 401, even unknown ones."""
-    response = httpx.request(method, f"{production.url}{path}")
+    response = new_connection.request(method, f"{production.url}{path}")
     assert response.status_code == httpx.codes.UNAUTHORIZED
     if method != "HEAD":
         wanted = "the header X-API-Key or Authorization: Bearer is missing"
@@ -52,20 +53,20 @@ def test_every_path_but_the_probes_needs_a_key(production: LocalServer, method: 
 def test_key_gives_access_in_both_headers(production: LocalServer, path: str) -> None:
     """A key in either header gives access to the metrics and the documentation."""
     for headers in (production.headers, {"Authorization": f"Bearer {production.api_key}"}):
-        assert httpx.get(f"{production.url}{path}", headers=headers).status_code == httpx.codes.OK
+        assert new_connection.get(f"{production.url}{path}", headers=headers).status_code == httpx.codes.OK
 
 
 @pytest.mark.parametrize("path", ["/playground", "/playground/app.js"])
 def test_playground_is_absent(production: LocalServer, path: str) -> None:
     """Without DIRECT_API there is no playground: with a key its paths are unknown ones."""
-    refused = httpx.get(f"{production.url}{path}", headers=production.headers)
+    refused = new_connection.get(f"{production.url}{path}", headers=production.headers)
     assert error_of(refused)[:2] == (404, "NOT_FOUND")
 
 
 @pytest.mark.parametrize("path", PROBES)
 def test_probes_need_no_key(production: LocalServer, path: str) -> None:
     """The probes answer without a key."""
-    assert httpx.get(f"{production.url}{path}").status_code == httpx.codes.OK
+    assert new_connection.get(f"{production.url}{path}").status_code == httpx.codes.OK
 
 
 def test_client_says_that_direct_requests_are_off(production: LocalServer) -> None:
@@ -119,8 +120,10 @@ def _rows_locked(server: LocalServer) -> Iterator[None]:
 def test_only_refused_scrapes_are_logged(production: LocalServer) -> None:
     """A successful scrape is not logged; a refused one is."""
     mark = uuid4().hex
-    httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"scrape-{mark}", **production.headers})
-    httpx.get(f"{production.url}/metrics", headers={"X-Request-ID": f"refused-{mark}"})
+    new_connection.get(
+        f"{production.url}/metrics", headers={"X-Request-ID": f"scrape-{mark}", **production.headers}
+    )
+    new_connection.get(f"{production.url}/metrics", headers={"X-Request-ID": f"refused-{mark}"})
     found = wait_for(
         lambda: [each for each in events(production) if mark in each.get("request_id", "")], bool
     )

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from commands.local_server import READY_TIMEOUT_S, LocalServer, ServerFailedError, local_server
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.server_processes import (
@@ -56,7 +57,7 @@ def new_image(edge: Edge) -> str:
 
 def states(server: LocalServer) -> list[str]:
     """The runners' states, as /health has them."""
-    return [runner["state"] for runner in httpx.get(f"{server.url}/health").json()["runners"]]
+    return [runner["state"] for runner in new_connection.get(f"{server.url}/health").json()["runners"]]
 
 
 def calls_of(server: LocalServer, runner: str) -> float:
@@ -111,7 +112,7 @@ def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
         assert "the model's process stopped while it worked; the task is kept" in message
     # The other one answers while this one starts.
     wait_for(lambda: states(server), lambda found: found == ["ok", "loading"])
-    assert httpx.get(f"{server.url}/readyz").status_code == httpx.codes.OK
+    assert new_connection.get(f"{server.url}/readyz").status_code == httpx.codes.OK
     assert edge.ask(new_image(edge), "circle").status_code == httpx.codes.OK
     for body, attempt_id in zip(bodies, attempts, strict=True):
         row = edge.settled_row(body["task_id"])
@@ -186,7 +187,7 @@ def test_runner_that_cannot_come_back_does_not_end_the_server(tmp_path: Path) ->
         [second] = children_of(server, RUNNERS[1])
         kill(second)
         wait_for(lambda: states(server), lambda found: found == ["ok", "error"], READY_TIMEOUT_S)
-        health = httpx.get(f"{server.url}/health").json()
+        health = new_connection.get(f"{server.url}/health").json()
         assert health["status"] == "ok"
         assert health["runners"][1]["detail"].startswith("the model's process has ended for good")
         key = edge.upload(png_bytes(scene(300).image))

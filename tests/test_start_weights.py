@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from commands.local_server import local_server
 from sam3_runner.weights.checkpoint import DEMO_FOLDER
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import Edge, error_of, wait_for
 from tests.sam3_runner.official import as_official
@@ -36,7 +37,7 @@ WEIGHTS = DEMO_FOLDER / "model.safetensors"
 def health(server: LocalServer) -> dict[str, Any] | None:
     """The answer of /health; None before the server listens."""
     try:
-        answer: dict[str, Any] = httpx.get(f"{server.url}/health").json()
+        answer: dict[str, Any] = new_connection.get(f"{server.url}/health").json()
     except httpx.TransportError:
         return None
     return answer
@@ -112,14 +113,14 @@ def test_official_file_is_served(tmp_path: Path) -> None:
     state = as_official(load_file(WEIGHTS))
     torch.save({"model": {f"detector.{name}": tensor for name, tensor in state.items()}}, path)
     with local_server(tmp_path / "data", {"SAM3_WEIGHTS_PATH": str(path)}) as server, Edge(server) as edge:
-        info = httpx.get(f"{server.url}/api/v1/model/info", headers=server.headers).json()
+        info = new_connection.get(f"{server.url}/api/v1/model/info", headers=server.headers).json()
         assert (info["checkpoint"], info["checkpoint_layout"], info["demo"]) == ("sam3.pt", "official", False)
         assert info["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert info["parameters"] == sum(tensor.numel() for tensor in load_file(WEIGHTS).values())
         assert (info["dtype"], info["device"], info["input_size"]) == ("float32", "cpu", 336)
         picture = scene(4_000_000)
         assert edge.answer(picture.image, picture.names[0])["labels"] == [picture.names[0]]
-        assert "detail" not in httpx.get(f"{server.url}/health").json()
+        assert "detail" not in new_connection.get(f"{server.url}/health").json()
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_health_reports_the_download_progress(tmp_path: Path, served: Hub) -> No
         )
         assert reported is not None
         assert reported["status"] == "loading"
-        assert httpx.get(f"{server.url}/readyz").status_code == 503
+        assert new_connection.get(f"{server.url}/readyz").status_code == 503
         served.closing.set()
 
 
@@ -197,7 +198,7 @@ def test_server_waits_for_an_unavailable_hub(tmp_path: Path, served: Hub) -> Non
         )
         assert reported is not None
         assert (reported["status"], reported["model_loaded"]) == ("loading", False)
-        assert httpx.get(f"{server.url}/readyz").status_code == 503
+        assert new_connection.get(f"{server.url}/readyz").status_code == 503
         status, code, message = error_of(edge.send(edge.body(edge.upload(b"x"), "red circle")))
         assert (status, code) == (503, "MODEL_NOT_LOADED")
         assert "answers 503" in message

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import httpx
 import pytest
 
 from commands.local_server import LocalServer, local_server
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, error_of, png_bytes, wait_for
 from tests.server_processes import refused_start
@@ -20,6 +20,8 @@ from tests.services.faults import FaultProxy, fault_proxy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    import httpx
 
     from tests.services.database import Database
     from tests.services.faults import Predicate, Seen
@@ -54,7 +56,9 @@ class Deployment:
         return {"image_url": key, "text_prompt": PROMPT, "user_id": self.user_id, "task_id": task_id}
 
     def send(self, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.server.url}{PREDICT}", json=body, headers=self.server.headers, timeout=90)
+        return new_connection.post(
+            f"{self.server.url}{PREDICT}", json=body, headers=self.server.headers, timeout=90
+        )
 
     def row(self, body: dict[str, Any]) -> tuple[str, str | None, str | None]:
         """Status, mask URL and error message."""
@@ -273,7 +277,9 @@ def test_undelivered_outcome_is_delivered_later(deployment: Deployment) -> None:
     depth = [f"{suffix} 1.0" for suffix in ("}", "sam3_outbox_depth")]
     wait_for(
         lambda: [
-            line for line in httpx.get(metrics).text.splitlines() if line.startswith("sam3_outbox_depth")
+            line
+            for line in new_connection.get(metrics).text.splitlines()
+            if line.startswith("sam3_outbox_depth")
         ],
         lambda lines: any(line.endswith(each) for line in lines for each in depth),
     )

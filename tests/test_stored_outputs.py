@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from commands.local_server import local_server
 from task_answer import MAX_METADATA_BYTES
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import BATCH, PREDICT, error_of, png_bytes
 
@@ -61,7 +62,9 @@ class Deployment:
 
     def send(self, body: dict[str, Any]) -> httpx.Response:
         path = BATCH if "prompts" in body else PREDICT
-        return httpx.post(f"{self.server.url}{path}", json=body, headers=self.server.headers, timeout=90)
+        return new_connection.post(
+            f"{self.server.url}{path}", json=body, headers=self.server.headers, timeout=90
+        )
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         response = self.send(body)
@@ -96,7 +99,7 @@ def deployed(
 
 def file_at(url: str, content_type: str) -> bytes:
     """The file at a public URL, which has this content type."""
-    response = httpx.get(url)
+    response = new_connection.get(url)
     assert response.status_code == httpx.codes.OK, url
     assert response.headers["Content-Type"] == content_type
     return response.content

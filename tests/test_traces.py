@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from commands.local_server import LocalServer, local_server, reserved_ports
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, png_bytes, wait_for
 from tests.image_files import with_new_bytes
@@ -110,8 +111,10 @@ def test_requests_without_a_key_are_not_traced(traced: LocalServer, collected: C
     """A request without a key and a probe have no spans, even with a traceparent header."""
     unauthenticated, later = uuid4().hex, uuid4().hex
     headers = {"traceparent": f"00-{unauthenticated}-00f067aa0ba902b7-01"}
-    assert httpx.post(f"{traced.url}{PREDICT}", headers=headers).status_code == httpx.codes.UNAUTHORIZED
-    assert httpx.get(f"{traced.url}/health", headers=headers).status_code == httpx.codes.OK
+    assert (
+        new_connection.post(f"{traced.url}{PREDICT}", headers=headers).status_code == httpx.codes.UNAUTHORIZED
+    )
+    assert new_connection.get(f"{traced.url}/health", headers=headers).status_code == httpx.codes.OK
     assert ask(traced, later).status_code == httpx.codes.OK
     spans_of(collected, later)
     assert collected.of_trace(unauthenticated) == []

@@ -6,11 +6,11 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
 import pytest
 from setuptools.config.pyprojecttoml import read_configuration
 
 import sam3_client
+from tests import new_connection
 from version import VERSION
 
 if TYPE_CHECKING:
@@ -35,6 +35,6 @@ def test_client_has_the_version() -> None:
 def test_server_reports_the_version(server: LocalServer) -> None:
     """The API description and model/info have the version."""
     key = {"X-API-Key": server.api_key}
-    assert httpx.get(f"{server.url}/docs.json").json()["info"]["version"] == VERSION
-    info = httpx.get(f"{server.url}/api/v1/model/info", headers=key)
+    assert new_connection.get(f"{server.url}/docs.json").json()["info"]["version"] == VERSION
+    info = new_connection.get(f"{server.url}/api/v1/model/info", headers=key)
     assert info.json()["model_version"] == VERSION

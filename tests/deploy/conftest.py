@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from commands.local_server import reserved_ports
+from tests import new_connection
 from tests.edge import wait_for
 from tests.server_processes import started_server
 from tests.services.hub import TOKEN
@@ -40,6 +41,6 @@ def server_without_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 def answers(server: LocalServer) -> bool:
     try:
-        return httpx.get(f"{server.url}/health").status_code == httpx.codes.OK
+        return new_connection.get(f"{server.url}/health").status_code == httpx.codes.OK
     except httpx.TransportError:
         return False

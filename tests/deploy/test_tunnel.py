@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from commands.local_server import clean_environment, reserved_ports, server_command, wait_until_ready
+from tests import new_connection
 from tests.edge import wait_for
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def test_crashed_tunnel_is_restarted(
     ]
     cloudflared.kill()
     assert wait_for(lambda: log.read_text().count("tunnel run"), lambda count: count == 2) == 2
-    assert httpx.get(f"{url}/readyz").status_code == httpx.codes.OK
+    assert new_connection.get(f"{url}/readyz").status_code == httpx.codes.OK
 
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from commands.local_server import reserved_ports
+from tests import new_connection
 from tests.drawn import scene
 from tests.edge import png_bytes
 from tests.faults.fault_log import FaultLog
@@ -118,7 +119,9 @@ class System:
             timeout = httpx.Timeout(5.0, read=disconnect_s)
         headers = {"X-API-Key": API_KEY}
         try:
-            response = httpx.post(server.url + task.route, json=task.body, headers=headers, timeout=timeout)
+            response = new_connection.post(
+                server.url + task.route, json=task.body, headers=headers, timeout=timeout
+            )
             answer = _read(server.name, response)
         except (httpx.ConnectError, httpx.ConnectTimeout):
             answer = Answer(time.time(), server.name, "no connection")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 
+from tests import new_connection
 from tests.faults.system import read_only
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Prober(threading.Thread):
         server = self.server
         generation, was_serving, began_s = server.generation, server.serving, time.monotonic()
         try:
-            httpx.get(server.url + path, timeout=PROBE_TIMEOUT_S)
+            new_connection.get(server.url + path, timeout=PROBE_TIMEOUT_S)
             answered, how = True, ""
         except httpx.TransportError as error:
             answered, how = False, type(error).__name__

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from commands.local_server import reserved_ports
+from tests import new_connection
 from tests.services.processes import ServerProcess
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The series of an instant query, each with `metric` and `value`; fails if the query is invalid."""
-        response = httpx.get(f"{self.url}/api/v1/query", params={"query": expression})
+        response = new_connection.get(f"{self.url}/api/v1/query", params={"query": expression})
         answer = response.json()
         assert answer["status"] == "success", f"{expression}: {answer}"
         found: list[dict[str, Any]] = answer["data"]["result"]
@@ -48,7 +49,7 @@ class Prometheus:
 
     def rules(self) -> list[dict[str, Any]]:
         """The alerting rules, each with `name`, `query`, `annotations`."""
-        groups = httpx.get(f"{self.url}/api/v1/rules").json()["data"]["groups"]
+        groups = new_connection.get(f"{self.url}/api/v1/rules").json()["data"]["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
 
@@ -93,6 +94,6 @@ def prometheus(folder: Path, servers: Sequence[LocalServer], key: str, rules: Pa
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/-/ready").status_code == httpx.codes.OK
+        return new_connection.get(f"{url}/-/ready").status_code == httpx.codes.OK
     except httpx.TransportError as error:
         raise OSError from error
