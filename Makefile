@@ -11,7 +11,8 @@ export NODE_EXTRA_CA_CERTS ?= $(wildcard /etc/ssl/certs/ca-certificates.crt)
 # Two workers on two cores: tests of servers mostly wait. tests/scheduling.py decides which tests may run in parallel.
 TEST_WORKERS ?= 2
 # One thread each: on a busy core two OpenMP threads spin while they wait, which takes three times the CPU time.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
+# With bytecode, also where the environment says otherwise: compiling our modules takes 2 s of each server's start.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder
 SOURCES := $(wildcard *.py) adapters bentoml_patches bulk commands contract docs_site observability outputs \
 	playground processes sam3_runner storage results training benchmarks deploy examples sam3_client tests
 PIP_COMPILE := $(BIN)/pip-compile --quiet --strip-extras --no-header --no-emit-find-links \
