@@ -114,11 +114,11 @@ class Pictures:
     ten_prompts: list[list[str]]
 
     @classmethod
-    def draw(cls) -> Pictures:
-        """Draw them; takes a second each."""
+    def draw(cls, count: int) -> Pictures:
+        """Draw `count` of them; takes a second or two each."""
         pictures = cls([], [], [])
         seeds = itertools.count(FIRST_SEED)
-        while len(pictures.jpegs) < DRAWINGS:
+        while len(pictures.jpegs) < count:
             scene = Scene(next(seeds), WIDTH_PX, HEIGHT_PX)
             jpeg = _file_of(scene)
             if scene.masks and len(jpeg) > 0.9 * FILE_BYTES:
@@ -271,8 +271,9 @@ class Bench:
 
         Lone requests come last: after a burst BentoML's batching delays them for a while.
         """
+        seconds = min(2.0, self.options.seconds)
         for clients in (8, 1):
-            self._run(target, [self.pictures.one, self.pictures.ten], clients=clients, seconds=2.0)
+            self._run(target, [self.pictures.one, self.pictures.ten], clients=clients, seconds=seconds)
 
     def _measure_capacity(self, targets: list[Target]) -> None:
         missing = [target for target in targets if target.version not in self.capacity]
@@ -515,7 +516,7 @@ def main() -> None:
         if len(checkouts) == 1:
             sys.exit("both checkouts have the same version: name them with --label and --against-label")
     options.rounds = options.rounds or (2 if len(checkouts) == 2 or options.peer_python else 1)
-    pictures = Pictures.draw()
+    pictures = Pictures.draw(options.drawings)
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         weights = options.weights
         if weights == "random":
@@ -594,6 +595,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--seconds", type=float, default=3.0, help="measured time of each load")
+    parser.add_argument("--drawings", type=int, default=DRAWINGS, help="which repeat in the files")
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS), help="of the closed loops")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=list(RATE_SHARES), help="of the open loops"

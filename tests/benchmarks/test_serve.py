@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 def run(path: Path, *options: str) -> tuple[list[dict[str, str]], str]:
     """Run the command with short loads; returns the rows of its CSV file, and its output."""
-    command = [sys.executable, "-m", "benchmarks.serve", "--seconds", "1", "--record", str(path), *options]
+    command = [
+        *(sys.executable, "-m", "benchmarks.serve", "--seconds", "1", "--drawings", "2"),
+        *("--setting", "API_WORKERS=1", "--record", str(path), *options),
+    ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     with path.open(newline="", encoding="utf-8") as file:
