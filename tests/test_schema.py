@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
-CASES = 2000
-EXAMPLES_PER_ROUTE = "600"
+CASES = 1000
+EXAMPLES_PER_ROUTE = "300"
 """Two of the five routes have no parameters, and so only a few cases."""
 TIMEOUT_S = 900
 CONFIG = """
