@@ -48,18 +48,15 @@ given-up: $(VENV)/run ## List the tasks that were given up; TASK=... allows one 
 .PHONY: vastai
 vastai: $(VENV)/vastai/installed ## Install Vast.ai's command line for deploy/vast, in a separate environment
 
-ENVIRONMENTS := $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/docs/installed $(NODE_MODULES)
+PYTHON_ENVIRONMENTS := $(VENV)/dev $(VENV)/vastai/installed $(VENV)/annotation/installed $(VENV)/docs/installed
+ENVIRONMENTS := $(PYTHON_ENVIRONMENTS) $(NODE_MODULES)
 
-.PHONY: environments
+.PHONY: environments python-environments
 environments: $(ENVIRONMENTS) ## Install all that tests need; make -j3 does so at once
+python-environments: $(PYTHON_ENVIRONMENTS)
 
 .PHONY: test
 test: $(ENVIRONMENTS) ## Run every test that this machine can run; list those that it cannot
-	@echo "== the formats of answers and the adapters, with the annotation tools that read and call them (40 s)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.adapters.with_server \
-		$(VENV)/annotation/bin/python -m pytest -c /dev/null --rootdir . --noconftest -q -p no:cacheprovider \
-		tests/outputs/test_coco.py tests/outputs/test_converters.py tests/sam3_client/test_supervision.py \
-		tests/adapters/test_label_studio.py tests/adapters/test_cvat.py
 	$(PYTEST) --durations 25 --durations-min 5
 
 .PHONY: test-fast

@@ -27,15 +27,31 @@ class FileScheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no 
 
 
 def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Sort the longest tests first, so that all workers stay busy until the end; tests `alone` come last."""
+    """Sort the longest files first, so that all workers stay busy until the end; tests `alone` come last.
+
+    The order within a file stays as it is written.
+    """
+    ranks: dict[str, int] = {}
+    for item in items:
+        ranks[_file_of(item)] = min(_rank(item), ranks.get(_file_of(item), len(_LONGEST_FIRST)))
     return sorted(
-        items,
-        key=lambda item: (
-            item.get_closest_marker("alone") is not None,
-            not item.nodeid.startswith(ONE_WORKER_FOLDERS),
-            item.get_closest_marker("server") is None,
-        ),
+        items, key=lambda item: (item.get_closest_marker("alone") is not None, ranks[_file_of(item)])
     )
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+_LONGEST_FIRST = ("server", "services", "slow")
+"""Marks of tests that take long."""
+
+
+def _rank(item: pytest.Item) -> int:
+    if item.nodeid.startswith(ONE_WORKER_FOLDERS):
+        return -1
+    marks = (number for number, mark in enumerate(_LONGEST_FIRST) if item.get_closest_marker(mark))
+    return next(marks, len(_LONGEST_FIRST))
 
 
 def machine_lock(item: pytest.Item) -> AbstractContextManager[None]:
