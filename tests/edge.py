@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 USER = "user-1"
 PREDICT = "/api/v1/predict"
 BATCH = "/api/v1/predict/batch"
-WAIT_S = 60.0
+WAIT_S = 120.0
 SERVER_TIMEOUT_S = 150
 """REQUEST_TIMEOUT_S of the server that the tests share."""
 
@@ -94,6 +96,17 @@ class Edge:
     def send(self, body: dict[str, Any]) -> httpx.Response:
         """POST a request to the route of its fields."""
         return self.http.post(BATCH if "prompts" in body else PREDICT, json=body)
+
+    def begin(self, body: dict[str, Any]) -> socket.socket:
+        """Send a request of predict on a new connection; closing it without reading is a disconnect."""
+        address, text = urlsplit(self.server.url), json.dumps(body)
+        head = (
+            f"POST {PREDICT} HTTP/1.1\r\nHost: test\r\nX-API-Key: {self.server.api_key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+        )
+        connection = socket.create_connection((address.hostname, address.port), timeout=WAIT_S)
+        connection.sendall((head + text).encode())
+        return connection
 
     def ask(
         self,

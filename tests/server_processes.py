@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 API_KEY = "0123456789abcdef0123456789abcdef"
-REFUSAL_TIMEOUT_S = 60.0
+REFUSAL_TIMEOUT_S = 120.0
 
 API_WORKER = "sam3"
 RUNNER = "sam3_runner_0"

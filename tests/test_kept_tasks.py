@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,14 +17,13 @@ import psutil
 import pytest
 
 from commands.local_server import ROOT, LocalServer, clean_environment, local_server
-from tests import new_connection
 from tests.drawn import scene
-from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
+from tests.edge import Edge, error_of, png_bytes, wait_for
 from tests.image_files import with_new_bytes
 from tests.server_processes import API_KEY, runner_of, wait_until_all_workers_are_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 pytestmark = pytest.mark.server
@@ -62,12 +60,12 @@ def is_in_progress(server: LocalServer, task_id: str) -> bool:
     return bool(select(server, f"1 FROM attempts WHERE task_id = '{task_id}' AND begun IN (1, 3)"))
 
 
-def send_and_disconnect(edge: Edge, body: dict[str, Any]) -> None:
-    """Send a request, and disconnect before the answer."""
-    with contextlib.suppress(httpx.ReadTimeout):
-        new_connection.post(
-            f"{edge.server.url}{PREDICT}", json=body, headers=edge.server.headers, timeout=0.5
-        )
+def send_and_disconnect(edge: Edge, bodies: Sequence[dict[str, Any]]) -> None:
+    """Send requests, and disconnect once all tasks are in progress."""
+    with contextlib.ExitStack() as connections:
+        for body in bodies:
+            connections.enter_context(edge.begin(body))
+        wait_for(lambda: [is_in_progress(edge.server, body["task_id"]) for body in bodies], all)
 
 
 def test_tasks_of_a_dead_runner_are_done_without_their_callers(edge: Edge) -> None:
@@ -76,9 +74,7 @@ def test_tasks_of_a_dead_runner_are_done_without_their_callers(edge: Edge) -> No
     bodies = [edge.body(key, scene(600).names[0]) for _ in range(6)]
     runner = runner_of(edge.server)
     runner.suspend()  # so that it dies during the tasks
-    with ThreadPoolExecutor(len(bodies)) as callers:
-        list(callers.map(lambda body: send_and_disconnect(edge, body), bodies))
-    wait_for(lambda: [is_in_progress(edge.server, body["task_id"]) for body in bodies], all)
+    send_and_disconnect(edge, bodies)
     attempts = {body["task_id"]: edge.row(body["task_id"]).attempt_id for body in bodies}  # type: ignore[union-attr]
     runner.kill()
     for task_id, attempt_id in attempts.items():
@@ -139,9 +135,7 @@ def test_only_the_task_that_kills_the_runner_is_given_up(edge: Edge) -> None:
     bodies = poison, *others = [edge.body(key, drawn.names[0]) for key in keys]
     runner = runner_of(edge.server)
     runner.suspend()  # so that all tasks are in progress before it dies
-    with ThreadPoolExecutor(len(bodies)) as callers:
-        list(callers.map(lambda body: send_and_disconnect(edge, body), bodies))
-    wait_for(lambda: [is_in_progress(edge.server, body["task_id"]) for body in bodies], all)
+    send_and_disconnect(edge, bodies)
     with Killer(edge.server, poison["task_id"]) as killer:
         runner.resume()
         row = edge.settled_row(poison["task_id"], RESTARTS_TIMEOUT_S)

@@ -41,8 +41,8 @@ pytestmark = pytest.mark.server
 
 MAX_IMAGE_BYTES = 1_600_000_000
 STOP_S = 10.0
-RECOVERY_LIMIT_S = 30.0
-"""Limit of the time from a kill to the next answer."""
+RECOVERY_LIMIT_S = 90.0
+"""Limit of the time from a kill to the next answer, on a busy machine."""
 
 
 @pytest.fixture(scope="session")

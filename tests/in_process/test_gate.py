@@ -376,11 +376,11 @@ async def test_timeout_does_not_cover_the_answer(application: Application) -> No
     """The timeout ends with the body; the application may take longer."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.75)
         await answering(200, JSON, b"{}")(scope, receive, send)
 
     application.answer = answer
-    async with caller(application, body_timeout_s=0.05) as edge:
+    async with caller(application, body_timeout_s=0.5) as edge:
         assert (await edge.post(PREDICT, content=b"{}")).status_code == HTTPStatus.OK
 
 
