@@ -119,6 +119,7 @@ def test_relative_paths_are_below_the_working_directory(bento: Path, tmp_path: P
         "APP_ENV": "production",
         "EMBEDDED_PARTS": "storage,results",
         "DATA_DIR": "data",
+        "API_WORKERS": "1",
         "GPUS": "2",  # more runners than bento.yaml lists, as on a host with more GPUs than the builder has
     }
     (tmp_path / "data").mkdir()

@@ -331,12 +331,12 @@ def test_request_in_progress_is_not_closed_for_new_connections(small: LocalServe
 
 
 def test_caller_is_served_beside_thousands_of_idle_connections(tmp_path: Path) -> None:
-    """A caller is served beside 2,500 idle connections, with a soft limit of 1,024 open files."""
+    """One worker serves a caller beside 2,500 idle connections, with a soft limit of 1,024 open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
         with ExitStack() as connections:
-            running = connections.enter_context(local_server(tmp_path / "server"))
+            running = connections.enter_context(local_server(tmp_path / "server", {"API_WORKERS": "1"}))
             resource.setrlimit(resource.RLIMIT_NOFILE, (allow_open_files(4096), hard))
             for _ in range(2500):
                 connections.enter_context(connect(running))
@@ -350,7 +350,7 @@ def test_caller_is_served_beside_thousands_of_idle_connections(tmp_path: Path) -
 def test_stop_does_not_wait_for_slow_callers(tmp_path: Path) -> None:
     """Idle connections, incomplete requests and unread answers do not delay the stop."""
     with ExitStack() as connections:
-        with local_server(tmp_path / "server") as running:
+        with local_server(tmp_path / "server", {"API_WORKERS": "1"}) as running:
             for sent in (b"", HEAD, HEAD + b"Transfer-Encoding: chunked\r\n\r\n"):
                 connections.enter_context(connect(running)).sendall(sent)
             connections.enter_context(connect_without_reading(running))

@@ -27,8 +27,10 @@ from tests.server_processes import (
     started_server,
     wait_until_all_workers_are_ready,
 )
+from tests.test_ports import unix_sockets
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -134,6 +136,7 @@ class Start:
     """A ready server, and what a caller observed between its start and then."""
 
     server: LocalServer
+    process: subprocess.Popen[bytes]
     edge: Edge
     key: str
     states: list[str] = field(default_factory=list)
@@ -165,11 +168,11 @@ def printed_keys(log_path: Path) -> list[str]:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """The demo, started without a key."""
     folder = tmp_path_factory.mktemp("start")
-    with started_server(folder, {"API_SECRET_KEY": None}) as (keyless, _):
+    with started_server(folder, {"API_SECRET_KEY": None}) as (keyless, process):
         [api_key] = wait_for(lambda: printed_keys(keyless.log_path), bool)
         server = replace(keyless, api_key=api_key)
         with Edge(server) as edge:
-            observed = Start(server, edge, edge.upload(png_bytes(scene(300).image)))
+            observed = Start(server, process, edge, edge.upload(png_bytes(scene(300).image)))
             watcher = threading.Thread(target=observed.watch, daemon=True)
             watcher.start()
             watcher.join(READY_TIMEOUT_S)
@@ -179,31 +182,38 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @dataclass(frozen=True)
 class Stop:
-    """The end of a server that was stopped while it worked."""
+    """The end of a server that was stopped while it worked.
+
+    Attributes:
+        sockets: unix sockets of its processes, before the stop.
+    """
 
     status: int
     left: list[psutil.Process]
+    sockets: set[Path]
     answers: list[httpx.Response]
     rows: list[Row]
 
 
 @pytest.fixture(scope="module")
-def stop(tmp_path_factory: pytest.TempPathFactory) -> Stop:
-    """A server that gets SIGTERM once eight tasks are claimed whose images take long to decode."""
-    with started_server(tmp_path_factory.mktemp("stop"), {}) as (server, process), Edge(server) as edge:
-        wait_until_all_workers_are_ready(server)
-        children = psutil.Process(server.pid).children(recursive=True)
-        large = edge.upload(png_bytes(Image.new("RGB", (7000, 6500), (90, 120, 60)), compress_level=1))
-        bodies = [edge.body(large, "circle") for _ in range(8)]
-        with ThreadPoolExecutor(len(bodies)) as callers:
-            answers = [callers.submit(edge.send, body) for body in bodies]
-            for body in bodies:
-                wait_for(lambda: edge.row(body["task_id"]), bool)  # noqa: B023 - the claim inserts the row
-            process.send_signal(signal.SIGTERM)
-            status = process.wait(STOP_TIMEOUT_S)
-            left = psutil.wait_procs(children, timeout=10)[1]
-            rows = [edge.row(body["task_id"]) for body in bodies]
-            return Stop(status, left, [answer.result() for answer in answers], [row for row in rows if row])
+def stop(start: Start) -> Stop:
+    """The same server gets SIGTERM once eight tasks are claimed whose images take long to decode."""
+    server, edge = start.server, start.edge
+    wait_until_all_workers_are_ready(server)
+    children, sockets = psutil.Process(server.pid).children(recursive=True), unix_sockets(server)
+    large = edge.upload(png_bytes(Image.new("RGB", (7000, 6500), (90, 120, 60)), compress_level=1))
+    bodies = [edge.body(large, "circle") for _ in range(8)]
+    with ThreadPoolExecutor(len(bodies)) as callers:
+        answers = [callers.submit(edge.send, body) for body in bodies]
+        for body in bodies:
+            wait_for(lambda: edge.row(body["task_id"]), bool)  # noqa: B023 - the claim inserts the row
+        start.process.send_signal(signal.SIGTERM)
+        status = start.process.wait(STOP_TIMEOUT_S)
+        left = psutil.wait_procs(children, timeout=30)[1]
+        rows = [edge.row(body["task_id"]) for body in bodies]
+        return Stop(
+            status, left, sockets, [answer.result() for answer in answers], [row for row in rows if row]
+        )
 
 
 def test_callers_get_503_while_the_weights_load(start: Start) -> None:
@@ -253,3 +263,9 @@ def test_stop_finishes_or_keeps_claimed_tasks(stop: Stop) -> None:
             assert "the task is kept" in error_of(answer)[2]
             assert row.status == "processing"
     assert "done" in {row.status for row in stop.rows}
+
+
+def test_stop_removes_all_sockets(stop: Stop) -> None:
+    """After a stop none of the sockets between the processes is left, nor their folders."""
+    assert stop.sockets
+    assert [path for path in stop.sockets if path.parent.exists()] == []

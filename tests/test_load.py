@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -20,7 +17,7 @@ from tests.edge import PREDICT, SERVER_TIMEOUT_S, Edge, error_of, png_bytes, wai
 from tests.image_files import with_new_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from results import Row
@@ -115,17 +112,10 @@ def test_task_is_done_after_the_caller_disconnects(edge: Edge) -> None:
     """If the caller disconnects after the claim, the row still ends as done."""
     drawn = scene(201)
     key = edge.upload(png_bytes(drawn.image))
-    address = urlsplit(edge.server.url)
     bodies = [edge.body(key, drawn.names[0]) for _ in range(8)]
     for body in bodies:
         edge.insert_row(body)
-        text = json.dumps(body)
-        head = (
-            f"POST {PREDICT} HTTP/1.1\r\nHost: test\r\nX-API-Key: {edge.server.api_key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
-        )
-        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
-            connection.sendall((head + text).encode())
+        with edge.begin(body):
             # From the claim on, the server finishes the task.
             wait_for(lambda: edge.row(body["task_id"]), lambda row: row and row.status != "pending")  # noqa: B023
     alone = edge.answer(key, drawn.names[0])
@@ -176,18 +166,32 @@ def test_requests_beyond_max_in_flight_get_429(tmp_path: Path) -> None:
         assert edge.settled_row(refused["task_id"]).status == "done"
 
 
-def test_requests_that_cannot_be_in_time_get_429(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """A server that runs few requests at once, so that others wait."""
+    settings = {
+        "API_WORKERS": "1",
+        "SAM3_MAX_BATCH": "2",
+        # On a slow machine the last of a burst may take longer than the default.
+        "REQUEST_TIMEOUT_S": str(SERVER_TIMEOUT_S),
+        "DEFAULT_DEADLINE_S": str(SERVER_TIMEOUT_S),
+    }
+    with local_server(tmp_path_factory.mktemp("narrow"), settings) as server:
+        yield server
+
+
+def test_requests_that_cannot_be_in_time_get_429(narrow: LocalServer) -> None:
     """Of a burst, requests that would miss their deadline get 429, and their rows stay pending."""
-    with local_server(tmp_path, {"API_WORKERS": "1", "SAM3_MAX_BATCH": "2"}) as server, Edge(server) as edge:
+    with Edge(narrow) as edge:
         drawn = scene(203)
         key = edge.upload(png_bytes(drawn.image))
         # Measures the rate.
-        measured = send_together(server, [edge.body(key, drawn.names[0]) for _ in range(40)])
+        measured = send_together(narrow, [edge.body(key, drawn.names[0]) for _ in range(40)])
         assert {response.status_code for response in measured} == {200}
         bodies = [edge.body(key, drawn.names[0]) for _ in range(100)]
         for body in bodies:
             edge.insert_row(body)
-        responses = send_together(server, bodies, headers={"X-Deadline-Ms": "1000"})
+        responses = send_together(narrow, bodies, headers={"X-Deadline-Ms": "1000"})
         refused = [
             body
             for body, response in zip(bodies, responses, strict=True)
@@ -205,13 +209,9 @@ def test_requests_that_cannot_be_in_time_get_429(tmp_path: Path) -> None:
         assert edge.send(refused[0]).status_code == httpx.codes.OK
 
 
-def test_many_requests_of_one_user_do_not_delay_another(tmp_path: Path) -> None:
+def test_many_requests_of_one_user_do_not_delay_another(narrow: LocalServer) -> None:
     """A user's request is answered while another user's earlier requests still wait."""
-    with (
-        local_server(tmp_path, {"API_WORKERS": "1", "SAM3_MAX_BATCH": "2"}) as server,
-        Edge(server) as edge,
-        Edge(server, "user-2") as other,
-    ):
+    with Edge(narrow) as edge, Edge(narrow, "user-2") as other:
         drawn = scene(203)
         image = png_bytes(drawn.image)
         # Of a picture whose features are held, sixty would be done at once.
@@ -219,7 +219,7 @@ def test_many_requests_of_one_user_do_not_delay_another(tmp_path: Path) -> None:
         for body in bodies:
             edge.insert_row(body)
         with ThreadPoolExecutor(1) as caller:
-            burst = caller.submit(send_together, server, bodies)
+            burst = caller.submit(send_together, narrow, bodies)
             wait_for(lambda: [edge.row(each["task_id"]) for each in bodies], claimed_all)
             assert other.ask(image, drawn.names[0]).status_code == httpx.codes.OK
             statuses = [row.status for each in bodies if (row := edge.row(each["task_id"]))]

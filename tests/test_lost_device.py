@@ -23,7 +23,8 @@ RESTART_TIMEOUT_S = 120.0
 
 def test_task_is_done_after_the_restart(tmp_path: Path) -> None:
     """The caller gets 503; the runner ends with status 1; its successor does the same attempt."""
-    settings = {BROKEN_ONCE_FILE: str(tmp_path / "broken"), "SAM3_DTYPE": "bfloat16"}
+    broken = str(tmp_path / "broken")
+    settings = {BROKEN_ONCE_FILE: broken, "SAM3_DTYPE": "bfloat16", "API_WORKERS": "1"}
     with local_server(tmp_path / "data", settings, service=SERVICE) as server, Edge(server) as edge:
         assert edge.http.get("/api/v1/model/info").json()["dtype"] == "bfloat16"
         first = runner_of(server).pid

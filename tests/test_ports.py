@@ -1,17 +1,21 @@
-"""The server's sockets: its HTTP port, and nothing else that another user of the machine can open."""
+"""The server's sockets: its HTTP port, and nothing else that another user of the machine can open.
+
+tests/test_lifecycle.py tests that a stop removes them.
+"""
 
 from __future__ import annotations
 
 import socket
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from commands.local_server import LocalServer, local_server
-from tests.server_processes import left_after
+if TYPE_CHECKING:
+    from commands.local_server import LocalServer
 
 pytestmark = pytest.mark.server
 
@@ -55,12 +59,3 @@ def test_sockets_between_processes_are_private(server: LocalServer) -> None:
         folder = path.parent.stat()
         assert stat.S_IMODE(folder.st_mode) == 0o700, path
         assert folder.st_uid == psutil.Process(server.pid).uids().real
-
-
-def test_stop_removes_all_sockets(tmp_path: Path) -> None:
-    """After a stop there is no process, no socket and none of their folders."""
-    with local_server(tmp_path / "server") as running:
-        paths, processes = unix_sockets(running), processes_of(running)
-        assert paths
-    assert left_after(processes, 5.0) == []
-    assert [path for path in paths if path.parent.exists()] == []

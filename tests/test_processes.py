@@ -37,6 +37,7 @@ from tests.server_processes import (
 from tests.tiers import need
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
     from concurrent.futures import Future
     from pathlib import Path
@@ -49,12 +50,12 @@ API_WORKERS = 2
 """The default."""
 IN_FLIGHT = 4
 
-PROBE_LIMIT_S = 2.0
-"""Every probe is answered within this time, and reports a dead runner."""
-RESTART_LIMIT_S = 4.0
-"""A new process is started within this time."""
-EXIT_LIMIT_S = 5.0
-"""The processes of a killed supervisor end within this time."""
+PROBE_LIMIT_S = 5.0
+"""Every probe is answered within this time, and reports a dead runner. On a busy machine: it promises 1 s."""
+RESTART_LIMIT_S = 10.0
+"""A new process is started within this time. On a busy machine: it takes about a second."""
+EXIT_LIMIT_S = 10.0
+"""The processes of a killed supervisor end within this time. On a busy machine: they promise 5 s."""
 
 
 @dataclass
@@ -97,25 +98,21 @@ def wait_until_ready(server: LocalServer) -> None:
 
 @dataclass
 class Running:
-    """A running server, and its caller."""
+    """A running server, its supervisor, and its caller."""
 
     server: LocalServer
+    process: subprocess.Popen[bytes]
     edge: Edge
     key: str
 
 
-@pytest.fixture(scope="module", params=["machine", "container"])
-def started(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo on a machine and as in a container; after all tests it must stop cleanly."""
-    container = {"BENTOML_CONTAINERIZED": "True"} if request.param == "container" else {}
-    folder = tmp_path_factory.mktemp(request.param)
-    with started_server(folder, container) as (server, process), Edge(server) as edge:
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The demo as in a container, where BentoML itself would restart nothing."""
+    folder = tmp_path_factory.mktemp("container")
+    with started_server(folder, {"BENTOML_CONTAINERIZED": "True"}) as (server, process), Edge(server) as edge:
         wait_until_ready(server)
-        yield Running(server, edge, edge.upload(png_bytes(scene(300).image)))
-        children = psutil.Process(server.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_TIMEOUT_S) == 0
-        assert left_after(children, EXIT_LIMIT_S) == []
+        yield Running(server, process, edge, edge.upload(png_bytes(scene(300).image)))
 
 
 @pytest.fixture
@@ -205,17 +202,20 @@ def modification_times(folder: Path) -> dict[str, int]:
     }
 
 
-def test_stop_during_a_restart_works(tmp_path: Path) -> None:
-    """SIGTERM while a process is being restarted stops the server."""
-    with started_server(tmp_path / "data", {"API_WORKERS": "1"}) as (server, process):
-        wait_until_ready(server)
-        runner = runner_of(server)
-        kill(runner)
-        wait_for(lambda: children_of(server, RUNNER), lambda found: found and found[0].pid != runner.pid)
-        children = psutil.Process(server.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_TIMEOUT_S) == 0
-        assert left_after(children, EXIT_LIMIT_S) == []
+def test_stop_during_a_restart_works(running: Running) -> None:
+    """SIGTERM while a process is being restarted stops the server, which no test uses after this one."""
+    kill_runner(running.server)
+    children = psutil.Process(running.server.pid).children(recursive=True)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(STOP_TIMEOUT_S) == 0
+    assert left_after(children, EXIT_LIMIT_S) == []
+
+
+def kill_runner(server: LocalServer) -> None:
+    """Kill it, and wait for its successor."""
+    runner = runner_of(server)
+    kill(runner)
+    wait_for(lambda: {child.pid for child in children_of(server, RUNNER)} - {runner.pid}, bool)
 
 
 def test_processes_of_a_killed_supervisor_end(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_processes_of_a_killed_supervisor_end(tmp_path: Path) -> None:
             killed_s = time.monotonic()
             [suspended] = [child for child in children if child.status() == psutil.STATUS_STOPPED]
             suspended.resume()
-            with started_server(tmp_path / "data", {}) as (successor, _):
+            with started_server(tmp_path / "data", {"API_WORKERS": "1"}) as (successor, _):
                 assert left_after(children, killed_s + EXIT_LIMIT_S - time.monotonic()) == []
                 wait_until_ready(successor)
 
@@ -248,29 +248,32 @@ def test_starting_processes_of_a_killed_supervisor_end(tmp_path: Path) -> None:
         assert left_after(children, READY_TIMEOUT_S) == []
 
 
-@pytest.mark.parametrize("after", ["NO_SUCH_SETTING=1\n", f"API_SECRET_KEY={'x' * 20}\n"])
-def test_restarted_processes_keep_the_checked_settings(tmp_path: Path, after: str) -> None:
+def test_restarted_processes_keep_the_checked_settings(tmp_path: Path) -> None:
     """Restarted processes use the settings that were checked at the start, even if .env has changed."""
     env_file = tmp_path / "my.env"
     env_file.write_text(f"API_SECRET_KEY={API_KEY}\nAPI_WORKERS=1\nMAX_BODY_BYTES=2048\n")
     changes = {"API_SECRET_KEY": None, "ENV_FILE": str(env_file)}
     with started_server(tmp_path / "data", changes) as (server, _), Edge(server) as edge:
         wait_until_ready(server)
-        env_file.write_text(after)
-        old = [*children_of(server, API_WORKER), runner_of(server)]
-        for process in old:
-            kill(process)
-        wait_until_ready(server)
-        assert {child.pid for child in children_of(server, API_WORKER)}.isdisjoint({old[0].pid})
-        assert edge.ask(png_bytes(scene(300).image), "circle").status_code == httpx.codes.OK
-        info = f"{server.url}/api/v1/model/info"
-        assert error_of(new_connection.get(info))[:2] == (401, "AUTH_REQUIRED")
-        assert error_of(new_connection.get(info, headers={"X-API-Key": "x" * 20}))[:2] == (
-            401,
-            "AUTH_INVALID",
-        )
-        large = edge.http.post("/api/v1/predict", content=b" " * 3000)
-        assert error_of(large)[:2] == (413, "FILE_TOO_LARGE")
+        for wrong in ("NO_SUCH_SETTING=1\n", f"API_SECRET_KEY={'x' * 20}\n"):
+            env_file.write_text(wrong)
+            old = [*children_of(server, API_WORKER), runner_of(server)]
+            for process in old:
+                kill(process)
+            wait_until_ready(server)
+            assert {child.pid for child in children_of(server, API_WORKER)}.isdisjoint({old[0].pid})
+            check_settings(edge)
+
+
+def check_settings(edge: Edge) -> None:
+    """The server does a task, knows the key of its start and no other, and limits the body."""
+    assert edge.ask(png_bytes(scene(300).image), "circle").status_code == httpx.codes.OK
+    info = f"{edge.server.url}/api/v1/model/info"
+    assert error_of(new_connection.get(info))[:2] == (401, "AUTH_REQUIRED")
+    wrong = {"X-API-Key": "x" * 20}
+    assert error_of(new_connection.get(info, headers=wrong))[:2] == (401, "AUTH_INVALID")
+    large = edge.http.post("/api/v1/predict", content=b" " * 3000)
+    assert error_of(large)[:2] == (413, "FILE_TOO_LARGE")
 
 
 @pytest.mark.parametrize("service", [API_WORKER, RUNNER])
@@ -283,18 +286,16 @@ def test_process_with_wrong_settings_ends(tmp_path: Path, service: str) -> None:
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("offset_s", [-3600, 600])
-def test_changed_clock_delays_no_restart(tmp_path: Path, offset_s: int) -> None:
+def test_changed_clock_delays_no_restart(tmp_path: Path) -> None:
     """A wall clock that is set back or forward delays neither a restart nor a task."""
     need(missing_clock())
     clock = Clock(tmp_path, "server")
     settings = {**clock.environment(), "API_WORKERS": "1"}
     with started_server(tmp_path / "data", settings) as (server, _), Edge(server) as edge:
         wait_until_ready(server)
-        with clock.wrong_by(offset_s):
-            for _ in range(2):  # a check that was scheduled before the change may see the first death
-                runner = runner_of(server)
-                kill(runner)
-                wait_for(lambda: {child.pid for child in children_of(server, RUNNER)} - {runner.pid}, bool)  # noqa: B023
-            wait_until_ready(server)
-            assert edge.ask(scene(300).image, scene(300).names[0]).status_code == httpx.codes.OK
+        for offset_s in (-3600, 600):
+            with clock.wrong_by(offset_s):
+                for _ in range(2):  # a check that was scheduled before the change may see the first death
+                    kill_runner(server)
+                wait_until_ready(server)
+                assert edge.ask(scene(300).image, scene(300).names[0]).status_code == httpx.codes.OK

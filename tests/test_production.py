@@ -17,6 +17,7 @@ from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, Edge, error_of, png_bytes, wait_for
 from tests.server_processes import API_WORKER, children_of, kill, refused_start, runner_of
+from tests.test_bad_input import PREFLIGHT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.server
 
-PRODUCTION = {"APP_ENV": "production", "EMBEDDED_PARTS": "storage,results", "API_WORKERS": "2"}
+ALLOWED_ORIGINS = ("https://app.example.com", "http://localhost:5173")
+PRODUCTION = {
+    "APP_ENV": "production",
+    "EMBEDDED_PARTS": "storage,results",
+    "API_WORKERS": "2",
+    "ALLOWED_ORIGINS": ", ".join(ALLOWED_ORIGINS),
+}
 CLOSED = ("/", "/docs.json", "/schema.json", "/static_content/swagger-ui.css", "/metrics")
 PROBES = ("/health", "/livez", "/healthz", "/readyz")
 
@@ -130,19 +137,40 @@ def test_only_refused_scrapes_are_logged(production: LocalServer) -> None:
     assert [event["request_id"] for event in found] == [f"refused-{mark}"]
 
 
-def test_log_is_json(tmp_path: Path) -> None:
-    """Every process writes one JSON object per event, with its time, level, logger and message."""
-    with local_server(tmp_path, PRODUCTION) as server:
-        runner, workers = runner_of(server), children_of(server, API_WORKER)
-        kill(runner)
-        logged = wait_for(
-            lambda: events(server),
-            lambda found: any("it is restarted" in each["message"] for each in found),
-        )
+@pytest.mark.parametrize(
+    ("origin", "is_allowed"),
+    [*((origin, True) for origin in ALLOWED_ORIGINS), ("https://evil.example.com", False)],
+)
+def test_cors_allows_only_the_configured_origins(
+    production: LocalServer, origin: str, *, is_allowed: bool
+) -> None:
+    """Only pages of ALLOWED_ORIGINS may send requests and read the answers, errors included."""
+    allowed_origin = origin if is_allowed else None
+    with httpx.Client(base_url=production.url) as page:
+        preflight = page.options(PREDICT, headers={"Origin": origin} | PREFLIGHT)
+        assert (preflight.status_code == httpx.codes.OK) == is_allowed
+        assert preflight.headers.get("Access-Control-Allow-Origin") == allowed_origin
+        refused = page.post(PREDICT, headers={"Origin": origin})
+        assert error_of(refused)[:2] == (401, "AUTH_REQUIRED")
+        assert refused.headers.get("Access-Control-Allow-Origin") == allowed_origin
+        assert "Access-Control-Allow-Credentials" not in refused.headers
+
+
+def test_log_is_json(production: LocalServer) -> None:
+    """Every process writes one JSON object per event, with its time, level, logger and message.
+
+    No test of this server comes after this one, which kills the runner.
+    """
+    runner, workers = runner_of(production), children_of(production, API_WORKER)
+    kill(runner)
+    logged = wait_for(
+        lambda: events(production),
+        lambda found: any("it is restarted" in each["message"] for each in found),
+    )
     for event in logged:
         assert {"time", "level", "logger", "pid", "message"} <= event.keys()
         assert event["time"].endswith("+00:00")
-    pids = {server.pid, runner.pid, *(worker.pid for worker in workers)}
+    pids = {production.pid, runner.pid, *(worker.pid for worker in workers)}
     assert pids <= {event["pid"] for event in logged}
 
 

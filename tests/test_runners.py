@@ -28,6 +28,7 @@ from tests.server_processes import (
 from tests.test_metrics import total
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -43,10 +44,26 @@ STOP_LIMIT_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    """A caller of a server with two runners on the CPU, and one API worker."""
-    with local_server(tmp_path_factory.mktemp("runners"), SETTINGS) as server, Edge(server) as caller:
-        wait_for(lambda: states(server), lambda found: found == ["ok", "ok"], READY_TIMEOUT_S)
+def started(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[LocalServer, subprocess.Popen[bytes]]]:
+    """A server with two runners on the CPU and one API worker, and its supervisor."""
+    with started_server(tmp_path_factory.mktemp("runners"), SETTINGS) as (server, process):
+        wait_for(lambda: _are_ready(server), bool, READY_TIMEOUT_S)
+        yield server, process
+
+
+def _are_ready(server: LocalServer) -> bool:
+    try:
+        return states(server) == ["ok", "ok"]
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def edge(started: tuple[LocalServer, subprocess.Popen[bytes]]) -> Iterator[Edge]:
+    """A caller of `started`."""
+    with Edge(started[0]) as caller:
         yield caller
 
 
@@ -140,38 +157,35 @@ def attempt_of(edge: Edge, body: dict[str, Any]) -> str | None:
     return row.attempt_id
 
 
-def test_stop_lets_requests_of_both_runners_end(tmp_path: Path) -> None:
-    """At a stop the runners outlive the API workers, and do not wait for each other."""
-    settings = {"GPUS": "2", "API_WORKERS": "1"}
-    with started_server(tmp_path / "data", settings) as (server, process), Edge(server) as edge:
+def test_stop_lets_requests_of_both_runners_end(
+    started: tuple[LocalServer, subprocess.Popen[bytes]], edge: Edge
+) -> None:
+    """At a stop the runners outlive the API workers, and do not wait for each other.
 
-        def are_ready() -> bool:
-            try:
-                return states(server) == ["ok", "ok"]
-            except httpx.TransportError:
-                return False
-
-        wait_for(are_ready, bool, READY_TIMEOUT_S)
-        key = edge.upload(png_bytes(scene(300).image))
-        runners = [child for name in RUNNERS for child in children_of(server, name)]
-        children = psutil.Process(server.pid).children(recursive=True)
-        bodies = [edge.body(key, "circle") for _ in range(CALLERS)]
+    No test of this server comes after this one.
+    """
+    server, process = started
+    key = new_image(edge)
+    runners = [child for name in RUNNERS for child in children_of(server, name)]
+    children = psutil.Process(server.pid).children(recursive=True)
+    bodies = [edge.body(key, "circle") for _ in range(CALLERS)]
+    decoded = total(server, "sam3_stage_seconds_count", stage="decode")
+    for runner in runners:
+        runner.suspend()  # so that the requests are in progress at the stop
+    with ThreadPoolExecutor(CALLERS) as callers:
+        for body in bodies:
+            edge.insert_row(body)
+        calls = [callers.submit(edge.send, body) for body in bodies]
+        wait_for(
+            lambda: total(server, "sam3_stage_seconds_count", stage="decode"),
+            lambda count: count == decoded + len(bodies),
+        )
+        process.send_signal(signal.SIGTERM)
         for runner in runners:
-            runner.suspend()  # so that the requests are in progress at the stop
-        with ThreadPoolExecutor(CALLERS) as callers:
-            for body in bodies:
-                edge.insert_row(body)
-            calls = [callers.submit(edge.send, body) for body in bodies]
-            wait_for(
-                lambda: total(server, "sam3_stage_seconds_count", stage="decode"),
-                lambda count: count == len(bodies),
-            )
-            process.send_signal(signal.SIGTERM)
-            for runner in runners:
-                runner.resume()
-            assert {call.result().status_code for call in calls} == {httpx.codes.OK}
-        assert process.wait(STOP_LIMIT_S) == 0
-        assert left_after(children, STOP_LIMIT_S) == []
+            runner.resume()
+        assert {call.result().status_code for call in calls} == {httpx.codes.OK}
+    assert process.wait(STOP_LIMIT_S) == 0
+    assert left_after(children, STOP_LIMIT_S) == []
 
 
 FAILING = "tests.failing_service:SegmentationService"

@@ -15,11 +15,14 @@ import psutil
 import pytest
 import torch
 
-from commands.local_server import local_server
+from commands.local_server import local_server, reserved_ports
 from sam3_runner.serving.cpu_share import cpu_share
 from tests.cgroups import cpu_quota
+from tests.drawn import scene
 from tests.driver import MISMATCH, NO_DEVICE, NVML_MISMATCH, fake_driver, fake_nvml, torch_built_for
+from tests.edge import Edge, png_bytes
 from tests.server_processes import refused_start, sentence_of
+from tests.test_traces import SOON
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -273,12 +276,20 @@ def test_limits_of_threads_and_arenas_are_set_in_every_process(server: LocalServ
         assert {child.environ().get(name) for child in children} == {expected}
 
 
-def test_unusable_kernel_cache_does_not_stop_the_start(tmp_path: Path) -> None:
-    """The server is ready without its folder of kernels; one warning names the setting."""
+def test_server_works_without_its_kernels_and_its_collector(tmp_path: Path) -> None:
+    """Without a folder of kernels, which one warning names, or a collector of traces, a task is done.
+
+    The stop is clean too.
+    """
     (tmp_path / "kernels").write_text("a file")
     settings = {"SAM3_KERNEL_CACHE": str(tmp_path / "kernels"), "API_WORKERS": "1", "SAM3_CPU_THREADS": "1"}
-    with local_server(tmp_path / "data", settings) as running:
-        log = running.log_path.read_text()
+    with reserved_ports(1) as [closed]:
+        collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed}"} | SOON
+        with local_server(tmp_path / "data", settings | collector) as server, Edge(server) as edge:
+            answer = edge.answer(png_bytes(scene(100).image), "circle")
+            assert edge.settled_row(answer["task_id"]).status == "done"
+    log = server.log_path.read_text()
+    assert "Traceback" not in log
     warnings = [line for line in log.splitlines() if "SAM3_KERNEL_CACHE" in line]
     assert len(warnings) == 1
     assert f"{tmp_path / 'kernels'} cannot be used (File exists)" in warnings[0]

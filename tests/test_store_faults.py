@@ -218,20 +218,6 @@ def test_row_is_processing_while_r2_is_unavailable(deployment: Deployment) -> No
     assert deployment.settled(body)[0] == "done"
 
 
-def test_outage_of_r2_has_a_limit(tmp_path: Path, database: Database, seaweedfs: S3Service) -> None:
-    """A claimed task that waits for R2 longer than OUTAGE_LIMIT_S ends as error with the reason."""
-    with fault_proxy(seaweedfs.endpoint) as r2:
-        settings = {**seaweedfs.settings(), **database.settings(), "R2_ENDPOINT": r2.url, "API_WORKERS": "1"}
-        with local_server(tmp_path, {**settings, "OUTAGE_LIMIT_S": "0"}) as server:
-            deployment = Deployment(server, r2, r2, database, seaweedfs, database.add_user())
-            body = deployment.new_task()
-            r2.fail_next(ALWAYS, status=503, when=is_get)
-            assert error_of(deployment.send(body))[:2] == (502, "STORAGE_UNAVAILABLE")
-            status, mask_url, message = deployment.settled(body)
-            assert (status, mask_url) == ("error", None)
-            assert "the object store does not answer" in str(message)
-
-
 CLAIMS = {
     "503": lambda on: on.supabase.fail_next(ALWAYS, status=503),
     "hang": lambda on: on.supabase.hang_next(ALWAYS),
@@ -371,10 +357,11 @@ def test_start_is_refused(tmp_path: Path, database: Database, seaweedfs: S3Servi
         assert settings[name] not in refusal.output
 
 
-def test_start_while_both_stores_are_unavailable(
-    tmp_path: Path, database: Database, seaweedfs: S3Service
-) -> None:
-    """Unavailable stores do not stop the start: the log reports them, and tasks work once they are back."""
+@pytest.fixture(scope="module")
+def impatient(
+    tmp_path_factory: pytest.TempPathFactory, database: Database, seaweedfs: S3Service
+) -> Iterator[Deployment]:
+    """A server that was started while no store was available, and that keeps a task for no outage of R2."""
     with fault_proxy(seaweedfs.endpoint) as r2, fault_proxy(database.url) as supabase:
         r2.fail_next(ALWAYS, status=503)
         supabase.fail_next(ALWAYS, status=503)
@@ -383,13 +370,28 @@ def test_start_while_both_stores_are_unavailable(
             **database.settings(),
             "R2_ENDPOINT": r2.url,
             "SUPABASE_URL": supabase.url,
+            "OUTAGE_LIMIT_S": "0",
             "API_WORKERS": "1",
         }
-        with local_server(tmp_path, settings) as server:
-            log = server.log_path.read_text()
-            assert "R2 could not be checked" in log
-            assert "the results database failed" in log
+        with local_server(tmp_path_factory.mktemp("impatient"), settings) as server:
             r2.heal()
             supabase.heal()
-            deployment = Deployment(server, r2, supabase, database, seaweedfs, database.add_user())
-            assert deployment.send(deployment.new_task()).is_success
+            yield Deployment(server, r2, supabase, database, seaweedfs, database.add_user())
+
+
+def test_start_while_both_stores_are_unavailable(impatient: Deployment) -> None:
+    """Unavailable stores do not stop the start: the log reports them, and tasks work once they are back."""
+    log = impatient.server.log_path.read_text()
+    assert "R2 could not be checked" in log
+    assert "the results database failed" in log
+    assert impatient.send(impatient.new_task()).is_success
+
+
+def test_outage_of_r2_has_a_limit(impatient: Deployment) -> None:
+    """A claimed task that waits for R2 longer than OUTAGE_LIMIT_S ends as error with the reason."""
+    body = impatient.new_task()
+    impatient.r2.fail_next(ALWAYS, status=503, when=is_get)
+    assert error_of(impatient.send(body))[:2] == (502, "STORAGE_UNAVAILABLE")
+    status, mask_url, message = impatient.settled(body)
+    assert (status, mask_url) == ("error", None)
+    assert "the object store does not answer" in str(message)

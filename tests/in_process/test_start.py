@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import save
 
 import startup
 from processes import data_lock
@@ -116,6 +120,65 @@ def test_file_that_cannot_be_used_stops_the_start(tmp_path: Path, prepare: Calla
     """The error for a file that cannot be used names the variable and the path."""
     expected = prepare(tmp_path)
     assert refusal().startswith(f"cannot start: {expected}")
+
+
+def in_zip(name: str) -> bytes:
+    """A zip file with one part."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr(name, "<xml/>")
+    return made.getvalue()
+
+
+def in_torch_file() -> bytes:
+    """A tensor that torch saved."""
+    made = io.BytesIO()
+    torch.save({"x": torch.zeros(9)}, made)
+    return made.getvalue()
+
+
+WHOLE = DEMO_FOLDER / "model.safetensors"
+NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "is empty"),
+    "web page": (
+        lambda: b"<!DOCTYPE html><title>Sign in</title>",
+        "is neither a torch nor a safetensors file",
+    ),
+    "pointer": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3450062241\n",
+        "is a Git LFS pointer, not the weights: `git lfs pull` fetches them",
+    ),
+    "torn safetensors": (
+        lambda: WHOLE.read_bytes()[: WHOLE.stat().st_size // 2],
+        "cannot be read, it may be cut short: ",
+    ),
+    "torn zip": (lambda: in_torch_file()[:-100], "cannot be read, it may be cut short: "),
+    "another zip": (lambda: in_zip("word/document.xml"), "is a zip file without weights in it"),
+    "SAM 2": (
+        lambda: save({"memory_attention.x": torch.zeros(1)}),
+        "cannot be served: it is a SAM 2 checkpoint: this server serves SAM 3",
+    ),
+}
+"""Contents of files that are recognisably not SAM 3 weights, and the fault."""
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_other_file_than_weights_stops_the_start(tmp_path: Path, kind: str) -> None:
+    """Faults in the first bytes or the index are reported."""
+    content, fault = NO_WEIGHTS[kind]
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content())
+    os.environ["SAM3_WEIGHTS_PATH"] = str(path)
+    assert refusal().startswith(f"cannot start: SAM3_WEIGHTS_PATH: {path} {fault}")
+
+
+def test_broken_tokenizer_stops_the_start(tmp_path: Path) -> None:
+    """An invalid tokenizer is reported; it would end every process."""
+    folder = Path(shutil.copytree(DEMO_FOLDER, tmp_path / "sam3"))
+    (folder / "tokenizer.json").write_text("{}")
+    os.environ["SAM3_WEIGHTS_PATH"] = str(folder)
+    path = folder / "tokenizer.json"
+    assert refusal().startswith(f"cannot start: SAM3_WEIGHTS_PATH: {path} is not a tokenizer: ")
 
 
 def test_damaged_file_of_attempts_does_not_stop_the_start(
