@@ -13,9 +13,11 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from stamina.instrumentation import set_on_retry_hooks
 
 from bulk.errors import SOME_FAILED, UNAVAILABLE, RunError, WrongUsage
 from bulk.objects import open_objects
+from bulk.objects.s3 import warn_of_long_wait
 from bulk.progress import RunMetrics, display_of
 from bulk.run import bulk_run
 from bulk.settings import (
@@ -105,6 +107,7 @@ def _run_in_child(arguments: Arguments, sender: Connection) -> None:
         os._exit(UNAVAILABLE)
 
     Thread(target=end_with_parent, daemon=True).start()
+    set_on_retry_hooks([warn_of_long_wait])
     sender.send(_run_to_exit_code(arguments))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from bulk.errors import NoPictures, WrongUsage
@@ -83,11 +83,11 @@ def source_of(images: str) -> Source:
     uri = open_objects(images).uri
     if images.startswith("s3://"):
         return Source("manifest" if is_manifest(images) else "prefix", uri)
-    path = Path(uri)
-    if path.is_dir():
+    # Those of pathlib raise for a name that is too long, or in a closed folder.
+    if os.path.isdir(uri):  # noqa: PTH112
         return Source("folder", uri)
-    if not path.is_file():
-        raise WrongUsage(f"{images} does not exist: name a folder, s3://bucket/prefix, or a manifest")
+    if not os.path.isfile(uri):  # noqa: PTH113
+        raise WrongUsage(f"{images} cannot be found: name a folder, s3://bucket/prefix, or a manifest")
     if not is_manifest(uri):
         endings = " or ".join(ENDINGS)
         raise WrongUsage(f"{images} is a file, but no manifest, which ends in {endings}; name its folder")

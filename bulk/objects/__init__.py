@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bulk.errors import PictureError, WrongUsage
@@ -34,7 +34,7 @@ def open_objects(uri: str, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> Objects:
         return S3Objects(bucket, prefix.removesuffix("/"), max_wait_s)
     if not uri or "\0" in uri or _SCHEME.match(uri):
         raise WrongUsage(f"{uri!r} is not a place for objects: name s3://bucket/prefix or a folder")
-    return FolderObjects(str(Path(uri).resolve()))
+    return FolderObjects(os.path.realpath(uri))
 
 
 def read_uri(uri: str, max_bytes: int | None = None, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> bytes:

@@ -32,6 +32,8 @@ _ABSENT: Final = frozenset(
         *(errno.ENXIO, errno.EOPNOTSUPP, errno.ENODEV),
     }
 )
+# Some network file systems cannot synchronise a folder.
+_NO_SYNCHRONISATION: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
 _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -53,11 +55,8 @@ class FolderObjects:
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """See Objects. Only regular files are objects."""
         with self.open(name) as file, self._errors_of_reads():
-            size_bytes = os.fstat(file.fileno()).st_size
-            if max_bytes is None:
-                return file.read()
-            data = b"" if size_bytes > max_bytes else file.read(max_bytes + 1)
-        if size_bytes > max_bytes or len(data) > max_bytes:
+            data = file.read(-1 if max_bytes is None else max_bytes + 1)
+        if max_bytes is not None and len(data) > max_bytes:
             raise PictureError("TOO_LARGE", f"the file has more than {max_bytes} bytes")
         return data
 
@@ -183,6 +182,9 @@ def _synchronise(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNCHRONISATION:
+            raise
     finally:
         os.close(descriptor)
 
@@ -192,9 +194,8 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self._root = os.path.realpath(root)
-        self._followed: set[tuple[int, int]] = set()
-        with suppress(OSError):
-            self._is_new(self._root)
+        self._listed: set[tuple[int, int]] = set()
+        self._is_new(self._root)
 
     def files(self, folder: str, prefix: str, start: str) -> Iterator[StoredObject]:
         """The files below `folder`, named from `prefix` on, of its entries that begin with `start`."""
@@ -205,32 +206,33 @@ class _Walk:
             if not opened.entries:
                 stack.pop()
                 continue
-            name, entry = opened.entries.pop()
-            path = f"{opened.path}/{entry.name}"
-            if not name.endswith("/"):
+            name = opened.entries.pop()
+            path = f"{opened.path}/{name.removesuffix('/')}"
+            if name.endswith("/"):
+                is_link = Path(path).is_symlink()
+                if self._enters(path, is_link=is_link, linked=opened.linked):
+                    stack.append(_Opened(path, opened.prefix + name, linked=opened.linked or is_link))
+            else:
                 with suppress(FileNotFoundError):  # removed meanwhile
-                    yield StoredObject(opened.prefix + name, _size_bytes(entry))
-                continue
-            linked = opened.linked or entry.is_symlink()
-            if self._enters(path, through_link=entry.is_symlink(), linked=linked):
-                stack.append(_Opened(path, opened.prefix + name, linked=linked))
+                    yield StoredObject(opened.prefix + name, _size_bytes(path))
 
-    def _enters(self, path: str, *, through_link: bool, linked: bool) -> bool:
+    def _enters(self, path: str, *, is_link: bool, linked: bool) -> bool:
         """Whether a folder is listed here.
 
         A link to a folder inside the root is not followed: its files are listed under their own names.
         """
-        if not linked:
-            return True
-        if through_link and Path(os.path.realpath(path)).is_relative_to(self._root):
+        if is_link and Path(os.path.realpath(path)).is_relative_to(self._root):
             return False
-        return self._is_new(path)
+        return self._is_new(path) if is_link or linked else True
 
     def _is_new(self, path: str) -> bool:
-        status = Path(path).stat()
+        try:
+            status = Path(path).stat()
+        except OSError:  # listing it says why
+            return True
         identity = (status.st_dev, status.st_ino)
-        is_new = identity not in self._followed
-        self._followed.add(identity)
+        is_new = identity not in self._listed
+        self._listed.add(identity)
         return is_new
 
 
@@ -240,29 +242,30 @@ class _Opened:
     Attributes:
         prefix: of the names of its entries.
         linked: it was reached through a symbolic link.
-        entries: those that are left, the next one last.
+        entries: those that are left, the next one last; folders end with a slash.
     """
 
     def __init__(self, path: str, prefix: str, *, start: str = "", linked: bool) -> None:
         self.path = path
         self.prefix = prefix
         self.linked = linked
-        self.entries = [each for each in reversed(_entries(path)) if each[0].startswith(start)]
+        self.entries = _entries(path, start)
 
 
-def _entries(folder: str) -> list[tuple[str, os.DirEntry[str]]]:
-    """The files and folders in a folder, in the order of whole names: folders end with a slash."""
+def _entries(folder: str, start: str) -> list[str]:
+    """The names of files and folders that begin with `start`, in descending order of whole names."""
     try:
         with os.scandir(folder) as entries:
-            named = [(_listed_name(entry), entry) for entry in entries]
+            # Names alone: a folder may have millions of files.
+            names = [name for entry in entries if (name := _listed_name(entry)).startswith(start) and name]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except PermissionError:
         raise StoreRefused(f"this user may not list the folder {folder}") from None
     except OSError as error:
         raise _unavailable(folder, error) from None
-    found = [(name, entry) for name, entry in named if name]
-    return sorted(found, key=lambda each: os.fsencode(each[0]))
+    names.sort(key=os.fsencode, reverse=True)
+    return names
 
 
 def _listed_name(entry: os.DirEntry[str]) -> str:
@@ -279,8 +282,12 @@ def _listed_name(entry: os.DirEntry[str]) -> str:
         return ""
 
 
-def _size_bytes(entry: os.DirEntry[str]) -> int:
+def _size_bytes(path: str) -> int:
     try:
-        return entry.stat().st_size
+        return Path(path).stat().st_size
     except PermissionError:
         return 0
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unavailable(path, error) from None

@@ -7,6 +7,7 @@ answer `Expect: 100-continue`, and answers 429 to a second write to a key within
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import time
@@ -46,11 +47,14 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from _typeshed import WriteableBuffer
+    from stamina.instrumentation import RetryDetails
     from types_boto3_s3 import S3Client
     from types_boto3_s3.type_defs import GetObjectOutputTypeDef, ListObjectsV2OutputTypeDef
     from urllib3.response import BaseHTTPResponse
 
     from bulk.objects.s3_answers import Action
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -64,6 +68,8 @@ _UPLOAD_TRIES: Final = 8
 # R2 accepts one write per second and key, and counts failed ones.
 _FIRST_WAIT_S: Final = {"read": 0.2, "list": 0.2, "write": 1.1}
 _MAX_WAIT_BETWEEN_TRIES_S: Final = 20.0
+LONG_WAIT_S: Final = 5.0
+"""After which a user learns why the run stands still."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,10 @@ class S3Objects:
         """
         until_s = time.monotonic() + self.max_wait_s
         part = f"bytes={start}-{start + size_bytes - 1}"
+        unchanged: Any = {"IfMatch": etag} if etag else {}
 
         def get(client: S3Client) -> bytes:
-            answer = client.get_object(Bucket=self.bucket, Key=key, Range=part, IfMatch=etag)
+            answer = client.get_object(Bucket=self.bucket, Key=key, Range=part, **unchanged)
             return _body(answer, size_bytes, until_s)
 
         with self._bulk_errors("read"):
@@ -223,7 +230,7 @@ class S3Objects:
             answer["Body"].close()
             # "bytes 0-0/1234"; there is none where a server does not know ranges.
             size = answer.get("ContentRange", "").rpartition("/")[2]
-            return int(size or answer["ContentLength"]), answer["ETag"]
+            return int(size or answer["ContentLength"]), answer.get("ETag", "")
 
         try:
             return self._retried("read", get)
@@ -261,6 +268,12 @@ class S3Objects:
 
 def _is_transient(error: Exception) -> bool:
     return isinstance(error, S3Failure) and error.is_transient
+
+
+def warn_of_long_wait(details: RetryDetails) -> None:
+    """Log once a call that the store keeps it waiting. For `stamina.instrumentation.set_on_retry_hooks`."""
+    if details.waited_so_far < LONG_WAIT_S <= details.waited_so_far + details.wait_for:
+        logger.warning("the store does not answer as it should (%s); trying again", details.caused_by)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from uuid import uuid4
 import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.awsrequest import AWSResponse
+from stamina.instrumentation import set_on_retry_hooks
 from urllib3 import HTTPHeaderDict, HTTPResponse
 
 from bulk.errors import (
@@ -154,6 +155,19 @@ def test_fault_that_lasts_ends_the_run(fault: str, proxy: FaultProxy, uri: str) 
         objects.read("cat", MAX_BYTES)
     assert raised.value.exit_code == 3
     assert len(proxy.requests) > (1 if fault != "silence" else 0)
+
+
+def test_long_wait_is_told_once(proxy: FaultProxy, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A user whose run stands still learns why, in one line a call."""
+    proxy.fail_next(5, status=503, body=xml("SlowDown"))
+    set_on_retry_hooks([s3.warn_of_long_wait])
+    try:
+        assert open_objects(uri, max_wait_s=60).read("cat") == PICTURE
+    finally:
+        set_on_retry_hooks(None)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("bulk.")] == [
+        "the store does not answer as it should (status=503 code=SlowDown); trying again"
+    ]
 
 
 def test_body_that_trickles_ends(proxy: FaultProxy, uri: str) -> None:

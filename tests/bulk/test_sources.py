@@ -151,8 +151,10 @@ def test_empty_prefix_has_no_picture(seaweedfs: S3Service, monkeypatch: pytest.M
         ("s3://", "names no bucket"),
         ("s3:///key", "names no bucket"),
         ("http://host/a.png", "is not a place for objects"),
-        ("nowhere", "does not exist"),
-        ("list.csv", "does not exist"),
+        ("nowhere", "cannot be found"),
+        ("list.csv", "cannot be found"),
+        ("itself", "cannot be found"),
+        ("x" * 5000, "cannot be found"),
         ("cat.png", "is a file, but no manifest, which ends in .csv or .parquet"),
     ],
 )
@@ -162,6 +164,7 @@ def test_wrong_usage_is_told_before_the_listing(
     """What cannot be a source fails at the call, with exit code 2."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cat.png").write_bytes(b"")
+    (tmp_path / "itself").symlink_to("itself")
     with pytest.raises(WrongUsage, match=sentence) as raised:
         list_pictures(images)
     assert raised.value.exit_code == 2
