@@ -2,13 +2,20 @@
 
     python -m benchmarks.bulk --pictures 2000 --record
     python -m benchmarks.bulk --pictures 20000 --kills 10 --record
-    python -m benchmarks.bulk --weights random --pictures 8000 --store folder --record    # on a GPU
+    python -m benchmarks.bulk --weights random --kept 5 --size 1920 1080 --pictures 8000 --store folder
 
 Draws pictures, stores them in SeaweedFS's S3 API on this machine or in a folder, and runs the command over
-them with one prompt. Beside it, the bare loop: the predictor over the same files in a local folder, decoded
-and segmented 8 at a time, nothing written. On CPUs it is measured with all threads in one process and with a
-process for each core; the faster one counts. It is measured before and after the run, and the mean counts,
-since other programs of the machine come and go.
+them with one prompt. Above --distinct the files repeat under other names; a run keeps nothing by content.
+Beside it, the bare loop, 8 pictures at a time, nothing written, before and after the run; the mean counts,
+since other programs of the machine come and go:
+
+- On CPUs: the predictor over the same files, with all threads in one process and with a process for each
+  core; the faster one counts.
+- On GPUs: the predictor over pictures that are decoded already, which is the engine's rate, on the first GPU;
+  "bare" is that times the number of GPUs.
+
+Random weights score everything alike: --kept sets the threshold so that so many instances of a picture are
+kept on average. Their masks are noise over the whole picture, which costs more to write than objects do.
 
 - "rate" is of the run between the ends of its first and its last shard; "whole" includes the list, Ray's
   start, the load of the model, COCO and the report.
@@ -50,12 +57,18 @@ from benchmarks.table import machine_name, record
 from bulk.objects import Objects, open_objects
 from bulk.rows import read_rows
 from commands.local_server import ROOT
+from sam3_runner import SAM3Predictor
+from sam3_runner.images.decode import decode_square
+from sam3_runner.images.read import read_image_file
+from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.serving.cpu_share import cpu_share
 from tests.services import objects
 from training.scenes import draw_scenes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from sam3_runner.images.decoded import DecodedImage
 
 RESULTS = Path(__file__).parent / "bulk.csv"
 PROMPT = "red circle"
@@ -71,8 +84,10 @@ class Options:
     """Of the command line."""
 
     pictures: int
+    distinct: int
     size: tuple[int, int]
     weights: str
+    kept: int
     store: str
     kills: int
     seed: int
@@ -89,19 +104,25 @@ def main() -> int:
         drawn = folder / "in"
         _draw(options, drawn)
         images, out, environment = _stored(options, folder, drawn, stack)
-        before = _bare_rate(drawn, weights)
-        run = BulkRun(images, out, weights, environment, options)
+        threshold = _threshold(options.kept, drawn, weights) if options.kept else None
+        before = _bare_rate(drawn, weights, threshold)
+        arguments = ["--weights", weights]
+        if threshold is not None:
+            arguments += ["--score-threshold", str(threshold)]
+        run = BulkRun(images, out, arguments, environment, options)
         run.to_its_end()
-        after = _bare_rate(drawn, weights)
+        after = _bare_rate(drawn, weights, threshold)
         rows = run.check()
     bare = statistics.mean([before, after])
     row = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine_name(),
+        "gpus": torch.cuda.device_count(),
         "weights": options.weights,
         "pictures": options.pictures,
         "size": "x".join(map(str, options.size)),
         "store": options.store,
+        "kept": options.kept,
         "options": " ".join(options.bulk),
         "bare_before": round(before, 2),
         "bare_after": round(after, 2),
@@ -126,8 +147,10 @@ def _parse() -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--distinct", type=int, default=500, help="files that differ")
     parser.add_argument("--size", nargs=2, type=int, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
+    parser.add_argument("--kept", type=int, default=0, help="instances a picture; 0: the model's threshold")
     parser.add_argument("--store", choices=("s3", "folder"), default="s3")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1, help="of the kills")
@@ -151,12 +174,15 @@ def _draw(options: Options, folder: Path) -> None:
     folder.mkdir()
     torch.set_num_threads(1)  # a second thread takes longer here: the operations are small
     width, height = options.size
-    for start in tqdm(range(0, options.pictures, DRAWN_AT_ONCE), "drawing", unit_scale=DRAWN_AT_ONCE):
+    distinct = min(options.distinct, options.pictures)
+    for start in tqdm(range(0, distinct, DRAWN_AT_ONCE), "drawing", unit_scale=DRAWN_AT_ONCE):
         _, scenes = draw_scenes(DRAWN_AT_ONCE, FIRST_SEED + start, width=width, height=height)
         pixels = scenes.pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        for number in range(start, min(start + DRAWN_AT_ONCE, options.pictures)):
+        for number in range(start, min(start + DRAWN_AT_ONCE, distinct)):
             jpeg = encode_jpeg(Image.fromarray(pixels[number - start]), 90)
             (folder / f"{number:07}.jpg").write_bytes(jpeg)
+    for number in range(distinct, options.pictures):
+        (folder / f"{number:07}.jpg").hardlink_to(folder / f"{number % distinct:07}.jpg")
 
 
 def _stored(options: Options, folder: Path, drawn: Path, stack: ExitStack) -> tuple[str, str, dict[str, str]]:
@@ -176,46 +202,71 @@ def _stored(options: Options, folder: Path, drawn: Path, stack: ExitStack) -> tu
     return f"s3://{store.bucket}/in", f"s3://{store.bucket}/out", environment
 
 
-def _bare_rate(folder: Path, weights: str) -> float:
+def _in_process(work: Callable[..., Any], *arguments: object) -> Any:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _threshold(kept: int, folder: Path, weights: str) -> float:
+    """That keeps so many instances of a picture on average."""
+    return float(_in_process(_threshold_here, kept, folder, weights))
+
+
+def _threshold_here(kept: int, folder: Path, weights: str) -> float:
+    predictor = _predictor(weights)
+    prompts = [ConceptPrompt(PROMPT, score_threshold=0.0)]
+    batch = _squares(sorted(folder.iterdir())[:BATCH], predictor)
+    found = predictor.segment([(square, prompts) for square in batch])
+    scores = sorted((each.score for [result] in found for each in result.instances), reverse=True)
+    return scores[kept * BATCH]
+
+
+def _bare_rate(folder: Path, weights: str, threshold: float | None) -> float:
     """Pictures a second of the bare loop; the best of its arrangements."""
-    cores = cpu_share().threads
-    arrangements = [(1, 1)] if torch.cuda.is_available() else [(1, cores), (cores, 1)]
-    rates = []
-    for processes, threads in dict.fromkeys(arrangements):
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            runs = [
-                pool.submit(_bare_loop, folder, weights, threads, processes, number)
-                for number in range(processes)
-            ]
-            rates.append(sum(run.result() for run in runs))
+    if torch.cuda.is_available():
+        rates = [_in_process(_bare_loop, folder, weights, threshold) * torch.cuda.device_count()]
+    else:
+        cores = cpu_share().threads
+        rates = []
+        for processes, threads in dict.fromkeys([(1, cores), (cores, 1)]):
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                runs = [
+                    pool.submit(_bare_loop, folder, weights, threshold, threads, (number, processes))
+                    for number in range(processes)
+                ]
+                rates.append(sum(run.result() for run in runs))
     print(f"bare loop: {[round(rate, 2) for rate in rates]} pictures/s", file=sys.stderr)  # noqa: T201
     return max(rates)
 
 
-def _bare_loop(folder: Path, weights: str, threads: int, processes: int, number: int) -> float:
-    """Pictures a second of one process, which takes every n-th file."""
-    from sam3_runner import SAM3Predictor  # noqa: PLC0415
-    from sam3_runner.images.decode import decode_square  # noqa: PLC0415
-    from sam3_runner.images.read import read_image_file  # noqa: PLC0415
-    from sam3_runner.prompts import ConceptPrompt  # noqa: PLC0415
-
+def _bare_loop(
+    folder: Path, weights: str, threshold: float | None, threads: int = 1, part: tuple[int, int] = (0, 1)
+) -> float:
+    """Pictures a second of one process, which takes every n-th file: `part` is the first one, and n."""
     torch.set_num_threads(threads)
+    predictor = _predictor(weights)
+    prompts = [ConceptPrompt(PROMPT, score_threshold=threshold)]
+    files = sorted(folder.iterdir())[part[0] :: part[1]]
+    decoded = _squares(files[:BATCH], predictor) if torch.cuda.is_available() else None
+    done, started_s = 0, time.perf_counter()
+    while time.perf_counter() - started_s < BARE_S:
+        batch = decoded or _squares([files[(done + place) % len(files)] for place in range(BATCH)], predictor)
+        predictor.segment([(square, prompts) for square in batch])
+        done += BATCH
+    return done / (time.perf_counter() - started_s)
+
+
+def _predictor(weights: str) -> SAM3Predictor:
     predictor = SAM3Predictor(weights, max_images=BATCH)
     predictor.load()
     predictor.warm_up(BATCH)
+    return predictor
+
+
+def _squares(files: Sequence[Path], predictor: SAM3Predictor) -> list[DecodedImage]:
     assert predictor.checkpoint is not None
     side_px = predictor.checkpoint.input_side_px
-    prompts = [ConceptPrompt(PROMPT)]
-    files = sorted(folder.iterdir())[number::processes]
-    done, started_s = 0, time.perf_counter()
-    while time.perf_counter() - started_s < BARE_S:
-        batch = [files[(done + place) % len(files)] for place in range(BATCH)]
-        squares = [
-            decode_square(read_image_file(file.read_bytes(), max_pixels=2**26), side_px) for file in batch
-        ]
-        predictor.segment([(square, prompts) for square in squares])
-        done += BATCH
-    return done / (time.perf_counter() - started_s)
+    return [decode_square(read_image_file(file.read_bytes(), max_pixels=2**26), side_px) for file in files]
 
 
 class BulkRun:
@@ -229,11 +280,11 @@ class BulkRun:
     """
 
     def __init__(
-        self, images: str, out: str, weights: str, environment: dict[str, str], options: Options
+        self, images: str, out: str, arguments: Sequence[str], environment: dict[str, str], options: Options
     ) -> None:
         self._command = [
             *(sys.executable, "-m", "sam3_client", "bulk", "--images", images, "--prompts", PROMPT),
-            *("--out", out, "--weights", weights, *options.bulk),
+            *("--out", out, *arguments, *options.bulk),
         ]
         self._environment = os.environ | environment
         self._options = options
