@@ -1,8 +1,9 @@
-"""Measure `sam3 bulk` beside the bare predictor, and kill it.
+r"""Measure `sam3 bulk` beside the bare predictor, and kill it.
 
     python -m benchmarks.bulk --pictures 2000 --record
     python -m benchmarks.bulk --pictures 20000 --kills 10 --record
-    python -m benchmarks.bulk --weights random --kept 5 --size 1920 1080 --pictures 8000 --store folder
+    python -m benchmarks.bulk --weights random --kept 5 --size 1920 1080 --pictures 8000 --store folder \
+        --gpus 1 2 --record
 
 Draws pictures, stores them in SeaweedFS's S3 API on this machine or in a folder, and runs the command over
 them with one prompt. Above --distinct the files repeat under other names; a run keeps nothing by content.
@@ -11,8 +12,8 @@ since other programs of the machine come and go:
 
 - On CPUs: the predictor over the same files, with all threads in one process and with a process for each
   core; the faster one counts.
-- On GPUs: the predictor over pictures that are decoded already, which is the engine's rate, on the first GPU;
-  "bare" is that times the number of GPUs.
+- On GPUs: the predictor over pictures that are decoded already, which is the engine's rate, on one GPU;
+  "share" is of that times the number of GPUs.
 
 Random weights score everything alike: --kept sets the threshold so that so many instances of a picture are
 kept on average. Their masks are noise over the whole picture, which costs more to write than objects do.
@@ -89,6 +90,7 @@ class Options:
     weights: str
     kept: int
     store: str
+    gpus: list[int]
     kills: int
     seed: int
     record: bool
@@ -105,41 +107,50 @@ def main() -> int:
         _draw(options, drawn)
         images, out, environment = _stored(options, folder, drawn, stack)
         threshold = _threshold(options.kept, drawn, weights) if options.kept else None
-        before = _bare_rate(drawn, weights, threshold)
-        arguments = ["--weights", weights]
+        arguments = ["--images", images, "--weights", weights, *options.bulk]
         if threshold is not None:
             arguments += ["--score-threshold", str(threshold)]
-        run = BulkRun(images, out, arguments, environment, options)
-        run.to_its_end()
-        after = _bare_rate(drawn, weights, threshold)
-        rows = run.check()
-    bare = statistics.mean([before, after])
-    row = {
+        before = _bare_rate(drawn, weights, threshold)
+        runs = []
+        for gpus in options.gpus or [torch.cuda.device_count()]:
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+            run = BulkRun(f"{out}/{gpus}", arguments, environment | visible, options)
+            run.to_its_end()
+            runs.append((gpus, run, run.check()))
+        bare = [before, _bare_rate(drawn, weights, threshold)]
+    rows = [_row(options, gpus, bare, run, ended) for gpus, run, ended in runs]
+    print(json.dumps(rows, indent=1))  # noqa: T201 - the result
+    if options.record:
+        record(RESULTS, rows)
+    return int(any(row["lost"] or row["twice"] or row["changed"] for row in rows))
+
+
+def _row(
+    options: Options, gpus: int, bare: Sequence[float], run: BulkRun, ended: Sequence[tuple[str, datetime]]
+) -> dict[str, Any]:
+    rate, names = _rate(ended), {image for image, _ in ended}
+    return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine_name(),
-        "gpus": torch.cuda.device_count(),
+        "gpus": gpus,
         "weights": options.weights,
         "pictures": options.pictures,
         "size": "x".join(map(str, options.size)),
         "store": options.store,
         "kept": options.kept,
         "options": " ".join(options.bulk),
-        "bare_before": round(before, 2),
-        "bare_after": round(after, 2),
-        "rate": round(_rate(rows), 2),
-        "share": round(_rate(rows) / bare, 3),
+        "bare_before": round(bare[0], 2),
+        "bare_after": round(bare[1], 2),
+        "rate": round(rate, 2),
+        "share": round(rate / statistics.mean(bare) / max(1, gpus), 3),
         "whole_s": round(run.time_s, 1),
         "memory_mb": round(max(run.memory_mb)),
         "memory_growth": round(run.memory_growth, 3),
         "kills": " ".join(run.killed),
-        "lost": options.pictures - len({image for image, _ in rows}),
-        "twice": len(rows) - len({image for image, _ in rows}),
+        "lost": options.pictures - len(names),
+        "twice": len(ended) - len(names),
         "changed": run.changed,
     }
-    print(json.dumps(row, indent=1))  # noqa: T201 - the result
-    if options.record:
-        record(RESULTS, [row])
-    return int(bool(row["lost"] or row["twice"] or row["changed"]))
 
 
 def _parse() -> Options:
@@ -152,6 +163,7 @@ def _parse() -> Options:
     parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
     parser.add_argument("--kept", type=int, default=0, help="instances a picture; 0: the model's threshold")
     parser.add_argument("--store", choices=("s3", "folder"), default="s3")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[], help="a run for each number; default: all")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1, help="of the kills")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
@@ -224,7 +236,7 @@ def _threshold_here(kept: int, folder: Path, weights: str) -> float:
 def _bare_rate(folder: Path, weights: str, threshold: float | None) -> float:
     """Pictures a second of the bare loop; the best of its arrangements."""
     if torch.cuda.is_available():
-        rates = [_in_process(_bare_loop, folder, weights, threshold) * torch.cuda.device_count()]
+        rates = [float(_in_process(_bare_loop, folder, weights, threshold))]
     else:
         cores = cpu_share().threads
         rates = []
@@ -280,12 +292,10 @@ class BulkRun:
     """
 
     def __init__(
-        self, images: str, out: str, arguments: Sequence[str], environment: dict[str, str], options: Options
+        self, out: str, arguments: Sequence[str], environment: dict[str, str], options: Options
     ) -> None:
-        self._command = [
-            *(sys.executable, "-m", "sam3_client", "bulk", "--images", images, "--prompts", PROMPT),
-            *("--out", out, *arguments, *options.bulk),
-        ]
+        self._command = [sys.executable, "-m", "sam3_client", "bulk", "--prompts", PROMPT, "--out", out]
+        self._command += arguments
         self._environment = os.environ | environment
         self._options = options
         self._out = out
