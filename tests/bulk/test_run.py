@@ -193,7 +193,7 @@ def test_run_goes_on_after_each_way_to_end(seaweedfs: S3Service, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"--images": "nowhere"}, "nowhere does not exist"),
+        ({"--images": "nowhere"}, "nowhere cannot be found"),
         ({"--images": "s3://"}, "names no bucket"),
         ({"--prompts": " "}, "a prompt of --prompts is empty"),
         ({"--prompts": "circle " * 40}, "tokens"),
