@@ -38,7 +38,7 @@ def test_process_in_background_leaves_a_core_to_another_session() -> None:
                 start_new_session=True,
                 preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # noqa: PLW1509 - sets nothing else
             )
-            stack.callback(child.wait)
+            stack.enter_context(child)
             stack.callback(child.kill)
             if code is IN_BACKGROUND:
                 assert child.stdout is not None
