@@ -115,7 +115,7 @@ def test_killed_runner_takes_no_task_with_it(edge: Edge) -> None:
             lambda: total(server, "sam3_stage_seconds_count", stage="decode"),
             lambda count: count == decoded + len(bodies),
         )
-        # While the other one has as many, the next request may be sent to this one.
+        # Until the living runner has answered, the next request may be sent to the suspended one.
         wait_for(lambda: in_progress(server, RUNNER), lambda count: count == 0)
         assert edge.ask(new_image(edge), "circle").status_code == httpx.codes.OK
         attempts = [attempt_of(edge, body) for body in bodies]

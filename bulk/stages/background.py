@@ -32,7 +32,7 @@ def _yield_as_session() -> None:
     for _ in range(AUTOGROUP_TRIES):
         try:
             autogroup.write_text(str(LOWEST_PRIORITY))
-        except BlockingIOError:  # one change in 100 ms, of all processes of the machine
+        except BlockingIOError:  # Linux takes one change in 100 ms from the whole machine
             time.sleep(0.1)
         else:
             return
