@@ -27,6 +27,8 @@ PREPARE_SHARE = 0.75
 """Of the CPUs beside the models: decoding takes three times as long as the masks and rows."""
 CPUS_A_MODEL = 4
 """Where the model runs on CPUs."""
+GPU_BATCH, CPU_BATCH = 8, 4
+"""Most pictures in one pass: on a CPU larger ones gain nothing, and take more memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,9 @@ class Sizes:
     Attributes:
         models: one a GPU; without a GPU, one for each few CPUs.
         model_cpus, model_gpus: of each.
-        cpu_threads: of one operation of a model on CPUs.
+        streams: batches that one model computes at once, on a CPU with one thread each: two threads for one
+            operation wait for each other while another process has one of the cores.
+        max_batch: most pictures in one pass.
         prepare, write: most processes; there is at least one.
         stage_cpus: of each of those.
     """
@@ -44,7 +48,8 @@ class Sizes:
     models: int
     model_cpus: float
     model_gpus: int
-    cpu_threads: int
+    streams: int
+    max_batch: int
     prepare: int
     write: int
     stage_cpus: float
@@ -60,12 +65,13 @@ class Sizes:
             models = int(gpus)
             others = max(2, int(cpus) - models)
             prepare = max(1, int(PREPARE_SHARE * others))
-            return cls(models, 0.0, 1, 1, prepare, max(1, others - prepare), min(1.0, cpus / others))
+            return cls(
+                models, 0.0, 1, 1, GPU_BATCH, prepare, max(1, others - prepare), min(1.0, cpus / others)
+            )
         models = max(1, int(cpus // CPUS_A_MODEL))
         others = max(1, int(cpus) // 4)
-        return cls(
-            models, cpus / 2 / models, 0, max(1, int(cpus / models)), others, others, cpus / 4 / others
-        )
+        streams = max(1, int(cpus / models))
+        return cls(models, cpus / 2 / models, 0, streams, CPU_BATCH, others, others, cpus / 4 / others)
 
 
 @contextmanager

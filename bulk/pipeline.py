@@ -69,6 +69,7 @@ def _dataset(run: Run, plan: Plan, wave: Sequence[int], sizes: Sizes) -> ray.dat
         (run,),
         sizes.models,
         fixed=True,
+        at_once=Segment.BLOCKS_AT_ONCE,
         num_cpus=sizes.model_cpus,
         num_gpus=sizes.model_gpus,
     )
@@ -82,17 +83,22 @@ def _stage(
     most: int,
     *,
     fixed: bool = False,
+    at_once: int = 1,
     num_cpus: float,
     num_gpus: int | None = None,
 ) -> ray.data.Dataset:
-    """A stage with one to `most` processes, each with one block at work and the next one ready."""
+    """A stage with one to `most` processes, each with `at_once` blocks at work and the next one ready."""
     return dataset.map_batches(
         stage,
         batch_size=None,
         batch_format="numpy",
         fn_constructor_args=arguments,
         compute=ActorPoolStrategy(
-            min_size=most if fixed else 1, max_size=most, max_tasks_in_flight_per_actor=2
+            min_size=most if fixed else 1,
+            max_size=most,
+            max_tasks_in_flight_per_actor=at_once + 1,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
         ),
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,

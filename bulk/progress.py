@@ -29,15 +29,15 @@ class RunState:
 
     Attributes:
         total: pictures of the plan.
-        models: processes with a model.
+        streams: batches that all models together compute at once.
         kept: pictures that were done before.
         done: pictures of this run, error rows included.
-        inference_s: time in which devices had work, the sum over them.
+        inference_s: time in which streams had work, the sum over them.
         errors: pictures by code.
     """
 
     total: int
-    models: int
+    streams: int
     kept: int = 0
     done: int = 0
     instances: int = 0
@@ -72,9 +72,9 @@ class RunState:
 
     @property
     def busy_share(self) -> float:
-        """Of the run's time, the share in which a model was computing, the mean over the models."""
+        """Of the run's time, the share in which a stream was computing, the mean over the streams."""
         elapsed_s = time.monotonic() - self.started_s
-        return min(1.0, self.inference_s / max(elapsed_s, 1e-3) / max(1, self.models))
+        return min(1.0, self.inference_s / max(elapsed_s, 1e-3) / max(1, self.streams))
 
     @property
     def left_s(self) -> float | None:
@@ -196,9 +196,9 @@ class RunMetrics:
         )
         self._instances = PrometheusCounter("sam3_bulk_instances", "Instances found.", registry=registry)
         self._inference = PrometheusCounter(
-            "sam3_bulk_inference_seconds", "Time in which models computed, their sum.", registry=registry
+            "sam3_bulk_inference_seconds", "Time in which streams computed, their sum.", registry=registry
         )
-        self._models = Gauge("sam3_bulk_models", "Processes with a model.", registry=registry)
+        self._streams = Gauge("sam3_bulk_streams", "Batches that models compute at once.", registry=registry)
         self._left = Gauge("sam3_bulk_left_seconds", "Estimated time to the end.", registry=registry)
         self.port: int | None = None
         self._server = None
@@ -210,7 +210,7 @@ class RunMetrics:
         """The state has changed, by this shard."""
         self._planned.set(state.total)
         self._kept.set(state.kept)
-        self._models.set(state.models)
+        self._streams.set(state.streams)
         if state.left_s is not None:
             self._left.set(state.left_s)
         if outcome is None:

@@ -55,7 +55,7 @@ def bulk_run(run: Run, checkpoint: Checkpoint, display: Display, metrics: RunMet
     """Segment every picture of a run that is not done yet, then write its results.
 
     Args:
-        run: what to do; its device and threads are chosen here.
+        run: what to do; its device, streams and batches are chosen here.
         checkpoint: the weights, as this machine finds them.
         display: shows how far it is.
         metrics: the same for Prometheus.
@@ -117,8 +117,10 @@ def _segment(run: Run, plan: Plan, todo: Sequence[int], display: Display, metric
     with ray_session(run) as sizes:
         from bulk.pipeline import segment_shards  # noqa: PLC0415 - imports Ray, which reads its settings then
 
-        placed = replace(run, device="cuda" if sizes.model_gpus else "cpu", cpu_threads=sizes.cpu_threads)
-        state = RunState(plan.pictures, sizes.models, plan.pictures - sum(map(plan.pictures_in, todo)))
+        device = "cuda" if sizes.model_gpus else "cpu"
+        placed = replace(run, device=device, streams=sizes.streams, max_batch=sizes.max_batch)
+        kept = plan.pictures - sum(map(plan.pictures_in, todo))
+        state = RunState(plan.pictures, sizes.models * sizes.streams, kept)
         display.say(f"loading the model ({sizes})")
         metrics.show(state)
         for outcome in segment_shards(placed, plan, todo, sizes):

@@ -15,7 +15,6 @@ MAX_SHARD_PICTURES = 256
 DEFAULT_MAX_IMAGE_BYTES = 64 * 2**20
 DEFAULT_MAX_IMAGE_PIXELS = 2**26
 DEFAULT_MAX_WAIT_S = 300.0
-MAX_BATCH = 8
 RUN_ID_LETTERS = 12
 
 
@@ -60,8 +59,8 @@ class Run:
         side_px: of the model's square.
         ray_address: of a cluster; None: a Ray of this machine.
         device: `cuda` or `cpu`; chosen when the cluster is known.
-        cpu_threads: of one operation of the model on a CPU.
-        max_batch: most pictures in one pass of the model.
+        streams: batches that one model computes at once; chosen with the device.
+        max_batch: most pictures in one pass of the model; chosen with the device.
         shard_pictures: pictures that are written together.
         max_wait_s: how long a store that is away or refuses requests for a while is retried.
         background: leave the machine to others where they need it.
@@ -74,8 +73,8 @@ class Run:
     side_px: int
     ray_address: str | None = None
     device: str = "cpu"
-    cpu_threads: int = 1
-    max_batch: int = MAX_BATCH
+    streams: int = 1
+    max_batch: int = 1
     shard_pictures: int = DEFAULT_SHARD_PICTURES
     max_wait_s: float = DEFAULT_MAX_WAIT_S
     background: bool = False

@@ -57,7 +57,8 @@ _FileVersion = tuple[int, int, int]
 class SAM3Predictor:
     """SAM 3 for text prompts.
 
-    Call `load` before anything else. Not safe for use from several threads at once.
+    Call `load` before anything else. Not safe for use from several threads at once, except on a CPU with
+    `max_feature_bytes` 0.
 
     Args:
         weights_path: `sam3.pt`, a `.safetensors` file, a transformers folder, or `demo` for the embedded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, cast
@@ -12,11 +13,9 @@ from bulk.stages.background import yield_to_others
 from bulk.stages.blocks import SHARD, SQUARE, block_of, states_of
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.prompts import ConceptPrompt
-from sam3_runner.serving.engine import Engine, EngineConfig, SegmentOutcome, SegmentRequest
+from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     import numpy.typing as npt
 
@@ -27,34 +26,37 @@ if TYPE_CHECKING:
 LOADING_POLL_S = 0.05
 NO_DEADLINE_S = float("inf")
 DEVICE_LOST_EXIT_CODE = 3
-SPIN_COUNT = "2000"
-"""As in the server's runner."""
 
 
 class Segment:
-    """Blocks of squares in, blocks of results out. Loads the model once.
+    """Blocks of squares in, blocks of results out. Loads the model once. Safe for threads.
 
     Args:
         run: what to do.
 
     Raises:
         ModelUnavailable: the model cannot be loaded.
+
+    Attributes:
+        BLOCKS_AT_ONCE: calls at once, so that the device computes while another block is read or handed on.
     """
+
+    BLOCKS_AT_ONCE = 2
 
     def __init__(self, run: Run) -> None:
         if run.background:
             yield_to_others()
-        # Read when torch is loaded: on a CPU, threads that wait soon sleep, and leave it to the other stages.
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         self._run = run
         threshold = run.settings.score_threshold
         self._prompts = [ConceptPrompt(text, score_threshold=threshold) for text in run.settings.prompts]
-        self._stager = ThreadPoolExecutor(1, thread_name_prefix="stage")
+        self._streams = threading.Semaphore(run.streams)
+        # One more than streams: the next batch is moved to the device meanwhile.
+        self._threads = ThreadPoolExecutor(run.streams + 1, thread_name_prefix="segment")
         self._engine = Engine(
             EngineConfig(
                 run.weights_path,
                 run.device,
-                cpu_threads=run.cpu_threads,
+                cpu_threads=1,
                 max_batch=run.max_batch,
                 max_feature_bytes=0,
             )
@@ -80,24 +82,13 @@ class Segment:
         ]
         size = self._run.max_batch
         batches = [todo[start : start + size] for start in range(0, len(todo), size)]
-        for batch, staged in self._staged(batches):
-            self._segment(batch, staged)
+        for _ in self._threads.map(self._segment, batches):
+            pass  # what a thread raises is raised here
         return block_of(int(block[SHARD][0]), states)
 
-    def _staged(
-        self, batches: list[list[tuple[PictureState, npt.NDArray[np.uint8]]]]
-    ) -> Iterator[tuple[list[PictureState], list[SegmentRequest | SegmentOutcome]]]:
-        """Each batch on the device; the next one is moved there meanwhile."""
-        pending = [self._stager.submit(self._stage, batch) for batch in batches[:1]]
-        for number, batch in enumerate(batches):
-            staged = pending.pop().result()
-            pending = [self._stager.submit(self._stage, each) for each in batches[number + 1 : number + 2]]
-            yield [state for state, _ in batch], staged
-
-    def _stage(
-        self, batch: list[tuple[PictureState, npt.NDArray[np.uint8]]]
-    ) -> list[SegmentRequest | SegmentOutcome]:
-        return [
+    def _segment(self, batch: list[tuple[PictureState, npt.NDArray[np.uint8]]]) -> None:
+        """Add the results of a batch to its states."""
+        staged = [
             self._engine.stage(
                 SegmentRequest(
                     DecodedImage(square, state.width or 0, state.height or 0),
@@ -108,16 +99,15 @@ class Segment:
             )
             for state, square in batch
         ]
-
-    def _segment(self, states: list[PictureState], staged: list[SegmentRequest | SegmentOutcome]) -> None:
         requests = [each for each in staged if isinstance(each, SegmentRequest)]
-        started_s = time.perf_counter()
-        outcomes = iter(self._engine.segment(requests))
-        elapsed_ms = (time.perf_counter() - started_s) * 1000
-        for state, each in zip(states, staged, strict=True):
+        with self._streams:
+            started_s = time.perf_counter()
+            outcomes = iter(self._engine.segment(requests))
+            elapsed_ms = (time.perf_counter() - started_s) * 1000
+        for (state, _), each in zip(batch, staged, strict=True):
             outcome = next(outcomes) if isinstance(each, SegmentRequest) else each
-            # The picture's share: the shares of all pictures are the time in which the device had work.
-            state.timings_ms["inference"] = elapsed_ms / len(states)
+            # The picture's share: the shares of all pictures are the time in which the streams had work.
+            state.timings_ms["inference"] = elapsed_ms / len(batch)
             if outcome.error is not None:
                 state.error = PictureError("INFERENCE_FAILED", str(outcome.error))
             else:

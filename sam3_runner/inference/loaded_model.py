@@ -121,7 +121,9 @@ class _Summary:
 
 
 class LoadedModel:
-    """The passes of a network, and the texts that it has encoded. Used by one thread at a time.
+    """The passes of a network, and the texts that it has encoded.
+
+    Used by one thread at a time; on a CPU and without features to keep, by several at once.
 
     Args:
         network: on its device, in its precision.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ CACHED_TEXTS = 1024
 
 
 class TextCache:
-    """Features of prompts by their cleaned text; the least recently used are removed.
+    """Features of prompts by their cleaned text; the least recently used are removed. Safe for threads.
 
     Args:
         passes: encode the texts.
@@ -33,6 +34,7 @@ class TextCache:
         self._passes = passes
         self._tokenizer = tokenizer
         self._features: OrderedDict[str, TextFeatures] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._features)
@@ -50,16 +52,17 @@ class TextCache:
         Raises:
             PromptTooLong: a prompt has more than 32 tokens.
         """
-        misses = [cleaned for cleaned in texts if cleaned not in self._features]
-        TEXTS.labels("hit").inc(len(texts) - len(misses))
-        TEXTS.labels("miss").inc(len(misses))
-        if misses:
-            self._encode(misses, [texts[cleaned] for cleaned in misses], clock)
-        for cleaned in texts:
-            self._features.move_to_end(cleaned)
-        rows = [self._features[cleaned] for cleaned in texts]
-        while len(self._features) > CACHED_TEXTS:
-            self._features.popitem(last=False)
+        with self._lock:
+            misses = [cleaned for cleaned in texts if cleaned not in self._features]
+            TEXTS.labels("hit").inc(len(texts) - len(misses))
+            TEXTS.labels("miss").inc(len(misses))
+            if misses:
+                self._encode(misses, [texts[cleaned] for cleaned in misses], clock)
+            for cleaned in texts:
+                self._features.move_to_end(cleaned)
+            rows = [self._features[cleaned] for cleaned in texts]
+            while len(self._features) > CACHED_TEXTS:
+                self._features.popitem(last=False)
         return TextFeatures(
             tokens=torch.stack([row.tokens for row in rows]), valid=torch.stack([row.valid for row in rows])
         )

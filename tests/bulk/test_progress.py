@@ -18,7 +18,7 @@ def test_line_counts_pictures_failures_and_what_is_left(monkeypatch: pytest.Monk
     """The rate leaves out the start, and the time left is that of the pictures that are not done."""
     now_s = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
-    state = RunState(total=1064, models=2, kept=100, started_s=90.0)
+    state = RunState(total=1064, streams=2, kept=100, started_s=90.0)
     state.add(_outcome())
     assert line_of(state) == "164 of 1,064 pictures, 0 failed, model busy 5%"
     now_s = 102.0
@@ -29,7 +29,7 @@ def test_line_counts_pictures_failures_and_what_is_left(monkeypatch: pytest.Monk
 def test_rate_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
-    state = RunState(total=10**6, models=1)
+    state = RunState(total=10**6, streams=1)
     for _ in range(100):
         state.add(_outcome())
         now_s += 1.0
@@ -56,7 +56,7 @@ def test_durations_are_read_at_a_glance(time_s: float, text: str) -> None:
 
 
 def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    state = RunState(total=128, models=1)
+    state = RunState(total=128, streams=1)
     with display_of() as display:
         display.say("starting")
         for _ in range(2):
@@ -72,7 +72,7 @@ def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFix
 def test_prometheus_reads_the_state_on_loopback() -> None:
     metrics = RunMetrics(0)
     try:
-        state = RunState(total=128, models=2, kept=3)
+        state = RunState(total=128, streams=2, kept=3)
         state.add(outcome := _outcome(errors={"NOT_FOUND": 2}))
         metrics.show(state)
         metrics.show(state, outcome)
@@ -86,6 +86,6 @@ def test_prometheus_reads_the_state_on_loopback() -> None:
         'sam3_bulk_pictures_total{outcome="NOT_FOUND"} 2.0',
         "sam3_bulk_instances_total 5.0",
         "sam3_bulk_inference_seconds_total 1.0",
-        "sam3_bulk_models 2.0",
+        "sam3_bulk_streams 2.0",
     ):
         assert line in text.splitlines()
