@@ -27,7 +27,7 @@ PREPARE_SHARE = 0.75
 """Of the CPUs beside the models: decoding takes three times as long as the masks and rows."""
 CPUS_A_MODEL = 4
 """Where the model runs on CPUs."""
-GPU_BATCH, CPU_BATCH = 8, 4
+GPU_BATCH, CPU_BATCH = 8, 2
 """Most pictures in one pass: on a CPU larger ones gain nothing, and take more memory."""
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 WAVE_SHARDS = 10_000
 """Of one dataset: Ray's driver keeps some KB for each block."""
-MAX_BLOCK_BYTES = 2**31
-"""Above ours, so that Ray never splits a shard."""
 
 
 def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> Iterator[ShardOutcome]:
@@ -45,7 +43,6 @@ def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> I
         RunError: a stage has raised it, or Ray has failed.
     """
     context = DataContext.get_current()
-    context.target_max_block_size = MAX_BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
@@ -73,7 +70,7 @@ def _dataset(run: Run, plan: Plan, wave: Sequence[int], sizes: Sizes) -> ray.dat
         num_cpus=sizes.model_cpus,
         num_gpus=sizes.model_gpus,
     )
-    return _stage(found, Write, (run, plan), sizes.write, num_cpus=sizes.stage_cpus)
+    return _stage(found, Write, (run,), sizes.write, num_cpus=sizes.stage_cpus)
 
 
 def _stage(
@@ -90,7 +87,7 @@ def _stage(
     """A stage with one to `most` processes, each with `at_once` blocks at work and the next one ready."""
     return dataset.map_batches(
         stage,
-        batch_size=None,
+        batch_size=1,  # one row a shard
         batch_format="numpy",
         fn_constructor_args=arguments,
         compute=ActorPoolStrategy(

@@ -1,7 +1,6 @@
-"""What the stages hand on: one block a shard, one row a picture, Python values pickled in a column.
+"""What the stages hand on: one block of one row a shard, Python values pickled in a column.
 
-Ray Data splits a block that is too large, which would break a shard apart: `pipeline.py` sets its limit above
-ours.
+Ray Data splits and joins blocks between rows, so that a shard stays whole.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 Block = dict[str, "npt.NDArray[Any]"]
 
-SHARD, PICTURE, SQUARE, OUTCOME = "shard", "picture", "square", "outcome"
+SHARD, PICTURES, SQUARES, OUTCOME = "shard", "pictures", "squares", "outcome"
 
 
 @dataclass(slots=True)
@@ -53,16 +52,26 @@ class PictureState:
 def block_of(
     shard: int, states: Sequence[PictureState], squares: npt.NDArray[np.uint8] | None = None
 ) -> Block:
-    """One block of a shard; `squares` is (pictures, side, side, 3)."""
-    pickled = np.empty(len(states), dtype=object)
-    pickled[:] = [pickle.dumps(state, pickle.HIGHEST_PROTOCOL) for state in states]
-    block: Block = {SHARD: np.full(len(states), shard, np.int64), PICTURE: pickled}
-    return block if squares is None else block | {SQUARE: squares}
+    """The block of a shard; `squares` is (pictures, side, side, 3)."""
+    block: Block = {SHARD: np.array([shard]), PICTURES: _pickled(list(states))}
+    return block if squares is None else block | {SQUARES: squares[None]}
+
+
+def shard_of(block: Block) -> int:
+    """The shard of a block."""
+    return int(block[SHARD][0])
 
 
 def states_of(block: Block) -> list[PictureState]:
     """The pictures of a block. Only our own stages write blocks."""
-    return [pickle.loads(data) for data in block[PICTURE]]  # noqa: S301 - from our own processes
+    states: list[PictureState] = pickle.loads(block[PICTURES][0])  # noqa: S301 - from our own processes
+    return states
+
+
+def squares_of(block: Block) -> npt.NDArray[np.uint8]:
+    """Their squares (pictures, side, side, 3)."""
+    squares: npt.NDArray[np.uint8] = block[SQUARES][0]
+    return squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +105,16 @@ class ShardOutcome:
 
 
 def outcome_block(outcome: ShardOutcome) -> Block:
-    """A block of one row."""
-    return {OUTCOME: np.array([pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)], dtype=object)}
+    """The block of an outcome."""
+    return {OUTCOME: _pickled(outcome)}
 
 
 def outcome_of(row: dict[str, Any]) -> ShardOutcome:
     """What `outcome_block` has written."""
     outcome: ShardOutcome = pickle.loads(row[OUTCOME])  # noqa: S301 - from our own processes
     return outcome
+
+
+def _pickled(value: object) -> npt.NDArray[Any]:
+    """A column of one value."""
+    return np.array([pickle.dumps(value, pickle.HIGHEST_PROTOCOL)], dtype=object)

@@ -15,7 +15,7 @@ from bulk.errors import PictureError
 from bulk.objects import open_objects, read_uri
 from bulk.plan import PlanReader
 from bulk.stages.background import yield_to_others
-from bulk.stages.blocks import SHARD, PictureState, block_of
+from bulk.stages.blocks import PictureState, block_of, shard_of
 from sam3_runner.errors import UnsupportedImage
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.read import read_image_file
@@ -59,8 +59,8 @@ class Prepare:
         self._decoders = ImageDecoders(side_px=run.side_px, count=decoders)
 
     def __call__(self, block: Block) -> Block:
-        """The block of the shard that is the only row of `block`."""
-        shard = int(block[SHARD][0])
+        """The squares of a shard."""
+        shard = shard_of(block)
         pictures = self._plan.pictures(shard)
         squares = np.zeros((len(pictures), self._run.side_px, self._run.side_px, 3), np.uint8)
         prepared = asyncio.run_coroutine_threadsafe(self._prepare_all(pictures, squares), self._loop)

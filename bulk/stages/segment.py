@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from bulk.errors import ModelUnavailable, PictureError
 from bulk.stages.background import yield_to_others
-from bulk.stages.blocks import SHARD, SQUARE, block_of, states_of
+from bulk.stages.blocks import block_of, shard_of, squares_of, states_of
 from sam3_runner.images.decoded import DecodedImage
 from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
@@ -77,14 +77,14 @@ class Segment:
         states = states_of(block)
         todo = [
             (state, square)
-            for state, square in zip(states, block[SQUARE], strict=True)
+            for state, square in zip(states, squares_of(block), strict=True)
             if state.error is None
         ]
         size = self._run.max_batch
         batches = [todo[start : start + size] for start in range(0, len(todo), size)]
         for _ in self._threads.map(self._segment, batches):
             pass  # what a thread raises is raised here
-        return block_of(int(block[SHARD][0]), states)
+        return block_of(shard_of(block), states)
 
     def _segment(self, batch: list[tuple[PictureState, npt.NDArray[np.uint8]]]) -> None:
         """Add the results of a batch to its states."""

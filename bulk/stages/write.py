@@ -12,13 +12,12 @@ from bulk.objects import open_objects
 from bulk.plan import PARQUET, rows_file
 from bulk.rows import TimingsMs, error_row, found_row, write_part
 from bulk.stages.background import yield_to_others
-from bulk.stages.blocks import SHARD, ShardOutcome, outcome_block, states_of
+from bulk.stages.blocks import ShardOutcome, outcome_block, shard_of, states_of
 from outputs.mask_png import encode_png
 from outputs.refinement import refine
 from sam3_runner.instances import packed_union
 
 if TYPE_CHECKING:
-    from bulk.plan import Plan
     from bulk.rows import PictureRow
     from bulk.settings import Run
     from bulk.stages.blocks import Block, PictureState
@@ -32,21 +31,19 @@ class Write:
 
     Args:
         run: what to do.
-        plan: of the run.
     """
 
-    def __init__(self, run: Run, plan: Plan) -> None:
+    def __init__(self, run: Run) -> None:
         if run.background:
             yield_to_others()
-        self._run, self._plan = run, plan
+        self._run = run
         self._folder = open_objects(run.folder, run.max_wait_s)
         self._threads = ThreadPoolExecutor(WRITES_AT_ONCE, thread_name_prefix="write")
 
     def __call__(self, block: Block) -> Block:
         """Store a shard, unless it is stored already."""
-        shard, states = int(block[SHARD][0]), states_of(block)
-        assert len(states) == self._plan.pictures_in(shard), "Ray has split a shard's block"
-        rows = list(self._threads.map(self._finish, states))
+        shard = shard_of(block)
+        rows = list(self._threads.map(self._finish, states_of(block)))
         is_new = self._folder.create(rows_file(shard), write_part(rows), PARQUET)
         return outcome_block(ShardOutcome.of(shard, rows, is_new=is_new))
 
