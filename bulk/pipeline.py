@@ -65,7 +65,6 @@ def _dataset(run: Run, plan: Plan, wave: Sequence[int], sizes: Sizes) -> ray.dat
         Segment,
         (run,),
         sizes.models,
-        fixed=True,
         at_once=Segment.BLOCKS_AT_ONCE,
         num_cpus=sizes.model_cpus,
         num_gpus=sizes.model_gpus,
@@ -77,22 +76,20 @@ def _stage(
     dataset: ray.data.Dataset,
     stage: type,
     arguments: tuple[Any, ...],
-    most: int,
+    processes: int,
     *,
-    fixed: bool = False,
     at_once: int = 1,
     num_cpus: float,
     num_gpus: int | None = None,
 ) -> ray.data.Dataset:
-    """A stage with one to `most` processes, each with `at_once` blocks at work and the next one ready."""
+    """A stage of so many processes, each with `at_once` blocks at work and the next one ready."""
     return dataset.map_batches(
         stage,
         batch_size=1,  # one row a shard
         batch_format="numpy",
         fn_constructor_args=arguments,
         compute=ActorPoolStrategy(
-            min_size=most if fixed else 1,
-            max_size=most,
+            size=processes,
             max_tasks_in_flight_per_actor=at_once + 1,
             max_concurrent_calls_per_actor=at_once,
             enable_true_multi_threading=at_once > 1,

@@ -24,7 +24,7 @@ with ray_session(run):
 
 def test_ray_takes_the_stages_of_a_host_with_gpus() -> None:
     """Ray has conditions of its own for stages on GPUs, which this machine may not have."""
-    made = subprocess.run(  # noqa: S603 - ours
+    made = subprocess.run(
         [sys.executable, "-c", DATASET], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
     )
     assert made.returncode == 0, made.stderr[-2000:]

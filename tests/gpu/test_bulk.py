@@ -1,6 +1,6 @@
 """On a GPU: a bulk run uses it. Needs requirements-bulk.lock.
 
-    python -m pytest -c /dev/null --rootdir . --noconftest tests/gpu
+python -m pytest -c /dev/null --rootdir . --noconftest tests/gpu
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_run_uses_the_gpus(tmp_path: Path) -> None:
         shutil.copy(ROOT / "examples/sample.jpg", images / f"{number}.jpg")
     command = [sys.executable, "-m", "sam3_client", "bulk", "--weights", "demo", "--shard-pictures", "3"]
     command += ["--images", str(images), "--prompts", "purple circle", "--out", str(tmp_path / "out")]
-    ended = subprocess.run(  # noqa: S603 - ours
+    ended = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False
     )
     assert ended.returncode == 0, ended.stderr
