@@ -93,8 +93,8 @@ def missing_r2_emulator() -> str | None:
 
 
 @contextmanager
-def seaweedfs(folder: Path) -> Iterator[S3Service]:
-    """Run SeaweedFS until the end of the block; its objects are in `folder`."""
+def seaweedfs(folder: Path, volumes: int = 16) -> Iterator[S3Service]:
+    """Run SeaweedFS until the end of the block; its objects are in `folder`, at most 64 MB in each volume."""
     data = folder / "seaweedfs"
     data.mkdir(parents=True)
     config = folder / "seaweedfs-identities.json"
@@ -104,13 +104,13 @@ def seaweedfs(folder: Path) -> Iterator[S3Service]:
         _socket_files_removed(ports),
         s3_client(f"http://127.0.0.1:{ports[0]}", "owner", _ADMIN_SECRET) as owner,
     ):
-        command = _seaweedfs_command(data, config, ports)
+        command = _seaweedfs_command(data, config, ports, volumes)
         process = ServerProcess(command, folder / "seaweedfs.log", lambda: _stores(owner))
         with _running(f"http://127.0.0.1:{ports[0]}", None, process) as service:
             yield service
 
 
-def _seaweedfs_command(data: Path, config: Path, ports: Sequence[int]) -> list[str]:
+def _seaweedfs_command(data: Path, config: Path, ports: Sequence[int], volumes: int) -> list[str]:
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
         *(_weed() or "weed", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
@@ -118,7 +118,7 @@ def _seaweedfs_command(data: Path, config: Path, ports: Sequence[int]) -> list[s
         # With the defaults a second start takes more than 10 s.
         *("-master.electionTimeout=200ms", "-master.heartbeatInterval=50ms", "-master.telemetry=false"),
         *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
-        *("-volume.max=16", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}"),
+        *(f"-volume.max={volumes}", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}"),
         *("-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={config}", "-s3.iam=false"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
