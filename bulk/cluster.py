@@ -21,17 +21,15 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).parents[1]
-STORE_BLOCKS, CPUS_A_STORE_BLOCK = 12, 4
-"""Blocks of squares for which Ray's store has room: more CPUs and GPUs have more of them at once. Not more
-than needed: each process has to map each page of it once."""
+STORE_BLOCKS, STORE_BLOCKS_A_CPU = 8, 2
+"""Blocks of squares for which Ray's store has room: more CPUs and GPUs have more of them at once."""
 MAX_STORE_SHARE = 0.3
 """Of the memory, as Ray's own default."""
 LEAST_STORE_BYTES = 160 * 2**20
 START_ATTEMPTS = 5
-PREPARE_A_GPU, DECODERS_A_GPU, WRITE_A_GPU = 2, 12, 4
-"""Of processes, at most. A CPU decodes a picture of 1920 x 1080 px in some 40 ms, an H100 segments it in 14.
-They may be more than there are CPUs: which stage has more to do depends on the pictures and on what is
-found."""
+PREPARE_A_GPU, WRITE_A_GPU = 12, 8
+"""At most. Together they may be more than there are CPUs: which stage has more to do depends on the pictures
+and on what is found. Each picture of 1920 x 1080 takes a CPU some 50 ms to decode, an H100 some 14 ms."""
 CPUS_A_MODEL = 4
 """Where the model runs on CPUs."""
 GPU_BATCH, CPU_BATCH = 8, 4
@@ -49,7 +47,6 @@ class Sizes:
             operation wait for each other while another process has one of the cores.
         max_batch: most pictures in one pass.
         prepare, write: processes.
-        decoders: processes that decode, of each process of `prepare`.
         stage_cpus: of each of those.
     """
 
@@ -59,29 +56,25 @@ class Sizes:
     streams: int
     max_batch: int
     prepare: int
-    decoders: int
     write: int
     stage_cpus: float
 
     def __str__(self) -> str:
         device = "GPU" if self.model_gpus else "CPU"
-        return f"{self.models} on {device}, {self.prepare * self.decoders} decoding, {self.write} writing"
+        return f"{self.models} on {device}, {self.prepare} decoding, {self.write} writing"
 
     @classmethod
     def of(cls, cpus: float, gpus: float) -> Sizes:
         """For a cluster of so many CPUs and GPUs."""
         if gpus >= 1:
             models = int(gpus)
-            others = max(1, int(cpus) // models - 1)  # CPUs a GPU
-            prepare, write = PREPARE_A_GPU * models, min(WRITE_A_GPU, others) * models
-            decoders = max(1, min(DECODERS_A_GPU, others) // PREPARE_A_GPU)
-            share = cpus / (prepare + write)
-            stage_cpus = share if share < 1 else float(int(share))  # Ray takes no other numbers
-            return cls(models, 0.0, 1, 1, GPU_BATCH, prepare, decoders, write, stage_cpus)
+            others = max(1, int(cpus) - models)
+            prepare, write = min(others, PREPARE_A_GPU * models), min(others, WRITE_A_GPU * models)
+            return cls(models, 0.0, 1, 1, GPU_BATCH, prepare, write, min(1.0, cpus / (prepare + write)))
         models = max(1, int(cpus // CPUS_A_MODEL))
         others = max(1, int(cpus) // 4)
         streams = max(1, int(cpus / models))
-        return cls(models, cpus / 2 / models, 0, streams, CPU_BATCH, others, 1, others, cpus / 4 / others)
+        return cls(models, cpus / 2 / models, 0, streams, CPU_BATCH, others, others, cpus / 4 / others)
 
 
 @contextmanager
@@ -147,7 +140,7 @@ def _init_once(run: Run) -> None:
 
 
 def _store_bytes(block_bytes: int) -> int:
-    blocks = STORE_BLOCKS + (os.cpu_count() or 1) // CPUS_A_STORE_BLOCK
+    blocks = STORE_BLOCKS + STORE_BLOCKS_A_CPU * (os.cpu_count() or 1)
     most = int(MAX_STORE_SHARE * psutil.virtual_memory().total)
     return max(LEAST_STORE_BYTES, min(most, blocks * block_bytes))
 

@@ -59,14 +59,7 @@ def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> I
 def _dataset(run: Run, plan: Plan, wave: Sequence[int], sizes: Sizes) -> ray.data.Dataset:
     # Blocks that exist already: a stage that reads would need a CPU of its own, and might never get one.
     shards = ray.data.from_arrow([pa.table({SHARD: [shard]}) for shard in wave])
-    squares = _stage(
-        shards,
-        Prepare,
-        (run, plan, sizes.decoders),
-        sizes.prepare,
-        at_once=min(Prepare.BLOCKS_AT_ONCE, sizes.decoders),
-        num_cpus=sizes.stage_cpus,
-    )
+    squares = _stage(shards, Prepare, (run, plan), sizes.prepare, num_cpus=sizes.stage_cpus)
     found = _stage(
         squares,
         Segment,

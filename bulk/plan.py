@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -115,26 +114,21 @@ def _encode(pictures: list[Picture]) -> bytes:
 
 
 class PlanReader:
-    """Reads shards in one process; keeps the file that was read last, since its next shard is often next.
-
-    Safe for threads.
-    """
+    """Reads shards in one process; keeps the file that was read last, since its next shard is often next."""
 
     def __init__(self, folder: Objects, plan: Plan) -> None:
         self._folder, self._plan = folder, plan
         self._number: int | None = None
         self._table = _SCHEMA.empty_table()
-        self._lock = threading.Lock()
 
     def pictures(self, shard: int) -> list[Picture]:
         """The pictures of a shard, in order."""
         number, place = divmod(shard, SHARDS_PER_FILE)
+        if number != self._number:
+            self._table = pq.read_table(io.BytesIO(self._folder.read(_plan_file(number))))
+            self._number = number
         size = self._plan.shard_pictures
-        with self._lock:
-            if number != self._number:
-                self._table = pq.read_table(io.BytesIO(self._folder.read(_plan_file(number))))
-                self._number = number
-            rows = self._table.slice(place * size, size).to_pylist()
+        rows = self._table.slice(place * size, size).to_pylist()
         return [Picture(**row) for row in rows]
 
 

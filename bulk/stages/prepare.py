@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from sam3_runner.images.image_file import ImageFile
 
 PICTURES_AT_ONCE = 8
-"""Of one block being fetched or decoded: bounds its memory to so many files of the largest size."""
+"""Being fetched or decoded in one process: bounds its memory to so many files of the largest size."""
 
 
 class Prepare:
-    """Shards in, blocks of squares out. Safe for threads.
+    """Shards in, blocks of squares out.
 
     Files are decoded in processes of `sam3_runner/images/decoders.py`: one that crashes its decoder, or takes
     too much memory, is one picture's error.
@@ -45,14 +45,9 @@ class Prepare:
         run: what to do.
         plan: of the run.
         decoders: processes that decode.
-
-    Attributes:
-        BLOCKS_AT_ONCE: calls at once, so that the decoders work while another block is handed on.
     """
 
-    BLOCKS_AT_ONCE = 2
-
-    def __init__(self, run: Run, plan: Plan, decoders: int) -> None:
+    def __init__(self, run: Run, plan: Plan, decoders: int = 1) -> None:
         if run.background:
             yield_to_others()
         self._run = run
