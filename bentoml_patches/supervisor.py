@@ -1,7 +1,8 @@
 """BentoML's supervisor (circus' arbiter): restart every dead process, accept no commands, stop cleanly.
 
-By default it looks for dead processes every ten seconds, restarts nothing in a container, removes the sockets
-between the processes before these have ended, and takes commands on a port of the loopback interface.
+By default it looks for dead processes every ten seconds, restarts nothing in a container, and takes commands
+on a port of the loopback interface. At a stop it ends the decoders under running tasks, and removes the
+sockets between the processes before these have ended.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def patch(interchangeable: str) -> None:
         unrecoverable: list[str] = []
         for watcher in arbiter.watchers:
             watcher.respawn = True
+            watcher.stop_children = False
             watcher.hooks["after_reap"] = partial(_handle_death, unrecoverable, f"service_{interchangeable}")
         try:
             start(arbiter, cb)

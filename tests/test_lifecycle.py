@@ -265,6 +265,12 @@ def test_stop_finishes_or_keeps_claimed_tasks(stop: Stop) -> None:
     assert "done" in {row.status for row in stop.rows}
 
 
+def test_stop_ends_no_decoder_under_a_task(start: Start, stop: Stop) -> None:
+    """The decoders work until their tasks are done: one that is ended twice would blame its image."""
+    assert stop.status == 0
+    assert "a decoder process was killed" not in start.server.log_path.read_text()
+
+
 def test_stop_removes_all_sockets(stop: Stop) -> None:
     """After a stop none of the sockets between the processes is left, nor their folders."""
     assert stop.sockets

@@ -41,6 +41,9 @@ MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
 
 def main() -> None:
     """Decode files until standard input ends."""
+    # systemd sends it to every process of a service; the API worker needs this one to finish its tasks.
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop_signal, signal.SIG_IGN)
     side_px = int(sys.argv[1])
     # Our own limit may be higher; the API worker has checked it on the file's header.
     Image.MAX_IMAGE_PIXELS = None

@@ -148,10 +148,10 @@ def test_writer_that_meets_another_tries_again(proxy: FaultProxy, uri: str) -> N
 @pytest.mark.parametrize("fault", [*TRANSIENT, *OF_BODIES, "silence"])
 def test_fault_that_lasts_ends_the_run(fault: str, proxy: FaultProxy, uri: str) -> None:
     """After max_wait_s one sentence, with exit code 3; a picture is not blamed for it."""
-    objects = open_objects(uri, max_wait_s=1.5)
+    objects = open_objects(uri, max_wait_s=3)
     faults = TRANSIENT | OF_BODIES | {"silence": lambda proxy, n: proxy.hang_next(n)}
     faults[fault](proxy, 999)
-    with pytest.raises(StoreUnavailable, match=r"did not answer as it should for 2 s \(status=") as raised:
+    with pytest.raises(StoreUnavailable, match=r"did not answer as it should for 3 s \(status=") as raised:
         objects.read("cat", MAX_BYTES)
     assert raised.value.exit_code == 3
     assert len(proxy.requests) > (1 if fault != "silence" else 0)

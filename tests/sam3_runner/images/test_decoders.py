@@ -323,6 +323,23 @@ def test_file_that_kills() -> None:
     assert REGISTRY.get_sample_value("sam3_decoder_kills_total") == before + 2
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signal_ends_no_decoding(how: signal.Signals) -> None:
+    """A stop signal to all processes of the server, decoders too, blames no image: systemd sends it so."""
+    before = REGISTRY.get_sample_value("sam3_decoder_kills_total") or 0
+
+    async def work(decoders: ImageDecoders) -> None:
+        decoding = asyncio.create_task(decoders.decode(slow(60), 0))
+        [process] = await asyncio.to_thread(
+            wait_for, lambda: [p for p in processes() if p.cpu_times().user > 0.4]
+        )
+        process.send_signal(how)
+        assert (await decoding).width == 4200
+
+    with_decoders(work)
+    assert (REGISTRY.get_sample_value("sam3_decoder_kills_total") or 0) == before
+
+
 def test_cancelled_decoding_ends() -> None:
     """Cancelling a request ends its decoder process."""
 
