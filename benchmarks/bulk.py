@@ -80,7 +80,7 @@ BARE_S = 20.0
 STORE_VOLUMES = 64
 """4 GB: 20,000 drawn pictures are 0.9."""
 MEMORY_INTERVAL_S = 5.0
-KILLED = ("command", "raylet", "Prepare", "Segment", "Write")
+KILLED = ("command", "raylet", "Fetch", "Segment", "Write")
 
 
 @dataclass(frozen=True, slots=True)

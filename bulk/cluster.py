@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).parents[1]
-STORE_BLOCKS, STORE_BLOCKS_A_CPU = 8, 2
-"""Blocks of squares for which Ray's store has room: more CPUs and GPUs have more of them at once."""
+STORE_BYTES = 2**29
+"""Of Ray's store, for blocks of files and of results: 30 MB for 64 files of 1920 x 1080 px."""
 MAX_STORE_SHARE = 0.3
 """Of the memory, as Ray's own default."""
-LEAST_STORE_BYTES = 160 * 2**20
 START_ATTEMPTS = 5
-PREPARE_A_GPU, WRITE_A_GPU = 12, 8
-"""At most. Together they may be more than there are CPUs: which stage has more to do depends on the pictures
-and on what is found. Each picture of 1920 x 1080 takes a CPU some 50 ms to decode, an H100 some 14 ms."""
+FETCH_A_GPU, DECODERS_A_GPU, WRITE_A_GPU = 2, 12, 8
+"""Processes, at most. Together they may be more than there are CPUs: which of them has more to do depends on
+the pictures and on what is found."""
 CPUS_A_MODEL = 4
 """Where the model runs on CPUs."""
 GPU_BATCH, CPU_BATCH = 8, 4
@@ -46,7 +45,8 @@ class Sizes:
         streams: batches that one model computes at once, on a CPU with one thread each: two threads for one
             operation wait for each other while another process has one of the cores.
         max_batch: most pictures in one pass.
-        prepare, write: processes.
+        decoders: processes that decode, of each model.
+        fetch, write: processes.
         stage_cpus: of each of those.
     """
 
@@ -55,26 +55,30 @@ class Sizes:
     model_gpus: int
     streams: int
     max_batch: int
-    prepare: int
+    decoders: int
+    fetch: int
     write: int
     stage_cpus: float
 
     def __str__(self) -> str:
         device = "GPU" if self.model_gpus else "CPU"
-        return f"{self.models} on {device}, {self.prepare} decoding, {self.write} writing"
+        return f"{self.models} on {device}, {self.models * self.decoders} decoding, {self.write} writing"
 
     @classmethod
     def of(cls, cpus: float, gpus: float) -> Sizes:
         """For a cluster of so many CPUs and GPUs."""
         if gpus >= 1:
             models = int(gpus)
-            others = max(1, int(cpus) - models)
-            prepare, write = min(others, PREPARE_A_GPU * models), min(others, WRITE_A_GPU * models)
-            return cls(models, 0.0, 1, 1, GPU_BATCH, prepare, write, min(1.0, cpus / (prepare + write)))
+            others = max(1, int(cpus) // models - 1)  # CPUs of each GPU
+            fetch, write = FETCH_A_GPU * models, min(WRITE_A_GPU, others) * models
+            decoders = min(DECODERS_A_GPU, others)
+            stage_cpus = min(1.0, cpus / (fetch + write))
+            return cls(models, 0.0, 1, 1, GPU_BATCH, decoders, fetch, write, stage_cpus)
         models = max(1, int(cpus // CPUS_A_MODEL))
         others = max(1, int(cpus) // 4)
         streams = max(1, int(cpus / models))
-        return cls(models, cpus / 2 / models, 0, streams, CPU_BATCH, others, others, cpus / 4 / others)
+        stage_cpus = cpus / 4 / others
+        return cls(models, cpus / 2 / models, 0, streams, CPU_BATCH, 1, others, others, stage_cpus)
 
 
 @contextmanager
@@ -133,16 +137,10 @@ def _init_once(run: Run) -> None:
     ray.init(
         address="local",
         include_dashboard=False,
-        object_store_memory=_store_bytes(run.block_bytes),
+        object_store_memory=min(STORE_BYTES, int(MAX_STORE_SHARE * psutil.virtual_memory().total)),
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-
-
-def _store_bytes(block_bytes: int) -> int:
-    blocks = STORE_BLOCKS + STORE_BLOCKS_A_CPU * (os.cpu_count() or 1)
-    most = int(MAX_STORE_SHARE * psutil.virtual_memory().total)
-    return max(LEAST_STORE_BYTES, min(most, blocks * block_bytes))
 
 
 @contextmanager

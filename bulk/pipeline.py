@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from bulk.errors import ClusterUnavailable, RunError
 from bulk.stages.blocks import SHARD, outcome_of
-from bulk.stages.prepare import Prepare
+from bulk.stages.fetch import Fetch
 from bulk.stages.segment import Segment
 from bulk.stages.write import Write
 
@@ -59,11 +59,11 @@ def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> I
 def _dataset(run: Run, plan: Plan, wave: Sequence[int], sizes: Sizes) -> ray.data.Dataset:
     # Blocks that exist already: a stage that reads would need a CPU of its own, and might never get one.
     shards = ray.data.from_arrow([pa.table({SHARD: [shard]}) for shard in wave])
-    squares = _stage(shards, Prepare, (run, plan), sizes.prepare, num_cpus=sizes.stage_cpus)
+    files = _stage(shards, Fetch, (run, plan), sizes.fetch, num_cpus=sizes.stage_cpus)
     found = _stage(
-        squares,
+        files,
         Segment,
-        (run,),
+        (run, sizes.decoders),
         sizes.models,
         at_once=Segment.BLOCKS_AT_ONCE,
         num_cpus=sizes.model_cpus,

@@ -11,7 +11,7 @@ from outputs.refinement import Refinement
 DEFAULT_SHARD_PICTURES = 64
 """Pictures that are written together: about a second of one H100."""
 MAX_SHARD_PICTURES = 256
-"""Their squares, 3 MB each for SAM 3, are one block in Ray's object store."""
+"""Their results are one block in Ray's object store."""
 DEFAULT_MAX_IMAGE_BYTES = 64 * 2**20
 DEFAULT_MAX_IMAGE_PIXELS = 2**26
 DEFAULT_MAX_WAIT_S = 300.0
@@ -83,11 +83,6 @@ class Run:
     def run_id(self) -> str:
         """Names the run's folder: equal for the same source and settings."""
         return hashlib.sha256(f"{self.images} {self.settings.digest()}".encode()).hexdigest()[:RUN_ID_LETTERS]
-
-    @property
-    def block_bytes(self) -> int:
-        """Of a shard's squares."""
-        return self.shard_pictures * self.side_px**2 * 3
 
     @property
     def folder(self) -> str:

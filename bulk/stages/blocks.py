@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Block = dict[str, "npt.NDArray[Any]"]
 
-SHARD, PICTURES, SQUARES, OUTCOME = "shard", "pictures", "squares", "outcome"
+SHARD, PICTURES, FILES, OUTCOME = "shard", "pictures", "files", "outcome"
 
 
 @dataclass(slots=True)
@@ -50,11 +50,11 @@ class PictureState:
 
 
 def block_of(
-    shard: int, states: Sequence[PictureState], squares: npt.NDArray[np.uint8] | None = None
+    shard: int, states: Sequence[PictureState], files: Sequence[bytes | None] | None = None
 ) -> Block:
-    """The block of a shard; `squares` is (pictures, side, side, 3)."""
+    """The block of a shard; `files` are those of its pictures, None where a picture has none."""
     block: Block = {SHARD: np.array([shard]), PICTURES: _pickled(list(states))}
-    return block if squares is None else block | {SQUARES: squares[None]}
+    return block if files is None else block | {FILES: _pickled(list(files))}
 
 
 def shard_of(block: Block) -> int:
@@ -68,10 +68,10 @@ def states_of(block: Block) -> list[PictureState]:
     return states
 
 
-def squares_of(block: Block) -> npt.NDArray[np.uint8]:
-    """Their squares (pictures, side, side, 3)."""
-    squares: npt.NDArray[np.uint8] = block[SQUARES][0]
-    return squares
+def files_of(block: Block) -> list[bytes | None]:
+    """Their files."""
+    files: list[bytes | None] = pickle.loads(block[FILES][0])  # noqa: S301 - from our own processes
+    return files
 
 
 @dataclass(frozen=True, slots=True)

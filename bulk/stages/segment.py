@@ -1,26 +1,31 @@
-"""The second stage: the model on one device. The only stage that loads torch."""
+"""The second stage: decoders, and the model on one device. The only stage that loads torch."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, cast
 
 from bulk.errors import ModelUnavailable, PictureError
 from bulk.stages.background import yield_to_others
-from bulk.stages.blocks import block_of, shard_of, squares_of, states_of
-from sam3_runner.images.decoded import DecodedImage
+from bulk.stages.blocks import block_of, files_of, shard_of, states_of
+from bulk.stages.fetch import fetch_file
+from sam3_runner.errors import UnsupportedImage
+from sam3_runner.images.decoders import ImageDecoders
+from sam3_runner.images.read import read_image_file
 from sam3_runner.prompts import ConceptPrompt
 from sam3_runner.serving.engine import Engine, EngineConfig, SegmentRequest
+from sam3_runner.serving.scheduler import SWITCH_INTERVAL_S, Scheduler
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from collections.abc import Sequence
 
     from bulk.settings import Run
     from bulk.stages.blocks import Block, PictureState
+    from sam3_runner.images.decoded import DecodedImage
     from sam3_runner.instances import PredictResult
 
 LOADING_POLL_S = 0.05
@@ -29,29 +34,31 @@ DEVICE_LOST_EXIT_CODE = 3
 
 
 class Segment:
-    """Blocks of squares in, blocks of results out. Loads the model once. Safe for threads.
+    """Blocks of files in, blocks of results out. Loads the model once. Safe for threads.
+
+    Files are decoded in processes of `sam3_runner/images/decoders.py`: one that crashes its decoder, or takes
+    too much memory, is one picture's error. Pixels go from there to the device as in the server's runner.
 
     Args:
         run: what to do.
-
-    Raises:
-        ModelUnavailable: the model cannot be loaded.
+        decoders: processes that decode.
 
     Attributes:
         BLOCKS_AT_ONCE: calls at once, so that the device computes while another block is read or handed on.
+
+    Raises:
+        ModelUnavailable: the model cannot be loaded.
     """
 
     BLOCKS_AT_ONCE = 2
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, decoders: int) -> None:
         if run.background:
             yield_to_others()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._run = run
         threshold = run.settings.score_threshold
         self._prompts = [ConceptPrompt(text, score_threshold=threshold) for text in run.settings.prompts]
-        self._streams = threading.Semaphore(run.streams)
-        # One more than streams: the next batch is moved to the device meanwhile.
-        self._threads = ThreadPoolExecutor(run.streams + 1, thread_name_prefix="segment")
         self._engine = Engine(
             EngineConfig(
                 run.weights_path,
@@ -64,6 +71,14 @@ class Segment:
         # Nothing but a new process mends a device that has failed: Ray starts it, and runs the block again.
         self._engine.start(on_device_lost=lambda: os._exit(DEVICE_LOST_EXIT_CODE))
         self._wait_until_ready()
+        self._scheduler = Scheduler(self._engine, run.max_batch, streams=run.streams)
+        self._max_stored_px = self._engine.status().max_stored_px
+        # Decoders belong to an event loop; Ray calls this object from threads without one.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="decode", daemon=True).start()
+        self._decoders = ImageDecoders(side_px=run.side_px, count=decoders)
+        # Pictures that are decoded, or wait for the model: they bound the memory.
+        self._slots = asyncio.Semaphore(decoders + 2 * run.streams * run.max_batch)
 
     def _wait_until_ready(self) -> None:
         while not self._engine.ready:
@@ -73,43 +88,48 @@ class Segment:
             time.sleep(LOADING_POLL_S)
 
     def __call__(self, block: Block) -> Block:
-        """The block of a shard with the results of its pictures, without their squares."""
+        """The results of a shard's pictures."""
         states = states_of(block)
-        todo = [
-            (state, square)
-            for state, square in zip(states, squares_of(block), strict=True)
-            if state.error is None
-        ]
-        size = self._run.max_batch
-        batches = [todo[start : start + size] for start in range(0, len(todo), size)]
-        for _ in self._threads.map(self._segment, batches):
-            pass  # what a thread raises is raised here
+        segmented = self._segment_all(states, files_of(block))
+        asyncio.run_coroutine_threadsafe(segmented, self._loop).result()
         return block_of(shard_of(block), states)
 
-    def _segment(self, batch: list[tuple[PictureState, npt.NDArray[np.uint8]]]) -> None:
-        """Add the results of a batch to its states."""
-        staged = [
-            self._engine.stage(
-                SegmentRequest(
-                    DecodedImage(square, state.width or 0, state.height or 0),
-                    self._prompts,
-                    NO_DEADLINE_S,
-                    with_masks=True,
-                )
-            )
-            for state, square in batch
-        ]
-        requests = [each for each in staged if isinstance(each, SegmentRequest)]
-        with self._streams:
-            started_s = time.perf_counter()
-            outcomes = iter(self._engine.segment(requests))
-            elapsed_ms = (time.perf_counter() - started_s) * 1000
-        for (state, _), each in zip(batch, staged, strict=True):
-            outcome = next(outcomes) if isinstance(each, SegmentRequest) else each
-            # The picture's share: the shares of all pictures are the time in which the streams had work.
-            state.timings_ms["inference"] = elapsed_ms / len(batch)
-            if outcome.error is not None:
-                state.error = PictureError("INFERENCE_FAILED", str(outcome.error))
-            else:
-                assert outcome.results is not None
-                state.results = cast("list[PredictResult]", outcome.results)  # they were asked for masks
+    async def _segment_all(self, states: Sequence[PictureState], files: Sequence[bytes | None]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for state, data in zip(states, files, strict=True):
+                if state.error is None:
+                    tasks.create_task(self._segment(state, data))
+
+    async def _segment(self, state: PictureState, data: bytes | None) -> None:
+        """Add the results of a picture to its state, or its error."""
+        async with self._slots:
+            try:
+                if data is None:
+                    data = await asyncio.to_thread(fetch_file, self._run, state)
+                decoded = await self._decode(state, data)
+                try:
+                    await self._infer(state, decoded)
+                finally:
+                    decoded.close(is_read=True)
+            except PictureError as error:
+                state.error = error
+
+    async def _decode(self, state: PictureState, data: bytes) -> DecodedImage:
+        started_s = time.perf_counter()
+        try:
+            file = read_image_file(data, max_pixels=self._run.settings.max_image_pixels)
+            decoded = await self._decoders.decode(file, self._max_stored_px)
+        except UnsupportedImage as error:
+            raise PictureError("UNSUPPORTED_IMAGE", str(error)) from error
+        state.timings_ms["decode"] = (time.perf_counter() - started_s) * 1000
+        state.width, state.height = decoded.width, decoded.height
+        return decoded
+
+    async def _infer(self, state: PictureState, decoded: DecodedImage) -> None:
+        request = SegmentRequest(decoded, self._prompts, NO_DEADLINE_S, with_masks=True)
+        outcome = await asyncio.wrap_future(self._scheduler.submit(request))
+        if outcome.error is not None:
+            raise PictureError("INFERENCE_FAILED", str(outcome.error))
+        # The picture's share: the shares of all pictures are the time in which the streams had work.
+        state.timings_ms["inference"] = outcome.inference_ms / outcome.images
+        state.results = cast("list[PredictResult]", outcome.results)  # they were asked for masks

@@ -118,6 +118,7 @@ class SegmentOutcome:
         results: one per prompt, in their order.
         error: a `SAM3Error`.
         inference_ms: time of the pass that this request shared.
+        images: of that pass.
         is_held: the features of the image are held: a further request needs no pixels of it.
         stages_s: times of the request's wait and of the stages of its pass, in s.
     """
@@ -125,6 +126,7 @@ class SegmentOutcome:
     results: Results | None = None
     error: SAM3Error | None = None
     inference_ms: float = 0.0
+    images: int = 1
     is_held: bool = False
     stages_s: dict[str, float] = field(default_factory=dict)
 
@@ -457,6 +459,7 @@ def _run_pass(predictor: SAM3Predictor, requests: list[SegmentRequest]) -> list[
         SegmentOutcome(
             results=result,
             inference_ms=elapsed_s * 1000,
+            images=len(requests),
             is_held=predictor.holds(request.image.key),
             stages_s=own_s,
         )

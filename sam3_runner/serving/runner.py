@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 
 from sam3_runner.serving.engine import Engine, EngineConfig, EngineStatus, SegmentRequest
-from sam3_runner.serving.scheduler import Scheduler
+from sam3_runner.serving.scheduler import SWITCH_INTERVAL_S, Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 NEVER = 1_000_000_000
-SWITCH_INTERVAL_S = 0.0005
-"""How long a thread may keep the others from running Python. By default it is 5 ms: so long the thread of the
-model would wait, again and again, for the one that receives requests."""
 
 
 def runner_service(

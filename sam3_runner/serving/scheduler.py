@@ -28,6 +28,9 @@ comes later waits for no more."""
 MAX_SLACK_S = 1.0
 """Deadlines that are further off count as this. API workers send requests in the order of their users' turns,
 and a user's earlier requests must not pass, one after another, the only one of somebody else."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the others from running Python. By default it is 5 ms: so long the thread of the
+model would wait, again and again, for the one that receives requests."""
 STAGING_THREADS = 4
 """Reading the pixels of a picture takes a millisecond, a fourteenth of its pass."""
 
@@ -43,15 +46,18 @@ class _Waiting:
 
 
 class Scheduler:
-    """Runs requests in batches, earliest deadline first, in a thread of its own.
+    """Runs requests in batches, earliest deadline first, in threads of its own.
 
     Args:
         engine: runs the batches.
         max_batch: most images of one batch.
         max_slack_s: see `MAX_SLACK_S`.
+        streams: batches at once; more than one on a CPU only, see `SAM3Predictor`.
     """
 
-    def __init__(self, engine: Engine, max_batch: int, max_slack_s: float = MAX_SLACK_S) -> None:
+    def __init__(
+        self, engine: Engine, max_batch: int, max_slack_s: float = MAX_SLACK_S, streams: int = 1
+    ) -> None:
         self._engine = engine
         self._max_batch = max_batch
         self._max_slack_s = max_slack_s
@@ -59,7 +65,8 @@ class Scheduler:
         self._staged: list[_Waiting] = []
         self._changed = threading.Condition()
         self._stagers = ThreadPoolExecutor(STAGING_THREADS, thread_name_prefix="stage")
-        threading.Thread(target=self._run, name="model", daemon=True).start()
+        for _ in range(streams):
+            threading.Thread(target=self._run, name="model", daemon=True).start()
 
     def submit(self, request: SegmentRequest) -> Future[SegmentOutcome]:
         """Queue a request. The future never raises."""

@@ -111,7 +111,7 @@ def test_stages_fit_the_cluster(cpus: int, gpus: int) -> None:
     """Each stage has a process, and Ray has CPUs for all of them: without, the run would wait for ever."""
     sizes = Sizes.of(cpus, gpus)
     assert sizes.models == (gpus or max(1, cpus // 4))
-    assert min(sizes.prepare, sizes.write, sizes.streams, sizes.max_batch) >= 1
-    taken = sizes.models * sizes.model_cpus + (sizes.prepare + sizes.write) * sizes.stage_cpus
+    assert min(sizes.fetch, sizes.decoders, sizes.write, sizes.streams, sizes.max_batch) >= 1
+    taken = sizes.models * sizes.model_cpus + (sizes.fetch + sizes.write) * sizes.stage_cpus
     assert 0 < taken <= cpus + 1e-6
     assert sizes.models * sizes.model_gpus <= gpus

@@ -1,0 +1,87 @@
+"""The first stage: reads a shard's files. Knows neither pixels nor torch."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from bulk.errors import PictureError
+from bulk.objects import open_objects, read_uri
+from bulk.plan import PlanReader
+from bulk.stages.background import yield_to_others
+from bulk.stages.blocks import PictureState, block_of, shard_of
+
+if TYPE_CHECKING:
+    from bulk.plan import Plan
+    from bulk.settings import Run
+    from bulk.stages.blocks import Block
+
+FILES_AT_ONCE = 16
+"""Being read in one process: a store answers in tens of ms."""
+MAX_BLOCK_BYTES = 2**27
+"""Of the files that a block holds. Those above are read again where they are decoded."""
+
+
+class Fetch:
+    """Shards in, blocks of files out.
+
+    Args:
+        run: what to do.
+        plan: of the run.
+    """
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        if run.background:
+            yield_to_others()
+        self._run = run
+        self._plan = PlanReader(open_objects(run.folder, max_wait_s=run.max_wait_s), plan)
+        self._threads = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="fetch")
+
+    def __call__(self, block: Block) -> Block:
+        """The files of a shard."""
+        shard = shard_of(block)
+        states = [PictureState(picture) for picture in self._plan.pictures(shard)]
+        room = _Room(MAX_BLOCK_BYTES)
+
+        def fetch(state: PictureState) -> bytes | None:
+            try:
+                data = fetch_file(self._run, state)
+            except PictureError as error:
+                state.error = error
+                return None
+            return data if room.take(len(data)) else None
+
+        return block_of(shard, states, list(self._threads.map(fetch, states)))
+
+
+def fetch_file(run: Run, state: PictureState) -> bytes:
+    """The file of a picture, whose size, checksum and time are noted.
+
+    Raises:
+        PictureError: it cannot be read, or is too large.
+        RunError: the store fails.
+    """
+    started_s = time.perf_counter()
+    data = read_uri(state.picture.image, run.settings.max_image_bytes, run.max_wait_s)
+    state.size_bytes = len(data)
+    state.sha256 = hashlib.sha256(data).hexdigest()
+    state.timings_ms["fetch"] = (time.perf_counter() - started_s) * 1000
+    return data
+
+
+class _Room:
+    """Bytes that are left, for threads."""
+
+    def __init__(self, left_bytes: int) -> None:
+        self._left_bytes = left_bytes
+        self._lock = threading.Lock()
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether there is room, which is taken then."""
+        with self._lock:
+            fits = size_bytes <= self._left_bytes
+            self._left_bytes -= size_bytes if fits else 0
+            return fits
