@@ -26,11 +26,9 @@ if TYPE_CHECKING:
     from bulk.command import Arguments
     from bulk.run import Ended
 
-INTERRUPTED = 130
-
 
 def run_to_exit_code(arguments: Arguments) -> int:
-    """Run, print, and return the exit code: see `bulk.errors`; 130 after Ctrl-C."""
+    """Run, print, and return the exit code: see `bulk.errors`. A Ctrl-C is raised."""
     set_on_retry_hooks([warn_of_long_wait])
     try:
         weights_path = _weights_path(arguments.weights)
@@ -48,9 +46,6 @@ def run_to_exit_code(arguments: Arguments) -> int:
     except RunError as error:
         sys.stderr.write(f"sam3: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("sam3: interrupted; the same command goes on from here\n")
-        return INTERRUPTED
     _show(ended, run)
     return SOME_FAILED if ended.failed else 0
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CHILD_END_S = 30.0
 """For Ray to end its processes."""
+INTERRUPTED = 130
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +59,18 @@ def run_command(arguments: Arguments) -> int:
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run_in_child, args=(arguments, sender), name="sam3 bulk")
+    # Until the child can end by them, they wait: it inherits the mask. (The tracker's start would clear it.)
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     child.start()
     sender.close()
 
     def interrupt(*_: object) -> None:
         os.kill(child.pid or 0, signal.SIGINT)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         exit_code: int = receiver.recv()
     except EOFError:
@@ -87,6 +93,12 @@ def _run_in_child(arguments: Arguments, sender: Connection) -> None:
         os._exit(UNAVAILABLE)
 
     Thread(target=end_with_parent, daemon=True).start()
-    from bulk.checked_run import run_to_exit_code  # noqa: PLC0415 - the parent loads none of it
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        from bulk.checked_run import run_to_exit_code  # noqa: PLC0415 - the parent loads none of it
 
-    sender.send(run_to_exit_code(arguments))
+        exit_code = run_to_exit_code(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("sam3: interrupted; the same command goes on from here\n")
+        exit_code = INTERRUPTED
+    sender.send(exit_code)

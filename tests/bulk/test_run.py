@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
@@ -15,6 +16,7 @@ from uuid import uuid4
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -24,6 +26,7 @@ from commands.local_server import reserved_ports
 from sam3_runner import SAM3Predictor
 from tests.bulk.runs import PROMPTS, ROOT, BulkRuns, picture
 from tests.services.faults import fault_proxy
+from tests.services.processes import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,6 +191,40 @@ def test_run_goes_on_after_each_way_to_end(seaweedfs: S3Service, tmp_path: Path)
     runs.check_each_picture_once()
     assert all(row.status == "done" for row in runs.rows())
     assert not runs.stored("masks/")
+
+
+def test_ctrl_c_at_the_start_is_a_sentence(tmp_path: Path) -> None:
+    """A terminal sends it to both processes, while the second one still loads its modules."""
+    (tmp_path / "in").mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "sam3_client",
+        "bulk",
+        "--images",
+        "in",
+        "--prompts",
+        "star",
+        "--out",
+        "o",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as started:
+        wait_until(lambda: any("spawn_main" in " ".join(each.cmdline()) for each in _children(started)), 60)
+        os.killpg(started.pid, signal.SIGINT)
+        output = started.communicate(timeout=60)[1]
+    assert output == "sam3: interrupted; the same command goes on from here\n"
+    assert started.returncode == 130
+
+
+def _children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
 
 
 @pytest.mark.parametrize(
