@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 WIDTHS_S = (1, 5, 15, 60, 300, 900, 3600, 21_600, 86_400)
 """Of the intervals. Each divides the next one, so that counts can be added up."""
 MAX_INTERVALS = 1000
+MAX_GAP_SHARE = 0.1
+"""Of the intervals that are followed by an empty one."""
 PAUSE_S = 600
 PAUSE_INTERVALS = 10
 """A time without pictures is a pause, not a low rate, when it has so many seconds and intervals."""
@@ -79,13 +81,15 @@ class FinishedTimes:
     def stretches(self, max_intervals: int) -> list[Stretch]:
         """What is between the pauses, in the narrowest intervals of which there are at most `max_intervals`.
 
-        Intervals have two pictures or more on average, so that a chart of them shows a rate.
+        Few of them are followed by an empty one: where many are, a chart would show when each shard ends, and
+        no rate.
         """
-        limit = min(max_intervals, max(10, self.pictures // 2))
         found: list[Stretch] = []
         for width_s in WIDTHS_S[WIDTHS_S.index(self.width_s) :]:
             found = list(_stretches(self._in_intervals(width_s), width_s))
-            if sum(len(each.counts) for each in found) <= limit:
+            counts = [count for each in found for count in each.counts]
+            gaps = sum(after == 0 < before for before, after in pairwise(counts))
+            if len(counts) <= max_intervals and gaps <= len(counts) * MAX_GAP_SHARE:
                 break
         return found
 

@@ -148,6 +148,17 @@ def test_a_run_of_a_week_has_few_intervals() -> None:
     assert times.worked_s == 599_990
 
 
+def test_shards_are_no_peaks_of_the_rate() -> None:
+    """64 pictures that end together every 3.2 s are 20 a second, and not 64 in one second of three."""
+    times = FinishedTimes()
+    for shard in range(30):
+        for _ in range(64):
+            times.add(START + timedelta(seconds=3.2 * shard))
+    (stretch,) = times.stretches(120)
+    assert stretch.width_s == 5
+    assert min(stretch.counts[:-1]) > 0
+
+
 def test_a_pause_is_no_low_rate() -> None:
     """The time between two runs of the same command is left out; a slow minute is not."""
     times = FinishedTimes()
