@@ -9,11 +9,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, cast
 
-from bulk.errors import ModelUnavailable, PictureError
+from bulk.errors import ClusterUnavailable, ModelUnavailable, PictureError
 from bulk.stages.background import yield_to_others
 from bulk.stages.blocks import block_of, files_of, shard_of, states_of
 from bulk.stages.fetch import fetch_file
-from sam3_runner.errors import UnsupportedImage
+from sam3_runner.errors import DecoderFailed, UnsupportedImage
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.read import read_image_file
 from sam3_runner.prompts import ConceptPrompt
@@ -95,10 +95,14 @@ class Segment:
         return block_of(shard_of(block), states)
 
     async def _segment_all(self, states: Sequence[PictureState], files: Sequence[bytes | None]) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for state, data in zip(states, files, strict=True):
-                if state.error is None:
-                    tasks.create_task(self._segment(state, data))
+        # The first error that ends the run is raised as it is, and no group of them.
+        await asyncio.gather(
+            *(
+                self._segment(state, data)
+                for state, data in zip(states, files, strict=True)
+                if state.error is None
+            )
+        )
 
     async def _segment(self, state: PictureState, data: bytes | None) -> None:
         """Add the results of a picture to its state, or its error."""
@@ -121,6 +125,8 @@ class Segment:
             decoded = await self._decoders.decode(file, self._max_stored_px)
         except UnsupportedImage as error:
             raise PictureError("UNSUPPORTED_IMAGE", str(error)) from error
+        except DecoderFailed as error:
+            raise ClusterUnavailable(f"a machine cannot decode pictures: {error}") from error
         state.timings_ms["decode"] = (time.perf_counter() - started_s) * 1000
         state.width, state.height = decoded.width, decoded.height
         return decoded
