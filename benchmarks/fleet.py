@@ -25,6 +25,7 @@ import math
 import random
 import statistics
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "fleet.csv"
 
+KEPT = ("kept", "kept_p50_s", "kept_max_s")
+"""Columns of fleet_check.py, where the model's process is killed."""
 IN_TIME_S = 30.0
 """A Worker's waitUntil lives for so long after its answer."""
 QUEUE_BATCH_S = 1.0
@@ -258,17 +261,19 @@ class Fleet:
 def figures(fleet: Fleet, plan: Plan, usd_per_host_hour: float) -> dict[str, float]:
     """Figures of a simulated fleet; times are from a task's arrival to the end of its row, NaN without one.
 
+    Tasks that a server did by itself, after its model's process had died, are in no time and no rate: their
+    callers got no answer.
+
     Args:
         fleet: after its run.
         plan: that it was made of.
         usd_per_host_hour: price of a host from the start of its container.
     """
     counted = [task for task in fleet.tasks if task.arrived_s >= plan.warm_up_s]
-    times_s = [task.ended_s - task.arrived_s for task in counted if task.outcome == "done"]
+    answered = [task for task in fleet.tasks if task.outcome == "done" and task.kept is None]
+    times_s = [task.ended_s - task.arrived_s for task in answered if task.arrived_s >= plan.warm_up_s]
     p50_s, p99_s = np.percentile(times_s, (50, 99)) if times_s else (np.nan, np.nan)
-    in_time = sum(
-        task.outcome == "done" and plan.warm_up_s <= task.ended_s < plan.seconds for task in fleet.tasks
-    )
+    in_time = sum(plan.warm_up_s <= task.ended_s < plan.seconds for task in answered)
     calls, tasks = sum(task.calls for task in counted), max(1, len(counted))
     updates, writes = fleet.stores.row_updates, fleet.stores.object_writes
     return {
@@ -291,6 +296,32 @@ def figures(fleet: Fleet, plan: Plan, usd_per_host_hour: float) -> dict[str, flo
         "row_updates_per_s_max": max(updates.values(), default=0),
         "object_writes_per_s_max": max(writes.values(), default=0),
     }
+
+
+def by_minute(fleet: Fleet, names: dict[str, object]) -> list[dict[str, object]]:
+    """A line for each minute in which tasks arrived: the times of those that were done in the end.
+
+    Args:
+        fleet: after its run.
+        names: columns that say which fleet it is.
+    """
+    times_s = defaultdict[int, list[float]](list)
+    for task in fleet.tasks:
+        if task.outcome == "done":
+            times_s[int(task.arrived_s // 60)].append(task.ended_s - task.arrived_s)
+    return [
+        {
+            **names,
+            "minute": minute,
+            "p50_s": _rounded(np.median(each)),
+            "p99_s": _rounded(np.percentile(each, 99)),
+        }
+        for minute, each in sorted(times_s.items())
+    ]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def simulate(plan: Plan, runs: int, usd_per_host_hour: float = 0.0) -> dict[str, float]:
@@ -324,9 +355,10 @@ def row_of(scenario: str, plan: Plan, runs: int, simulated: dict[str, float]) ->
         "clients": plan.clients or "",
         "deadline_s": plan.caller.deadline_s,
         "hardware": "",
+        **dict.fromkeys(KEPT, ""),
         "seconds": plan.seconds,
         "runs": runs,
-        **{name: float(f"{value:.4g}") if math.isfinite(value) else "" for name, value in simulated.items()},
+        **{name: _rounded(value) if math.isfinite(value) else "" for name, value in simulated.items()},
     }
 
 
@@ -368,6 +400,10 @@ def main() -> None:
         sys.stdout.flush()
         if options.record:
             record(options.record, [row])
+        if options.minutes:
+            fleet = Fleet(plan, 0)
+            fleet.run()
+            record(options.minutes, by_minute(fleet, {"hosts": hosts, "load": load}))
 
 
 def _parse() -> argparse.Namespace:
@@ -398,6 +434,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600.0, help="tasks arrive for so long")
     parser.add_argument("--runs", type=int, default=3, help="with other seeds; medians are shown")
     parser.add_argument("--usd-per-hour", type=float, default=2.5, help="price of a host")
+    parser.add_argument(
+        "--minutes", type=Path, help="append the times of each minute of one run to a CSV file"
+    )
     parser.add_argument("--scenario", default="table", help="name of the rows")
     parser.add_argument("--record", type=Path, nargs="?", const=RESULTS, help=f"append to {RESULTS.name}")
     return parser.parse_args()

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import httpx
 import numpy as np
 
-from benchmarks.fleet import RESULTS, Fleet, row_of, simulate
+from benchmarks.fleet import KEPT, RESULTS, Fleet, row_of, simulate
 from benchmarks.fleet_plan import Caller, Plan
 from benchmarks.fleet_times import h100_rows, h100_times, times_of
 from benchmarks.load_client import Kind, Measurement, run_plan
@@ -63,7 +63,7 @@ DEADLINE_S = 25.0
 SCENARIOS = ("h100", "loads", "kill")
 SHOWN = (
     *("scenario", "source", "load", "rate_per_s", "clients", "tasks", "p50_s", "p99_s", "done_per_s"),
-    *("refused_calls", "kept", "kept_p50_s", "kept_max_s"),
+    *("refused_calls", *KEPT),
 )
 
 
@@ -79,11 +79,10 @@ class Check:
 
     def compare(self, scenario: str, hardware: str, plan: Plan, measured: Mapping[str, object]) -> None:
         """Add the row of what was measured, and the row of the simulation of `plan`."""
-        simulated = simulate(plan, RUNS) | _kept(plan)
-        row = row_of(scenario, plan, RUNS, simulated) | _columns(plan, hardware)
-        blank = dict.fromkeys(simulated, "")
+        simulated = simulate(plan, RUNS)
+        row = row_of(scenario, plan, RUNS, simulated | _kept(plan)) | {"hardware": hardware}
         shown = {name: _short(value) for name, value in measured.items()}
-        of_server = row | blank | {"source": "measured", "runs": 1} | shown
+        of_server = row | dict.fromkeys([*simulated, *KEPT], "") | {"source": "measured", "runs": 1} | shown
         for each in (of_server, row):
             sys.stdout.write("  ".join(f"{each[name]!s:>{len(name)}}" for name in SHOWN) + "\n")
             sys.stdout.flush()
@@ -92,17 +91,15 @@ class Check:
 
 
 def _short(value: object) -> object:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _columns(plan: Plan, hardware: str) -> dict[str, object]:
-    return {"clients": plan.clients or "", "hardware": hardware, "deadline_s": plan.caller.deadline_s}
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if np.isfinite(value) else ""
 
 
 def _kept(plan: Plan) -> dict[str, float]:
     """How many tasks the server had to do after its model's process had died, and when after the kill."""
     if plan.runner_killed_s is None:
-        return dict.fromkeys(("kept", "kept_p50_s", "kept_max_s"), np.nan)
+        return dict.fromkeys(KEPT, np.nan)
     found = []
     for seed in range(RUNS):
         fleet = Fleet(plan, seed)
@@ -114,7 +111,7 @@ def _kept(plan: Plan) -> dict[str, float]:
 
 def _kept_figures(ended_s: list[float]) -> dict[str, float]:
     median_s = float(np.median(ended_s)) if ended_s else np.nan
-    return {"kept": len(ended_s), "kept_p50_s": median_s, "kept_max_s": max(ended_s, default=np.nan)}
+    return dict(zip(KEPT, (len(ended_s), median_s, max(ended_s, default=np.nan)), strict=True))
 
 
 def check_h100(check: Check) -> None:

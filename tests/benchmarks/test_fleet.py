@@ -7,6 +7,7 @@ import itertools
 import statistics
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +17,7 @@ import pytest
 from benchmarks.fleet import Fleet, simulate
 from benchmarks.fleet_plan import CALLERS, DAY_S, Caller, Losses, Plan, ServiceTimes
 from benchmarks.fleet_times import h100_rows, h100_times
+from benchmarks.plot_fleet import draw, read
 from commands.local_server import ROOT
 
 if TYPE_CHECKING:
@@ -178,3 +180,32 @@ def test_command_records_a_line_for_each_combination(tmp_path: Path) -> None:
     assert float(quiet["usd_per_1000"]) == pytest.approx(
         2.5 / 3600 / (0.5 * h100_times().capacity_per_s) * 1000, rel=0.1
     )
+
+
+def test_recorded_loops_are_compared_with_the_simulation(tmp_path: Path) -> None:
+    """Each measured row is followed by the simulated one of the same load."""
+    path = tmp_path / "fleet.csv"
+    command = [sys.executable, "-m", "benchmarks.fleet_check", "--scenarios", "h100", "--record", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["source"] for row in rows] == ["measured", "simulated"] * len(h100_rows())
+    for measured, simulated in zip(rows[::2], rows[1::2], strict=True):
+        assert measured["rate_per_s"] == simulated["rate_per_s"]
+        assert measured["clients"] == simulated["clients"]
+    assert {row["p99_s"] for row in rows[::2]} == {
+        str(float(f"{float(row['p99_ms']) / 1000:.4g}")) for row in h100_rows()
+    }
+
+
+def test_picture_has_a_line_for_each_fleet(tmp_path: Path) -> None:
+    """Of the minutes that the command writes: the legend names hosts and load, and each has two lines."""
+    path = tmp_path / "minutes.csv"
+    options = ("--hosts", "1", "2", "--loads", "0.5", "--seconds", "120", "--runs", "1", "--lose-at-s", "60")
+    command = [sys.executable, "-m", "benchmarks.fleet", *options, "--minutes", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    picture = ET.fromstring(draw(read(path)))  # noqa: S314 - our own picture
+    texts = "".join(picture.itertext())
+    assert "1 hosts, 50%" in texts
+    assert "2 hosts, 50%" in texts
+    assert len(picture.findall(".//{*}path[@class]")) == 8
