@@ -43,6 +43,7 @@ class Task:
         calls: that the Edge made for it.
         refusals: of these, answered 429.
         was_lost: a host was lost while it worked on it.
+        is_suspect: it was at the model when that was killed.
         kept: ends when the server has done it after its model's process died; None: that has not happened.
     """
 
@@ -54,6 +55,7 @@ class Task:
     calls: int = 0
     refusals: int = 0
     was_lost: bool = False
+    is_suspect: bool = False
     kept: simpy.Process | None = None
 
     def end(self, outcome: Outcome, now_s: float) -> None:
@@ -202,7 +204,8 @@ class Host:
                 task.was_lost = True
                 yield self.noticed
                 return NO_CONNECTION
-            task.kept = self.env.process(self._do_kept(task, is_suspect=job.stage == "at model"))
+            task.is_suspect = job.stage == "at model"
+            task.kept = self.env.process(self._do_kept(task))
             return LOADING
         finally:
             self.in_flight -= 1
@@ -291,12 +294,12 @@ class Host:
         self._runner = self.env.process(self._run_passes())
         restarted.succeed()
 
-    def _do_kept(self, task: Task, *, is_suspect: bool) -> Events:
+    def _do_kept(self, task: Task) -> Events:
         """The server's own retry of a task whose model's process died."""
         assert self._restarted is not None
         yield self._restarted
         yield self.env.timeout(self._rng.uniform(0, POLL_S))
-        if is_suspect:
+        if task.is_suspect:
             alone_s = self._times.before_s + self._times.of_pass(1)
             yield from self._work.alone(alone_s)
             yield self.env.timeout(self._times.after_s)

@@ -182,7 +182,7 @@ def test_lists_and_files_look_as_on_a_code_host(page: Page, url: str) -> None:
 def test_pages_fit_a_phone(page: Page, url: str, tmp_path: Path) -> None:
     """At 360 px no page is wider than the screen; wide tables scroll by themselves."""
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    for name in ("index", "gallery", "settings", "benchmarks", "decisions/model"):
+    for name in ("index", "gallery", "settings", "benchmarks", "scale", "decisions/model"):
         page.goto(f"{url}/{name}.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
         page.screenshot(path=tmp_path / f"{name.replace('/', '-')}.png")
