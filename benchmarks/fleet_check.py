@@ -39,7 +39,7 @@ from benchmarks.fleet_times import h100_rows, h100_times, times_of
 from benchmarks.load_client import Kind, Measurement, run_plan
 from benchmarks.load_client import Plan as Load
 from benchmarks.load_figures import figures, read_metrics
-from benchmarks.serve import RAMP_SHARE, Pictures
+from benchmarks.serve import DRAWINGS, RAMP_SHARE, Pictures
 from benchmarks.table import machine_name, record
 from commands.local_server import LocalServer, local_server
 from storage import LocalFolder
@@ -187,7 +187,7 @@ class Demo:
 @contextmanager
 def demo_server() -> Iterator[Demo]:
     """The demo, after a few requests that are not measured."""
-    pictures = Pictures.draw()
+    pictures = Pictures.draw(DRAWINGS)
     with tempfile.TemporaryDirectory(prefix="fleet-") as name, local_server(Path(name) / "data") as server:
         storage = server.data_dir / "storage"
         demo = Demo(server, pictures, *pictures.write(LocalFolder(storage), storage))
