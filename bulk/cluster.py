@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from bulk.errors import ClusterUnavailable
+from sam3_runner.serving.cpu_share import cpu_share
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 
 ROOT = Path(__file__).parents[1]
-STORE_BYTES = 2**29
-"""Of Ray's store, for blocks of files and of results: 30 MB for 64 files of 1920 x 1080 px."""
+STORE_BYTES_A_CPU = 2**28
+"""Of Ray's store, for blocks of files and of results. Of 64 pictures of 1920 x 1080 px these are 30 and 17 MB, with
+one instance each; each further instance adds 17."""
 MAX_STORE_SHARE = 0.3
 """Of the memory, as Ray's own default."""
 START_ATTEMPTS = 5
@@ -134,10 +136,11 @@ def _init_once(run: Run) -> None:
     if run.ray_address is not None:
         ray.init(address=run.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    most_bytes = int(MAX_STORE_SHARE * psutil.virtual_memory().total)
     ray.init(
         address="local",
         include_dashboard=False,
-        object_store_memory=min(STORE_BYTES, int(MAX_STORE_SHARE * psutil.virtual_memory().total)),
+        object_store_memory=min(cpu_share().threads * STORE_BYTES_A_CPU, most_bytes),
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
