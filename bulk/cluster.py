@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 STORE_BYTES_A_CPU = 2**28
-"""Of Ray's store, for blocks of files and of results. Of 64 pictures of 1920 x 1080 px these are 30 and 17 MB, with
-one instance each; each further instance adds 17."""
+"""Of Ray's store, for blocks of files and of results. Of 64 pictures of 1920 x 1080 px they have 30 and 17 MB
+with one instance each; each further instance adds 17."""
 MAX_STORE_SHARE = 0.3
 """Of the memory, as Ray's own default."""
 START_ATTEMPTS = 5

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process, resource_tracker
-from threading import Thread
+from threading import Thread, Timer
 from typing import TYPE_CHECKING
 
 from bulk.errors import UNAVAILABLE
@@ -59,23 +60,37 @@ def run_command(arguments: Arguments) -> int:
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run_in_child, args=(arguments, sender), name="sam3 bulk")
-    # Until the child can end by them, they wait: it inherits the mask. (The tracker's start would clear it.)
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    child.start()
-    sender.close()
+    interrupted = False
 
     def interrupt(*_: object) -> None:
-        os.kill(child.pid or 0, signal.SIGINT)
+        nonlocal interrupted
+        interrupted = True
+        if child.pid is None:
+            return
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGINT)
+        killing = Timer(CHILD_END_S, child.kill)
+        killing.daemon = True
+        killing.start()
 
     for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
+    # The child inherits the mask: they wait until it can end by them. The tracker's start clears it.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    child.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    sender.close()
+    if interrupted:  # before it had a pid
+        interrupt()
     try:
         exit_code: int = receiver.recv()
-    except EOFError:
-        sys.stderr.write("sam3: Ray has ended unexpectedly; the same command goes on from here\n")
-        return UNAVAILABLE
+    except EOFError:  # a stop signal to all processes ends Ray's own, and they the child
+        exit_code = INTERRUPTED if interrupted else UNAVAILABLE
+        if not interrupted:
+            sys.stderr.write("sam3: Ray has ended unexpectedly; the same command goes on from here\n")
+    if exit_code == INTERRUPTED:
+        sys.stderr.write("sam3: interrupted; the same command goes on from here\n")
     child.join(CHILD_END_S)
     child.kill()  # Ray's threads may hold it; what counts is stored
     return exit_code
@@ -84,7 +99,8 @@ def run_command(arguments: Arguments) -> int:
 def _run_in_child(arguments: Arguments, sender: Connection) -> None:
     # A terminal's Ctrl-C reaches the parent alone, which sends it on once.
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt_once)
     parent = parent_process()
     assert parent is not None
 
@@ -98,7 +114,12 @@ def _run_in_child(arguments: Arguments, sender: Connection) -> None:
         from bulk.checked_run import run_to_exit_code  # noqa: PLC0415 - the parent loads none of it
 
         exit_code = run_to_exit_code(arguments)
-    except KeyboardInterrupt:
-        sys.stderr.write("sam3: interrupted; the same command goes on from here\n")
+    except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits
         exit_code = INTERRUPTED
     sender.send(exit_code)
+
+
+def _interrupt_once(*_: object) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
+    raise KeyboardInterrupt

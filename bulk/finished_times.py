@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
 WIDTHS_S = (1, 5, 15, 60, 300, 900, 3600, 21_600, 86_400)
 """Of the intervals. Each divides the next one, so that counts can be added up."""
 MAX_INTERVALS = 1000
-MAX_GAP_SHARE = 0.1
-"""Of the intervals that are followed by an empty one."""
+INTERVAL_SHARDS = 4
 PAUSE_S = 600
+PAUSE_SHARDS = 10
 PAUSE_INTERVALS = 10
-"""A time without pictures is a pause, not a low rate, when it has so many seconds and intervals."""
+"""A time without pictures is a pause, not a low rate, when it is as long as all of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +75,32 @@ class FinishedTimes:
         """From the first picture to the last, without the pauses."""
         if self.first is None or self.last is None:
             return 0.0
-        stretches = list(_stretches(self.counts, self.width_s))
+        stretches = list(_stretches(self.counts, self.width_s, self._pause_s))
         pauses_s = sum(after.start_s - before.end_s for before, after in pairwise(stretches))
         return (self.last - self.first).total_seconds() - pauses_s
 
     def stretches(self, max_intervals: int) -> list[Stretch]:
         """What is between the pauses, in the narrowest intervals of which there are at most `max_intervals`.
 
-        Few of them are followed by an empty one: where many are, a chart would show when each shard ends, and
-        no rate.
+        Several shards end in an interval: in narrower ones a chart would show when each ends, and no rate.
         """
         found: list[Stretch] = []
         for width_s in WIDTHS_S[WIDTHS_S.index(self.width_s) :]:
-            found = list(_stretches(self._in_intervals(width_s), width_s))
-            counts = [count for each in found for count in each.counts]
-            gaps = sum(after == 0 < before for before, after in pairwise(counts))
-            if len(counts) <= max_intervals and gaps <= len(counts) * MAX_GAP_SHARE:
+            found = list(_stretches(self._in_intervals(width_s), width_s, self._pause_s))
+            intervals = sum(len(each.counts) for each in found)
+            if intervals <= max_intervals and width_s >= INTERVAL_SHARDS * self._shard_s:
                 break
         return found
+
+    @property
+    def _shard_s(self) -> float:
+        """Time from one shard's end to the next one's: the median distance of intervals with pictures."""
+        distances = [after - before for before, after in pairwise(sorted(self.counts))]
+        return median(distances or [0]) * self.width_s
+
+    @property
+    def _pause_s(self) -> float:
+        return max(PAUSE_S, PAUSE_SHARDS * self._shard_s)
 
     def _in_intervals(self, width_s: int) -> Counter[int]:
         wider: Counter[int] = Counter()
@@ -100,8 +109,8 @@ class FinishedTimes:
         return wider
 
 
-def _stretches(counts: Counter[int], width_s: int) -> Iterator[Stretch]:
-    longest = max(PAUSE_S // width_s, PAUSE_INTERVALS)
+def _stretches(counts: Counter[int], width_s: int, pause_s: float) -> Iterator[Stretch]:
+    longest = max(pause_s // width_s, PAUSE_INTERVALS)
     numbers = sorted(counts)
     ends = [index for index, (one, other) in enumerate(pairwise(numbers), 1) if other - one > longest]
     for start, end in pairwise([0, *ends, len(numbers)]):

@@ -52,7 +52,7 @@ class PictureState:
 def block_of(
     shard: int, states: Sequence[PictureState], files: Sequence[bytes | None] | None = None
 ) -> Block:
-    """The block of a shard; `files` are those of its pictures, None where a picture has none."""
+    """The block of a shard; `files` are those of its pictures, None where one is yet to be read or failed."""
     block: Block = {SHARD: np.array([shard]), PICTURES: _pickled(list(states))}
     return block if files is None else block | {FILES: _pickled(list(files))}
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, cast
 
+from PIL import Image
+
 from bulk.errors import ClusterUnavailable, ModelUnavailable, PictureError
 from bulk.stages.background import yield_to_others
 from bulk.stages.blocks import block_of, files_of, shard_of, states_of
 from bulk.stages.fetch import fetch_file
-from sam3_runner.errors import DecoderFailed, UnsupportedImage
+from sam3_runner.errors import DecoderFailed, ModelNotLoaded, RunnerStopped, UnsupportedImage
 from sam3_runner.images.decoders import ImageDecoders
 from sam3_runner.images.read import read_image_file
 from sam3_runner.prompts import ConceptPrompt
@@ -71,12 +74,15 @@ class Segment:
         # Nothing but a new process mends a device that has failed: Ray starts it, and runs the block again.
         self._engine.start(on_device_lost=lambda: os._exit(DEVICE_LOST_EXIT_CODE))
         self._wait_until_ready()
-        self._scheduler = Scheduler(self._engine, run.max_batch, streams=run.streams)
+        # No caller waits for a picture with few prompts: a batch has all prompts of its pictures.
+        max_pairs = run.max_batch * len(self._prompts)
+        self._scheduler = Scheduler(self._engine, run.max_batch, max_pairs=max_pairs, streams=run.streams)
         self._max_stored_px = self._engine.status().max_stored_px
         # Decoders belong to an event loop; Ray calls this object from threads without one.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="decode", daemon=True).start()
         self._decoders = ImageDecoders(side_px=run.side_px, count=decoders)
+        self._check_decoders()
         # Pictures that are decoded, or wait for the model: they bound the memory.
         self._slots = asyncio.Semaphore(decoders + 2 * run.streams * run.max_batch)
 
@@ -86,6 +92,17 @@ class Segment:
             if status.state == "error":
                 raise ModelUnavailable(f"the model cannot be loaded: {status.detail}")
             time.sleep(LOADING_POLL_S)
+
+    def _check_decoders(self) -> None:
+        """Decode a picture that can be decoded, so that no picture is blamed for a machine."""
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        picture = read_image_file(file.getvalue(), max_pixels=64)
+        try:
+            decoding = asyncio.run_coroutine_threadsafe(self._decoders.decode(picture, 0), self._loop)
+            decoding.result().close(is_read=True)
+        except (UnsupportedImage, DecoderFailed, OSError) as error:
+            raise ClusterUnavailable(f"a machine cannot decode pictures: {error}") from error
 
     def __call__(self, block: Block) -> Block:
         """The results of a shard's pictures."""
@@ -123,9 +140,9 @@ class Segment:
         try:
             file = read_image_file(data, max_pixels=self._run.settings.max_image_pixels)
             decoded = await self._decoders.decode(file, self._max_stored_px)
-        except UnsupportedImage as error:
+        except (UnsupportedImage, DecoderFailed) as error:
             raise PictureError("UNSUPPORTED_IMAGE", str(error)) from error
-        except DecoderFailed as error:
+        except OSError as error:  # of this machine: processes, memory or descriptors
             raise ClusterUnavailable(f"a machine cannot decode pictures: {error}") from error
         state.timings_ms["decode"] = (time.perf_counter() - started_s) * 1000
         state.width, state.height = decoded.width, decoded.height
@@ -134,6 +151,8 @@ class Segment:
     async def _infer(self, state: PictureState, decoded: DecodedImage) -> None:
         request = SegmentRequest(decoded, self._prompts, NO_DEADLINE_S, with_masks=True)
         outcome = await asyncio.wrap_future(self._scheduler.submit(request))
+        if isinstance(outcome.error, RunnerStopped | ModelNotLoaded):
+            raise ClusterUnavailable(f"the model cannot work: {outcome.error}")
         if outcome.error is not None:
             raise PictureError("INFERENCE_FAILED", str(outcome.error))
         # The picture's share: the shares of all pictures are the time in which the streams had work.

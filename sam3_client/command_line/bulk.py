@@ -72,7 +72,7 @@ def bulk(
     ] = None,
     shard_pictures: Annotated[
         int,
-        typer.Option(min=1, help="Pictures that are written together; what a kill costs at most, a stage."),
+        typer.Option(min=1, help="Pictures that are written together. A kill costs a few times as many."),
     ] = 64,
     max_wait: Annotated[
         float, typer.Option(min=0, help="Seconds to retry a store that is away or busy, then the run ends.")

@@ -41,7 +41,7 @@ MAX_DATA_BYTES = MAX_DECODE_BYTES + 300_000_000
 
 def main() -> None:
     """Decode files until standard input ends."""
-    # systemd sends it to every process of a service; the API worker needs this one to finish its tasks.
+    # systemd stops all processes of a service at once; the API worker needs this one to finish its tasks.
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop_signal, signal.SIG_IGN)
     side_px = int(sys.argv[1])

@@ -137,8 +137,9 @@ class ImageDecoders:
         # A heavy image has its own process: memory of earlier images does not add to its own, and all of it
         # is returned to the host.
         process = (None if file.is_heavy else self._idle_process()) or await self._new_process()
-        held = [self._files.take() if SHARES_MEMORY else None for _ in range(task.images)]
+        held: list[HeldFile | None] = []
         try:
+            held += (self._files.take() if SHARES_MEMORY else None for _ in range(task.images))
             head, sent = await _exchange(process, file, task, [each.file if each else None for each in held])
         except BaseException as error:  # cancellation above all: the decoding must not continue
             _close(held)  # the error's traceback would keep them

@@ -158,7 +158,7 @@ class EngineStatus:
 
 
 class Engine:
-    """One predictor, from loading to the last batch. `segment` runs in one thread at a time.
+    """One predictor, from loading to the last batch. On a GPU, `segment` runs in one thread at a time.
 
     Args:
         config: what to load, and how to run it.

@@ -52,15 +52,23 @@ class Scheduler:
         engine: runs the batches.
         max_batch: most images of one batch.
         max_slack_s: see `MAX_SLACK_S`.
+        max_pairs: most prompts of one batch, unless a single request has more.
         streams: batches at once; more than one on a CPU only, see `SAM3Predictor`.
     """
 
     def __init__(
-        self, engine: Engine, max_batch: int, max_slack_s: float = MAX_SLACK_S, streams: int = 1
+        self,
+        engine: Engine,
+        max_batch: int,
+        max_slack_s: float = MAX_SLACK_S,
+        *,
+        max_pairs: int = MAX_PAIRS,
+        streams: int = 1,
     ) -> None:
         self._engine = engine
         self._max_batch = max_batch
         self._max_slack_s = max_slack_s
+        self._max_pairs = max_pairs
         self._numbers = itertools.count()
         self._staged: list[_Waiting] = []
         self._changed = threading.Condition()
@@ -110,7 +118,7 @@ class Scheduler:
             pairs = len(batch[0].request.prompts)
             while self._staged and len(batch) < self._max_batch:
                 pairs += len(self._staged[0].request.prompts)
-                if pairs > MAX_PAIRS:
+                if pairs > self._max_pairs:
                     break
                 batch.append(heapq.heappop(self._staged))
             return batch

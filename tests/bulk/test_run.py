@@ -193,8 +193,9 @@ def test_run_goes_on_after_each_way_to_end(seaweedfs: S3Service, tmp_path: Path)
     assert not runs.stored("masks/")
 
 
-def test_ctrl_c_at_the_start_is_a_sentence(tmp_path: Path) -> None:
-    """A terminal sends it to both processes, while the second one still loads its modules."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stop_at_the_start_is_a_sentence(tmp_path: Path, how: signal.Signals) -> None:
+    """A terminal and systemd send it to both processes, while the second one still loads its modules."""
     (tmp_path / "in").mkdir()
     command = [
         sys.executable,
@@ -217,7 +218,8 @@ def test_ctrl_c_at_the_start_is_a_sentence(tmp_path: Path) -> None:
         start_new_session=True,
     ) as started:
         wait_until(lambda: any("spawn_main" in " ".join(each.cmdline()) for each in _children(started)), 60)
-        os.killpg(started.pid, signal.SIGINT)
+        for pid in [*(each.pid for each in _children(started)), started.pid]:
+            os.kill(pid, how)
         output = started.communicate(timeout=60)[1]
     assert output == "sam3: interrupted; the same command goes on from here\n"
     assert started.returncode == 130

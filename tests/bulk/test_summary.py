@@ -150,13 +150,28 @@ def test_a_run_of_a_week_has_few_intervals() -> None:
 
 def test_shards_are_no_peaks_of_the_rate() -> None:
     """64 pictures that end together every 3.2 s are 20 a second, and not 64 in one second of three."""
-    times = FinishedTimes()
-    for shard in range(30):
-        for _ in range(64):
-            times.add(START + timedelta(seconds=3.2 * shard))
+    times = finished_shards(100, every_s=3.2)
     (stretch,) = times.stretches(120)
-    assert stretch.width_s == 5
-    assert min(stretch.counts[:-1]) > 0
+    rates = [count / stretch.width_s for count in stretch.counts[1:-1]]
+    assert len(rates) > 10
+    assert min(rates) > 15
+    assert max(rates) < 25
+
+
+def test_shards_of_eleven_minutes_are_no_pauses() -> None:
+    """Large shards of a large model on a CPU: the rate is what was done in all the time."""
+    times = finished_shards(20, every_s=660)
+    (stretch,) = times.stretches(120)
+    assert sum(stretch.counts) == 20 * 64
+    assert times.worked_s == 19 * 660
+
+
+def finished_shards(shards: int, every_s: float) -> FinishedTimes:
+    times = FinishedTimes()
+    for shard in range(shards):
+        for _ in range(64):
+            times.add(START + timedelta(seconds=every_s * shard))
+    return times
 
 
 def test_a_pause_is_no_low_rate() -> None:

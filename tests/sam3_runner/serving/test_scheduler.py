@@ -158,6 +158,26 @@ def test_prompts_of_a_pass_are_bounded(engine: HeldEngine) -> None:
     assert [len(batch) for batch in engine.batches] == [1, 2, 1]
 
 
+def test_pictures_with_many_prompts_share_a_pass(engine: HeldEngine) -> None:
+    """Where no caller waits for others, a pass has as many images as it may, whatever their prompts."""
+    many = [f"thing {number}" for number in range(MAX_PAIRS)]
+    scheduler = Scheduler(engine, MAX_BATCH, max_pairs=MAX_BATCH * len(many))
+    submitted_together(scheduler, engine, [request(*many) for _ in range(MAX_BATCH)])
+    assert [len(batch) for batch in engine.batches] == [1, MAX_BATCH]
+
+
+def test_two_streams_run_at_once(engine: HeldEngine) -> None:
+    """Two passes begin before one has ended, and each request gets its own results."""
+    scheduler = Scheduler(engine, max_batch=1, streams=2)
+    engine.is_free.clear()
+    names = [f"thing {number}" for number in range(6)]
+    futures = [scheduler.submit(request(name)) for name in names]
+    wait_for(lambda: len(engine.batches), lambda count: count == 2)
+    engine.is_free.set()
+    outcomes = [future.result(WAIT_S) for future in futures]
+    assert [result.prompt for outcome in outcomes for result in outcome.results or []] == names
+
+
 class Asked(NamedTuple):
     """A drawn request: its number of prompts, and its deadline in steps of a minute from now."""
 
