@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
-WIDTHS_S = (1, 5, 15, 60, 300, 900, 3600, 21_600, 86_400)
+WIDTHS_S = (1, 5, 15, 30, 60, 300, 900, 3600, 21_600, 86_400)
 """Of the intervals. Each divides the next one, so that counts can be added up."""
 MAX_INTERVALS = 1000
 INTERVAL_SHARDS = 4

@@ -51,6 +51,7 @@ class Segment:
 
     Raises:
         ModelUnavailable: the model cannot be loaded.
+        ClusterUnavailable: pictures cannot be decoded here.
     """
 
     BLOCKS_AT_ONCE = 2
