@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -74,13 +75,18 @@ class Sizes:
             others = max(1, int(cpus) // models - 1)  # CPUs of each GPU
             fetch, write = FETCH_A_GPU * models, min(WRITE_A_GPU, others) * models
             decoders = min(DECODERS_A_GPU, others)
-            stage_cpus = min(1.0, cpus / (fetch + write))
+            stage_cpus = min(1.0, _share(cpus, fetch + write))
             return cls(models, 0.0, 1, 1, GPU_BATCH, decoders, fetch, write, stage_cpus)
         models = max(1, int(cpus // CPUS_A_MODEL))
         others = max(1, int(cpus) // 4)
         streams = max(1, int(cpus / models))
-        stage_cpus = cpus / 4 / others
-        return cls(models, cpus / 2 / models, 0, streams, CPU_BATCH, 1, others, others, stage_cpus)
+        stage_cpus, model_cpus = _share(cpus / 4, others), _share(cpus / 2, models)
+        return cls(models, model_cpus, 0, streams, CPU_BATCH, 1, others, others, stage_cpus)
+
+
+def _share(cpus: float, processes: int) -> float:
+    """CPUs of each process, in the ten thousandths that Ray counts, rounded down: the last one would wait."""
+    return math.floor(cpus / processes * 10_000) / 10_000
 
 
 @contextmanager
