@@ -29,6 +29,7 @@ from PIL import Image
 
 from benchmarks.outputs import HEIGHT, WIDTH
 from benchmarks.table import machine_name, record
+from bulk.errors import PictureError
 from bulk.objects import open_objects
 from bulk.plan import make_plan
 from bulk.report import RunDescription
@@ -129,8 +130,6 @@ def measure(instances: int, folder: Path) -> dict[str, object]:
 
 
 def _no_picture(_: str) -> bytes:
-    from bulk.errors import PictureError  # noqa: PLC0415 - for the samples alone
-
     raise PictureError("NOT_FOUND", "no picture is stored here")
 
 

@@ -313,15 +313,16 @@ def by_minute(fleet: Fleet, names: dict[str, object]) -> list[dict[str, object]]
         {
             **names,
             "minute": minute,
-            "p50_s": _rounded(np.median(each)),
-            "p99_s": _rounded(np.percentile(each, 99)),
+            "p50_s": shown(np.median(each)),
+            "p99_s": shown(np.percentile(each, 99)),
         }
         for minute, each in sorted(times_s.items())
     ]
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def shown(value: float) -> float | str:
+    """A figure as the tables have it: four digits; nothing where there is none."""
+    return float(f"{value:.4g}") if math.isfinite(value) else ""
 
 
 def simulate(plan: Plan, runs: int, usd_per_host_hour: float = 0.0) -> dict[str, float]:
@@ -358,7 +359,7 @@ def row_of(scenario: str, plan: Plan, runs: int, simulated: dict[str, float]) ->
         **dict.fromkeys(KEPT, ""),
         "seconds": plan.seconds,
         "runs": runs,
-        **{name: _rounded(value) if math.isfinite(value) else "" for name, value in simulated.items()},
+        **{name: shown(value) for name, value in simulated.items()},
     }
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import httpx
 import numpy as np
 
-from benchmarks.fleet import KEPT, RESULTS, Fleet, row_of, simulate
+from benchmarks.fleet import KEPT, RESULTS, Fleet, row_of, shown, simulate
 from benchmarks.fleet_plan import Caller, Plan
 from benchmarks.fleet_times import h100_rows, h100_times, times_of
 from benchmarks.load_client import Kind, Measurement, run_plan
@@ -81,19 +81,16 @@ class Check:
         """Add the row of what was measured, and the row of the simulation of `plan`."""
         simulated = simulate(plan, RUNS)
         row = row_of(scenario, plan, RUNS, simulated | _kept(plan)) | {"hardware": hardware}
-        shown = {name: _short(value) for name, value in measured.items()}
-        of_server = row | dict.fromkeys([*simulated, *KEPT], "") | {"source": "measured", "runs": 1} | shown
+        figures_of_server = {
+            name: shown(value) if isinstance(value, float) else value for name, value in measured.items()
+        }
+        empty = dict.fromkeys([*simulated, *KEPT], "")
+        of_server = row | empty | {"source": "measured", "runs": 1} | figures_of_server
         for each in (of_server, row):
             sys.stdout.write("  ".join(f"{each[name]!s:>{len(name)}}" for name in SHOWN) + "\n")
             sys.stdout.flush()
             if self.record_to is not None:
                 record(self.record_to, [each])
-
-
-def _short(value: object) -> object:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.4g}") if np.isfinite(value) else ""
 
 
 def _kept(plan: Plan) -> dict[str, float]:

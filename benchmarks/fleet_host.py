@@ -81,21 +81,16 @@ def _overloaded(retry_s: float) -> Answer:
 
 
 class StoreCalls:
-    """What the stores were asked for, in each second: UPDATEs of rows, objects that were read and written."""
+    """What the stores were asked for, in each second: UPDATEs of rows, and objects that were written."""
 
     def __init__(self, env: simpy.Environment) -> None:
         self._env = env
         self.row_updates = Counter[int]()
-        self.object_reads = Counter[int]()
         self.object_writes = Counter[int]()
 
     def update_row(self) -> None:
         """Count one UPDATE now."""
         self.row_updates[int(self._env.now)] += 1
-
-    def read_object(self) -> None:
-        """Count one GET now."""
-        self.object_reads[int(self._env.now)] += 1
 
     def write_object(self) -> None:
         """Count one PUT now."""
@@ -245,7 +240,6 @@ class Host:
             yield from self._work.begin()
             try:
                 job.stage = "prepared"
-                self._stores.read_object()
                 yield self.env.timeout(self._times.before_s)
                 job.stage = "at model"
                 yield self._stage(deadline_at_s)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def run_to_exit_code(arguments: Arguments) -> int:
-    """Run, print, and return the exit code: see `bulk.errors`. A Ctrl-C is raised."""
+    """Run, print, and return the exit code: see `bulk.errors`. Raises KeyboardInterrupt after Ctrl-C."""
     set_on_retry_hooks([warn_of_long_wait])
     try:
         weights_path = _weights_path(arguments.weights)

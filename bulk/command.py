@@ -20,6 +20,7 @@ from outputs.refinement import Refinement
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
 
 CHILD_END_S = 30.0
 """For Ray to end its processes."""
@@ -75,25 +76,30 @@ def run_command(arguments: Arguments) -> int:
 
     for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
-    # The child inherits the mask: they wait until it can end by them. The tracker's start clears it.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    child.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    _start(child)
     sender.close()
     if interrupted:  # before it had a pid
         interrupt()
     try:
         exit_code: int = receiver.recv()
-    except EOFError:  # a stop signal to all processes ends Ray's own, and they the child
-        exit_code = INTERRUPTED if interrupted else UNAVAILABLE
+    except EOFError:
         if not interrupted:
             sys.stderr.write("sam3: Ray has ended unexpectedly; the same command goes on from here\n")
+            return UNAVAILABLE
+        exit_code = INTERRUPTED  # the signal went to Ray's processes too, and their end was the child's
     if exit_code == INTERRUPTED:
         sys.stderr.write("sam3: interrupted; the same command goes on from here\n")
     child.join(CHILD_END_S)
     child.kill()  # Ray's threads may hold it; what counts is stored
     return exit_code
+
+
+def _start(child: SpawnProcess) -> None:
+    """Start it so that stop signals wait until it can end by them: it inherits this thread's mask."""
+    resource_tracker.ensure_running()  # its start would clear the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    child.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _run_in_child(arguments: Arguments, sender: Connection) -> None:

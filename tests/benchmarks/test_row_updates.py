@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.services, pytest.mark.slow]
 
 
 def test_every_task_is_claimed_and_settled(tmp_path: Path) -> None:
-    """After the measurement all rows are done, with two updates each."""
+    """After the measurement all rows are done."""
     need(databases.missing())
     with databases.database(tmp_path) as project:
         measured = asyncio.run(measure(project, 20))
@@ -27,5 +27,3 @@ def test_every_task_is_claimed_and_settled(tmp_path: Path) -> None:
     assert [row["tasks_at_once"] for row in measured] == list(CONCURRENT)
     assert left == [(0,)]
     assert done == [(len(CONCURRENT) * (20 + 50),)]
-    for row in measured:
-        assert row["updates_per_s"] == pytest.approx(2 * float(str(row["tasks_per_s"])), abs=0.2)
