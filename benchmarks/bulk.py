@@ -55,6 +55,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.pictures import FIRST_SEED, encode_jpeg
+from benchmarks.process_tree import process_tree, read_each
 from benchmarks.table import machine_name, record
 from bulk.objects import Objects, open_objects
 from bulk.rows import read_rows
@@ -327,8 +328,9 @@ class BulkRun:
         """Read the memory and kill until the command ends; returns whether that was a kill."""
         seen: dict[int, psutil.Process] = {}
         while process.poll() is None:
-            seen |= _family(process.pid)
-            self.memory_mb.append(sum(map(_pss_mb, _family(process.pid).values())))
+            running = process_tree(process.pid)
+            seen |= {each.pid: each for each in running}
+            self.memory_mb.append(sum(read_each(running, lambda each: each.memory_full_info().pss)) / 1e6)
             if kills and self._done_shards() >= kills[0]:
                 kills.pop(0)
                 if self._kill(process, seen):
@@ -345,13 +347,12 @@ class BulkRun:
         """Kill something; returns whether the command has ended by it."""
         self._look_for_changes()
         what = self._random.choice(KILLED)
-        victims = [each for each in seen.values() if what in _title(each)]
+        titles = read_each(seen.values(), lambda each: (f"{each.name()} {' '.join(each.cmdline())}", each))
         self.killed.append(what)
         print(f"kill -9 of {what}", file=sys.stderr)  # noqa: T201 - progress
         if what == "command":
             process.kill()
-        for victim in victims:
-            victim.kill()
+        read_each([each for title, each in titles if what in title], psutil.Process.kill)
         if what == "raylet":
             process.kill()  # as an operator does, whose command says nothing any more
         return what in {"command", "raylet"}
@@ -398,29 +399,6 @@ def _rate(rows: Sequence[tuple[str, datetime]]) -> float:
     times = sorted(finished for _, finished in rows)
     first = times[min(63, len(times) - 1)]
     return max(0, len(times) - 64) / max((times[-1] - first).total_seconds(), 1e-3)
-
-
-def _family(pid: int) -> dict[int, psutil.Process]:
-    try:
-        parent = psutil.Process(pid)
-        return {each.pid: each for each in (parent, *parent.children(recursive=True))}
-    except psutil.NoSuchProcess:
-        return {}
-
-
-def _pss_mb(process: psutil.Process) -> float:
-    try:
-        memory: Any = process.memory_full_info()
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0.0
-    return float(memory.pss) / 1e6
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return f"{process.name()} {' '.join(process.cmdline())}"
-    except psutil.NoSuchProcess:
-        return ""
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
-import psutil
 from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.process_tree import process_tree, read_each
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,14 +142,7 @@ def read_metrics(url: str, headers: dict[str, str]) -> ServerMetrics:
 
 def resident_mb(pid: int) -> float:
     """Memory of a process and its descendants (PSS): a page that several share counts once."""
-    parent = psutil.Process(pid)
-    total = 0
-    for each in (parent, *parent.children(recursive=True)):
-        try:
-            total += each.memory_full_info().pss
-        except psutil.NoSuchProcess:
-            continue  # it has ended meanwhile
-    return round(total / 1e6)
+    return round(sum(read_each(process_tree(pid), lambda each: each.memory_full_info().pss)) / 1e6)
 
 
 def timeline(means_ms: dict[str, float], mean_ms: float) -> list[str]:

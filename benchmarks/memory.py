@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import psutil
 
 from benchmarks.pictures import FIRST_SEED, Scene
+from benchmarks.process_tree import process_tree, read_each
 from benchmarks.table import add_settings, machine_name, record
 from commands.local_server import ROOT, local_server
 from storage import LocalFolder
@@ -42,6 +42,8 @@ from version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import psutil
 
     from commands.local_server import LocalServer
 
@@ -149,9 +151,8 @@ def _request(requests: str, prompt: str) -> tuple[str, dict[str, Any]]:
 
 def _memory_mb(pid: int) -> dict[str, object]:
     """Memory of each part of the server, and of all."""
-    parts = dict.fromkeys(PARTS, 0.0)
-    supervisor = psutil.Process(pid)
-    for process in (supervisor, *supervisor.children(recursive=True)):
+
+    def read(process: psutil.Process) -> tuple[str, float]:
         command = " ".join(process.cmdline())
         if process.pid == pid:
             part = "supervisor"
@@ -159,7 +160,11 @@ def _memory_mb(pid: int) -> dict[str, object]:
             part = "decoders"
         else:
             part = "runners" if "sam3_runner_" in command else "api_workers"
-        parts[part] += _held_mb(process.pid)
+        return part, _held_mb(process.pid)
+
+    parts = dict.fromkeys(PARTS, 0.0)
+    for part, mb in read_each(process_tree(pid), read):
+        parts[part] += mb
     rounded = {f"{part}_mb": round(mb, 1) for part, mb in parts.items()}
     return {"all_mb": round(sum(parts.values()), 1), **rounded}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -21,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import psutil
-
+from benchmarks.process_tree import process_tree, read_each
 from benchmarks.table import machine_name, record
 from results import Task
 from results.supabase import SupabaseResults
@@ -67,9 +67,9 @@ async def settle_all(rows: SupabaseResults, tasks: list[Task], concurrent: int) 
 def cpu_s() -> Counter[str]:
     """CPU time of this process and of the services that it has started, so far."""
     used = Counter[str]()
-    for each in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        name = next((program for program in PROGRAMS if each.name().startswith(program)), "client")
-        times = each.cpu_times()
+    tree = process_tree(os.getpid())
+    for process, times in read_each(tree, lambda each: (each.name(), each.cpu_times())):
+        name = next((program for program in PROGRAMS if process.startswith(program)), "client")
         used[name] += times.user + times.system  # type: ignore[assignment]
     return used
 

@@ -37,7 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
@@ -50,6 +50,7 @@ import psutil
 from benchmarks.load_client import COMMENT_BYTES, USER_ID, Kind, Measurement, Outcome, Plan, run_plan
 from benchmarks.load_figures import ServerMetrics, figures, latencies, read_metrics, resident_mb, timeline
 from benchmarks.pictures import FIRST_SEED, Scene, encode_jpeg
+from benchmarks.process_tree import process_tree, read_each
 from benchmarks.table import add_settings, machine_name, record
 from commands.local_server import ROOT, SERVICE, local_server, reserved_ports, stop, wait_until_ready
 from storage import LocalFolder
@@ -490,14 +491,9 @@ def peer(
 
 def _stop_all(process: subprocess.Popen[bytes]) -> None:
     """Stop a server and its descendants: LitServe's do not end with it."""
-    try:
-        descendants = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        descendants = []
+    tree = process_tree(process.pid)
     stop(process)
-    for each in descendants:
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
+    read_each(tree[1:], psutil.Process.kill)
 
 
 def version_of(root: Path) -> str:

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 from tqdm import tqdm
 
+from benchmarks.process_tree import process_tree, read_each
 from benchmarks.table import machine_name, record
 from commands.local_server import LocalServer, local_server
 
@@ -162,10 +162,10 @@ def _answer(connection: socket.socket) -> str:
 @contextmanager
 def _peak_growth_mb(server: LocalServer) -> Iterator[list[float]]:
     """The largest growth of the server's total resident memory inside the block, in MB."""
-    processes = psutil.Process(server.pid).children(recursive=True)
+    processes = process_tree(server.pid)
 
     def resident() -> int:
-        return sum(process.memory_info().rss for process in processes)
+        return sum(read_each(processes, lambda each: each.memory_info().rss))
 
     before, growth_mb, done = resident(), [0.0], threading.Event()
 

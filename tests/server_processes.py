@@ -119,11 +119,6 @@ def runner_of(server: LocalServer) -> psutil.Process:
     return runner
 
 
-def with_descendants(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """The processes, and all that they started, such as an API worker's decoders."""
-    return [*processes, *(child for process in processes for child in process.children(recursive=True))]
-
-
 def wait_until_all_workers_are_ready(server: LocalServer, timeout_s: float = READY_TIMEOUT_S) -> None:
     """Wait until every API worker reports a loaded model."""
 

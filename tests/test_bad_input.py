@@ -7,24 +7,25 @@ import json
 import socket
 import struct
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
-import psutil
 import pytest
 from PIL import Image
 
+from benchmarks.process_tree import process_tree, read_each
 from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, USER, Edge, error_of, image_bytes, png_bytes
 from tests.image_files import png_chunk, png_of, with_chunks, with_scans, with_segments
-from tests.server_processes import API_WORKER, RUNNER, children_of, with_descendants
+from tests.server_processes import API_WORKER, RUNNER, children_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import psutil
 
     from commands.local_server import LocalServer
 
@@ -257,18 +258,15 @@ def test_other_users_row_is_not_found(edge: Edge, good_key: str) -> None:
 
 def resident_bytes(processes: list[psutil.Process]) -> int:
     """Resident memory of the processes that still run."""
-    total = 0
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):  # a decoder that has ended
-            total += process.memory_info().rss
-    return total
+    return sum(read_each(processes, lambda each: each.memory_info().rss))
 
 
 def test_huge_image_headers_take_no_memory(edge: Edge) -> None:
     """Many concurrent images with huge sizes in their headers are refused without decoding them."""
     names = [name for name in BAD_IMAGES if "megapixels" in name or " x " in name or "text" in name]
     keys = [edge.upload(BAD_IMAGES[name]()) for name in names] * 4
-    processes = with_descendants(children_of(edge.server, API_WORKER))
+    workers = children_of(edge.server, API_WORKER)
+    processes = [member for worker in workers for member in process_tree(worker.pid)]
     before, peak = resident_bytes(processes), 0
     done = threading.Event()
 

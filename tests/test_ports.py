@@ -14,24 +14,20 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from benchmarks.process_tree import process_tree, read_each
+
 if TYPE_CHECKING:
     from commands.local_server import LocalServer
 
 pytestmark = pytest.mark.server
 
 
-def processes_of(server: LocalServer) -> list[psutil.Process]:
-    """The supervisor and its descendants."""
-    supervisor = psutil.Process(server.pid)
-    return [supervisor, *supervisor.children(recursive=True)]
-
-
 def open_ports(server: LocalServer) -> set[int]:
     """The TCP and UDP ports on which the processes listen."""
     return {
         held.laddr.port
-        for process in processes_of(server)
-        for held in process.net_connections("inet")
+        for connections in read_each(process_tree(server.pid), lambda each: each.net_connections("inet"))
+        for held in connections
         if held.status == psutil.CONN_LISTEN or held.type == socket.SOCK_DGRAM
     }
 
@@ -45,8 +41,8 @@ def unix_sockets(server: LocalServer) -> set[Path]:
     """The paths of the unix sockets of the server's processes."""
     return {
         Path(str(held.laddr))
-        for process in processes_of(server)
-        for held in process.net_connections("unix")
+        for connections in read_each(process_tree(server.pid), lambda each: each.net_connections("unix"))
+        for held in connections
         if str(held.laddr)
     }
 

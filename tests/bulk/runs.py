@@ -174,7 +174,7 @@ class BulkProcess:
     def kill_ray(self) -> None:
         """Kill Ray's raylet, which manages its other processes."""
         self.workers()
-        [raylet] = [each for each in self._seen.values() if each.name() == "raylet"]
+        [raylet] = [each for each in self._seen.values() if each.is_running() and each.name() == "raylet"]
         raylet.kill()
 
     def workers(self, stage: str = "") -> list[psutil.Process]:
