@@ -35,13 +35,13 @@ import numpy as np
 import simpy
 
 from benchmarks.fleet_host import NO_CONNECTION, Answer, Host, StoreCalls, Task
-from benchmarks.fleet_plan import CALLERS, Losses, Plan
+from benchmarks.fleet_plan import CALLERS, NOTICED_S, Losses, Plan
 from benchmarks.fleet_times import h100_times
 from benchmarks.table import record
 from recovery import STALE_POLL_S
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     Events = Generator[simpy.Event, object, None]
 
@@ -108,18 +108,16 @@ class Fleet:
             self._all_ended.succeed()
 
     def _arrivals(self) -> Events:
-        """A Poisson process; of a rate that changes, by thinning one of the highest rate."""
+        """A Poisson process."""
         plan, rng = self._plan, self._rng
         if plan.exact_count:
             yield from self._exact_arrivals()
             return
-        highest_per_s = plan.rate_per_s * plan.daily_peak
         while True:
-            yield self._env.timeout(rng.expovariate(highest_per_s))
+            yield self._env.timeout(rng.expovariate(plan.rate_per_s))
             if self._env.now >= plan.seconds:
                 return
-            if plan.daily_peak == 1 or rng.random() * highest_per_s < plan.rate_at(self._env.now):
-                self._env.process(self._counted(self._task()))
+            self._env.process(self._counted(self._task()))
 
     def _exact_arrivals(self) -> Events:
         """Those of a Poisson process, given their number: independent and uniform, as in load_client.py."""
@@ -326,13 +324,22 @@ def shown(value: float) -> float | str:
 
 
 def simulate(plan: Plan, runs: int, usd_per_host_hour: float = 0.0) -> dict[str, float]:
-    """The median of each figure over so many runs, whose seeds are 0, 1, 2..."""
-    measured = []
+    """The median of each figure over so many runs."""
+    return medians([figures(fleet, plan, usd_per_host_hour) for fleet in fleets(plan, runs)])
+
+
+def fleets(plan: Plan, runs: int) -> Iterator[Fleet]:
+    """So many fleets after their runs, whose seeds are 0, 1, 2..."""
     for seed in range(runs):
         fleet = Fleet(plan, seed)
         fleet.run()
-        measured.append(figures(fleet, plan, usd_per_host_hour))
-    return {name: statistics.median(each[name] for each in measured) for name in measured[0]}
+        yield fleet
+
+
+def medians(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each figure over the runs that have it; NaN where none has."""
+    found = {name: [each[name] for each in measured if not math.isnan(each[name])] for name in measured[0]}
+    return {name: statistics.median(values) if values else math.nan for name, values in found.items()}
 
 
 def row_of(scenario: str, plan: Plan, runs: int, simulated: dict[str, float]) -> dict[str, object]:
@@ -348,7 +355,6 @@ def row_of(scenario: str, plan: Plan, runs: int, simulated: dict[str, float]) ->
         "caller": plan.caller.name,
         "queue_retries": "" if plan.caller.queue_retries is None else plan.caller.queue_retries,
         "balance": plan.balance,
-        "daily_peak": plan.daily_peak,
         "losses_per_host_hour": round(plan.losses.per_host_hour, 3),
         "lost_at_s": "" if lost_at_s is None else lost_at_s,
         "replaced_s": " to ".join(f"{each:g}" for each in plan.losses.replaced_s),
@@ -393,7 +399,6 @@ def main() -> None:
             seconds=options.seconds,
             caller=caller,
             losses=losses,
-            daily_peak=options.daily_peak,
             balance=options.balance,
         )
         row = row_of(options.scenario, plan, options.runs, simulate(plan, options.runs, options.usd_per_hour))
@@ -402,8 +407,7 @@ def main() -> None:
         if options.record:
             record(options.record, [row])
         if options.minutes:
-            fleet = Fleet(plan, 0)
-            fleet.run()
+            [fleet] = fleets(plan, 1)
             record(options.minutes, by_minute(fleet, {"hosts": hosts, "load": load}))
 
 
@@ -431,7 +435,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--caller", choices=CALLERS, default="queue")
     parser.add_argument("--queue-retries", type=int, default=60, help="`max_retries` of the queue")
     parser.add_argument("--balance", choices=["random", "least"], default="random")
-    parser.add_argument("--daily-peak", type=float, default=1.0, help="highest rate of the day by its mean")
     parser.add_argument("--seconds", type=float, default=600.0, help="tasks arrive for so long")
     parser.add_argument("--runs", type=int, default=3, help="with other seeds; medians are shown")
     parser.add_argument("--usd-per-hour", type=float, default=2.5, help="price of a host")
@@ -440,7 +443,16 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--scenario", default="table", help="name of the rows")
     parser.add_argument("--record", type=Path, nargs="?", const=RESULTS, help=f"append to {RESULTS.name}")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name in ("hosts", "loads", "seconds", "runs"):
+        if np.min(getattr(options, name)) <= 0:
+            parser.error(f"--{name}: must be more than 0")
+    if min(options.losses) < 0:
+        parser.error("--losses: must be 0 or more")
+    low_min, high_min = options.replace_minutes
+    if not NOTICED_S / 60 <= low_min <= high_min:
+        parser.error(f"--replace-minutes: {NOTICED_S:g} s or more, and LOW before HIGH")
+    return options
 
 
 if __name__ == "__main__":

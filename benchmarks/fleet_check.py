@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING
 import httpx
 import numpy as np
 
-from benchmarks.fleet import KEPT, RESULTS, Fleet, row_of, shown, simulate
+from benchmarks.fleet import KEPT, RESULTS, Fleet, fleets, medians, row_of, shown
+from benchmarks.fleet import figures as figures_of_fleet
 from benchmarks.fleet_plan import Caller, Plan
 from benchmarks.fleet_times import h100_rows, h100_times, times_of
 from benchmarks.load_client import Kind, Measurement, run_plan
@@ -79,12 +80,14 @@ class Check:
 
     def compare(self, scenario: str, hardware: str, plan: Plan, measured: Mapping[str, object]) -> None:
         """Add the row of what was measured, and the row of the simulation of `plan`."""
-        simulated = simulate(plan, RUNS)
-        row = row_of(scenario, plan, RUNS, simulated | _kept(plan)) | {"hardware": hardware}
+        simulated = medians(
+            [figures_of_fleet(fleet, plan, 0.0) | _kept(fleet, plan) for fleet in fleets(plan, RUNS)]
+        )
+        row = row_of(scenario, plan, RUNS, simulated) | {"hardware": hardware}
         figures_of_server = {
             name: shown(value) if isinstance(value, float) else value for name, value in measured.items()
         }
-        empty = dict.fromkeys([*simulated, *KEPT], "")
+        empty = dict.fromkeys(simulated, "")
         of_server = row | empty | {"source": "measured", "runs": 1} | figures_of_server
         for each in (of_server, row):
             sys.stdout.write("  ".join(f"{each[name]!s:>{len(name)}}" for name in SHOWN) + "\n")
@@ -93,17 +96,13 @@ class Check:
                 record(self.record_to, [each])
 
 
-def _kept(plan: Plan) -> dict[str, float]:
+def _kept(fleet: Fleet, plan: Plan) -> dict[str, float]:
     """How many tasks the server had to do after its model's process had died, and when after the kill."""
     if plan.runner_killed_s is None:
         return dict.fromkeys(KEPT, np.nan)
-    found = []
-    for seed in range(RUNS):
-        fleet = Fleet(plan, seed)
-        fleet.run()
-        ended_s = [task.ended_s - plan.runner_killed_s for task in fleet.tasks if task.kept is not None]
-        found.append(_kept_figures(ended_s))
-    return {name: float(np.nanmedian([each[name] for each in found])) for name in found[0]}
+    return _kept_figures(
+        [task.ended_s - plan.runner_killed_s for task in fleet.tasks if task.kept is not None]
+    )
 
 
 def _kept_figures(ended_s: list[float]) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-DAY_S = 86_400.0
+NOTICED_S = 5.0
+"""Until no call is sent to a lost host any more; assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Losses:
     Attributes:
         per_host_hour: rate of losses of a host that serves; 0: none.
         at_s: in addition the first host is lost at this time.
-        noticed_s: until no call is sent to a lost host any more; assumed.
+        noticed_s: see `NOTICED_S`.
         replaced_s: lowest and highest time from the loss to the start of the next container (a new instance
             and the pull of its image), uniform between them.
         loading_s: from there until the model is ready: the weights' download and the start.
@@ -91,7 +91,7 @@ class Losses:
 
     per_host_hour: float = 0.0
     at_s: float | None = None
-    noticed_s: float = 5.0
+    noticed_s: float = NOTICED_S
     replaced_s: tuple[float, float] = (600.0, 3600.0)
     loading_s: float = 89.0
     answers_while_loading: bool = True
@@ -110,8 +110,6 @@ class Plan:
         losses: of hosts.
         clients: of a closed loop in place of arrivals: each sends its next task when the last has its
             answer.
-        daily_peak: highest rate of the day by its mean, of a cosine over 24 hours from its lowest; 1:
-            constant, 2 at most.
         balance: who gets a call: a random host, or the one with the fewest calls in progress.
         lease_s: of a claim: REQUEST_TIMEOUT_S and a minute.
         exact_count: the number of arrivals is the rate's, not random too.
@@ -127,14 +125,9 @@ class Plan:
     caller: Caller = CALLERS["queue"]
     losses: Losses = Losses()
     clients: int = 0
-    daily_peak: float = 1.0
     balance: Literal["random", "least"] = "random"
     lease_s: float = 120.0
     exact_count: bool = False
     warm_up_s: float = 0.0
     runner_killed_s: float | None = None
     runner_restart_s: float = 0.0
-
-    def rate_at(self, time_s: float) -> float:
-        """Arrivals a second at a time of the day, which begins when the fewest come."""
-        return self.rate_per_s * (1 - (self.daily_peak - 1) * math.cos(2 * math.pi * time_s / DAY_S))

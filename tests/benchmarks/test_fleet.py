@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from benchmarks.fleet import Fleet, simulate
-from benchmarks.fleet_plan import CALLERS, DAY_S, Caller, Losses, Plan, ServiceTimes
+from benchmarks.fleet_plan import CALLERS, Caller, Losses, Plan, ServiceTimes
 from benchmarks.fleet_times import h100_rows, h100_times
 from benchmarks.plot_fleet import draw, read
 from commands.local_server import ROOT
@@ -139,16 +139,6 @@ def test_tasks_of_a_killed_model_are_done_alone_when_it_is_back() -> None:
     assert all(after - before > alone_s - 1e-9 for before, after in itertools.pairwise(ends_s))
 
 
-def test_a_day_has_its_mean_and_its_peak() -> None:
-    """The rate of the peak is twice that of the mean, and the tasks of a day are those of the mean."""
-    plan = Plan(4, TIMES, 1.0, DAY_S, CALLERS["once"], daily_peak=2.0)
-    arrived_s = [task.arrived_s for task in run(plan).tasks]
-    assert len(arrived_s) == pytest.approx(DAY_S, rel=0.02)
-    of_hour = Counter(int(each // 3600) for each in arrived_s)
-    assert of_hour[12] == pytest.approx(2 * 3600, rel=0.05)
-    assert of_hour[0] < 200
-
-
 def test_recorded_loops_of_an_h100_are_predicted() -> None:
     """Open loops, to which the times were not fitted: throughput within 6 %, the median within a quarter."""
     times = h100_times()
@@ -180,6 +170,24 @@ def test_command_records_a_line_for_each_combination(tmp_path: Path) -> None:
     assert float(quiet["usd_per_1000"]) == pytest.approx(
         2.5 / 3600 / (0.5 * h100_times().capacity_per_s) * 1000, rel=0.1
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--hosts 1 0", "--hosts: must be more than 0"),
+        ("--loads 0", "--loads: must be more than 0"),
+        ("--runs 0", "--runs: must be more than 0"),
+        ("--losses -1", "--losses: must be 0 or more"),
+        ("--replace-minutes 60 10", "--replace-minutes: 5 s or more, and LOW before HIGH"),
+    ],
+)
+def test_wrong_option_is_named(options: str, reason: str) -> None:
+    """A line that says what is wrong, and no traceback."""
+    command = [sys.executable, "-m", "benchmarks.fleet", *options.split()]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == f"fleet.py: error: {reason}"
 
 
 def test_recorded_loops_are_compared_with_the_simulation(tmp_path: Path) -> None:
