@@ -21,7 +21,9 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's usual name
 from PIL import Image
 
 from sam3_runner import SAM3Predictor
-from sam3_runner.images.square import to_square
+from sam3_runner.images.decoded import MAX_STORED_PX
+from sam3_runner.images.square import from_pillow
+from sam3_runner.inference.staging import Stager
 from sam3_runner.prompts import ConceptPrompt, PromptTokenizer
 from sam3_runner.weights.checkpoint import CLIP_TOKENIZER_FILE
 
@@ -130,8 +132,12 @@ class Official:
     def segment(self, image: Image.Image, prompt: ConceptPrompt, threshold: float) -> Answer:
         """See `Model`."""
         self._processor.confidence_threshold = threshold
-        square = to_square(image, self._processor.resolution)
-        seen = image if self.own_resize else Image.fromarray(square.pixels)
+        side_px: int = self._processor.resolution
+        seen = (
+            image
+            if self.own_resize
+            else Image.fromarray(our_square(image, side_px, self._device).cpu().numpy())
+        )
         with _autocast(self._device, self.dtype):
             state = self._processor.set_image(seen)
             state["original_width"], state["original_height"] = image.size
@@ -173,7 +179,7 @@ class Transformers:
     def segment(self, image: Image.Image, prompt: ConceptPrompt, threshold: float) -> Answer:
         """See `Model`."""
         side_px: int = self.model.config.vision_config.backbone_config.image_size
-        pixels = torch.from_numpy(to_square(image, side_px).pixels.copy()).to(self._device)
+        pixels = our_square(image, side_px, self._device)
         tokens = self._tokenizer.encode([prompt.model_text])
         boxes = torch.tensor([_centred(prompt, image) or [[0.0] * 4]], device=self._device)
         labels = torch.tensor([prompt.labels or [True]], device=self._device).long()
@@ -194,6 +200,15 @@ class Transformers:
         )
         boxes = outputs.pred_boxes[0, queries].float() * scores.new_tensor([*image.size, *image.size])
         return Answer(_kept(queries, scores[queries], boxes, masks[:, 0] > 0), scores.tolist())
+
+
+def our_square(image: Image.Image, side_px: int, device: str) -> Tensor:
+    """The square that `SAM3Predictor` makes of an image on this device, (side, side, 3) uint8 there."""
+    kind = torch.device(device)
+    decoded = from_pillow(image, side_px, MAX_STORED_PX if kind.type == "cuda" else 0)
+    square = Stager(kind, side_px).stage(decoded).square
+    assert square is not None
+    return square
 
 
 def exact_float32() -> None:
