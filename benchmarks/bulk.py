@@ -2,13 +2,13 @@ r"""Measure `sam3 bulk` beside the bare predictor, and kill it.
 
     python -m benchmarks.bulk --pictures 2000 --record
     python -m benchmarks.bulk --pictures 20000 --kills 10 --record
-    python -m benchmarks.bulk --weights random --kept 1 --size 1920 1080 --pictures 4000 --distinct 16 \
+    python -m benchmarks.bulk --weights random --kept 1 --size 1920 1080 --pictures 9000 --distinct 16 \
         --store folder --gpus 1 2 --record
 
 Draws pictures, stores them in SeaweedFS's S3 API on this machine or in a folder, and runs the command over
-them with one prompt. Above --distinct the files repeat under other names; a run keeps nothing by content.
-Beside it, the bare loop, 8 pictures at a time, nothing written, before and after the run; the mean counts,
-since other programs of the machine come and go:
+them with one prompt. Above --distinct the scenes repeat, in files with a comment of their own: each is read,
+decoded and stored. Beside it, the bare loop, 8 pictures at a time, nothing written, before and after the run;
+the mean counts, since other programs of the machine come and go:
 
 - On CPUs: the predictor over the same files, with all threads in one process and with a process for each
   core; the faster one counts.
@@ -54,7 +54,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.pictures import FIRST_SEED, encode_jpeg
+from benchmarks.pictures import FIRST_SEED, encode_jpeg, with_comment
 from benchmarks.process_tree import process_tree, read_each
 from benchmarks.table import machine_name, record
 from bulk.objects import Objects, open_objects
@@ -162,7 +162,12 @@ def _parse() -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--distinct", type=int, default=500, help="files that differ")
+    parser.add_argument(
+        "--distinct",
+        type=int,
+        default=500,
+        help="scenes; further files repeat them",
+    )
     parser.add_argument("--size", nargs=2, type=int, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
     parser.add_argument("--kept", type=int, default=0, help="instances a picture; 0: the model's threshold")
@@ -198,7 +203,8 @@ def _draw(options: Options, folder: Path) -> None:
             jpeg = encode_jpeg(Image.fromarray(pixels[number - start]), 90)
             (folder / f"{number:07}.jpg").write_bytes(jpeg)
     for number in range(distinct, options.pictures):
-        (folder / f"{number:07}.jpg").hardlink_to(folder / f"{number % distinct:07}.jpg")
+        jpeg = (folder / f"{number % distinct:07}.jpg").read_bytes()
+        (folder / f"{number:07}.jpg").write_bytes(with_comment(jpeg, f"{number:07}".encode()))
 
 
 def _stored(options: Options, folder: Path, drawn: Path, stack: ExitStack) -> tuple[str, str, dict[str, str]]:

@@ -57,3 +57,8 @@ def encode_jpeg(image: Image.Image, quality: int, comment: bytes = b"") -> bytes
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality, **({"comment": comment} if comment else {}))
     return buffer.getvalue()
+
+
+def with_comment(jpeg: bytes, comment: bytes) -> bytes:
+    """Another file with the same pixels: a comment segment (ITU-T T.81, B.2.4.5) after the first marker."""
+    return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
