@@ -9,7 +9,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from datetime import datetime
 
 WIDTHS_S = (1, 5, 15, 30, 60, 300, 900, 3600, 21_600, 86_400)
@@ -75,22 +74,21 @@ class FinishedTimes:
         """From the first picture to the last, without the pauses."""
         if self.first is None or self.last is None:
             return 0.0
-        stretches = list(_stretches(self.counts, self.width_s, self._pause_s))
-        pauses_s = sum(after.start_s - before.end_s for before, after in pairwise(stretches))
-        return (self.last - self.first).total_seconds() - pauses_s
+        spans = _spans(self.counts, self.width_s, self._pause_s)
+        paused = sum(after.start - before.stop for before, after in pairwise(spans))
+        return (self.last - self.first).total_seconds() - paused * self.width_s
 
     def stretches(self, max_intervals: int) -> list[Stretch]:
         """What is between the pauses, in the narrowest intervals of which there are at most `max_intervals`.
 
         Several shards end in an interval: in narrower ones a chart would show when each ends, and no rate.
         """
-        found: list[Stretch] = []
         for width_s in WIDTHS_S[WIDTHS_S.index(self.width_s) :]:
-            found = list(_stretches(self._in_intervals(width_s), width_s, self._pause_s))
-            intervals = sum(len(each.counts) for each in found)
-            if intervals <= max_intervals and width_s >= INTERVAL_SHARDS * self._shard_s:
+            counts = self._in_intervals(width_s)
+            spans = _spans(counts, width_s, self._pause_s)
+            if sum(map(len, spans)) <= max_intervals and width_s >= INTERVAL_SHARDS * self._shard_s:
                 break
-        return found
+        return [Stretch(span.start * width_s, width_s, [counts[number] for number in span]) for span in spans]
 
     @property
     def _shard_s(self) -> float:
@@ -109,11 +107,10 @@ class FinishedTimes:
         return wider
 
 
-def _stretches(counts: Counter[int], width_s: int, pause_s: float) -> Iterator[Stretch]:
+def _spans(counts: Counter[int], width_s: int, pause_s: float) -> list[range]:
+    """The numbers of the intervals between the pauses."""
     longest = max(pause_s // width_s, PAUSE_INTERVALS)
     numbers = sorted(counts)
     ends = [index for index, (one, other) in enumerate(pairwise(numbers), 1) if other - one > longest]
-    for start, end in pairwise([0, *ends, len(numbers)]):
-        if start < end:
-            first, last = numbers[start], numbers[end - 1]
-            yield Stretch(first * width_s, width_s, [counts[number] for number in range(first, last + 1)])
+    bounds = pairwise([0, *ends, len(numbers)])
+    return [range(numbers[start], numbers[end - 1] + 1) for start, end in bounds if start < end]
