@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import psutil
 
 from bulk.errors import ClusterUnavailable
 from sam3_runner.serving.cpu_share import cpu_share
+from sam3_runner.serving.memory_limit import memory_limit_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +30,11 @@ STORE_BYTES_A_CPU = 2**28
 with one instance each; each further instance adds 17."""
 MAX_STORE_SHARE = 0.3
 """Of the memory, as Ray's own default."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Linux's, where Ray's store is if it fits
+MAX_SHARED_SHARE = 0.9
+"""Of the room there: other programs use it too."""
+LEAST_STORE_SHARE = 0.25
+"""Of what is wanted: where shared memory has less room, the store is in files of /tmp, and not smaller."""
 START_ATTEMPTS = 5
 FETCH_A_GPU, DECODERS_A_GPU, WRITE_A_GPU = 2, 12, 8
 """Processes, at most. Together they may be more than there are CPUs: which of them has more to do depends on
@@ -89,6 +96,44 @@ def _share(cpus: float, processes: int) -> float:
     return math.floor(cpus / processes * 10_000) / 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Ray's store of blocks, on a machine without other nodes.
+
+    Attributes:
+        size_bytes: of the store.
+        shared_bytes: free in shared memory; infinity where Ray does not use it.
+    """
+
+    size_bytes: int
+    shared_bytes: float
+
+    @classmethod
+    def of(cls, cpus: int, memory_bytes: float, shared_bytes: float) -> Store:
+        """For a machine of so many CPUs, so much memory, and so much room in /dev/shm."""
+        wanted = int(min(cpus * STORE_BYTES_A_CPU, MAX_STORE_SHARE * memory_bytes))
+        fits = shared_bytes >= LEAST_STORE_SHARE * wanted
+        return cls(int(min(wanted, MAX_SHARED_SHARE * shared_bytes)) if fits else wanted, shared_bytes)
+
+    @classmethod
+    def of_this_machine(cls) -> Store:
+        """For the CPUs and the memory that this process may use."""
+        memory_bytes = min(psutil.virtual_memory().total, memory_limit_bytes())
+        shared_bytes = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+        return cls.of(cpu_share().threads, memory_bytes, shared_bytes)
+
+    @property
+    def warning(self) -> str | None:
+        """What to change where blocks go through files; None: they are in memory."""
+        if self.size_bytes <= self.shared_bytes:
+            return None
+        return (
+            f"{SHARED_MEMORY} has room for {self.shared_bytes / 1e9:.1f} GB of {self.size_bytes / 1e9:.1f}: "
+            "files and results go through /tmp, which may be slower; with Docker, --shm-size="
+            f"{math.ceil(self.size_bytes / 1e9)}g makes room"
+        )
+
+
 @contextmanager
 def ray_session(run: Run) -> Iterator[Sizes]:
     """Ray inside the block: the run's cluster, or one that ends with the block, or with this process.
@@ -105,6 +150,8 @@ def ray_session(run: Run) -> Iterator[Sizes]:
     # Ray listens on all addresses: only processes of this user know its token.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Of more than 10 GB Ray would refuse to start; the run says it.
+    os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     # Ray's own default is 15, so that any other program would slow a run down.
     os.environ["RAY_worker_niceness"] = "19" if run.background else "0"  # noqa: SIM112 - Ray's spelling
     import ray  # noqa: PLC0415 - takes seconds, and reads the environment
@@ -142,11 +189,10 @@ def _init_once(run: Run) -> None:
     if run.ray_address is not None:
         ray.init(address=run.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    most_bytes = int(MAX_STORE_SHARE * psutil.virtual_memory().total)
     ray.init(
         address="local",
         include_dashboard=False,
-        object_store_memory=min(cpu_share().threads * STORE_BYTES_A_CPU, most_bytes),
+        object_store_memory=Store.of_this_machine().size_bytes,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

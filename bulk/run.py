@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bulk.cluster import ray_session
+from bulk.cluster import Store, ray_session
 from bulk.objects import open_objects, read_uri
 from bulk.plan import JSON, done_shards, make_plan, read_if_there, read_plan, rows_file
 from bulk.progress import LINE_INTERVAL_S, RunState
@@ -114,6 +114,8 @@ def _list(run: Run, folder: Objects, display: Display) -> Plan:
 
 def _segment(run: Run, plan: Plan, todo: Sequence[int], display: Display, metrics: RunMetrics) -> None:
     display.say("starting Ray")
+    if run.ray_address is None and (warning := Store.of_this_machine().warning) is not None:
+        display.say(warning)
     with ray_session(run) as sizes:
         from bulk.pipeline import segment_shards  # noqa: PLC0415 - imports Ray, which reads its settings then
 

@@ -1,4 +1,4 @@
-"""Real cgroups with a CPU quota, for processes that a test starts."""
+"""Cgroups: real ones with a CPU quota, and files as kernels and containers lay them out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ if TYPE_CHECKING:
 
 _CPU = Path("/sys/fs/cgroup/cpu")
 PERIOD_US = 100_000
+
+V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
+V1_MEMORY = "37 32 0:34 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory"
+_OTHERS = "22 27 0:21 / /proc rw,relatime shared:5 - proc proc rw\n24 27 0:6 / /mnt rw - tmpfs  rw,mode=755"
+
+
+def write_cgroups(root: Path, own: str, mounts: str, files: dict[str, str]) -> None:
+    """Write what a process sees of its cgroups below `root`.
+
+    Args:
+        root: in place of `/`.
+        own: lines of /proc/self/cgroup.
+        mounts: lines of /proc/self/mountinfo, beside those of other file systems.
+        files: contents by their absolute paths.
+    """
+    of_process = {"/proc/self/cgroup": own + "\n", "/proc/self/mountinfo": f"{_OTHERS}\n{mounts}\n"}
+    for name, content in (of_process | files).items():
+        path = root / name.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
 
 
 @contextmanager

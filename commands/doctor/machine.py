@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import sys
@@ -21,8 +20,6 @@ OLDEST_PYTHON = (3, 11)
 SHOWN_PACKAGES = 5
 DEMO_MEMORY_GB = 2.0
 """The demo's processes take 1.2 GB together (docs/benchmarks.md)."""
-MEMORY_LIMITS = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Of a container, by version of its cgroup."""
 
 
 def machine_checks() -> Iterator[Check]:
@@ -67,28 +64,17 @@ def _some(names: list[str]) -> str:
 
 
 def _memory() -> Check:
-    limit_gb = _memory_limit_gb()
     try:
         import psutil  # noqa: PLC0415 - it may be missing
 
-        free_gb = min(psutil.virtual_memory().available / 1e9, limit_gb)
-    except ImportError:
-        return Check("memory", "warning", "not measured: psutil is not installed")
-    limited = f", of a container limited to {limit_gb:.1f} GB" if limit_gb < sys.maxsize else ""
-    found = f"{free_gb:.1f} GB available{limited}"
+        from sam3_runner.serving.memory_limit import memory_limit_bytes  # noqa: PLC0415 - needs numpy
+    except ImportError as error:
+        return Check("memory", "warning", f"not measured: {error.name} is not installed")
+    memory, limit_bytes = psutil.virtual_memory(), memory_limit_bytes()
+    free_gb = min(memory.available, limit_bytes) / 1e9
+    found = f"{free_gb:.1f} GB available"
+    if limit_bytes < memory.total:
+        found += f", of a container limited to {limit_bytes / 1e9:.1f} GB"
     if free_gb < DEMO_MEMORY_GB:
         return Check("memory", "warning", found, "free some: the demo alone takes about 1.2 GB")
     return Check("memory", "ok", found)
-
-
-def _memory_limit_gb(root: Path = Path("/")) -> float:
-    """The container's limit; `sys.maxsize` without one."""
-    for name in MEMORY_LIMITS:
-        try:
-            text = (root / name).read_text().strip()
-        except OSError:
-            continue
-        # Without a limit version 2 has max, version 1 a number beyond any memory.
-        if text.isdecimal() and int(text) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            return int(text) / 1e9
-    return sys.maxsize

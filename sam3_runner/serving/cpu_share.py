@@ -10,11 +10,9 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from sam3_runner.serving.cgroups import cgroup_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +50,9 @@ def quota_cores(root: Path = Path("/")) -> float:
         root: of the file system with /proc and the cgroups, of either version.
     """
     try:
-        return min((_quota(folder) for folder in _cgroup_folders(root)), default=math.inf)
+        return min((_quota(folder) for folder in cgroup_folders("cpu", root)), default=math.inf)
     except OSError:  # no /proc: not Linux
         return math.inf
-
-
-def _cgroup_folders(root: Path) -> Iterator[Path]:
-    """The process' own cgroups and their parents, up to the mount point."""
-    own = _own_cgroups(root)
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
-        mount, _, file_system = line.partition(" - ")
-        mount_root, mount_point = mount.split()[3:5]
-        kind, _, options = file_system.split(" ", 2)  # the source may be empty
-        if kind == "cgroup2":
-            cgroup = own.get("")
-        elif kind == "cgroup" and "cpu" in options.split(","):
-            cgroup = own.get("cpu")
-        else:
-            continue
-        top = root / mount_point.lstrip("/")
-        below = _below(mount_root, cgroup)
-        yield from (top / folder for folder in (below, *below.parents))
-
-
-def _own_cgroups(root: Path) -> dict[str, str]:
-    """Path of the process' cgroup for each controller; version 2 has one for all, under an empty name."""
-    own: dict[str, str] = {}
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        own |= dict.fromkeys(controllers.split(","), path)
-    return own
-
-
-def _below(mount_root: str, cgroup: str | None) -> PurePosixPath:
-    """Path of a cgroup below the mount; empty when it is not visible there, as in a container."""
-    path = PurePosixPath(cgroup or "/")
-    if ".." in path.parts or not path.is_relative_to(mount_root):
-        return PurePosixPath()
-    return path.relative_to(mount_root)
 
 
 def _quota(folder: Path) -> float:

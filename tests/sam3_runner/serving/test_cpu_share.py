@@ -11,15 +11,12 @@ from pathlib import Path
 import pytest
 
 from sam3_runner.serving.cpu_share import CpuShare, cpu_share, quota_cores
-from tests.cgroups import cpu_quota
+from tests.cgroups import V1_MEMORY, V2_MOUNT, cpu_quota, write_cgroups
 
 ROOT = Path(__file__).parents[3]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups and affinity are Linux's")
 
-V2_MOUNT = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
 V1_CPU = "36 32 0:33 {root} /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct"
-V1_MEMORY = "37 32 0:34 / /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory"
-OTHERS = "22 27 0:21 / /proc rw,relatime shared:5 - proc proc rw\n24 27 0:6 / /mnt rw - tmpfs  rw,mode=755"
 
 V2 = "/sys/fs/cgroup"
 V1 = "/sys/fs/cgroup/cpu,cpuacct"
@@ -91,11 +88,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, str], float]] = {
 def test_quota_is_found(tmp_path: Path, layout: str) -> None:
     """The smallest quota of the process' own cgroup and its parents applies; other cgroups do not."""
     own, mounts, files, cores = LAYOUTS[layout]
-    files = {"/proc/self/cgroup": own + "\n", "/proc/self/mountinfo": f"{OTHERS}\n{mounts}\n"} | files
-    for name, content in files.items():
-        path = tmp_path / name.lstrip("/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+    write_cgroups(tmp_path, own, mounts, files)
     assert quota_cores(tmp_path) == cores
 
 
