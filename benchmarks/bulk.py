@@ -55,7 +55,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.pictures import FIRST_SEED, encode_jpeg, with_comment
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from benchmarks.table import machine_name, record
 from bulk.objects import Objects, open_objects
 from bulk.rows import read_rows
@@ -162,12 +162,7 @@ def _parse() -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument(
-        "--distinct",
-        type=int,
-        default=500,
-        help="scenes; further files repeat them",
-    )
+    parser.add_argument("--distinct", type=int, default=500, help="scenes; further files repeat them")
     parser.add_argument("--size", nargs=2, type=int, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--weights", default="demo", help="demo, random (full size), or a path")
     parser.add_argument("--kept", type=int, default=0, help="instances a picture; 0: the model's threshold")
@@ -336,7 +331,7 @@ class BulkRun:
         while process.poll() is None:
             running = process_tree(process.pid)
             seen |= {each.pid: each for each in running}
-            self.memory_mb.append(sum(read_each(running, lambda each: each.memory_full_info().pss)) / 1e6)
+            self.memory_mb.append(sum(call_each(running, lambda each: each.memory_full_info().pss)) / 1e6)
             if kills and self._done_shards() >= kills[0]:
                 kills.pop(0)
                 if self._kill(process, seen):
@@ -353,12 +348,12 @@ class BulkRun:
         """Kill something; returns whether the command has ended by it."""
         self._look_for_changes()
         what = self._random.choice(KILLED)
-        titles = read_each(seen.values(), lambda each: (f"{each.name()} {' '.join(each.cmdline())}", each))
+        titles = call_each(seen.values(), lambda each: (f"{each.name()} {' '.join(each.cmdline())}", each))
         self.killed.append(what)
         print(f"kill -9 of {what}", file=sys.stderr)  # noqa: T201 - progress
         if what == "command":
             process.kill()
-        read_each([each for title, each in titles if what in title], psutil.Process.kill)
+        call_each([each for title, each in titles if what in title], psutil.Process.kill)
         if what == "raylet":
             process.kill()  # as an operator does, whose command says nothing any more
         return what in {"command", "raylet"}

@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.pictures import FIRST_SEED, Scene
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from benchmarks.table import machine_name, record
 from commands.local_server import LocalServer, local_server
 from storage import LocalFolder
@@ -121,7 +121,7 @@ def _iou(mask_url: str, truth: npt.NDArray[np.bool_]) -> float:
 
 def _resident_mb(pid: int) -> float:
     """Sum of the resident memory of the server's processes; shared pages count once for each process."""
-    return sum(read_each(process_tree(pid), lambda each: float(each.memory_info().rss))) / 1e6
+    return sum(call_each(process_tree(pid), lambda each: float(each.memory_info().rss))) / 1e6
 
 
 def _parse() -> argparse.Namespace:

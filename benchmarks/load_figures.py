@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,7 +142,7 @@ def read_metrics(url: str, headers: dict[str, str]) -> ServerMetrics:
 
 def resident_mb(pid: int) -> float:
     """Memory of a process and its descendants (PSS): a page that several share counts once."""
-    return round(sum(read_each(process_tree(pid), lambda each: each.memory_full_info().pss)) / 1e6)
+    return round(sum(call_each(process_tree(pid), lambda each: each.memory_full_info().pss)) / 1e6)
 
 
 def timeline(means_ms: dict[str, float], mean_ms: float) -> list[str]:

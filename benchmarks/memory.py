@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from benchmarks.pictures import FIRST_SEED, Scene
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from benchmarks.table import add_settings, machine_name, record
 from commands.local_server import ROOT, local_server
 from storage import LocalFolder
@@ -163,7 +163,7 @@ def _memory_mb(pid: int) -> dict[str, object]:
         return part, _held_mb(process.pid)
 
     parts = dict.fromkeys(PARTS, 0.0)
-    for part, mb in read_each(process_tree(pid), read):
+    for part, mb in call_each(process_tree(pid), read):
         parts[part] += mb
     rounded = {f"{part}_mb": round(mb, 1) for part, mb in parts.items()}
     return {"all_mb": round(sum(parts.values()), 1), **rounded}

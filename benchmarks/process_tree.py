@@ -9,7 +9,7 @@ import psutil
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-Read = TypeVar("Read")
+T = TypeVar("T")
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
@@ -21,12 +21,12 @@ def process_tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def read_each(processes: Iterable[psutil.Process], read: Callable[[psutil.Process], Read]) -> list[Read]:
-    """What `read` returns for each process that has not ended meanwhile."""
+def call_each(processes: Iterable[psutil.Process], call: Callable[[psutil.Process], T]) -> list[T]:
+    """What `call` returns for each process that has not ended meanwhile."""
     values = []
     for process in processes:
         try:
-            values.append(read(process))
+            values.append(call(process))
         except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            continue  # psutil's error; /proc's before and after the file is opened
+            continue  # it has ended; the last two are of /proc, read without psutil
     return values

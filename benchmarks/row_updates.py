@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from benchmarks.table import machine_name, record
 from results import Task
 from results.supabase import SupabaseResults
@@ -68,7 +68,7 @@ def cpu_s() -> Counter[str]:
     """CPU time of this process and of the services that it has started, so far."""
     used = Counter[str]()
     tree = process_tree(os.getpid())
-    for process, times in read_each(tree, lambda each: (each.name(), each.cpu_times())):
+    for process, times in call_each(tree, lambda each: (each.name(), each.cpu_times())):
         name = next((program for program in PROGRAMS if process.startswith(program)), "client")
         used[name] += times.user + times.system  # type: ignore[assignment]
     return used

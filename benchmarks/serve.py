@@ -50,7 +50,7 @@ import psutil
 from benchmarks.load_client import COMMENT_BYTES, USER_ID, Kind, Measurement, Outcome, Plan, run_plan
 from benchmarks.load_figures import ServerMetrics, figures, latencies, read_metrics, resident_mb, timeline
 from benchmarks.pictures import FIRST_SEED, Scene, encode_jpeg
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from benchmarks.table import add_settings, machine_name, record
 from commands.local_server import ROOT, SERVICE, local_server, reserved_ports, stop, wait_until_ready
 from storage import LocalFolder
@@ -493,7 +493,7 @@ def _stop_all(process: subprocess.Popen[bytes]) -> None:
     """Stop a server and its descendants: LitServe's do not end with it."""
     tree = process_tree(process.pid)
     stop(process)
-    read_each(tree[1:], psutil.Process.kill)
+    call_each(tree[1:], psutil.Process.kill)
 
 
 def version_of(root: Path) -> str:

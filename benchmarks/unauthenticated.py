@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import httpx
 from tqdm import tqdm
 
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from benchmarks.table import machine_name, record
 from commands.local_server import LocalServer, local_server
 
@@ -165,7 +165,7 @@ def _peak_growth_mb(server: LocalServer) -> Iterator[list[float]]:
     processes = process_tree(server.pid)
 
     def resident() -> int:
-        return sum(read_each(processes, lambda each: each.memory_info().rss))
+        return sum(call_each(processes, lambda each: each.memory_info().rss))
 
     before, growth_mb, done = resident(), [0.0], threading.Event()
 

@@ -32,9 +32,9 @@ MAX_STORE_SHARE = 0.3
 """Of the memory, as Ray's own default."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Linux's, where Ray's store is if it fits
 MAX_SHARED_SHARE = 0.9
-"""Of the room there: other programs use it too."""
+"""Of the free shared memory: other programs use it too."""
 LEAST_STORE_SHARE = 0.25
-"""Of what is wanted: where shared memory has less room, the store is in files of /tmp, and not smaller."""
+"""Shared memory must have room for this share of the wanted size; with less, the store is in /tmp."""
 START_ATTEMPTS = 5
 FETCH_A_GPU, DECODERS_A_GPU, WRITE_A_GPU = 2, 12, 8
 """Processes, at most. Together they may be more than there are CPUs: which of them has more to do depends on
@@ -150,7 +150,7 @@ def ray_session(run: Run) -> Iterator[Sizes]:
     # Ray listens on all addresses: only processes of this user know its token.
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Of more than 10 GB Ray would refuse to start; the run says it.
+    # Without it Ray does not start with more than 10 GB in /tmp. The run warns of a store there.
     os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     # Ray's own default is 15, so that any other program would slow a run down.
     os.environ["RAY_worker_niceness"] = "19" if run.background else "0"  # noqa: SIM112 - Ray's spelling

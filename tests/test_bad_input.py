@@ -15,7 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 from tests import new_connection
 from tests.drawn import scene
 from tests.edge import PREDICT, USER, Edge, error_of, image_bytes, png_bytes
@@ -258,7 +258,7 @@ def test_other_users_row_is_not_found(edge: Edge, good_key: str) -> None:
 
 def resident_bytes(processes: list[psutil.Process]) -> int:
     """Resident memory of the processes that still run."""
-    return sum(read_each(processes, lambda each: each.memory_info().rss))
+    return sum(call_each(processes, lambda each: each.memory_info().rss))
 
 
 def test_huge_image_headers_take_no_memory(edge: Edge) -> None:

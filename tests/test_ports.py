@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 
 if TYPE_CHECKING:
     from commands.local_server import LocalServer
@@ -26,7 +26,7 @@ def open_ports(server: LocalServer) -> set[int]:
     """The TCP and UDP ports on which the processes listen."""
     return {
         held.laddr.port
-        for connections in read_each(process_tree(server.pid), lambda each: each.net_connections("inet"))
+        for connections in call_each(process_tree(server.pid), lambda each: each.net_connections("inet"))
         for held in connections
         if held.status == psutil.CONN_LISTEN or held.type == socket.SOCK_DGRAM
     }
@@ -41,7 +41,7 @@ def unix_sockets(server: LocalServer) -> set[Path]:
     """The paths of the unix sockets of the server's processes."""
     return {
         Path(str(held.laddr))
-        for connections in read_each(process_tree(server.pid), lambda each: each.net_connections("unix"))
+        for connections in call_each(process_tree(server.pid), lambda each: each.net_connections("unix"))
         for held in connections
         if str(held.laddr)
     }

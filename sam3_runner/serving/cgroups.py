@@ -1,24 +1,32 @@
-"""Where the cgroups of this process are, whose files hold its limits: in containers and services of Linux."""
+"""Limits of this process in its cgroups, as containers and services of Linux have them."""
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import math
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
-def cgroup_folders(controller: str, root: Path = Path("/")) -> Iterator[Path]:
-    """This process' own cgroups and their parents, up to the mount point.
+def smallest_limit(controller: str, limit_of: Callable[[Path], float], root: Path) -> float:
+    """The smallest limit among the process' own cgroups and their parents; infinity without one.
 
     Args:
         controller: `cpu` or `memory`.
+        limit_of: reads the limit of the cgroup in a folder; infinity where it has none.
         root: of the file system with /proc and the cgroups, of either version.
-
-    Raises:
-        OSError: there is no /proc, as outside of Linux.
     """
+    try:
+        return min(map(limit_of, _folders(controller, root)), default=math.inf)
+    except OSError:  # no /proc: not Linux
+        return math.inf
+
+
+def _folders(controller: str, root: Path) -> Iterator[Path]:
+    """The own cgroups and their parents, up to the mount point."""
     own = _own_cgroups(root)
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         mount, _, file_system = line.partition(" - ")

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sam3_runner.serving.cgroups import cgroup_folders
+from sam3_runner.serving.cgroups import smallest_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,7 @@ def quota_cores(root: Path = Path("/")) -> float:
     Args:
         root: of the file system with /proc and the cgroups, of either version.
     """
-    try:
-        return min((_quota(folder) for folder in cgroup_folders("cpu", root)), default=math.inf)
-    except OSError:  # no /proc: not Linux
-        return math.inf
+    return smallest_limit("cpu", _quota, root)
 
 
 def _quota(folder: Path) -> float:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.process_tree import process_tree, read_each
+from benchmarks.process_tree import call_each, process_tree
 
 if TYPE_CHECKING:
     import psutil
@@ -21,7 +21,7 @@ def test_descendant_that_ends_meanwhile_is_left_out() -> None:
         child.kill()
     assert {os.getpid(), child.pid} <= {process.pid for process in tree}
     for read in (_memory, _statistics):
-        pids = read_each(tree, read)
+        pids = call_each(tree, read)
         assert child.pid not in pids
         assert os.getpid() in pids
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 from PIL import Image
 
+from benchmarks.process_tree import call_each, process_tree
 from bulk.rows import read_rows
 from tests.services.processes import wait_until
 from training.scenes import draw_scenes
@@ -174,16 +175,13 @@ class BulkProcess:
     def kill_ray(self) -> None:
         """Kill Ray's raylet, which manages its other processes."""
         self.workers()
-        [raylet] = [each for each in self._seen.values() if each.is_running() and each.name() == "raylet"]
+        names = call_each(self._seen.values(), lambda each: (each.name(), each))
+        [raylet] = [each for name, each in names if name == "raylet"]
         raylet.kill()
 
     def workers(self, stage: str = "") -> list[psutil.Process]:
         """The processes of Ray's that run this stage, or any."""
-        try:
-            for each in psutil.Process(self._process.pid).children(recursive=True):
-                self._seen[each.pid] = each
-        except psutil.NoSuchProcess:
-            pass
+        self._seen |= {each.pid: each for each in process_tree(self._process.pid)}
         return [each for each in self._seen.values() if f"MapBatches({stage}" in _title(each)]
 
     def kill(self) -> None:
@@ -192,9 +190,7 @@ class BulkProcess:
         self._process.kill()
         self._process.wait()
         wait_until(lambda: not any(_title(each) for each in self.workers()), 60)
-        for each in self._seen.values():
-            if each.is_running():
-                each.kill()
+        call_each(self._seen.values(), psutil.Process.kill)
 
 
 def _title(process: psutil.Process) -> str:

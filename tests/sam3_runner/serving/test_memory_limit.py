@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, str], float]] = {
         "4:memory:/",
         V1_MEMORY,
         {f"{V1}/memory.limit_in_bytes": "9223372036854771712\n"},
-        math.inf,
+        9223372036854771712,
     ),
 }
 
