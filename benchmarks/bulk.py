@@ -78,6 +78,8 @@ PROMPT = "red circle"
 BATCH = 8
 DRAWN_AT_ONCE = 16
 BARE_S = 20.0
+MAX_DECODED = 64
+"""Scenes that a bare loop on a GPU has decoded, 3 MB each, and that the threshold is set by."""
 STORE_VOLUMES = 64
 """4 GB: 20,000 drawn pictures are 0.9."""
 MEMORY_INTERVAL_S = 5.0
@@ -101,6 +103,15 @@ class Options:
     bulk: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One row."""
+
+    image: str
+    instances: int
+    finished_at: datetime
+
+
 def main() -> int:
     """Measure, print, and append to the CSV file if --record is given."""
     options = _parse()
@@ -110,7 +121,8 @@ def main() -> int:
         drawn = folder / "in"
         _draw(options, drawn)
         images, out, environment = _stored(options, folder, drawn, stack)
-        threshold = _threshold(options.kept, drawn, weights) if options.kept else None
+        scenes = sorted(drawn.iterdir())[: min(options.distinct, MAX_DECODED)]
+        threshold = _in_process(_threshold, options.kept, scenes, weights) if options.kept else None
         arguments = ["--images", images, "--weights", weights, *options.bulk]
         if threshold is not None:
             arguments += ["--score-threshold", str(threshold)]
@@ -130,9 +142,9 @@ def main() -> int:
 
 
 def _row(
-    options: Options, gpus: int, bare: Sequence[float], run: BulkRun, ended: Sequence[tuple[str, datetime]]
+    options: Options, gpus: int, bare: Sequence[float], run: BulkRun, rows: Sequence[Ended]
 ) -> dict[str, Any]:
-    rate, names = _rate(ended), {image for image, _ in ended}
+    rate, names = _rate(rows), {row.image for row in rows}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine_name(),
@@ -142,6 +154,7 @@ def _row(
         "size": "x".join(map(str, options.size)),
         "store": options.store,
         "kept": options.kept,
+        "instances": round(statistics.mean(row.instances for row in rows), 2),
         "options": " ".join(options.bulk),
         "bare_before": round(bare[0], 2),
         "bare_after": round(bare[1], 2),
@@ -152,7 +165,7 @@ def _row(
         "memory_growth": round(run.memory_growth, 3),
         "kills": " ".join(run.killed),
         "lost": options.pictures - len(names),
-        "twice": len(ended) - len(names),
+        "twice": len(rows) - len(names),
         "changed": run.changed,
     }
 
@@ -224,18 +237,16 @@ def _in_process(work: Callable[..., Any], *arguments: object) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def _threshold(kept: int, folder: Path, weights: str) -> float:
-    """That keeps so many instances of a picture on average."""
-    return float(_in_process(_threshold_here, kept, folder, weights))
-
-
-def _threshold_here(kept: int, folder: Path, weights: str) -> float:
+def _threshold(kept: int, scenes: Sequence[Path], weights: str) -> float:
+    """That keeps so many instances of a scene on average."""
     predictor = _predictor(weights)
     prompts = [ConceptPrompt(PROMPT, score_threshold=0.0)]
-    batch = _squares(sorted(folder.iterdir())[:BATCH], predictor)
-    found = predictor.segment([(square, prompts) for square in batch])
-    scores = sorted((each.score for [result] in found for each in result.instances), reverse=True)
-    return scores[kept * BATCH]
+    scores = []
+    for start in range(0, len(scenes), BATCH):
+        batch = _squares(scenes[start : start + BATCH], predictor)
+        for [result] in predictor.segment([(square, prompts) for square in batch]):
+            scores += [each.score for each in result.instances]
+    return sorted(scores, reverse=True)[kept * len(scenes)]
 
 
 def _bare_rate(folder: Path, weights: str, threshold: float | None) -> float:
@@ -264,10 +275,14 @@ def _bare_loop(
     predictor = _predictor(weights)
     prompts = [ConceptPrompt(PROMPT, score_threshold=threshold)]
     files = sorted(folder.iterdir())[part[0] :: part[1]]
-    decoded = _squares(files[:BATCH], predictor) if torch.cuda.is_available() else None
+    decoded = _squares(files[:MAX_DECODED], predictor) if torch.cuda.is_available() else []
     done, started_s = 0, time.perf_counter()
     while time.perf_counter() - started_s < BARE_S:
-        batch = decoded or _squares([files[(done + place) % len(files)] for place in range(BATCH)], predictor)
+        places = range(done, done + BATCH)
+        if decoded:
+            batch = [decoded[place % len(decoded)] for place in places]
+        else:
+            batch = _squares([files[place % len(files)] for place in places], predictor)
         predictor.segment([(square, prompts) for square in batch])
         done += BATCH
     return done / (time.perf_counter() - started_s)
@@ -378,14 +393,14 @@ class BulkRun:
         self.changed += sum(found.get(name) != etag for name, etag in self._stored.items())
         self._stored = found
 
-    def check(self) -> list[tuple[str, datetime]]:
-        """Name and time of each row, after a last look for changes."""
+    def check(self) -> list[Ended]:
+        """The rows, after a last look for changes."""
         self._look_for_changes()
         folder = self._folder()
         rows = [row for stored in folder.list("rows/") for row in read_rows(folder.read(stored.name))]
         codes = Counter(row.error_code for row in rows if row.status != "done")
         print(f"{len(rows)} rows, error rows: {dict(codes)}", file=sys.stderr)  # noqa: T201
-        return [(row.image, row.finished_at) for row in rows]
+        return [Ended(row.image, len(row.instances), row.finished_at) for row in rows]
 
     @property
     def memory_growth(self) -> float:
@@ -395,9 +410,9 @@ class BulkRun:
         return statistics.mean(self.memory_mb[-quarter:]) / second - 1
 
 
-def _rate(rows: Sequence[tuple[str, datetime]]) -> float:
+def _rate(rows: Sequence[Ended]) -> float:
     """Pictures a second after the first shard."""
-    times = sorted(finished for _, finished in rows)
+    times = sorted(row.finished_at for row in rows)
     first = times[min(63, len(times) - 1)]
     return max(0, len(times) - 64) / max((times[-1] - first).total_seconds(), 1e-3)
 

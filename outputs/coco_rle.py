@@ -31,11 +31,16 @@ def coco_rle(mask: MaskCrop, width: int, height: int) -> CocoRle:
 
     Time and memory follow the crop, not the image.
     """
-    padded = np.pad(mask.array(), ((1, 1), (0, 0)))
-    rows, columns = np.nonzero(padded[1:] ^ padded[:-1])
-    changes, times = np.unique((mask.left + columns) * height + mask.top + rows, return_counts=True)
+    # Column by column in memory, so that the changes are found in the order of the run lengths.
+    columns = np.zeros((mask.width, mask.height + 2), np.bool_)
+    columns[:, 1:-1] = mask.array().T
+    places = np.flatnonzero(columns[:, 1:] ^ columns[:, :-1])
+    column = places // (mask.height + 1)
+    row = places - column * (mask.height + 1)
+    changes = (mask.left + column) * height + mask.top + row
     # A run that reaches the image's last row may go on in the next column: two changes that are none.
-    changes = changes[times == 1]
+    [pairs] = np.nonzero(changes[1:] == changes[:-1])
+    changes = np.delete(changes, np.concatenate([pairs, pairs + 1]))
     counts = np.diff(changes, prepend=0, append=width * height)
     if len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
