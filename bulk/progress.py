@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from bulk.stages.blocks import ShardOutcome
 
 LINE_INTERVAL_S = 10.0
-RATE_WINDOW_S = 60.0
-"""The rate is that of the last minute: it includes no start, and follows what changes."""
+WINDOW_S = 60.0
+"""Rate and share are those of the last minute: they include no start, and follow what changes."""
 
 
 @dataclass(slots=True)
@@ -32,7 +33,6 @@ class RunState:
         streams: batches that all models together compute at once.
         kept: pictures that were done before.
         done: pictures of this run, error rows included.
-        inference_s: time in which streams had work, the sum over them.
         errors: pictures by code.
     """
 
@@ -41,20 +41,17 @@ class RunState:
     kept: int = 0
     done: int = 0
     instances: int = 0
-    inference_s: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
-    started_s: float = field(default_factory=time.monotonic)
-    _finished: list[tuple[float, int]] = field(default_factory=list)
+    _finished: list[tuple[float, ShardOutcome]] = field(default_factory=list)
 
     def add(self, outcome: ShardOutcome) -> None:
         """Count a shard."""
         now_s = time.monotonic()
         self.done += outcome.pictures
         self.instances += outcome.instances
-        self.inference_s += outcome.inference_s
         self.errors.update(outcome.errors)
-        self._finished.append((now_s, outcome.pictures))
-        while len(self._finished) > 2 and self._finished[1][0] < now_s - RATE_WINDOW_S:
+        self._finished.append((now_s, outcome))
+        while len(self._finished) > 2 and self._finished[1][0] < now_s - WINDOW_S:
             del self._finished[0]
 
     @property
@@ -65,16 +62,19 @@ class RunState:
     @property
     def rate(self) -> float | None:
         """Pictures a second of the last minute; None before the second shard."""
-        if len(self._finished) < 2:
-            return None
-        elapsed_s = time.monotonic() - self._finished[0][0]
-        return sum(pictures for _, pictures in self._finished[1:]) / max(elapsed_s, 1e-3)
+        return self._per_second([outcome.pictures for _, outcome in self._finished])
 
     @property
-    def busy_share(self) -> float:
-        """Of the run's time, the share in which a stream was computing, the mean over the streams."""
-        elapsed_s = time.monotonic() - self.started_s
-        return min(1.0, self.inference_s / max(elapsed_s, 1e-3) / max(1, self.streams))
+    def busy_share(self) -> float | None:
+        """Of the last minute, the share in which a stream had work, the mean over the streams."""
+        busy = self._per_second([outcome.inference_s for _, outcome in self._finished])
+        return None if busy is None else min(1.0, busy / max(1, self.streams))
+
+    def _per_second(self, values: Sequence[float]) -> float | None:
+        """Of the shards after the first one, at whose end the time begins."""
+        if len(values) < 2:
+            return None
+        return sum(values[1:]) / max(time.monotonic() - self._finished[0][0], 1e-3)
 
     @property
     def left_s(self) -> float | None:
@@ -108,7 +108,8 @@ def line_of(state: RunState) -> str:
     if state.rate is not None:
         parts.append(f"{state.rate:.1f}/s")
     parts.append(f"{state.failed:,} failed")
-    parts.append(f"model busy {state.busy_share:.0%}")
+    if state.busy_share is not None:
+        parts.append(f"model busy {state.busy_share:.0%}")
     if state.left_s is not None:
         parts.append(f"{duration(state.left_s)} left")
     return ", ".join(parts)

@@ -15,14 +15,14 @@ def _outcome(**values: object) -> ShardOutcome:
 
 
 def test_line_counts_pictures_failures_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate leaves out the start, and the time left is that of the pictures that are not done."""
+    """Rate and share leave out the start, and the time left is that of the pictures that are not done."""
     now_s = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
-    state = RunState(total=1064, streams=2, kept=100, started_s=90.0)
+    state = RunState(total=1064, streams=2, kept=100)
     state.add(_outcome())
-    assert line_of(state) == "164 of 1,064 pictures, 0 failed, model busy 5%"
+    assert line_of(state) == "164 of 1,064 pictures, 0 failed"
     now_s = 102.0
-    state.add(_outcome(errors={"NOT_FOUND": 3, "TOO_LARGE": 1}, inference_s=11.0))
+    state.add(_outcome(errors={"NOT_FOUND": 3, "TOO_LARGE": 1}, inference_s=2.0))
     assert line_of(state) == "228 of 1,064 pictures, 32.0/s, 4 failed, model busy 50%, 26 s left"
 
 
