@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from stamina.instrumentation import set_on_retry_hooks
 
-from bulk.errors import SOME_FAILED, RunError, WrongUsage
+from bulk.errors import SOME_FAILED, UNAVAILABLE, RunError, WrongUsage
 from bulk.objects import open_objects
 from bulk.objects.s3 import warn_of_long_wait
 from bulk.progress import RunMetrics, display_of
@@ -18,7 +18,7 @@ from bulk.run import bulk_run
 from bulk.settings import MAX_SHARD_PICTURES, Run, RunSettings
 from bulk.sources import source_of
 from bulk.summary import summary_tables
-from sam3_runner.errors import PromptTooLong, WeightsError
+from sam3_runner.errors import DecoderFailed, PromptTooLong, WeightsError
 from sam3_runner.prompts import PromptTokenizer, clean_prompt
 from sam3_runner.weights.checkpoint import DEFAULT_WEIGHTS_PATH, DEMO, Checkpoint, find_checkpoint
 
@@ -46,6 +46,9 @@ def run_to_exit_code(arguments: Arguments) -> int:
     except RunError as error:
         sys.stderr.write(f"sam3: {error}\n")
         return error.exit_code
+    except (OSError, DecoderFailed) as error:  # no space, memory, descriptors or processes
+        sys.stderr.write(f"sam3: this machine cannot go on: {error}; the same command does, later\n")
+        return UNAVAILABLE
     _show(ended, run)
     return SOME_FAILED if ended.failed else 0
 

@@ -147,8 +147,9 @@ def ray_session(run: Run) -> Iterator[Sizes]:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     # Workers import our modules, and nothing is reported to anyone.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray listens on all addresses: only processes of this user know its token.
-    os.environ["RAY_AUTH_MODE"] = "token"
+    if run.ray_address is None:
+        # Ray listens on all addresses: only processes of this user know its token. A cluster has its own way.
+        os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Without it Ray does not start with more than 10 GB in /tmp. The run warns of a store there.
     os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"

@@ -28,6 +28,7 @@ COLUMN: Final = "image"
 _MAX_LINE_BYTES: Final = 1 << 20
 _BUFFER_BYTES: Final = 8 << 20
 _BATCH_ROWS: Final = 8192
+_BUCKET: Final = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:.*")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -192,6 +193,8 @@ def _full_uri(name: str, manifest: str) -> str:
         bucket, _, key = name.removeprefix("s3://").partition("/")
         if not bucket or not key:
             raise ValueError("names no object: write s3://bucket/key")
+        if not _BUCKET.fullmatch(bucket):
+            raise ValueError(f"{bucket!r} cannot be the name of a bucket")
         return name
     if _SCHEME.match(name):
         raise ValueError("is neither s3://bucket/key nor a path, so it cannot be read")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
 from bulk.errors import ClusterUnavailable, RunError
 from bulk.stages.blocks import SHARD, outcome_of
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from bulk.cluster import Sizes
     from bulk.plan import Plan
     from bulk.settings import Run
-    from bulk.stages.blocks import ShardOutcome
+    from bulk.stages.blocks import Block, ShardOutcome
 
+SHARD_TRIES = 5
+"""Of a shard whose process dies by it, such as by a picture that makes the GPU fail."""
 WAVE_SHARDS = 10_000
 """Of one dataset: Ray's driver keeps some KB for each block."""
 
@@ -31,7 +35,8 @@ WAVE_SHARDS = 10_000
 def segment_shards(run: Run, plan: Plan, todo: Sequence[int], sizes: Sizes) -> Iterator[ShardOutcome]:
     """Segment shards, and yield the outcome of each when its rows are stored.
 
-    A process that dies is started anew, and its shard is done again. What it had stored stays as it is.
+    A process that dies is started anew, and its shard is done again, `SHARD_TRIES` times in all. What it had
+    stored stays as it is.
 
     Args:
         run: what to do.
@@ -83,20 +88,46 @@ def _stage(
     num_gpus: int | None = None,
 ) -> ray.data.Dataset:
     """A stage of so many processes, each with `at_once` blocks at work and the next one ready."""
-    return dataset.map_batches(
-        stage,
-        batch_size=1,  # one row a shard
-        batch_format="numpy",
-        fn_constructor_args=arguments,
-        compute=ActorPoolStrategy(
-            size=processes,
-            max_tasks_in_flight_per_actor=at_once + 1,
-            max_concurrent_calls_per_actor=at_once,
-            enable_true_multi_threading=at_once > 1,
-        ),
-        num_cpus=num_cpus,
-        num_gpus=num_gpus or None,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way to bound the tries; 2.64 is to remove this one.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            _started(stage),
+            batch_size=1,  # one row a shard
+            batch_format="numpy",
+            fn_constructor_args=arguments,
+            compute=ActorPoolStrategy(
+                size=processes,
+                max_tasks_in_flight_per_actor=at_once + 1,
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=at_once > 1,
+            ),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+            max_task_retries=SHARD_TRIES - 1,
+        )
+
+
+def _started(stage: type) -> type:
+    """The stage as Ray starts it: of an error in a constructor Ray would tell its own class alone."""
+
+    class Started:
+        def __init__(self, *arguments: Any) -> None:
+            self._error: RunError | None = None
+            try:
+                self._stage = stage(*arguments)
+            except RunError as error:
+                self._error = error
+
+        def __call__(self, block: Block) -> Block:
+            if self._error is not None:
+                raise self._error
+            result: Block = self._stage(block)
+            return result
+
+    # Ray names processes by it.
+    Started.__name__ = Started.__qualname__ = stage.__name__
+    return Started
 
 
 def _run_error(error: RayError) -> RunError:
@@ -105,4 +136,9 @@ def _run_error(error: RayError) -> RunError:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, RunError):
         return cause
+    if isinstance(cause, RayActorError):
+        return ClusterUnavailable(
+            "Ray has ended, or a process dies each time at the same pictures (the GPU fails, or the memory "
+            "is too small: try a smaller --shard-pictures); the same command goes on from here"
+        )
     return ClusterUnavailable(f"Ray has failed: {type(error).__name__}")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bulk.errors import OtherRun, PictureError
+from bulk.errors import OtherRun, PictureError, StoreRefused
 from bulk.sources import Picture
 
 if TYPE_CHECKING:
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
     from bulk.objects import Objects
 
 PLAN = "plan.json"
-"""Is written last: without it the list is not complete, and is made anew."""
+"""Is written last, and never again: without it the list is not complete, and is made anew."""
 SHARDS_PER_FILE = 64
 ROWS = "rows/"
+_ROWS_FILE = re.compile(ROWS + r"(\d{7,})\.parquet")
 PARQUET = "application/vnd.apache.parquet"
 JSON = "application/json"
 _SCHEMA = pa.schema([("image", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())])
@@ -34,10 +37,17 @@ _SCHEMA = pa.schema([("image", pa.string()), ("size_bytes", pa.int64()), ("etag"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The frozen list: how many pictures, and how many of them each shard has but the last."""
+    """The frozen list.
+
+    Attributes:
+        pictures: how many.
+        shard_pictures: how many of them each shard has, but the last.
+        files: the folder of its files below `plan/`: of two commands that list at once, each has its own.
+    """
 
     pictures: int
     shard_pictures: int
+    files: str
 
     @property
     def shards(self) -> int:
@@ -61,13 +71,24 @@ def read_plan(folder: Objects) -> Plan | None:
 
 
 def read_if_there(folder: Objects, name: str) -> bytes | None:
-    """An object of the run's folder, or None."""
+    """An object of the run's folder, or None. Raises StoreRefused: it may not be read."""
     try:
         return folder.read(name)
     except PictureError as error:
-        if error.code != "NOT_FOUND":
-            raise
-        return None
+        if error.code == "NOT_FOUND":
+            return None
+        raise StoreRefused(
+            f"{name} in {folder.uri} cannot be read: {error.message}; the run needs the rights to list, read "
+            "and write there"
+        ) from None
+
+
+def read_part(folder: Objects, name: str) -> bytes:
+    """An object of the run's folder that was written before. Raises StoreRefused: it is gone."""
+    data = read_if_there(folder, name)
+    if data is None:
+        raise StoreRefused(f"{name} is gone from {folder.uri}: choose another --out")
+    return data
 
 
 def make_plan(
@@ -76,7 +97,7 @@ def make_plan(
     shard_pictures: int,
     report: Callable[[int], None] = lambda _: None,
 ) -> Plan:
-    """Write the list; raises what `pictures` raises.
+    """Write the list; raises what `pictures` raises. Returns the one of another command that was faster.
 
     Args:
         folder: of the run.
@@ -84,14 +105,15 @@ def make_plan(
         shard_pictures: of one shard.
         report: is called with the number of pictures that are listed.
     """
-    total = 0
+    total, files = 0, uuid4().hex
     listed = iter(pictures)
     for number, part in enumerate(_parts(listed, shard_pictures * SHARDS_PER_FILE)):
-        folder.replace(_plan_file(number), _encode(part), PARQUET)
+        folder.create(_plan_file(files, number), _encode(part), PARQUET)
         total += len(part)
         report(total)
-    plan = Plan(total, shard_pictures)
-    folder.replace(PLAN, json.dumps(asdict(plan)).encode(), JSON)
+    folder.create(PLAN, json.dumps(asdict(Plan(total, shard_pictures, files))).encode(), JSON)
+    plan = read_plan(folder)
+    assert plan is not None
     return plan
 
 
@@ -100,8 +122,8 @@ def _parts(pictures: Iterator[Picture], size: int) -> Iterator[list[Picture]]:
         yield part
 
 
-def _plan_file(number: int) -> str:
-    return f"plan/{number:06}.parquet"
+def _plan_file(files: str, number: int) -> str:
+    return f"plan/{files}/{number:06}.parquet"
 
 
 def _encode(pictures: list[Picture]) -> bytes:
@@ -125,7 +147,8 @@ class PlanReader:
         """The pictures of a shard, in order."""
         number, place = divmod(shard, SHARDS_PER_FILE)
         if number != self._number:
-            self._table = pq.read_table(io.BytesIO(self._folder.read(_plan_file(number))))
+            data = read_part(self._folder, _plan_file(self._plan.files, number))
+            self._table = pq.read_table(io.BytesIO(data))
             self._number = number
         size = self._plan.shard_pictures
         rows = self._table.slice(place * size, size).to_pylist()
@@ -139,8 +162,5 @@ def rows_file(shard: int) -> str:
 
 def done_shards(folder: Objects) -> set[int]:
     """The shards whose rows are written."""
-    return {
-        int(stored.name.removeprefix(ROWS).removesuffix(".parquet"))
-        for stored in folder.list(ROWS)
-        if stored.name.endswith(".parquet")
-    }
+    names = (_ROWS_FILE.fullmatch(stored.name) for stored in folder.list(ROWS))
+    return {int(name[1]) for name in names if name is not None}

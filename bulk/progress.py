@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bulk.stages.blocks import ShardOutcome
 
 LINE_INTERVAL_S = 10.0
+QUIET_S = 60.0
 WINDOW_S = 60.0
 """Rate and share are those of the last minute: they include no start, and follow what changes."""
 
@@ -173,6 +175,47 @@ class _Lines:
     def say(self, line: str) -> None:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+
+
+class StillWaiting:
+    """Says, after one minute without a shard, after two, four and so on, that the run waits."""
+
+    def __init__(self, display: Display, first_s: float = QUIET_S) -> None:
+        self._display = display
+        self._first_s = first_s
+        self._changed = threading.Condition()
+        self._since_s: float | None = time.monotonic()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="waiting", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restart(None)
+
+    def shard_has_ended(self) -> None:
+        """The time begins anew."""
+        self._restart(time.monotonic())
+
+    def _restart(self, since_s: float | None) -> None:
+        with self._changed:
+            self._since_s = since_s
+            self._changed.notify()
+
+    def _watch(self) -> None:
+        quiet_s = self._first_s
+        with self._changed:
+            while (since_s := self._since_s) is not None:
+                self._changed.wait(max(0.0, since_s + quiet_s - time.monotonic()))
+                if self._since_s != since_s:
+                    quiet_s = self._first_s
+                elif time.monotonic() >= since_s + quiet_s:
+                    self._display.say(
+                        f"no shard has ended for {duration(quiet_s)}: the model or a store is slow or away"
+                    )
+                    quiet_s *= 2
 
 
 class RunMetrics:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from bulk.cluster import Store, ray_session
 from bulk.objects import open_objects, read_uri
-from bulk.plan import JSON, done_shards, make_plan, read_if_there, read_plan, rows_file
-from bulk.progress import LINE_INTERVAL_S, RunState
+from bulk.plan import JSON, done_shards, make_plan, read_if_there, read_part, read_plan, rows_file
+from bulk.progress import LINE_INTERVAL_S, RunState, StillWaiting
 from bulk.report import RunDescription
 from bulk.run_results import COCO, REPORT, SUMMARY, write_results
 from bulk.sources import Skipped, list_pictures
+from bulk.stages.background import yield_to_others
 from version import VERSION
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def bulk_run(run: Run, checkpoint: Checkpoint, display: Display, metrics: RunMet
     if todo:
         _segment(run, plan, todo, display, metrics)
     display.say("writing coco.json, summary.json and report.html")
+    if run.background:  # not before: Ray's processes would have it from this one
+        yield_to_others()
     summary = _write_results(run, folder, plan, checkpoint)
     return Ended(plan, summary.failed_pictures, summary)
 
@@ -106,7 +109,7 @@ def _list(run: Run, folder: Objects, display: Display) -> Plan:
             said_s = time.monotonic()
             display.say(f"{pictures:,} pictures listed")
 
-    pictures = list_pictures(run.images, exclude=run.out, skipped=skipped, max_wait_s=run.max_wait_s)
+    pictures = list_pictures(run.images, skipped=skipped, max_wait_s=run.max_wait_s)
     plan = make_plan(folder, pictures, run.shard_pictures, report)
     display.say(". ".join([f"{plan.pictures:,} pictures", *skipped.sentences()]))
     return plan
@@ -125,10 +128,12 @@ def _segment(run: Run, plan: Plan, todo: Sequence[int], display: Display, metric
         state = RunState(plan.pictures, sizes.models * sizes.streams, kept)
         display.say(f"loading the model ({sizes})")
         metrics.show(state)
-        for outcome in segment_shards(placed, plan, todo, sizes):
-            state.add(outcome)
-            metrics.show(state, outcome)
-            display.show(state)
+        with StillWaiting(display) as waiting:
+            for outcome in segment_shards(placed, plan, todo, sizes):
+                waiting.shard_has_ended()
+                state.add(outcome)
+                metrics.show(state, outcome)
+                display.show(state)
 
 
 def _known_failures(folder: Objects) -> int | None:
@@ -175,7 +180,7 @@ def _parts(folder: Objects, plan: Plan) -> Iterator[bytes]:
     with ThreadPoolExecutor(READS_AHEAD) as threads:
         ahead = deque[Any]()
         for shard in range(plan.shards):
-            ahead.append(threads.submit(folder.read, rows_file(shard)))
+            ahead.append(threads.submit(read_part, folder, rows_file(shard)))
             if len(ahead) == READS_AHEAD:
                 yield ahead.popleft().result()
         while ahead:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Final, Literal
 
 from bulk.errors import NoPictures, WrongUsage
 from bulk.manifests import ENDINGS, SeenUris, is_manifest, manifest_uris
-from bulk.objects import DEFAULT_MAX_WAIT_S, open_objects
+from bulk.objects import DEFAULT_MAX_WAIT_S, is_utf8, open_objects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +22,10 @@ PICTURE_ENDINGS: Final = ("png", "jpg", "jpeg", "webp")
 
 _RUN_ID: Final = re.compile(r"[0-9a-f]{12}")
 _RUN_FILE: Final = "run.json"
+_RUN_PARTS: Final = frozenset(
+    {"masks", "rows", "plan", _RUN_FILE, "plan.json", "coco.json", "summary.json", "report.html"}
+)
+"""Of a run's folder. Only such names cost a request: is there a run.json?"""
 _BATCH_ROWS: Final = 8192
 
 
@@ -97,20 +101,18 @@ def source_of(images: str) -> Source:
 def list_pictures(
     images: str,
     *,
-    exclude: str | None = None,
     skipped: Skipped | None = None,
     max_wait_s: float = DEFAULT_MAX_WAIT_S,
 ) -> Iterator[Picture]:
     """The pictures of a source, fetched while the caller iterates.
 
     In a prefix or a folder these are the objects whose names end in .png, .jpg, .jpeg or .webp, or have no
-    ending. Hidden files and folders of a folder are left out. In a manifest each row is a picture; a picture
-    that is named again is left out.
+    ending. Hidden files and folders of a folder are left out, and so are the files of runs: those in a folder
+    whose name is a run id and which holds a run.json. In a manifest each row is a picture; a picture that is
+    named again is left out.
 
     Args:
         images: see `source_of`.
-        exclude: the URI of `--out`, which may lie inside the source. The files of its runs are left out:
-            those in a folder whose name is a run id and which holds a run.json.
         skipped: counts what is left out; complete when the iteration has ended.
         max_wait_s: how long transient failures of one request to the store are retried.
 
@@ -125,8 +127,7 @@ def list_pictures(
     if source.kind == "manifest":
         return _at_least_one(_listed(source, skipped, max_wait_s), source, skipped)
     objects = open_objects(source.uri, max_wait_s)
-    runs = _Runs(objects, None if exclude is None else open_objects(exclude).uri)
-    return _at_least_one(_stored(objects, runs, source, skipped), source, skipped)
+    return _at_least_one(_stored(objects, _Runs(objects), source, skipped), source, skipped)
 
 
 def _at_least_one(pictures: Iterator[Picture], source: Source, skipped: Skipped) -> Iterator[Picture]:
@@ -160,7 +161,7 @@ def _stored(objects: Objects, runs: _Runs, source: Source, skipped: Skipped) -> 
     """The pictures of a prefix or a folder."""
     root = objects.uri.rstrip("/") if source.kind == "folder" else objects.uri
     for found in objects.list():
-        if source.kind == "folder" and not _is_utf8(found.name):
+        if source.kind == "folder" and not is_utf8(found.name):
             skipped.not_utf8 += 1
         elif source.kind == "folder" and _is_hidden(found.name):
             skipped.hidden += 1
@@ -170,14 +171,6 @@ def _stored(objects: Objects, runs: _Runs, source: Source, skipped: Skipped) -> 
             skipped.other_endings += 1
         else:
             yield Picture(f"{root}/{found.name}", found.size_bytes, found.etag)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_hidden(name: str) -> bool:
@@ -190,29 +183,22 @@ def _has_picture_name(name: str) -> bool:
 
 
 class _Runs:
-    """The runs below `--out`, as far as it lies inside the source.
+    """The runs inside a source, of any `--out`: their masks are no pictures of it."""
 
-    Args:
-        objects: the source.
-        out: its full URI; None for no runs.
-    """
-
-    def __init__(self, objects: Objects, out: str | None) -> None:
+    def __init__(self, objects: Objects) -> None:
         self._objects = objects
-        root = objects.uri.rstrip("/")
-        self._below: str | None = None
-        if out is not None and f"{out}/".startswith(f"{root}/"):
-            self._below = f"{out}/".removeprefix(f"{root}/")
         self._known: dict[str, bool] = {}
 
     def hold(self, name: str) -> bool:
         """Whether an object of the source belongs to a run."""
-        if self._below is None or not name.startswith(self._below):
-            return False
-        folder, slash, _ = name.removeprefix(self._below).partition("/")
-        if not slash or not _RUN_ID.fullmatch(folder):
-            return False
+        parts = name.split("/")
+        return any(
+            _RUN_ID.fullmatch(part) and inside in _RUN_PARTS and self._is_run("/".join(parts[: place + 1]))
+            for place, (part, inside) in enumerate(pairwise(parts))
+        )
+
+    def _is_run(self, folder: str) -> bool:
         if folder not in self._known:
-            file = f"{self._below}{folder}/{_RUN_FILE}"
+            file = f"{folder}/{_RUN_FILE}"
             self._known[folder] = any(found.name == file for found in islice(self._objects.list(file), 1))
         return self._known[folder]

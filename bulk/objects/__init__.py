@@ -7,14 +7,14 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from bulk.errors import PictureError, WrongUsage
-from bulk.objects.base import DEFAULT_MAX_WAIT_S, Objects, StoredObject
+from bulk.objects.base import DEFAULT_MAX_WAIT_S, Objects, StoredObject, is_utf8
 from bulk.objects.folder import FolderObjects
 from bulk.objects.s3 import S3Objects
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
-__all__ = ["DEFAULT_MAX_WAIT_S", "Objects", "StoredObject", "open_objects", "open_uri", "read_uri"]
+__all__ = ["DEFAULT_MAX_WAIT_S", "Objects", "StoredObject", "is_utf8", "open_objects", "open_uri", "read_uri"]
 
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -27,8 +27,10 @@ def open_objects(uri: str, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> Objects:
         max_wait_s: how long the transient failures of one call are retried.
 
     Raises:
-        WrongUsage: another scheme, no bucket, or no name at all.
+        WrongUsage: another scheme, no bucket, no name at all, or one that is not UTF-8.
     """
+    if not is_utf8(uri):
+        raise WrongUsage(f"the name {uri!r} is not UTF-8: rename it")
     if uri.startswith("s3://"):
         bucket, prefix = _parts(uri)
         return S3Objects(bucket, prefix.removesuffix("/"), max_wait_s)

@@ -27,6 +27,15 @@ class StoredObject:
     etag: str | None = None
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name, as Python has it from the system, is UTF-8: rows and lists hold no others."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Objects(Protocol):
     """The objects below one place: a prefix of a bucket, or a folder.
 

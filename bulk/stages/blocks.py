@@ -33,7 +33,6 @@ class PictureState:
 
     Attributes:
         size_bytes, sha256: of the object that was read.
-        width, height: px, as a viewer shows it.
         error: why it becomes an error row.
         results: one a prompt.
         timings_ms: by stage; of the model's pass, the picture's share.
@@ -42,8 +41,6 @@ class PictureState:
     picture: Picture
     size_bytes: int | None = None
     sha256: str | None = None
-    width: int | None = None
-    height: int | None = None
     error: PictureError | None = None
     results: Sequence[PredictResult] = ()
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -79,26 +76,21 @@ class ShardOutcome:
     """What the command counts of a shard whose rows are stored.
 
     Attributes:
-        is_new: this run has stored them, and not another one at the same time or a try before.
         inference_s: time in which the model's device had this shard's work.
         errors: how many pictures have each code.
     """
 
-    shard: int
     pictures: int
     instances: int
-    is_new: bool
     inference_s: float
     errors: dict[str, int]
 
     @classmethod
-    def of(cls, shard: int, rows: Sequence[PictureRow], *, is_new: bool) -> ShardOutcome:
+    def of(cls, rows: Sequence[PictureRow]) -> ShardOutcome:
         """The outcome of a shard's rows."""
         return cls(
-            shard,
             len(rows),
             sum(len(row.instances) for row in rows),
-            is_new,
             sum(row.timings_ms.inference or 0.0 for row in rows) / 1000,
             dict(Counter(row.error_code for row in rows if row.error_code is not None)),
         )

@@ -8,13 +8,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from bulk.errors import PictureError
+from bulk.errors import PictureError, StoreRefused, StoreUnavailable
+from bulk.manifests import is_manifest
 from bulk.objects import open_objects, read_uri
 from bulk.plan import PlanReader
 from bulk.stages.background import yield_to_others
 from bulk.stages.blocks import PictureState, block_of, shard_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bulk.plan import Plan
     from bulk.settings import Run
     from bulk.stages.blocks import Block
@@ -39,10 +42,12 @@ class Fetch:
             yield_to_others()
         self._run = run
         self._plan = PlanReader(open_objects(run.folder, max_wait_s=run.max_wait_s), plan)
+        self._source = open_objects(run.images, run.max_wait_s)
+        self._is_listed = not is_manifest(run.images)
         self._threads = ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="fetch")
 
     def __call__(self, block: Block) -> Block:
-        """The files of a shard."""
+        """The files of a shard. Raises RunError: the source fails."""
         shard = shard_of(block)
         states = [PictureState(picture) for picture in self._plan.pictures(shard)]
         room = _Room(MAX_BLOCK_BYTES)
@@ -61,7 +66,28 @@ class Fetch:
                 return None
             return data
 
-        return block_of(shard, states, list(self._threads.map(fetch, states)))
+        files = list(self._threads.map(fetch, states))
+        self._check_source(states)
+        return block_of(shard, states, files)
+
+    def _check_source(self, states: Sequence[PictureState]) -> None:
+        """End the run where no picture of a shard can be read by a fault of the source.
+
+        Error rows would be for ever, and a source that may not be read, or is not mounted, comes back.
+        """
+        codes = {None if state.error is None else state.error.code for state in states}
+        if len(states) == 1 or not codes <= {"FORBIDDEN", "NOT_FOUND"}:
+            return
+        if "FORBIDDEN" in codes:
+            raise StoreRefused(
+                f"none of {len(states)} pictures in turn may be read, such as {states[0].picture.image}: "
+                f"{states[0].error}; allow it, and start the same command again"
+            )
+        if self._is_listed and next(self._source.list(), None) is None:
+            raise StoreUnavailable(
+                f"{self._run.images} is empty on this machine, though pictures were listed there: is it "
+                "mounted? The same command goes on from here"
+            )
 
 
 def fetch_file(run: Run, state: PictureState) -> bytes:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from bulk.settings import Run
     from bulk.stages.blocks import Block, PictureState
     from sam3_runner.images.decoded import DecodedImage
+    from sam3_runner.images.image_file import ImageFile
     from sam3_runner.instances import PredictResult
+    from sam3_runner.serving.engine import SegmentOutcome
 
 LOADING_POLL_S = 0.05
 NO_DEADLINE_S = float("inf")
@@ -83,7 +85,8 @@ class Segment:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="decode", daemon=True).start()
         self._decoders = ImageDecoders(side_px=run.side_px, count=decoders)
-        self._check_decoders()
+        self._own_file = _own_file()
+        asyncio.run_coroutine_threadsafe(self._check_decoders(), self._loop).result()
         # Pictures that are decoded, or wait for the model: they bound the memory.
         self._slots = asyncio.Semaphore(decoders + 2 * run.streams * run.max_batch)
 
@@ -94,14 +97,23 @@ class Segment:
                 raise ModelUnavailable(f"the model cannot be loaded: {status.detail}")
             time.sleep(LOADING_POLL_S)
 
-    def _check_decoders(self) -> None:
-        """Decode a picture that can be decoded, so that no picture is blamed for a machine."""
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(file, "PNG")
-        picture = read_image_file(file.getvalue(), max_pixels=64)
+    async def _check_decoders(self) -> None:
+        """Decode a picture of our own, so that no other one is blamed for the machine."""
+        (await self._own_picture()).close(is_read=True)
+
+    async def _check_model(self) -> None:
+        """Segment a picture of our own, for the same reason: the device's memory may be full."""
+        decoded = await self._own_picture()
         try:
-            decoding = asyncio.run_coroutine_threadsafe(self._decoders.decode(picture, 0), self._loop)
-            decoding.result().close(is_read=True)
+            outcome = await self._outcome(decoded)
+        finally:
+            decoded.close(is_read=True)
+        if outcome.error is not None:
+            raise ClusterUnavailable(f"the model cannot work: {outcome.error}")
+
+    async def _own_picture(self) -> DecodedImage:
+        try:
+            return await self._decoders.decode(self._own_file, self._max_stored_px)
         except (UnsupportedImage, DecoderFailed, OSError) as error:
             raise ClusterUnavailable(f"a machine cannot decode pictures: {error}") from error
 
@@ -141,21 +153,34 @@ class Segment:
         try:
             file = read_image_file(data, max_pixels=self._run.settings.max_image_pixels)
             decoded = await self._decoders.decode(file, self._max_stored_px)
-        except (UnsupportedImage, DecoderFailed) as error:
+        except UnsupportedImage as error:
+            raise PictureError("UNSUPPORTED_IMAGE", str(error)) from error
+        except DecoderFailed as error:
+            await self._check_decoders()
             raise PictureError("UNSUPPORTED_IMAGE", str(error)) from error
         except OSError as error:  # of this machine: processes, memory or descriptors
             raise ClusterUnavailable(f"a machine cannot decode pictures: {error}") from error
         state.timings_ms["decode"] = (time.perf_counter() - started_s) * 1000
-        state.width, state.height = decoded.width, decoded.height
         return decoded
 
     async def _infer(self, state: PictureState, decoded: DecodedImage) -> None:
-        request = SegmentRequest(decoded, self._prompts, NO_DEADLINE_S, with_masks=True)
-        outcome = await asyncio.wrap_future(self._scheduler.submit(request))
+        outcome = await self._outcome(decoded)
         if isinstance(outcome.error, RunnerStopped | ModelNotLoaded):
             raise ClusterUnavailable(f"the model cannot work: {outcome.error}")
         if outcome.error is not None:
+            await self._check_model()
             raise PictureError("INFERENCE_FAILED", str(outcome.error))
         # The picture's share: the shares of all pictures are the time in which the streams had work.
         state.timings_ms["inference"] = outcome.inference_ms / outcome.images
         state.results = cast("list[PredictResult]", outcome.results)  # they were asked for masks
+
+    async def _outcome(self, decoded: DecodedImage) -> SegmentOutcome:
+        request = SegmentRequest(decoded, self._prompts, NO_DEADLINE_S, with_masks=True)
+        return await asyncio.wrap_future(self._scheduler.submit(request))
+
+
+def _own_file() -> ImageFile:
+    """A picture that every machine can decode and segment."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return read_image_file(file.getvalue(), max_pixels=64)

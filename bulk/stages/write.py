@@ -44,8 +44,8 @@ class Write:
         """Store a shard, unless it is stored already."""
         shard = shard_of(block)
         rows = list(self._threads.map(self._finish, states_of(block)))
-        is_new = self._folder.create(rows_file(shard), write_part(rows), PARQUET)
-        return outcome_block(ShardOutcome.of(shard, rows, is_new=is_new))
+        self._folder.create(rows_file(shard), write_part(rows), PARQUET)
+        return outcome_block(ShardOutcome.of(rows))
 
     def _finish(self, state: PictureState) -> PictureRow:
         """The row of a picture, whose masks are stored."""

@@ -75,7 +75,7 @@ def bulk(
         typer.Option(min=1, help="Pictures that are written together. A kill costs a few times as many."),
     ] = 64,
     max_wait: Annotated[
-        float, typer.Option(min=0, help="Seconds to retry a store that is away or busy, then the run ends.")
+        float, typer.Option(min=1, help="Seconds to retry a store that is away or busy, then the run ends.")
     ] = 300.0,
 ) -> None:
     """Run it, and exit with its code."""

@@ -12,19 +12,35 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]  # Ray is started
 
 ROOT = Path(__file__).parents[2]
 DATASET = """
+import sys
+from dataclasses import replace
 from bulk.cluster import Sizes, ray_session
-from bulk.plan import Plan
+from bulk.errors import RunError
+from bulk.objects import open_objects
+from bulk.plan import make_plan
 from bulk.settings import Run, RunSettings
-run = Run(RunSettings(("star",), "0" * 64), "in", "out", "demo", side_px=336)
-with ray_session(run):
-    from bulk.pipeline import _dataset
-    _dataset(run, Plan(64, 64), [0], Sizes.of(cpus=16, gpus=2))
+from bulk.sources import Picture
+run = Run(RunSettings(("star",), "0" * 64), "in", sys.argv[1], "/no/weights.pt", side_px=336)
+plan = make_plan(open_objects(run.folder), [Picture("/no/picture.png")], 64)
+with ray_session(run) as sizes:
+    from bulk.pipeline import _dataset, segment_shards
+    _dataset(run, plan, [0], Sizes.of(cpus=16, gpus=2))
+    try:
+        list(segment_shards(run, plan, [0], sizes))
+    except RunError as error:
+        print(type(error).__name__, error, file=sys.stderr)
 """
 
 
-def test_ray_takes_the_stages_of_a_host_with_gpus() -> None:
-    """Ray has conditions of its own for stages on GPUs, which this machine may not have."""
+def test_ray_takes_the_stages(tmp_path: Path) -> None:
+    """Ray has conditions of its own for stages on GPUs, and hides why a process cannot start."""
     made = subprocess.run(
-        [sys.executable, "-c", DATASET], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+        [sys.executable, "-c", DATASET, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
     assert made.returncode == 0, made.stderr[-2000:]
+    assert made.stderr.startswith("ModelUnavailable the model cannot be loaded: no weights at /no/weights.pt")

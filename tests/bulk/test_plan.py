@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bulk.cluster import Sizes
-from bulk.errors import OtherRun, StoreUnavailable
+from bulk.errors import OtherRun, StoreRefused, StoreUnavailable
 from bulk.objects import open_objects
 from bulk.plan import PARQUET, PlanReader, done_shards, make_plan, read_plan, rows_file
 from bulk.settings import Run, RunSettings
@@ -67,6 +67,31 @@ def test_list_that_was_interrupted_is_made_anew(folder: Objects) -> None:
     assert [len(reader.pictures(shard)) for shard in range(plan.shards)] == [3, 2]
 
 
+def test_two_commands_that_list_at_once_have_one_list(folder: Objects) -> None:
+    """Pictures come and go meanwhile: the list that was complete first is that of both."""
+    others = []
+
+    def slow() -> Iterator[Picture]:
+        yield from _pictures(FILE + 1)
+        others.append(make_plan(folder, _pictures(FILE + 4), SHARD + 1))
+        yield from _pictures(1)
+
+    plan = make_plan(folder, slow(), SHARD)
+    assert [plan] == others
+    reader = PlanReader(folder, plan)
+    assert [picture for shard in range(plan.shards) for picture in reader.pictures(shard)] == list(
+        _pictures(FILE + 4)
+    )
+
+
+def test_list_that_is_gone_is_a_sentence(folder: Objects, tmp_path: Path) -> None:
+    plan = make_plan(folder, _pictures(1), SHARD)
+    for file in tmp_path.glob("plan/*/*.parquet"):
+        file.unlink()
+    with pytest.raises(StoreRefused, match=r"is gone from .*: choose another --out"):
+        PlanReader(folder, plan).pictures(0)
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"pictures": 3}', b'{"shards": 1}'])
 def test_damaged_plan_is_a_sentence(folder: Objects, data: bytes) -> None:
     folder.replace("plan.json", data, "application/json")
@@ -78,6 +103,7 @@ def test_shards_are_done_when_their_rows_exist(folder: Objects) -> None:
     for shard in (0, 7, 1_234_567):
         assert folder.create(rows_file(shard), b"rows", PARQUET)
     folder.create("rows/readme.txt", b"", "text/plain")
+    folder.create("rows/all.parquet", b"", PARQUET)
     assert done_shards(folder) == {0, 7, 1_234_567}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from bulk.progress import RunMetrics, RunState, display_of, duration, line_of
+from bulk.progress import RunMetrics, RunState, StillWaiting, display_of, duration, line_of
 from bulk.stages.blocks import ShardOutcome
+from tests.services.processes import wait_until
 
 
 def _outcome(**values: object) -> ShardOutcome:
-    given = {"shard": 0, "pictures": 64, "instances": 5, "is_new": True, "inference_s": 1.0, "errors": {}}
+    given = {"pictures": 64, "instances": 5, "inference_s": 1.0, "errors": {}}
     return ShardOutcome(**(given | values))  # type: ignore[arg-type]
 
 
@@ -67,6 +68,22 @@ def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFix
     lines = shown.err.splitlines()
     assert lines[0] == "starting"
     assert lines[-1].startswith("128 of 128 pictures")
+
+
+def test_run_that_waits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """In intervals that double, and not after a shard has ended."""
+    with display_of() as display, StillWaiting(display, first_s=0.05) as waiting:
+        lines: list[str] = []
+
+        def said() -> int:
+            lines.extend(capsys.readouterr().err.splitlines())
+            return len(lines)
+
+        wait_until(lambda: said() >= 2, 10)
+        waiting.shard_has_ended()
+        before = said()
+        wait_until(lambda: said() > before, 10)
+    assert set(lines) == {"no shard has ended for 0 s: the model or a store is slow or away"}
 
 
 def test_prometheus_reads_the_state_on_loopback() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
-from bulk.errors import StoreUnavailable
+from bulk.errors import ClusterUnavailable, StoreUnavailable
 from bulk.settings import Run, RunSettings
 from bulk.sources import Picture
 from bulk.stages.blocks import PictureState, block_of, states_of
@@ -48,3 +49,29 @@ def test_store_that_fails_ends_the_run(segment: Segment, monkeypatch: pytest.Mon
     states = [PictureState(Picture(f"s3://bucket/{number}.png")) for number in range(3)]
     with pytest.raises(StoreUnavailable, match="s3://bucket"):
         segment(block_of(0, states, [None] * 3))
+
+
+@pytest.mark.parametrize("is_full_for_all", [True, False])
+def test_full_device_is_no_fault_of_the_picture(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, *, is_full_for_all: bool
+) -> None:
+    """Where not even a picture of our own fits, the run ends; else the picture is an error row."""
+    predictor = segment._engine._predictor
+    assert predictor is not None
+    segment_mixed = predictor.segment_mixed
+
+    def full(requests: Any, *arguments: Any, **options: Any) -> Any:
+        if is_full_for_all or requests[0][0].height > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return segment_mixed(requests, *arguments, **options)
+
+    monkeypatch.setattr(predictor, "segment_mixed", full)
+    file = png_bytes(scene(7).image)
+    block = block_of(0, [PictureState(Picture("/a.png"))], [file])
+    if is_full_for_all:
+        with pytest.raises(ClusterUnavailable, match=r"the model cannot work: .*memory"):
+            segment(block)
+    else:
+        [state] = states_of(segment(block))
+        assert state.error is not None
+        assert state.error.code == "INFERENCE_FAILED"

@@ -101,27 +101,22 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
     assert found_in(str(tmp_path), f"{tmp_path}/.git") == [".git/objects/6f9a"]
 
 
-@pytest.mark.parametrize("out", ["", "/results", "/deep/results"])
+@pytest.mark.parametrize("out", ["", "results/", "deep/results/"])
 def test_runs_inside_the_source_are_left_out(place: str, out: str) -> None:
-    """Masks of this and other runs are not segmented again; what only looks like a run is."""
-    prefix = f"{out}/".removeprefix("/")
-    fill(place, "cat.png", f"{prefix}dog.png", f"{prefix}0123456789ab.png", f"{prefix}aaaaaaaaaaaa/cat.png")
+    """Masks are not segmented again, whichever `--out` they have; what only looks like a run is."""
+    kept = {"cat.png", f"{out}dog.png", f"{out}0123456789ab.png", f"{out}aaaaaaaaaaaa/masks/cat.png"}
+    fill(place, *kept)
     for run in (RUN, "ffffffffffff"):
-        fill(place, f"{prefix}{run}/run.json", f"{prefix}{run}/masks/ab/1.0.png")
-    fill(place, f"elsewhere/{RUN}/run.json", f"elsewhere/{RUN}/masks/1.png")
+        fill(place, f"{out}{run}/run.json", f"{out}{run}/masks/ab/1.0.png")
     skipped = Skipped()
-    kept = {"cat.png", f"{prefix}dog.png", f"{prefix}0123456789ab.png", f"{prefix}aaaaaaaaaaaa/cat.png"}
-    kept.add(f"elsewhere/{RUN}/masks/1.png")
-    assert set(found_in(place, exclude=f"{place}{out}", skipped=skipped)) == kept
-    assert skipped == Skipped(of_runs=4, other_endings=1)
-    assert skipped.sentences() == ["1 object has another ending", "4 files belong to runs"]
+    assert set(found_in(place, skipped=skipped)) == kept
+    assert skipped == Skipped(of_runs=4)
+    assert skipped.sentences() == ["4 files belong to runs"]
 
 
-def test_outputs_elsewhere_leave_the_source_alone(place: str) -> None:
-    """`--out` beside or above the source, or with a similar name, excludes nothing."""
-    fill(place, f"a/{RUN}/run.json", f"a/{RUN}/cat.png")
-    for out in (f"{place}/b", f"{place}/a{RUN}", place.rpartition("/")[0], f"{place}/a/{RUN}"):
-        assert found_in(place, f"{place}/a", exclude=out) == [f"a/{RUN}/cat.png"]
+def test_masks_of_a_run_are_a_source_if_they_are_named(place: str) -> None:
+    fill(place, f"a/{RUN}/run.json", f"a/{RUN}/masks/ab/1.0.png")
+    assert found_in(place, f"{place}/a/{RUN}/masks") == [f"a/{RUN}/masks/ab/1.0.png"]
 
 
 def test_source_without_a_picture(place: str) -> None:
@@ -248,6 +243,7 @@ BAD_CSVS = {
     "UTF-16": ("image\na\n".encode("utf-16"), "line 1: is not UTF-8"),
     "Latin-1": (b"image\na\nb\ncaf\xe9\n", "line 4: is not UTF-8"),
     "blank row": (b"image\na\n\nb\n", "line 3: the column image is empty"),
+    "bucket": (b"image\ns3://my photos/a.png\n", "line 2: 'my photos' cannot be the name of a bucket"),
     "blank cell": (b"width,image\n1,a\n2, \n", "line 3: the column image is empty"),
     "short row": (b"width,image\n1,a\n2\n", "line 3: the column image is empty"),
     "line of a row": (b'image,note\na,"1\n2\n3"\n,x\n', "line 5: the column image is empty"),
