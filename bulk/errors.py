@@ -28,7 +28,10 @@ USAGE: Final = 2
 UNAVAILABLE: Final = 3
 """Exit code: a store, its credentials or the cluster failed; the same command goes on later."""
 
-PictureCode = Literal["NOT_FOUND", "TOO_LARGE", "FORBIDDEN", "UNSUPPORTED_IMAGE", "INFERENCE_FAILED"]
+PictureCode = Literal[
+    "NOT_FOUND", "TOO_LARGE", "FORBIDDEN", "REFUSED", "UNSUPPORTED_IMAGE", "INFERENCE_FAILED"
+]
+"""FORBIDDEN: this user or these credentials may not read it. REFUSED: the store gives it to nobody."""
 
 
 class BulkError(Exception):

@@ -43,7 +43,7 @@ def read_uri(uri: str, max_bytes: int | None = None, max_wait_s: float = DEFAULT
     """A picture by its full URI: `s3://bucket/key` or an absolute path.
 
     Raises:
-        PictureError: NOT_FOUND, TOO_LARGE or FORBIDDEN.
+        PictureError: NOT_FOUND, TOO_LARGE, FORBIDDEN or REFUSED.
         RunError: the store failed.
     """
     objects, name = _located(uri, max_wait_s)
@@ -54,7 +54,7 @@ def open_uri(uri: str, max_wait_s: float = DEFAULT_MAX_WAIT_S) -> BinaryIO:
     """A seekable file for a large object: `s3://bucket/key` or an absolute path.
 
     Raises:
-        PictureError: NOT_FOUND or FORBIDDEN.
+        PictureError: NOT_FOUND, FORBIDDEN or REFUSED.
         RunError: the store failed; reading the file may raise it too.
     """
     objects, name = _located(uri, max_wait_s)

@@ -66,8 +66,8 @@ class Objects(Protocol):
         """The whole object.
 
         Raises:
-            PictureError: NOT_FOUND, TOO_LARGE (more than `max_bytes`; no more than that is read), or
-                FORBIDDEN, for a refusal of this object.
+            PictureError: NOT_FOUND, TOO_LARGE (more than `max_bytes`; no more than that is read),
+                FORBIDDEN or REFUSED.
         """
         ...
 
@@ -75,7 +75,7 @@ class Objects(Protocol):
         """A seekable file for a large object, which is read in parts.
 
         Raises:
-            PictureError: NOT_FOUND or FORBIDDEN.
+            PictureError: NOT_FOUND, FORBIDDEN or REFUSED.
         """
         ...
 

@@ -117,7 +117,7 @@ class S3Objects:
                 return self._retried("read", get)
             except S3Failure as failure:
                 if failure.code == "SignatureDoesNotMatch" and self._signs_correctly():
-                    raise PictureError("FORBIDDEN", "the store does not accept the key as it is") from None
+                    raise PictureError("REFUSED", "the store does not accept the key as it is") from None
                 raise
 
     def open(self, name: str) -> BinaryIO:

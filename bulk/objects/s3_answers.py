@@ -32,6 +32,8 @@ _TRANSIENT_CODES: Final = frozenset(
 )
 _PERMANENT_STATUSES: Final = frozenset({HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE})
 _FULL_CODES: Final = frozenset({"XMinioStorageFull", "QuotaExceeded"})
+_CLOSED_CODES: Final = frozenset({"AccessDenied", "403"})
+"""Without a body, as HEAD's answers are, boto3 takes the status for the code."""
 _ABSENT_CODES: Final = frozenset({"NoSuchKey", "NoSuchBucket", "KeyTooLongError"})
 _CREDENTIALS: Final = {
     "ExpiredToken": "have expired",
@@ -88,8 +90,10 @@ class S3Failure(Exception):
         if self.status == HTTPStatus.NOT_FOUND or self.code in _ABSENT_CODES:
             what = "no such bucket" if self.code == "NoSuchBucket" else "no object has this key"
             return PictureError("NOT_FOUND", what)
-        # One key that a store does not accept must not end a run of a million others.
-        return PictureError("FORBIDDEN", f"the store refuses to give this object ({self})")
+        if self.code in _CLOSED_CODES:
+            return PictureError("FORBIDDEN", f"the credentials may not read this object ({self})")
+        # One key that a store does not accept, or an archived object, must not end a run of a million others.
+        return PictureError("REFUSED", f"the store refuses to give this object ({self})")
 
     def _refusal(self, action: Action, bucket: str) -> BulkError:
         if self.code == "NoSuchBucket":

@@ -73,15 +73,16 @@ class Fetch:
     def _check_source(self, states: Sequence[PictureState]) -> None:
         """End the run where no picture of a shard can be read by a fault of the source.
 
-        Error rows would be for ever, and a source that may not be read, or is not mounted, comes back.
+        Error rows would stay, and the rights of credentials or a folder that is not mounted come back.
         """
         codes = {None if state.error is None else state.error.code for state in states}
         if len(states) == 1 or not codes <= {"FORBIDDEN", "NOT_FOUND"}:
             return
-        if "FORBIDDEN" in codes:
+        first = states[0]
+        if "FORBIDDEN" in codes and first.picture.image.startswith("s3://"):  # files have rights of their own
             raise StoreRefused(
-                f"none of {len(states)} pictures in turn may be read, such as {states[0].picture.image}: "
-                f"{states[0].error}; allow it, and start the same command again"
+                f"none of {len(states)} pictures in turn can be read, such as {first.picture.image} "
+                f"({first.error}); allow it, and start the same command again"
             )
         if self._is_listed and next(self._source.list(), None) is None:
             raise StoreUnavailable(

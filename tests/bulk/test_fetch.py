@@ -64,7 +64,7 @@ def test_source_that_may_not_be_read_ends_the_run(
     use_service(monkeypatch, seaweedfs)
     closed = "s3://of-somebody-else"
     with pytest.raises(
-        StoreRefused, match=r"none of 2 pictures in turn may be read, such as s3://of-.*/1\.png"
+        StoreRefused, match=r"none of 2 pictures in turn can be read, such as s3://of-.*/1\.png"
     ):
         _fetched(closed, [f"{closed}/1.png", f"{closed}/2.png"], tmp_path)
     [state] = _fetched(closed, [f"{closed}/1.png"], tmp_path / "another")

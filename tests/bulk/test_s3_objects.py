@@ -357,6 +357,14 @@ def test_closed_object_is_an_error_of_the_picture(
     assert "may not write to s3://of-somebody-else" in str(created)
 
 
+def test_archived_object_is_refused_to_everybody(proxy: FaultProxy, uri: str) -> None:
+    """Not FORBIDDEN, of which a whole shard ends the run: nobody can allow it."""
+    proxy.fail_next(1, status=403, body=xml("InvalidObjectState"))
+    with pytest.raises(PictureError, match="InvalidObjectState") as raised:
+        open_objects(uri).read("cat")
+    assert raised.value.code == "REFUSED"
+
+
 def test_missing_bucket(r2_emulator: S3Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture in a bucket that does not exist is a row; a source or target there is wrong usage."""
     use_service(monkeypatch, r2_emulator)
