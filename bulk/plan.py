@@ -87,7 +87,9 @@ def read_part(folder: Objects, name: str) -> bytes:
     """An object of the run's folder that was written before. Raises StoreRefused: it is gone."""
     data = read_if_there(folder, name)
     if data is None:
-        raise StoreRefused(f"{name} is gone from {folder.uri}: choose another --out")
+        raise StoreRefused(
+            f"{name} is gone from {folder.uri}: start the same command again, or choose another --out"
+        )
     return data
 
 

@@ -88,7 +88,7 @@ def test_list_that_is_gone_is_a_sentence(folder: Objects, tmp_path: Path) -> Non
     plan = make_plan(folder, _pictures(1), SHARD)
     for file in tmp_path.glob("plan/*/*.parquet"):
         file.unlink()
-    with pytest.raises(StoreRefused, match=r"is gone from .*: choose another --out"):
+    with pytest.raises(StoreRefused, match=r"is gone from .*: start the same command again, or"):
         PlanReader(folder, plan).pictures(0)
 
 
