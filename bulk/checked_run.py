@@ -47,7 +47,7 @@ def run_to_exit_code(arguments: Arguments) -> int:
         sys.stderr.write(f"sam3: {error}\n")
         return error.exit_code
     except (OSError, DecoderFailed) as error:  # no space, memory, descriptors or processes
-        sys.stderr.write(f"sam3: this machine cannot go on: {error}; the same command does, later\n")
+        sys.stderr.write(f"sam3: this machine cannot go on: {error}; start the same command again later\n")
         return UNAVAILABLE
     _show(ended, run)
     return SOME_FAILED if ended.failed else 0

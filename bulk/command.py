@@ -123,9 +123,11 @@ def _run_in_child(arguments: Arguments, sender: Connection) -> None:
         exit_code = run_to_exit_code(arguments)
     except (KeyboardInterrupt, SystemExit):  # Ray's own handler of SIGTERM exits
         exit_code = INTERRUPTED
-    except Exception:  # noqa: BLE001 - a fault of ours: without an exit code the parent would blame Ray
+    except Exception:  # noqa: BLE001 - a bug: without an exit code the parent would blame Ray
         traceback.print_exc()
-        sys.stderr.write("sam3: that is a fault of sam3; the same command goes on from here\n")
+        sys.stderr.write(
+            "sam3: this is a bug in sam3: please report it; the same command goes on from here\n"
+        )
         exit_code = UNAVAILABLE
     sender.send(exit_code)
 

@@ -6,7 +6,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol, Self
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from bulk.stages.blocks import ShardOutcome
@@ -177,45 +179,33 @@ class _Lines:
         sys.stderr.flush()
 
 
-class StillWaiting:
-    """Says, after one minute without a shard, after two, four and so on, that the run waits."""
+@contextmanager
+def waiting_shown(display: Display, first_s: float = QUIET_S) -> Iterator[Callable[[], None]]:
+    """Says, after one minute without a shard, after two, four and so on, that the run waits.
 
-    def __init__(self, display: Display, first_s: float = QUIET_S) -> None:
-        self._display = display
-        self._first_s = first_s
-        self._changed = threading.Condition()
-        self._since_s: float | None = time.monotonic()
+    Yields what is called whenever a shard has ended.
+    """
+    events = SimpleQueue[bool]()  # whether the block has ended
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._watch, name="waiting", daemon=True).start()
-        return self
+    def watch() -> None:
+        waited_s = 0.0
+        while True:
+            next_s = max(waited_s, first_s)
+            try:
+                if events.get(timeout=next_s):
+                    return
+                waited_s = 0.0
+            except Empty:
+                waited_s += next_s
+                display.say(
+                    f"no shard has ended for {duration(waited_s)}: the model or a store is slow or away"
+                )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restart(None)
-
-    def shard_has_ended(self) -> None:
-        """The time begins anew."""
-        self._restart(time.monotonic())
-
-    def _restart(self, since_s: float | None) -> None:
-        with self._changed:
-            self._since_s = since_s
-            self._changed.notify()
-
-    def _watch(self) -> None:
-        quiet_s = self._first_s
-        with self._changed:
-            while (since_s := self._since_s) is not None:
-                self._changed.wait(max(0.0, since_s + quiet_s - time.monotonic()))
-                if self._since_s != since_s:
-                    quiet_s = self._first_s
-                elif time.monotonic() >= since_s + quiet_s:
-                    self._display.say(
-                        f"no shard has ended for {duration(quiet_s)}: the model or a store is slow or away"
-                    )
-                    quiet_s *= 2
+    threading.Thread(target=watch, name="waiting", daemon=True).start()
+    try:
+        yield lambda: events.put(False)  # noqa: FBT003 - an event
+    finally:
+        events.put(True)  # noqa: FBT003 - an event
 
 
 class RunMetrics:

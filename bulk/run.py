@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bulk.cluster import Store, ray_session
 from bulk.objects import open_objects, read_uri
 from bulk.plan import JSON, done_shards, make_plan, read_if_there, read_part, read_plan, rows_file
-from bulk.progress import LINE_INTERVAL_S, RunState, StillWaiting
+from bulk.progress import LINE_INTERVAL_S, RunState, waiting_shown
 from bulk.report import RunDescription
 from bulk.run_results import COCO, REPORT, SUMMARY, write_results
 from bulk.sources import Skipped, list_pictures
@@ -128,9 +128,9 @@ def _segment(run: Run, plan: Plan, todo: Sequence[int], display: Display, metric
         state = RunState(plan.pictures, sizes.models * sizes.streams, kept)
         display.say(f"loading the model ({sizes})")
         metrics.show(state)
-        with StillWaiting(display) as waiting:
+        with waiting_shown(display) as shard_has_ended:
             for outcome in segment_shards(placed, plan, todo, sizes):
-                waiting.shard_has_ended()
+                shard_has_ended()
                 state.add(outcome)
                 metrics.show(state, outcome)
                 display.show(state)

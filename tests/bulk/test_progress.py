@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from bulk.progress import RunMetrics, RunState, StillWaiting, display_of, duration, line_of
+from bulk.progress import RunMetrics, RunState, display_of, duration, line_of, waiting_shown
 from bulk.stages.blocks import ShardOutcome
 from tests.services.processes import wait_until
 
@@ -72,7 +72,7 @@ def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFix
 
 def test_run_that_waits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """In intervals that double, and not after a shard has ended."""
-    with display_of() as display, StillWaiting(display, first_s=0.05) as waiting:
+    with display_of() as display, waiting_shown(display, first_s=0.05) as shard_has_ended:
         lines: list[str] = []
 
         def said() -> int:
@@ -80,7 +80,7 @@ def test_run_that_waits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
             return len(lines)
 
         wait_until(lambda: said() >= 2, 10)
-        waiting.shard_has_ended()
+        shard_has_ended()
         before = said()
         wait_until(lambda: said() > before, 10)
     assert set(lines) == {"no shard has ended for 0 s: the model or a store is slow or away"}
