@@ -150,6 +150,9 @@ def ray_session(run: Run) -> Iterator[Sizes]:
     if run.ray_address is None:
         # Ray listens on all addresses: only processes of this user know its token. A cluster has its own way.
         os.environ["RAY_AUTH_MODE"] = "token"
+    else:
+        # Each try takes 40 s where no Ray answers, and Ray would try 20 times.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Without it Ray does not start with more than 10 GB in /tmp. The run warns of a store there.
     os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
@@ -169,12 +172,13 @@ def ray_session(run: Run) -> Iterator[Sizes]:
 def _init(run: Run, log: Path) -> None:
     import ray  # noqa: PLC0415 - see above
 
-    for attempt in range(1, START_ATTEMPTS + 1):
+    attempts = START_ATTEMPTS if run.ray_address is None else 1
+    for attempt in range(1, attempts + 1):
         try:
             _init_once(run)
         except Exception as error:  # Ray raises bare Exception too, after 30 s on a busy machine
             ray.shutdown()
-            if attempt == START_ATTEMPTS:
+            if attempt == attempts:
                 where = "on this machine" if run.ray_address is None else f"at {run.ray_address}"
                 reason = str(error).partition("\n")[0]
                 raise ClusterUnavailable(
